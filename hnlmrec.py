@@ -1,0 +1,589 @@
+"""hnlmrec.py: the first and the last step of the pipeline: the data, and the recommender trained with the LLM's negatives.
+
+prepare   raw ratings and item metadata -> data.safetensors (train, valid, test), items.jsonl, users.jsonl
+train     data + cf.safetensors + negatives-*.safetensors -> model-hnlmrec.safetensors: backbone and projector, trained with
+              z   = MLP(self-attention over K generated vectors of the user)            the projector
+              e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                         mixing, z detached
+              L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_u, e_i, mined) + lambda2 ‖Θ‖²
+
+Alone:  python hnlmrec.py prepare --run runs/NAME --format recbole --reviews ml-100k.inter --meta ml-100k.item
+        python hnlmrec.py train --run runs/NAME
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import time
+from array import array
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from backbones import (Parser, UnseenSampler, add_training_flags, bpr_loss, build_backbone, dns, fail, file_digest, fit, l2_loss,
+                       load_data, load_tensors, mine_hard_negatives, number, run_cli, save_tensors, up_to_date,
+                       validation_ndcg, load_model, write_atomic)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare, part 1: readers. Each yields rows as they stand in the file; nothing is held.
+#   interactions: (user, item, rating or None, seconds since 1970 or None, text)      items: (item, title, text)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_text(path, encoding="utf-8"):
+    """A text file, gzip-compressed when its name says so. newline="" leaves quoted line ends to csv."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"{path}: no such file; check --reviews and --meta")
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding=encoding, newline="")
+
+
+def table_rows(path, sep="\t", columns=None, encoding="utf-8"):
+    """Rows of a delimited file as dicts. columns: the names, when the file has no header line. RecBole's header types
+    (`user_id:token`) are dropped. A tab-separated file has no quoting; a comma-separated one follows the csv rules."""
+    with open_text(path, encoding) as file:
+        if len(sep) > 1:  # MovieLens 1M's "::"
+            reader = (line.rstrip("\r\n").split(sep) for line in file)
+        else:
+            reader = csv.reader(file, delimiter=sep, quoting=csv.QUOTE_MINIMAL if sep == "," else csv.QUOTE_NONE)
+        names = columns or [name.split(":")[0].strip().lstrip("\ufeff") for name in next(reader, [])]
+        for n, row in enumerate(reader, 1 if columns else 2):
+            if row and len(row) < len(names) and not columns:
+                fail(f"{path}: line {n} has {len(row)} fields, the header has {len(names)}; mend that line")
+            if row:
+                yield n, dict(zip(names, row))
+
+
+def json_rows(path):
+    """Rows of a JSON-lines file (.json or .jsonl, also .gz)."""
+    with open_text(path) as file:
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield n, json.loads(line)
+                except ValueError:
+                    fail(f"{path}: line {n} is not JSON; these files hold one JSON object a line")
+
+
+def clean(value):
+    """Metadata to one line of text: lists joined, HTML tags and runs of white space removed."""
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(clean(v) for v in value if v)
+    return " ".join(re.sub(r"<[^>]+>", " ", str(value or "")).split())
+
+
+def join_text(*parts, limit=400):
+    """Non-empty parts as sentences, at most `limit` characters."""
+    return ". ".join(part for part in map(clean, parts) if part)[:limit]
+
+
+# format: (row reader for interactions, its column names: user, item, rating, time, text; reader for items, item -> fields)
+# time: a function from the column's text to seconds
+FORMATS = {
+    "table": dict(rows=lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"),
+                  columns=("user", "item", "rating", "timestamp", "text"), time=float,
+                  meta=lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"), item="item",
+                  fields=lambda r: (r["title"], join_text(*[v for k, v in r.items() if k not in ("item", "title")]))),
+    "recbole": dict(rows=table_rows, columns=("user_id", "item_id", "rating", "timestamp", None), time=float,
+                    meta=table_rows, item="item_id",
+                    fields=lambda r: (f"{r['movie_title']} ({r['release_year']})", clean(r.get("class")))),
+    "ml-100k": dict(rows=lambda p: table_rows(p, "\t", ["user", "item", "rating", "time"]),
+                    columns=("user", "item", "rating", "time", None), time=float,
+                    meta=lambda p: table_rows(p, "|", ["item", "title", "date", "video", "url", *ML100K_GENRES], "latin-1"),
+                    item="item", fields=lambda r: (r["title"], ", ".join(g for g in ML100K_GENRES if r.get(g) == "1"))),
+    "ml-1m": dict(rows=lambda p: table_rows(p, "::", ["user", "item", "rating", "time"], "latin-1"),
+                  columns=("user", "item", "rating", "time", None), time=float,
+                  meta=lambda p: table_rows(p, "::", ["item", "title", "genres"], "latin-1"), item="item",
+                  fields=lambda r: (r["title"], r["genres"].replace("|", ", "))),
+    "ml-latest": dict(rows=lambda p: table_rows(p, ","), columns=("userId", "movieId", "rating", "timestamp", None), time=float,
+                      meta=lambda p: table_rows(p, ","), item="movieId",
+                      fields=lambda r: (r["title"], r["genres"].replace("|", ", "))),
+    "amazon2018": dict(rows=json_rows, columns=("reviewerID", "asin", "overall", "unixReviewTime", "reviewText"), time=float,
+                       meta=json_rows, item="asin",
+                       fields=lambda r: (clean(r.get("title")), join_text(r.get("brand"), (r.get("category") or [])[-2:], r.get("description")))),
+    "amazon2023": dict(rows=json_rows, columns=("user_id", "parent_asin", "rating", "timestamp", "text"),
+                       time=lambda t: float(t) / 1000, meta=json_rows, item="parent_asin",
+                       fields=lambda r: (clean(r.get("title")), join_text(r.get("store"), (r.get("categories") or [])[-2:], r.get("description")))),
+    "yelp": dict(rows=json_rows, columns=("user_id", "business_id", "stars", "date", "text"),
+                 time=lambda t: datetime.fromisoformat(t).replace(tzinfo=timezone.utc).timestamp(),
+                 meta=json_rows, item="business_id", fields=lambda r: (clean(r.get("name")), join_text(r.get("city"), r.get("categories")))),
+}
+ML100K_GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
+                 "Mystery Romance Sci-Fi Thriller War Western").split()
+
+# the paper's filters; published: users, items, interactions as the paper prints them
+PRESETS = {
+    "toys": dict(format="amazon2018", min_rating=4.0, since="2015-01-01", until="2018-01-01", k_core=10, published=(22338, 9023, 200511)),
+    "cds": dict(format="amazon2018", min_rating=4.0, since="2014-01-01", until="2016-01-01", k_core=10, published=(19385, 8279, 186535)),
+    "yelp2018": dict(format="yelp", min_rating=4.0, since="2015-01-01", until="2018-01-01", k_core=10, published=(29832, 16781, 513976)),
+    "electronics2023": dict(format="amazon2023", min_rating=3.0, since="2010-01-01", until="2018-01-01", k_core=10,
+                            published=(97570, 44669, 178259)),
+    "ml-100k": dict(format="ml-100k", min_rating=4.0, k_core=5, published=None),
+    "ml-1m": dict(format="ml-1m", min_rating=4.0, k_core=5, published=None),
+}
+
+
+def interactions(path, fmt, with_text=False):
+    """(user, item, rating, seconds, text) of each row; rating and seconds are NaN where the file has none.
+
+    Raises SystemExit2 for a missing column or a value that is no number, naming the file and the line."""
+    form = FORMATS[fmt]
+    user_c, item_c, rating_c, time_c, text_c = form["columns"]
+    for n, row in form["rows"](path):
+        if user_c not in row or item_c not in row:
+            missing = user_c if user_c not in row else item_c
+            fail(f"{path}: line {n} has no column {missing!r} (found: {', '.join(list(row)[:8])}); "
+                 f"--format {fmt} needs {user_c} and {item_c}")
+        try:
+            rating = float(row[rating_c]) if row.get(rating_c) not in (None, "") else float("nan")
+            seconds = form["time"](row[time_c]) if row.get(time_c) not in (None, "") else float("nan")
+        except (ValueError, TypeError):
+            fail(f"{path}: line {n}: {rating_c} {row.get(rating_c)!r} or {time_c} {row.get(time_c)!r} is not a value; "
+                 "mend that line")
+        yield str(row[user_c]), str(row[item_c]), rating, seconds, (clean(row.get(text_c)) if with_text and text_c else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare, part 2: filter, core, split
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_interactions(path, fmt, min_rating, since, until):
+    """Stream a file into three arrays; memory grows with the rows kept and the distinct ids, never with the text.
+
+    Returns user (N,), item (N,) int64 codes, seconds (N,) float64, user names, item names, rows read."""
+    users, items, seen_rating, seen_time, total = {}, {}, False, False, 0
+    u, i, t = array("q"), array("q"), array("d")
+    start = time.time()
+    for user, item, rating, seconds, _ in interactions(path, fmt):
+        total += 1
+        if total % 1_000_000 == 0:
+            print(f"  read {total:,} rows, kept {len(u):,}, {total / (time.time() - start):,.0f} rows/s", flush=True)
+        seen_rating |= rating == rating
+        seen_time |= seconds == seconds
+        if rating < min_rating or seconds < since or seconds >= until:  # NaN compares false: no rating, no filter
+            continue
+        u.append(users.setdefault(user, len(users)))
+        i.append(items.setdefault(item, len(items)))
+        t.append(seconds)
+    if not total:
+        fail(f"{path}: no rows; is --format {fmt} right?")
+    if min_rating > -np.inf and not seen_rating:
+        fail(f"{path}: no rating column, so --min-rating {min_rating} cannot be applied; give --min-rating none")
+    if (since > -np.inf or until < np.inf) and not seen_time:
+        fail(f"{path}: no timestamp column, so --since and --until cannot be applied; leave them out")
+    return np.array(u), np.array(i), np.array(t), list(users), list(items), total
+
+
+def k_core(user, item, k):
+    """Drop users and items with fewer than k interactions until none is left. int (N,), (N,) -> bool (N,) kept."""
+    keep = np.ones(len(user), bool)
+    while k > 1:
+        ok = (np.bincount(user, keep)[user] >= k) & (np.bincount(item, keep)[item] >= k) & keep
+        if ok.sum() == keep.sum():
+            break
+        keep = ok
+    return keep
+
+
+def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
+    """Give each interaction to a part: 0 train, 1 valid, 2 test, user by user.
+
+    how: 'random' (a seeded share of each user's items, at least one each) or 'last' (the last in time is test, the one
+    before it valid). user, item, seconds (N,) -> int (N,). Raises SystemExit2 for a user with fewer than 3."""
+    count = np.bincount(user)
+    if (count[user] < 3).any():
+        row = int(np.argmax(count[user] < 3))
+        fail(f"user code {user[row]} has {count[user[row]]} interaction(s) after filtering, and a split needs 3; use --k-core 3 or more")
+    key = np.random.default_rng(seed).random(len(user)) if how == "random" else -seconds
+    order = np.lexsort((item, key, user))  # by user, then key; the item breaks ties in time the same way each run
+    place = np.empty(len(user), np.int64)
+    place[order] = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+    if how == "random":
+        n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user] for share in (test, valid))
+    else:
+        n_test = n_valid = 1
+    return np.where(place < n_test, 2, np.where(place < n_test + n_valid, 1, 0))
+
+
+def summarize(parts, n_users, n_items, items):
+    """The printed statistics, one list of lines."""
+    pairs = np.concatenate(list(parts.values()))
+    lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   density {len(pairs) / n_users / n_items:.3%}   "
+             + "   ".join(f"{name} {len(part):,}" for name, part in parts.items())]
+    for axis, name in ((0, "user"), (1, "item")):
+        q = np.quantile(np.bincount(pairs[:, axis], minlength=(n_users, n_items)[axis]), [0, 0.25, 0.5, 0.75, 1])
+        lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} {q[3]:.0f}, max {q[4]:.0f}")
+    lines.append(f"  items with a title {np.mean([bool(r['known']) for r in items]):.1%}, with further text "
+                 f"{np.mean([bool(r['text']) for r in items]):.1%}; for example:")
+    lines += [f"    {row['raw']}: {row['title']} | {row['text'][:90]}" for row in items[:: max(1, len(items) // 3)][:3]]
+    return lines
+
+
+def prepare(args):
+    """Raw files -> data.safetensors, items.jsonl, users.jsonl."""
+    run, out = Path(args.run), Path(args.run) / "data.safetensors"
+    preset = PRESETS.get(args.preset, {})
+    for name in ("format", "min_rating", "since", "until", "k_core"):
+        if getattr(args, name) is None:
+            setattr(args, name, preset.get(name, {"format": "table", "min_rating": "4", "k_core": 5}.get(name)))
+    own = {"train": args.train_file, "valid": args.valid_file, "test": args.test_file}
+    own = {name: path for name, path in own.items() if path}
+    if own and len(own) < 3:
+        fail("--train-file, --valid-file and --test-file go together; give all three")
+    if not own and not args.reviews:
+        fail("--reviews: give the interactions file (or --train-file, --valid-file and --test-file)")
+    sources = list(own.values()) or [args.reviews]
+    for path in [*sources, *filter(None, [args.meta])]:
+        if not Path(path).is_file():
+            fail(f"{path}: no such file; check --reviews, --meta and the three split files")
+    settings = {name: getattr(args, name) for name in ("format", "min_rating", "since", "until", "k_core", "split", "seed", "reviews_per_user")}
+    settings["files"] = {Path(path).name: Path(path).stat().st_size for path in [*sources, *filter(None, [args.meta])]}
+    if up_to_date(out, settings, "python hnlmrec.py prepare", args.force):
+        return
+
+    min_rating = -np.inf if str(args.min_rating) == "none" else number(float, -1e9)(str(args.min_rating))
+    since, until = (parse_day(day, flag) if day else default
+                    for day, flag, default in ((args.since, "--since", -np.inf), (args.until, "--until", np.inf)))
+    if own:
+        user, item, part, names_u, names_i, total = read_own_split(own, args.format)
+    else:
+        user, item, seconds, names_u, names_i, total = read_interactions(args.reviews, args.format, min_rating, since, until)
+        order = np.lexsort((-np.nan_to_num(seconds), item, user))  # of repeated pairs keep the latest
+        first = np.append(True, (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)) if len(order) else np.zeros(0, bool)
+        keep = order[first]
+        user, item, seconds = user[keep], item[keep], seconds[keep]
+        core = k_core(user, item, args.k_core)
+        if not core.any():
+            fail(f"{args.reviews}: nothing is left of {len(user)} interactions after --min-rating {args.min_rating} and "
+                 f"--k-core {args.k_core}; lower one of them")
+        user, item, seconds = user[core], item[core], seconds[core]
+        if args.split == "last" and np.isnan(seconds).any():
+            fail(f"{args.reviews}: --split last needs a timestamp in each row; use --split random")
+        part = None
+
+    # contiguous ids, in order of the raw id, so that they do not depend on the order of the file
+    kept_u, kept_i = np.unique(user), np.unique(item)
+    kept_u, kept_i = (np.array(sorted(kept, key=lambda code: natural(names[code]))) for kept, names in ((kept_u, names_u), (kept_i, names_i)))
+    to_u, to_i = np.full(len(names_u), -1), np.full(len(names_i), -1)
+    to_u[kept_u], to_i[kept_i] = np.arange(len(kept_u)), np.arange(len(kept_i))
+    user, item = to_u[user], to_i[item]
+    if part is None:
+        part = split_pairs(user, item, seconds, args.split, args.seed)
+    raw_u, raw_i = [names_u[code] for code in kept_u], [names_i[code] for code in kept_i]
+
+    pairs = np.stack([user, item], 1)
+    parts = {name: pairs[part == code] for code, name in enumerate(("train", "valid", "test"))}
+    parts = {name: p[np.lexsort((p[:, 1], p[:, 0]))] for name, p in parts.items()}
+    items = read_items(args.meta, args.format, raw_i)
+    reviews = read_reviews(sources[0], args.format, raw_u, raw_i, parts["train"], args.reviews_per_user)
+    users = [{"raw": raw, "reviews": reviews.get(code, [])} for code, raw in enumerate(raw_u)]
+
+    lines = summarize(parts, len(raw_u), len(raw_i), items)
+    print(f"prepare: {total:,} rows read")
+    if preset.get("published"):
+        print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*preset["published"]))
+    print("\n".join(lines))
+    for name, rows in (("items.jsonl", items), ("users.jsonl", users)):
+        write_atomic(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    save_tensors(out, {name: torch.from_numpy(p) for name, p in parts.items()},
+                 {"settings": settings, "n_users": len(raw_u), "n_items": len(raw_i), "seed": args.seed,
+                  "items": file_digest(run / "items.jsonl"), "users": file_digest(run / "users.jsonl")})
+    print(f"wrote {out}, items.jsonl, users.jsonl")
+
+
+def natural(name):
+    """Sort key: whole numbers by value, before everything else by text."""
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+
+
+def parse_day(day, flag):
+    """2015-01-01 -> seconds since 1970, UTC."""
+    try:
+        return datetime.fromisoformat(day).replace(tzinfo=timezone.utc).timestamp()
+    except ValueError:
+        fail(f"{flag} {day}: not a date; write it as 2015-01-01")
+
+
+def read_own_split(own, fmt):
+    """The user's own three files, taken as they are: no rating filter, no core. A pair in two parts is an error."""
+    users, items, rows = {}, {}, {}
+    for code, (name, path) in enumerate(own.items()):
+        for user, item, *_ in interactions(path, fmt):
+            pair = (users.setdefault(user, len(users)), items.setdefault(item, len(items)))
+            if rows.setdefault(pair, code) != code:
+                fail(f"{path}: user {user}, item {item} is in another part too; each pair belongs to one of train, valid, test")
+    pairs = np.array(list(rows))
+    return pairs[:, 0], pairs[:, 1], np.array(list(rows.values())), list(users), list(items), len(rows)
+
+
+def read_items(path, fmt, raw_items):
+    """Metadata of the kept items, in id order -> rows {raw, title, text, known}. An item without a title gets its raw id."""
+    found, form, wanted = {}, FORMATS[fmt], set(raw_items)
+    for n, row in form["meta"](path) if path else ():
+        raw = str(row.get(form["item"], ""))
+        if raw in wanted and raw not in found:
+            try:
+                found[raw] = form["fields"](row)
+            except KeyError as error:
+                fail(f"{path}: line {n} has no column {error} (found: {', '.join(list(row)[:8])}); --format {fmt} needs it")
+    return [{"raw": raw, "title": found.get(raw, ("", ""))[0] or f"Item {raw}", "text": found.get(raw, ("", ""))[1],
+             "known": bool(found.get(raw, ("", ""))[0])} for raw in raw_items]
+
+
+def read_reviews(path, fmt, raw_users, raw_items, train, per_user, limit=200):
+    """A second pass over the file for review texts: up to `per_user` of each user, of train pairs alone, so that no word
+    about a validation or test item reaches a profile -> {user id: [text]}."""
+    if not per_user or not FORMATS[fmt]["columns"][4]:
+        return {}
+    u, i = {raw: n for n, raw in enumerate(raw_users)}, {raw: n for n, raw in enumerate(raw_items)}
+    keys, texts = set((train[:, 0] * len(raw_items) + train[:, 1]).tolist()), {}
+    for user, item, _, _, text in interactions(path, fmt, with_text=True):
+        if text and user in u and item in i and u[user] * len(raw_items) + i[item] in keys:
+            own = texts.setdefault(u[user], [])
+            if len(own) < per_user:
+                own.append(text[:limit])
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train, part 1: the generated negatives, read back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_negatives(run, name, digest, n_users, n_items):
+    """Join the shards NAME-00000.safetensors … -> pairs (n, 2), hidden (n, H) f16, vector (n, d) f16, digest of them all.
+
+    Raises SystemExit2 when a shard is missing, or was made for another split."""
+    paths = sorted(Path(run).glob(f"{name}-?????.safetensors"))
+    maker = f"python llm_negatives.py generate --run {run}"
+    if not paths:
+        fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
+    parts, metas = zip(*(load_tensors(path, maker) for path in paths))
+    for path, meta in zip(paths, metas):
+        if meta["settings"]["data"] != digest:
+            fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
+        if meta["settings"] != metas[0]["settings"]:
+            fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
+    if len(paths) != metas[0]["settings"]["shards"]:
+        fail(f"{Path(run) / name}: {len(paths)} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
+    pairs, hidden, vector = (torch.cat([part[key] for part in parts]) for key in ("pairs", "hidden", "vector"))
+    digest = "+".join(file_digest(path) for path in paths)
+    return pairs, hidden, vector, digest if len(paths) == 1 else hashlib.sha256(digest.encode()).hexdigest()[:16]
+
+
+class NegativeTable:
+    """Which K generated vectors belong to a train pair: its own first, then others of the same user.
+
+    generated (n, 2) pairs sorted by user. `own` is the number of train pairs with a vector of their own; the others use their
+    user's other vectors instead: a counted fallback. A user without any is an error, since noise in its place would look
+    like a result."""
+
+    def __init__(self, generated, train, n_users, n_items):
+        count = torch.bincount(generated[:, 0], minlength=n_users)
+        empty = (count[train[:, 0]] == 0).nonzero()
+        if len(empty):
+            fail(f"negatives: user row {int(train[empty[0], 0])} has train pairs but no generated negative; "
+                 "run `python llm_negatives.py generate` with --pairs-per-user 1 or more")
+        self.start, self.count = count.cumsum(0) - count, count
+        keys, order = (generated[:, 0] * n_items + generated[:, 1]).sort()
+        query = train[:, 0] * n_items + train[:, 1]
+        at = torch.searchsorted(keys, query).clamp(max=len(keys) - 1)
+        self.row = torch.where(keys[at] == query, order[at], -1)  # (N,) each train pair's own row, -1: none
+        self.own = int((self.row >= 0).sum())
+        self.train_users = train[:, 0]
+
+    def __call__(self, rows, k, generator=None):
+        """Train rows (B,) -> rows of the generated vectors (B, K), the pair's own (or its stand-in) first. A user with
+        fewer than K vectors has some of them more than once."""
+        users = self.train_users[rows]
+        pick = torch.randint(2**31, (len(rows), k), generator=generator, device=rows.device) % self.count[users][:, None]
+        chosen = self.start[users][:, None] + pick
+        own = self.row[rows]
+        chosen[:, 0] = torch.where(own >= 0, own, chosen[:, 0])
+        return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train, part 2: projector, mixing, alignment
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Projector(nn.Module):
+    """Self-attention over the K generated vectors of one user, then an MLP into the recommender's space (paper, stage 2).
+
+    hidden (B, K, H) -> z (B, D), the projection of slot 0, informed by the other K - 1. mean and std standardise the LLM's
+    hidden states, of which a few dimensions dwarf the rest. attention=False leaves the MLP alone (an ablation)."""
+
+    def __init__(self, hidden, dim, width=128, attention=True):
+        super().__init__()
+        self.register_buffer("mean", hidden.float().mean(0))
+        self.register_buffer("std", hidden.float().std(0).clamp(min=1e-3))
+        self.inward = nn.Linear(hidden.shape[1], width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3)) if attention else (None,) * 3
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
+
+    def forward(self, hidden):
+        x = self.inward((hidden.float() - self.mean) / self.std)  # (B, K, W)
+        slot = x[:, 0]
+        if self.query is not None:  # slot 0 asks, all K answer
+            weight = torch.einsum("bw,bkw->bk", self.query(slot), self.key(x)) / x.shape[-1] ** 0.5
+            slot = slot + torch.einsum("bk,bkw->bw", weight.softmax(-1), self.value(x))  # (B, W)
+        return self.mlp(slot)
+
+
+def mix(z, sampled, alpha):
+    """e⁻ = alpha z + (1 - alpha) e_j (B, D). z is detached: BPR's gradient would teach the projector to make easy negatives.
+    z is first given the norm of e_j, since alignment, which trains it, sees directions only."""
+    z = F.normalize(z.detach(), dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
+    return alpha * z + (1 - alpha) * sampled
+
+
+def alignment_loss(z, users, positives, mined, user_ids, tau):
+    """L_align, the only loss that trains the projector: z must be near its user and near a CF-mined hard negative, but not
+    near the positive (cosine, temperature tau_c):
+        InfoNCE(z; e_u against the other users of the batch and e_i) + InfoNCE(z; e_m against the other mined items and e_i)
+    All (B, D); user_ids (B,): rows of the same user are no negatives of each other -> scalar."""
+    z, users, positives, mined = (F.normalize(v, dim=-1) for v in (z, users, positives, mined))
+    same = user_ids[:, None] == user_ids[None]
+    same.fill_diagonal_(False)
+    own = (z * positives).sum(-1, keepdim=True)  # (B, 1)
+    target = torch.arange(len(z), device=z.device)
+    loss = 0.0
+    for candidates in (users, mined):
+        scores = (z @ candidates.T).masked_fill(same, -torch.inf)  # (B, B)
+        loss = loss + F.cross_entropy(torch.cat([scores, own], 1) / tau, target)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train, part 3: the step and the program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_hnlmrec_step(model, projector, table, hidden, mined, pairs, *, alpha, lambda1, tau_c, reg, k, m, align_rows):
+    """One training step: BPR with e⁻, L_align on the first `align_rows` rows, and L2 -> step(rows, generator) for `fit`.
+
+    hidden (n, H) f16: the generated vectors; mined (U, M) item ids; pairs (N, 2) train; m: candidates of e_j, the highest
+    scored is taken (m = 1: a uniform draw)."""
+    draw = UnseenSampler(pairs, model.n_users, model.n_items)
+
+    def step(rows, generator):
+        u, i = pairs[rows].T
+        user_vectors, item_vectors = model()
+        users, items = user_vectors[u], item_vectors[i]
+        candidates = draw(u, m, generator)  # (B, M)
+        j = dns(model.score, users, item_vectors, candidates, 1, generator) if m > 1 else candidates[:, 0]
+        z = projector(hidden[table(rows, k, generator)])  # (B, D)
+        bpr = bpr_loss(model.score(users, items), model.score(users, mix(z, item_vectors[j], alpha)))
+        ego_users, ego_items = model.ego()
+        loss = bpr + reg * l2_loss(ego_users[u], ego_items[i], ego_items[j])
+        logs = {"bpr": bpr.item()}
+        if lambda1:
+            a = slice(0, align_rows)
+            pick = torch.randint(mined.shape[1], (len(u[a]),), generator=generator, device=u.device)
+            align = alignment_loss(z[a], users[a], items[a], item_vectors[mined[u[a], pick]], u[a], tau_c)
+            loss = loss + lambda1 * align
+            logs["align"] = align.item()
+        return loss, logs
+
+    return step
+
+
+def train(args):
+    """Train backbone and projector together; write the state of the best validation."""
+    run, out = Path(args.run), Path(args.run) / args.out
+    data = load_data(run)
+    pairs, hidden, _, negatives_digest = load_negatives(run, args.negatives, data["digest"], data["n_users"], data["n_items"])
+    cf_model, cf_meta, _ = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data["train"])
+    if cf_meta["settings"]["data"] != data["digest"]:
+        fail(f"{run / args.cf}: was trained on another data.safetensors; run `python backbones.py pretrain --run {run} --force`")
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
+    settings |= {"data": data["digest"], "negatives_digest": negatives_digest, "cf_digest": file_digest(run / args.cf)}
+    if up_to_date(out, settings, "python hnlmrec.py train", args.force):
+        return
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.control == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
+        hidden = torch.randn(hidden.shape, generator=generator).half()
+    elif args.control == "shuffled":  # … and on the LLM's vectors, each given to another pair
+        hidden = hidden[torch.randperm(len(hidden), generator=generator)]
+    table = NegativeTable(pairs, data["train"], data["n_users"], data["n_items"])
+    print(f"train: {table.own} of {len(data['train'])} train pairs have a generated negative of their own; the other "
+          f"{len(data['train']) - table.own} use their user's other ones", flush=True)
+    mined = mine_hard_negatives(cf_model, data["train"], args.mine_first, args.mine_last).to(args.device)
+    data = {**data, "train": data["train"].to(args.device), "valid": data["valid"].to(args.device)}
+    table = NegativeTable(pairs.to(args.device), data["train"], data["n_users"], data["n_items"])
+    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, data["train"], args.layers)
+    hidden = hidden.to(args.device)
+    width = model()[0].shape[1]
+    projector = Projector(hidden, width, args.projector_width, args.attention).to(args.device)
+    step = make_hnlmrec_step(model, projector, table, hidden, mined, data["train"], alpha=args.alpha, lambda1=args.lambda1,
+                             tau_c=args.tau_c, reg=args.reg, k=args.k, m=args.m, align_rows=args.align_rows)
+    start = time.time()
+    state, history = fit({"backbone": model, "projector": projector}, step, len(data["train"]),
+                         lambda: validation_ndcg(model, data), epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+                         eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
+    for module, prefix in ((model, "backbone."), (projector, "projector.")):
+        module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    users, items = model.eval()()
+    with torch.no_grad():  # z of each generated pair as trained, for the report; K is the pair alone, so that it is repeatable
+        z = torch.cat([projector(part[:, None]) for part in hidden.split(4096)])
+    save_tensors(out, {**state, "user": users, "item": items, "z": z.half(), "z_pairs": pairs},
+                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
+                  "own_negatives": table.own, "seconds": time.time() - start})
+    print(f"wrote {out}")
+
+
+def main(argv=None):
+    parser = Parser(prog="hnlmrec.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    p = commands.add_parser("prepare", help="read, filter, split",
+                            epilog="example: python hnlmrec.py prepare --run runs/demo --format recbole --reviews ml-100k.inter --meta ml-100k.item")
+    p.add_argument("--run", required=True, metavar="DIR", help="folder for this run's files, made if needed")
+    p.add_argument("--preset", choices=list(PRESETS), help="the paper's filters for a dataset; flags given beside it win")
+    p.add_argument("--format", choices=list(FORMATS), help="file format (preset's, else table: TSV or CSV with a header)")
+    p.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
+    p.add_argument("--meta", metavar="FILE", help="item metadata; without it items have no text")
+    p.add_argument("--train-file", metavar="FILE", help="your own split, with --valid-file and --test-file")
+    p.add_argument("--valid-file", metavar="FILE", help="your own split's validation pairs")
+    p.add_argument("--test-file", metavar="FILE", help="your own split's test pairs")
+    p.add_argument("--min-rating", help="keep ratings of at least this many stars, or `none` (preset's, else 4)")
+    p.add_argument("--since", metavar="DAY", help="keep interactions from this day on, as 2015-01-01, UTC")
+    p.add_argument("--until", metavar="DAY", help="keep interactions before this day")
+    p.add_argument("--k-core", type=number(int, 1), help="interactions each user and item must have (preset's, else 5)")
+    p.add_argument("--split", choices=["random", "last"], default="random", help="80/10/10 a user, or each user's last two in time")
+    p.add_argument("--reviews-per-user", type=number(int, 0), default=2, help="review texts kept for a user's profile, of train pairs alone")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="decides the random split")
+    p.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
+
+    p = commands.add_parser("train", help="train backbone and projector with the LLM's negatives",
+                            epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
+    add_training_flags(p)
+    g = p.add_argument_group("HNLMRec")
+    g.add_argument("--alpha", type=number(float, 0, 1), default=0.5, help="share of z in the negative")
+    g.add_argument("--lambda1", type=number(float, 0), default=0.1, help="weight of the alignment loss")
+    g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of the alignment loss")
+    g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
+    g.add_argument("--m", type=number(int, 1), default=16, help="candidates of e_j, the highest scored is mixed in; 1: uniform")
+    g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
+    g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")
+    g.add_argument("--no-attention", dest="attention", action="store_false", help="ablation: projector without self-attention")
+    g.add_argument("--control", choices=["none", "random", "shuffled"], default="none", help="replace the LLM's vectors, to see what they are worth")
+    g.add_argument("--negatives", default="negatives", help="first part of the shards' names")
+    g.add_argument("--cf", default="cf.safetensors", help="CF vectors that the alignment's hard negatives are mined with")
+    g.add_argument("--mine-first", type=number(int, 1), default=5, help="best rank of the mined band")
+    g.add_argument("--mine-last", type=number(int, 1), default=60, help="last rank of the mined band")
+    p.add_argument("--out", default="model-hnlmrec.safetensors", help="output file inside the run folder")
+    args = parser.parse_args(argv)
+    {"prepare": prepare, "train": train}[args.command](args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

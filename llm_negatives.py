@@ -1,0 +1,778 @@
+"""llm_negatives.py: the LLM makes the hard negatives. Three steps, each a subcommand, in the order of the data:
+
+profile   items.jsonl, users.jsonl, data.safetensors (train pairs) -> profiles.jsonl: a sentence on who would enjoy an item, and
+          a sentence on what a user enjoys, written by the LLM (or built from metadata: --profiles template).
+finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sft.safetensors (soft-token maps, head).
+          h(u, i) is the LLM's hidden state at the last prompt token, z = head(h), and InfoNCE pulls z to the CF vectors of
+          the hard negatives mined for u, away from those of i, of u's other train items and of the rest of the catalogue:
+              L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s) / sum_{j} exp(cos(z, e_j) / tau_s) )
+generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …: h and z for each train pair.
+
+Alone:  python llm_negatives.py finetune --run runs/NAME --llm assets/SmolLM2-135M-Instruct
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import logging as transformers_logging
+
+from backbones import (Parser, Progress, contains, fail, file_digest, load_data, load_model, load_tensors,
+                       mine_hard_negatives, number, pair_keys, read_meta, run_cli, save_tensors, up_to_date, user_rows)
+
+SOFT = -1  # in a list of token ids: "a soft token goes here"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The LLM
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pick_dtype(name, device):
+    """auto, fp32, bf16 or fp16 -> torch dtype. auto is bf16 where the device multiplies bf16 matrices clearly faster than
+    fp32 ones (most GPUs; CPUs with AVX512-BF16 or AMX), found by timing both for a few milliseconds."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype, device=device)
+        laps = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            laps.append(time.perf_counter() - start)
+        seconds[dtype] = min(laps[1:])
+    return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
+
+
+def load_tokenizer(llm):
+    """The tokenizer of a Hugging Face id or a local folder; a missing pad token becomes the end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm)
+    except Exception as error:  # the library raises many kinds; all mean the same to the user
+        fail(f"--llm {llm}: no tokenizer can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
+             "give a local folder or a Hugging Face id that this machine can reach")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_llm(llm, cls, dtype, device, layers=0):
+    """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers > 0 keeps only the first layers;
+    the rest is neither loaded nor run. cls: AutoModel (hidden states, no logits) or AutoModelForCausalLM."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = cls.from_pretrained(llm, dtype=dtype, **({"num_hidden_layers": layers} if layers else {}))
+    except Exception as error:
+        fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
+             "give a local folder with config.json and safetensors weights, or a Hugging Face id that this machine can reach")
+    return model.requires_grad_(False).eval().to(device)
+
+
+def llm_digest(llm):
+    """16 hex digits that tell one local model folder from another: its config, and the name, size and first MiB of each
+    weight file (an 8B model is not read whole). A hub id stands for itself."""
+    folder = Path(llm)
+    if not folder.is_dir():
+        return llm
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text files: JSON lines, keyed by raw id
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path, maker):
+    """All rows of a JSON-lines file. A last line without its end (the program was killed while writing) is left out."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path}: no such file; make it with `{maker}`")
+    rows = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            fail(f"{path}: line {n} is not JSON; delete the file and run `{maker}` again")
+    return rows
+
+
+def load_profiles(run):
+    """Profiles in the order of the contiguous ids -> (user profiles list[str], item texts list[str]).
+
+    An item's text is its title, then its profile. Raises SystemExit2 when profiles are missing."""
+    maker = f"python llm_negatives.py profile --run {run}"
+    users = read_jsonl(Path(run) / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
+    items = read_jsonl(Path(run) / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
+    rows = read_jsonl(Path(run) / "profiles.jsonl", maker)
+    made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+    missing = [raw for kind, group in (("user", users), ("item", items)) for raw in
+               (row["raw"] for row in group) if (kind, raw) not in made]
+    if missing:
+        fail(f"{Path(run) / 'profiles.jsonl'}: {len(missing)} profiles are missing, the first for {missing[0]!r}; run `{maker}` again")
+    return ([made["user", row["raw"]] for row in users],
+            [f"{row['title']}. {made['item', row['raw']]}" for row in items])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 1: profiles (the paper's system prompt, item metadata -> item profile, sampled history -> user profile)
+# ---------------------------------------------------------------------------------------------------------------------
+
+ITEM_SYSTEM = "You describe, in one short sentence, what an item is like and who would enjoy it."
+USER_SYSTEM = "You describe, in one short sentence, the taste of a person from the items they liked."
+
+
+def item_request(item):
+    """The user turn for one row of items.jsonl."""
+    return f"Item: {item['title']}. {item['text']}".strip()
+
+
+def user_request(history, reviews):
+    """The user turn for one user: history is a list of (title, profile), reviews a list of the user's own texts."""
+    lines = [f"- {title}: {profile}" for title, profile in history] + [f"They wrote: {text}" for text in reviews]
+    return "Liked items:\n" + "\n".join(lines)
+
+
+def first_sentence(text):
+    """One line, cut after the last full sentence end if there is one, so that a token limit leaves no half sentence."""
+    text = " ".join(text.split())
+    end = max(text.rfind(mark) for mark in ".!?")
+    return text[: end + 1] if end > 0 else text
+
+
+def chat(tokenizer, system, user):
+    """One system and one user turn, ready for the answer, in the model's chat format; plain text where it has none.
+    Models whose template knows no system role get both in the user turn."""
+    if not tokenizer.chat_template:
+        return f"{tokenizer.bos_token or ''}{system}\n{user}\n"
+    try:
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # jinja's raise_exception("System role not supported")
+        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n{user}"}], tokenize=False,
+                                             add_generation_prompt=True)
+
+
+@torch.no_grad()
+def write_texts(model, tokenizer, requests, new_tokens):
+    """Greedy, batched, left-padded decoding: list of prompts -> list of sentences, the same on each run."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
+    return [first_sentence(text) for text in texts]
+
+
+def profile(args):
+    """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Resumes after a kill."""
+    data, run = load_data(args.run), Path(args.run)
+    items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
+    users = read_jsonl(run / "users.jsonl", "python hnlmrec.py prepare")
+    path = run / "profiles.jsonl"
+    settings = {"data": data["digest"], "profiles": args.profiles, "history": args.history, "new_tokens": args.new_tokens,
+                "llm_rows": args.llm_rows, "llm": llm_digest(args.llm) if args.profiles == "llm" else "", "seed": args.seed}
+    made = {}
+    if path.exists() and not args.force:
+        rows = read_jsonl(path, "python llm_negatives.py profile")
+        old = rows[0].get("settings") if rows else settings
+        if old != settings:
+            differ = [name for name in settings if old.get(name) != settings[name]]
+            fail(f"{path}: made with other settings ({', '.join(differ)}); add --force to `python llm_negatives.py profile` "
+                 "to remake it, or choose another folder")
+        made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+    total = len(items) + len(users)
+    if len(made) == total:
+        return print(f"skip: {path} is up to date")
+
+    indptr, rows = user_rows(data["train"], data["n_users"])
+    generator = torch.Generator().manual_seed(args.seed)
+    histories = []  # drawn for all users in order, so that a resumed run asks for the same items
+    for u in range(data["n_users"]):
+        own = rows[indptr[u]:indptr[u + 1]]
+        histories.append(own[torch.randperm(len(own), generator=generator)[: args.history]].tolist())
+    model = tokenizer = None
+    if args.profiles == "llm":
+        tokenizer = load_tokenizer(args.llm)
+        model = load_llm(args.llm, AutoModelForCausalLM, pick_dtype(args.dtype, args.device), args.device)
+
+    popularity = torch.bincount(data["train"][:, 1], minlength=data["n_items"])
+    limit = args.llm_rows or total
+    chosen_items = set(popularity.argsort(descending=True, stable=True)[:limit].tolist())
+    temporary = path.with_name(".profiles.jsonl.tmp")  # kept lines + new lines; an append below goes to the real file
+    kept = [json.dumps({"settings": settings})] + [json.dumps({"kind": kind, "raw": raw, "profile": text}) for (kind, raw), text in made.items()]
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    progress, written, start = Progress("profile", total, "profiles"), 0, time.time()
+    with open(path, "a", encoding="utf-8") as file:
+
+        def write(kind, raws, texts):
+            for raw, text in zip(raws, texts):
+                made[kind, raw] = text
+                file.write(json.dumps({"kind": kind, "raw": raw, "profile": text}) + "\n")
+            file.flush()
+            progress.update(len(made))
+
+        for kind, group in (("item", items), ("user", users)):
+            todo = [n for n, row in enumerate(group) if (kind, row["raw"]) not in made]
+            by_llm = [n for n in todo if args.profiles == "llm" and (n in chosen_items if kind == "item" else n < limit)]
+            by_template = sorted(set(todo) - set(by_llm))
+            if kind == "item":
+                write(kind, [items[n]["raw"] for n in by_template], [items[n]["text"] for n in by_template])
+                prompts = {n: item_request(items[n]) for n in by_llm}
+            else:
+                titles = [[items[i]["title"] for i in histories[n]] for n in by_template]
+                write(kind, [users[n]["raw"] for n in by_template], ["Likes " + "; ".join(names) + "." for names in titles])
+                prompts = {n: user_request([(items[i]["title"], made["item", items[i]["raw"]]) for i in histories[n]],
+                                           users[n].get("reviews", [])[:2]) for n in by_llm}
+            by_llm.sort(key=lambda n: len(prompts[n]))  # like lengths together: less padding
+            system = ITEM_SYSTEM if kind == "item" else USER_SYSTEM
+            for at in range(0, len(by_llm), args.batch_size):
+                part = by_llm[at:at + args.batch_size]
+                texts = write_texts(model, tokenizer, [chat(tokenizer, system, prompts[n]) for n in part], args.new_tokens)
+                texts = [text or group[n].get("text", "") for n, text in zip(part, texts)]
+                write(kind, [group[n]["raw"] for n in part], texts)
+                written += len(part)
+    print(f"profile: {written} written by the LLM, {total - written} from metadata or an earlier run, {time.time() - start:.0f} s")
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hybrid prompt: text plus soft tokens, in four pieces so that what is shared is computed once
+#   shared instruction | user: profile, user vector | item: title, profile, item vector | ask
+# ---------------------------------------------------------------------------------------------------------------------
+
+INSTRUCTION = "Name a hard negative: an item close to this user's taste that the user would still not choose."
+ASK = "\nHard negative:"
+
+
+class Prompt:
+    """Token ids of the prompt's pieces for one tokenizer. SOFT marks the places of the soft tokens.
+
+    Pieces are tokenized one by one, in training and generation alike, so that a prefix is the same ids for all its items."""
+
+    def __init__(self, tokenizer, n_soft=1, max_tokens=48):
+        self.tokenizer, self.n_soft, self.max_tokens = tokenizer, n_soft, max_tokens
+        head, tail = chat(tokenizer, INSTRUCTION, "<<pieces>>").split("<<pieces>>")
+        self.shared = self.ids(head)
+        self.ask = self.ids(ASK + tail)
+
+    def ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def user(self, text):
+        """profile -> ids, the user's soft tokens at the end."""
+        return self.ids("User: ") + self.ids(text)[: self.max_tokens] + self.ids(" User vector:") + [SOFT] * self.n_soft
+
+    def item(self, text):
+        """title and profile -> ids, with the item's soft tokens and the ask, whose last token is the one that is read."""
+        return (self.ids("\nItem: ") + self.ids(text)[: self.max_tokens] + self.ids(" Item vector:")
+                + [SOFT] * self.n_soft + self.ask)
+
+
+class SoftTokens(nn.Module):
+    """Learned maps R^d -> n_soft * R^H, one for users and one for items, scaled to the LLM's own token-embedding norm.
+
+    CF vectors are standardised first (each dimension, over all users or items): their mean, which every user shares and
+    which is mostly popularity, would otherwise fill the token."""
+
+    def __init__(self, user, item, hidden_size, norm, n_soft=1):
+        super().__init__()
+        self.n_soft = n_soft
+        self.register_buffer("norm", torch.as_tensor(float(norm)))
+        self.register_buffer("mean", torch.stack([user.mean(0), item.mean(0)]))  # (2, d)
+        self.register_buffer("std", torch.stack([user.std(0), item.std(0)]).clamp(min=1e-6))
+        self.maps = nn.ModuleList(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False) for _ in range(2))
+
+    def forward(self, side, vectors):
+        """side 0 users, 1 items; vectors (B, d) -> (B, n_soft, H), each of norm `norm`."""
+        x = self.maps[side]((vectors - self.mean[side]) / self.std[side]).unflatten(-1, (self.n_soft, -1))
+        return F.normalize(x, dim=-1) * self.norm
+
+
+class Head(nn.Module):
+    """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d). mean and std are of the frozen
+    LLM's hidden states: a few of its dimensions are a hundred times larger than the rest and would drown them."""
+
+    def __init__(self, hidden_size, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("std", torch.ones(hidden_size))
+        self.linear = nn.Linear(hidden_size, dim)
+
+    def forward(self, hidden):
+        return self.linear((hidden - self.mean) / self.std)
+
+
+def pad(pieces, device):
+    """List of id lists -> ids (B, L) and mask (B, L) int64, padded on the right."""
+    length = max(map(len, pieces))
+    ids = torch.tensor([piece + [0] * (length - len(piece)) for piece in pieces], device=device)
+    mask = torch.tensor([[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces], device=device)
+    return ids, mask
+
+
+def run_piece(llm, pieces, soft=None, past=None, owner=None):
+    """Run one piece of the prompt on top of what is cached.
+
+    pieces: B id lists; soft (B, n_soft, H) or None, the vectors for the SOFT places; past: (key/value list, mask (P, L0)) of
+    an earlier piece or None; owner (B,): which row of `past` each piece follows.
+    Returns hidden states (B, L, H), mask (B, L), and the new past for (key/values, mask (B, L0 + L)).
+    Padding may sit between the pieces: masks leave it out and positions are counted over real tokens only, so a row's
+    hidden states are those of its own prompt run alone."""
+    device = llm.get_input_embeddings().weight.device
+    ids, mask = pad(pieces, device)
+    x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
+    if soft is not None:
+        x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
+    full, cache = mask, DynamicCache()
+    if past is not None:
+        keys_values, past_mask = past
+        full = torch.cat([past_mask[owner], mask], 1)  # (B, L0 + L)
+        cache = DynamicCache([(keys[owner], values[owner]) for keys, values in keys_values])
+    position = (full.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    out = llm(inputs_embeds=x, attention_mask=full, position_ids=position, past_key_values=cache, use_cache=True)
+    keys_values = [(layer[0], layer[1]) for layer in out.past_key_values]
+    return out.last_hidden_state, mask, (keys_values, full)
+
+
+def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner):
+    """h(u, i): the hidden state of the last prompt token. The one encoder of training and generation.
+
+    user_texts G strings, user_vectors (G, d); item_texts R strings, item_vectors (R, d); owner (R,) int64: which of the G
+    users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair."""
+    device = user_vectors.device
+    _, _, past = run_piece(llm, [prompt.shared])
+    _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], soft_tokens(0, user_vectors), past,
+                           torch.zeros(len(user_texts), dtype=torch.int64, device=device))
+    hidden, mask, _ = run_piece(llm, [prompt.item(text) for text in item_texts], soft_tokens(1, item_vectors), past, owner)
+    last = mask.sum(1) - 1  # the last real token of each row
+    return hidden[torch.arange(len(last), device=device), last].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 2: supervised fine-tuning with InfoNCE against CF-mined hard negatives
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def info_nce(z, candidates, positive, tau, ignore=None):
+    """InfoNCE with one or more positives a row (van den Oord et al., 2018; MIL-NCE, Miech et al., CVPR 2020):
+    -ln( sum_positive exp(s / tau) / sum_{not ignored} exp(s / tau) ), s the cosine.
+
+    z (B, d), candidates (C, d), positive (B, C) bool, ignore (B, C) bool: candidates left out of the sum, the mask against
+    false negatives -> scalar mean over B."""
+    scores = F.normalize(z, dim=-1) @ F.normalize(candidates, dim=-1).T / tau  # (B, C)
+    if ignore is not None:
+        scores = scores.masked_fill(ignore & ~positive, -torch.inf)
+    return (scores.logsumexp(1) - scores.masked_fill(~positive, -torch.inf).logsumexp(1)).mean()
+
+
+class SftTask:
+    """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was mined, the candidates."""
+
+    def __init__(self, data, cf_model, user, item, texts, first, last, seed):
+        self.user, self.item, (self.user_texts, self.item_texts) = user, item, texts
+        self.train = data["train"]
+        self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, M)
+        # centred, so that cosine compares what tells items apart and not the direction that all popular items share
+        self.candidates = item - item.mean(0)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.train), generator=generator)
+        new_user = torch.rand(len(user), generator=generator) < 0.1
+        is_new = new_user[self.train[order, 0].cpu()]
+        known = order[~is_new]
+        n_held = min(256, max(1, len(known) // 10))
+        # two held-back sets of train pairs: new pairs of users that SFT does see, and pairs of users it never sees
+        self.held = {"known users": known[:n_held], "new users": order[is_new][:256]}
+        self.rows = known[n_held:]  # (N,) rows of train that SFT learns from
+        self.generator = generator
+
+    def is_mined(self, rows):
+        """(R, I) bool: the mined hard negatives of each row's user; made for a batch, never for all users at once."""
+        users = self.train[rows, 0]
+        return torch.zeros(len(rows), len(self.item), dtype=torch.bool, device=users.device).scatter_(1, self.mined[users], True)
+
+    def encode(self, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0):
+        """h for rows (R,) of train. drop: '', 'user vector', 'user profile', 'item vector': what the prompt goes without
+        (a vector is replaced by the mean of all, a profile by nothing). profile_dropout: share of the users whose profile
+        is left out at random, so that the LLM cannot lean on recognising a known user's text alone."""
+        u, i = self.train[rows].T
+        users, owner = u.unique(return_inverse=True)
+        blank = torch.rand(len(users), generator=self.generator) < profile_dropout
+        user, item = self.user[users], self.item[i]
+        if drop == "user vector":
+            user = self.user.mean(0) + 0 * user
+        if drop == "item vector":
+            item = self.item.mean(0) + 0 * item
+        return encode(llm, prompt, soft_tokens, ["" if drop == "user profile" or blank[n] else self.user_texts[k] for n, k in enumerate(users)],
+                      user, [self.item_texts[k] for k in i], item, owner)
+
+    def loss(self, z, rows, tau):
+        """InfoNCE over the whole catalogue: positives are u's mined items, everything else pushes away, the item i and u's
+        other train items included."""
+        return info_nce(z, self.candidates, self.is_mined(rows), tau)
+
+    def hit_rate(self, z, rows):
+        """How often the item nearest to z (cosine, whole catalogue) is one mined for the pair's user."""
+        nearest = (F.normalize(z, dim=-1) @ F.normalize(self.candidates, dim=-1).T).argmax(1)
+        return self.is_mined(rows).gather(1, nearest[:, None]).float().mean().item()
+
+    def floors(self, rows):
+        """(uniform chance, popularity floor: the hit rate of the best single item for everybody) on these rows."""
+        mined = self.is_mined(rows).float()
+        return mined.mean().item(), mined.mean(0).max().item()
+
+
+def grouped_batches(users, rows, per_user, groups, generator):
+    """Shuffle rows into batches of `groups` chunks, each chunk up to `per_user` rows of one user, so that a user's prefix
+    is run once for several items. users (N,) of all train rows; rows (R,) -> list of int64 tensors."""
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    rows = rows[users[rows].argsort(stable=True)]
+    chunks = [part for own in rows.split(users[rows].unique_consecutive(return_counts=True)[1].tolist())
+              for part in own.split(per_user)]
+    order = torch.randperm(len(chunks), generator=generator).tolist()
+    return [torch.cat([chunks[k] for k in order[at:at + groups]]) for at in range(0, len(order), groups)]
+
+
+@torch.no_grad()
+def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, batch=64, label=""):
+    """task.encode over many rows, grouped by user -> h (R, H) in the order of `rows`."""
+    order = rows[task.train[rows, 0].argsort(stable=True)]
+    progress = Progress(label, len(order), "pairs") if label else None
+    parts = []
+    for part in order.split(batch):
+        parts.append(task.encode(llm, prompt, soft_tokens, part, drop, profile_dropout))
+        if progress:
+            progress.update(sum(map(len, parts)))
+    back = task.train[rows, 0].argsort(stable=True).argsort()
+    return torch.cat(parts)[back]
+
+
+def fit_head(task, head, hidden, rows, tau, steps=300, lr=3e-3, dropout=0.3, seed=0):
+    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H), so that LoRA starts from a head that already
+    reads what the soft tokens and the text brought (linear probing, then fine-tuning: Kumar et al., ICLR 2022)."""
+    head.mean.copy_(hidden.mean(0))
+    head.std.copy_(hidden.std(0).clamp(min=1e-4))
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    for _ in range(steps):
+        pick = torch.randperm(len(rows), generator=generator, device=hidden.device)[:2048]
+        h = hidden[pick]
+        keep = torch.rand(h.shape, generator=generator, device=h.device) >= dropout
+        loss = task.loss(head(head.mean + (h - head.mean) * keep / (1 - dropout)), rows[pick], tau)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
+    """Print and return hit rates on both held-back sets: {label: {set: rate}}."""
+    result = {}
+    for drop in drops:
+        name = f"{label}, without the {drop}" if drop else label
+        rates = {}
+        for held, rows in task.held.items():
+            if len(rows):
+                hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop)
+                rates[held] = task.hit_rate(head(hidden), rows)
+        result[name] = rates
+        print(f"  hit rate {name:<45}" + "".join(f"{held} {rate:.3f}   " for held, rate in rates.items()), flush=True)
+    return result
+
+
+def finetune(args):
+    """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors."""
+    run, data = Path(args.run), load_data(args.run)
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "force", "device", "command")}
+    settings |= {"data": data["digest"], "llm": llm_digest(args.llm), "cf": require_digest(run / args.cf, "python backbones.py pretrain"),
+                 "profiles": require_digest(run / "profiles.jsonl", "python llm_negatives.py profile")}
+    if up_to_date(run / "sft.safetensors", settings, "python llm_negatives.py finetune", args.force):
+        return
+    torch.manual_seed(args.seed)
+    data["train"] = data["train"].to(args.device)
+    task = load_task(run, data, args.cf, args.mine_first, args.mine_last, args.seed)
+    dtype = pick_dtype(args.dtype, args.device)
+    tokenizer = load_tokenizer(args.llm)
+    llm = load_llm(args.llm, AutoModel, dtype, args.device, args.llm_layers)
+    prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens)
+    hidden_size, table = llm.config.get_text_config().hidden_size, llm.get_input_embeddings().weight
+    soft_tokens = SoftTokens(task.user, task.item, hidden_size, table.float().norm(dim=1).mean(), args.soft_tokens).to(args.device)
+    head = Head(hidden_size, task.item.shape[1]).to(args.device)
+    targets = args.lora_targets.split(",")
+    llm = get_peft_model(llm, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                                         target_modules=targets, init_lora_weights=True))
+    start = time.time()
+    log = {"dtype": str(dtype), "steps": []}
+    chance, popular = task.floors(torch.cat(list(task.held.values())))
+    everything = task.is_mined(task.rows[:1]).sum().item()
+    print(f"finetune: {len(task.rows)} train pairs, {sum(map(len, task.held.values()))} held back; loss at chance "
+          f"ln({len(task.item)}/{everything}) = {math.log(len(task.item) / everything):.3f}; "
+          f"hit-rate floors: uniform {chance:.3f}, popularity {popular:.3f}", flush=True)
+    log |= {"chance_loss": math.log(len(task.item) / everything), "uniform_floor": chance, "popularity_floor": popular}
+    log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "before")
+
+    train_users = task.train[:, 0]
+    batches = grouped_batches(train_users, task.rows, args.items_per_user, args.users_per_step, task.generator)
+    while sum(map(len, batches)) < args.warmup_pairs + args.steps * args.users_per_step * args.items_per_user:
+        batches += grouped_batches(train_users, task.rows, args.items_per_user, args.users_per_step, task.generator)
+    warm = torch.cat(batches)[: args.warmup_pairs]
+    if len(warm):
+        hidden = encode_rows(task, llm, prompt, soft_tokens, warm, profile_dropout=args.profile_dropout, label="warm-up")
+        loss = fit_head(task, head, hidden, warm, args.tau_s, seed=args.seed)
+        print(f"warm-up: head fitted on {len(warm)} pairs of the frozen LLM, loss {loss:.3f}", flush=True)
+        log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
+
+    lora = [p for p in llm.parameters() if p.requires_grad]
+    groups = [{"params": lora, "lr": args.lr}, {"params": [*soft_tokens.parameters(), *head.parameters()], "lr": args.lr_maps}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    ramp = max(1, args.steps // 10)  # linear warm-up, then cosine decay to a tenth
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min((k + 1) / ramp, 0.55 + 0.45 * math.cos(math.pi * min(1.0, k / max(1, args.steps)))))
+    everything = [*lora, *soft_tokens.parameters(), *head.parameters()]
+    progress = Progress("finetune", args.steps, "steps")
+    llm.train()
+    for k in range(args.steps):
+        rows = batches[k % len(batches)]
+        loss = task.loss(head(task.encode(llm, prompt, soft_tokens, rows, "", args.profile_dropout)), rows, args.tau_s)
+        if not torch.isfinite(loss):
+            fail(f"finetune: the loss is {loss.item()} at step {k + 1}; lower --lr (now {args.lr}) or use --dtype fp32")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(everything, 1.0)
+        optimizer.step()
+        schedule.step()
+        log["steps"].append(round(loss.item(), 4))
+        recent = log["steps"][-10:]
+        progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}")
+    llm.eval()
+    log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", ("", "user vector", "user profile", "item vector"))
+
+    temporary = run / f".adapter.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    llm.save_pretrained(temporary)
+    shutil.rmtree(run / "adapter", ignore_errors=True)
+    os.replace(temporary, run / "adapter")
+    save_tensors(run / "sft.safetensors", {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()},
+                                           **{f"head.{k}": v for k, v in head.state_dict().items()}},
+                 {"settings": settings, "adapter": file_digest(run / "adapter" / "adapter_model.safetensors"),
+                  "dim": task.item.shape[1], "dtype": str(dtype).removeprefix("torch."), "log": log, "seconds": time.time() - start})
+    print(f"wrote {run / 'adapter'} and {run / 'sft.safetensors'}, {time.time() - start:.0f} s")
+
+
+def require_digest(path, maker):
+    """The digest of an input file; one clear line when it is not there."""
+    if not Path(path).exists():
+        fail(f"{path}: no such file; make it with `{maker}`")
+    return file_digest(path)
+
+
+def load_task(run, data, cf, first, last, seed):
+    """CF vectors + profiles + mined negatives -> SftTask. Refuses CF vectors that were trained on another split."""
+    model, meta, tensors = load_model(run / cf, f"python backbones.py pretrain --run {run}", data["train"])
+    if meta["settings"]["data"] != data["digest"]:
+        fail(f"{run / cf}: was trained on another data.safetensors; run `python backbones.py pretrain --run {run} --force`")
+    return SftTask(data, model, tensors["user"], tensors["item"], load_profiles(run), first, last, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 3: generation, offline, in shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_sft(run, name, llm, device, lora=True):
+    """The fine-tuned encoder -> (llm, prompt, soft_tokens, head, meta). Refuses an adapter of another LLM or CF width, and
+    one that does not belong to sft.safetensors; an adapter that cannot be loaded is an error, never skipped.
+    lora=False leaves the LLM as it came (with the maps and head of `name`)."""
+    maker = f"python llm_negatives.py finetune --run {run}"
+    tensors, meta = load_tensors(run / name, maker, device)
+    s = meta["settings"]
+    if s["llm"] != llm_digest(llm):
+        fail(f"{run / name}: was fine-tuned on another LLM than --llm {llm}; give that one, or run `{maker} --force`")
+    dtype = getattr(torch, meta["dtype"])
+    model = load_llm(llm, AutoModel, dtype, device, s["llm_layers"])
+    if lora:
+        weights = run / "adapter" / "adapter_model.safetensors"
+        if not weights.exists() or file_digest(weights) != meta["adapter"]:
+            fail(f"{run / 'adapter'}: missing, or not the adapter that {name} was saved with; run `{maker} --force`")
+        try:
+            model = PeftModel.from_pretrained(model, run / "adapter").eval()
+        except Exception as error:
+            fail(f"{run / 'adapter'}: does not fit --llm {llm} ({type(error).__name__}: {str(error)[:200]}); run `{maker} --force`")
+    d, hidden_size = meta["dim"], model.config.get_text_config().hidden_size
+    soft_tokens = SoftTokens(torch.zeros(2, d), torch.zeros(2, d), hidden_size, 1.0, s["soft_tokens"]).to(device)
+    head = Head(hidden_size, d).to(device)
+    for module, prefix in ((soft_tokens, "soft."), (head, "head.")):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return model, Prompt(load_tokenizer(llm), s["soft_tokens"], s["max_tokens"]), soft_tokens.eval(), head.eval(), meta
+
+
+def choose_pairs(train, n_users, per_user, seed):
+    """Up to `per_user` train rows of each user (0: all), the same ones for a seed -> row numbers (n,), sorted by user."""
+    indptr = F.pad(torch.bincount(train[:, 0], minlength=n_users).cumsum(0), (1, 0))
+    key = torch.rand(len(train), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    order = torch.argsort(train[:, 0].double() + key * 0.999)  # by user, random within a user
+    place = torch.arange(len(train)) - indptr[train[order, 0]]
+    chosen = order[place < per_user] if per_user else order
+    return chosen[torch.argsort(train[chosen, 0] * (int(train[:, 1].max()) + 1) + train[chosen, 1])]
+
+
+@torch.no_grad()
+def generate(args):
+    """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) = head(h).
+
+    A shard holds whole users; finished shards are kept when the run goes on after a kill. Memory is flat in the number of
+    pairs: a shard is written when its users are done."""
+    run, data = Path(args.run), load_data(args.run)
+    cf_path = run / args.cf
+    require_digest(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
+    settings = {"data": data["digest"], "cf": require_digest(cf_path, "python backbones.py pretrain"),
+                "sft": file_digest(run / "sft.safetensors"), "profiles": require_digest(run / "profiles.jsonl", "python llm_negatives.py profile"),
+                "pairs_per_user": args.pairs_per_user, "seed": args.seed, "finetune": args.finetune, "shard_pairs": args.shard_pairs,
+                "llm": llm_digest(args.llm)}
+    rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.seed)
+    # shard borders fall between users
+    users = data["train"][rows, 0]
+    ends = torch.cat([(users[1:] != users[:-1]).nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
+    shards, start = [], 0
+    for end in ends.tolist():
+        if end - start >= args.shard_pairs or end == len(rows):
+            shards.append(rows[start:end])
+            start = end
+    paths = [run / f"{args.out}-{n:05d}.safetensors" for n in range(len(shards))]
+    settings["shards"] = len(shards)
+    if args.force:
+        for path in run.glob(f"{args.out}-?????.safetensors"):
+            path.unlink()
+    maker = "python llm_negatives.py generate"
+    stale = [path for path in run.glob(f"{args.out}-?????.safetensors") if read_meta(path, maker).get("settings") != settings]
+    for path in sorted(stale):
+        up_to_date(path, settings, maker)  # ends here, naming what differs
+    todo = [(path, part) for path, part in zip(paths, shards) if not path.exists()]
+    if not todo:
+        return print(f"skip: {len(paths)} shards {args.out}-*.safetensors are up to date")
+    llm, prompt, soft_tokens, head, meta = load_sft(run, "sft.safetensors", args.llm, args.device, lora=args.finetune)
+    if meta["settings"]["cf"] != settings["cf"] or meta["settings"]["data"] != data["digest"]:
+        fail(f"{run / 'sft.safetensors'}: was fine-tuned on other CF vectors or another split; run "
+             f"`python llm_negatives.py finetune --run {run} --force`")
+    if not args.finetune:  # the zero-shot ablation: the LLM as it came, maps as they are before any training
+        torch.manual_seed(args.seed)
+        for module in (soft_tokens.maps[0], soft_tokens.maps[1], head.linear):
+            module.reset_parameters()
+    tensors, _ = load_tensors(cf_path, "python backbones.py pretrain", args.device)
+    if tensors["user"].shape[1] != meta["dim"]:
+        fail(f"{cf_path}: vectors of width {tensors['user'].shape[1]}, the fine-tuned head has {meta['dim']}; run finetune --force")
+    texts = load_profiles(run)
+    train = data["train"].to(args.device)
+    done = len(rows) - sum(len(part) for _, part in todo)
+    progress, begin = Progress("generate", len(rows), "pairs"), time.time()
+    progress.update(done)
+    for path, part in todo:
+        hidden = torch.empty(len(part), head.mean.shape[0], dtype=torch.float16)
+        for at in user_blocks(train[part, 0].cpu(), args.batch_size):
+            hidden[at] = encode_pairs(llm, prompt, soft_tokens, tensors, texts, train[part[at]]).half().cpu()
+            done += len(at)
+            progress.update(done)
+        if not torch.isfinite(hidden).all():
+            fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype fp32 in finetune")
+        vector = head(hidden.to(args.device).float()).half()
+        save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector}, {"settings": settings})
+    made = sum(len(part) for _, part in todo)
+    print(f"generate: {made} pairs in {time.time() - begin:.0f} s; wrote {len(todo)} of {len(paths)} shards {args.out}-*.safetensors")
+
+
+def user_blocks(users, batch):
+    """Cut rows that are sorted by user into blocks of whole users of about `batch` rows -> list of index tensors."""
+    counts = users.unique_consecutive(return_counts=True)[1].tolist()
+    blocks, start, end = [], 0, 0
+    for count in counts:
+        if end - start and end - start + count > batch:
+            blocks.append(torch.arange(start, end))
+            start = end
+        end += count
+    return [*blocks, torch.arange(start, end)]
+
+
+def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs):
+    """encode() for pairs (n, 2), with cf = {user, item vectors} and texts = (user profiles, item texts) -> (n, H)."""
+    users, owner = pairs[:, 0].unique(return_inverse=True)
+    return encode(llm, prompt, soft_tokens, [texts[0][k] for k in users], cf["user"][users],
+                  [texts[1][k] for k in pairs[:, 1]], cf["item"][pairs[:, 1]], owner)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = Parser(prog="llm_negatives.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    def command(name, text, example):
+        p = commands.add_parser(name, help=text, description=text, epilog=f"example: python llm_negatives.py {name} --run runs/demo {example}")
+        p.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
+        p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct", help="local folder or Hugging Face id of a causal LM")
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+        p.add_argument("--seed", type=number(int, 0), default=0, help="decides every random choice of this step")
+        p.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
+        return p
+
+    p = command("profile", "write a text profile of each user and item", "--profiles template")
+    p.add_argument("--profiles", choices=["llm", "template"], default="llm", help="who writes them; template uses metadata alone")
+    p.add_argument("--history", type=number(int, 1), default=4, help="train items quoted in a user's prompt")
+    p.add_argument("--new-tokens", type=number(int, 1), default=40, help="tokens written at most")
+    p.add_argument("--llm-rows", type=number(int, 0), default=0, help="users and items that the LLM writes for, most popular items first; 0: all")
+    p.add_argument("--batch-size", type=number(int, 1), default=64, help="prompts a call")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM")
+
+    p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives", "--steps 100")
+    p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
+    p.add_argument("--llm-layers", type=number(int, 0), default=8, help="keep the first N layers; 0: all")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM")
+    p.add_argument("--mine-first", type=number(int, 1), default=5, help="best rank of the mined band")
+    p.add_argument("--mine-last", type=number(int, 1), default=60, help="last rank of the mined band")
+    p.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
+    p.add_argument("--warmup-pairs", type=number(int, 0), default=1536, help="pairs the head is fitted on before LoRA; 0: none")
+    p.add_argument("--steps", type=number(int, 0), default=60, help="LoRA steps")
+    p.add_argument("--users-per-step", type=number(int, 1), default=8, help="users a step")
+    p.add_argument("--items-per-user", type=number(int, 1), default=4, help="pairs of each user in a step, at most")
+    p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate of LoRA")
+    p.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=1e-3, help="learning rate of soft-token maps and head")
+    p.add_argument("--lora-rank", type=number(int, 1), default=8, help="LoRA r")
+    p.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16, help="LoRA alpha")
+    p.add_argument("--lora-dropout", type=number(float, 0, 1), default=0.05, help="LoRA dropout")
+    p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers with LoRA, by name")
+    p.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.5, help="share of users trained without their profile")
+    p.add_argument("--soft-tokens", type=number(int, 1), default=1, help="soft tokens for each CF vector")
+    p.add_argument("--max-tokens", type=number(int, 1), default=48, help="tokens of a profile at most; longer ones are cut")
+
+    p = command("generate", "write the hard negatives' vectors for the train pairs", "--pairs-per-user 8")
+    p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
+    p.add_argument("--pairs-per-user", type=number(int, 0), default=0, help="train pairs of each user; 0: all")
+    p.add_argument("--no-finetune", dest="finetune", action="store_false", help="zero-shot ablation: the LLM and maps before fine-tuning")
+    p.add_argument("--out", default="negatives", help="first part of the shards' names")
+    p.add_argument("--batch-size", type=number(int, 1), default=96, help="pairs a call")
+    p.add_argument("--shard-pairs", type=number(int, 1), default=2048, help="pairs a shard, at least")
+
+    args = parser.parse_args(argv)
+    {"profile": profile, "finetune": finetune, "generate": generate}[args.command](args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

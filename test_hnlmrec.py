@@ -1,0 +1,702 @@
+"""Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases. `bash run.sh test` runs them."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+
+import backbones
+import eval as evaluation
+import hnlmrec
+import llm_negatives
+
+HERE = Path(__file__).resolve().parent
+N_USERS, N_ITEMS = 12, 30
+
+
+def random_pairs(seed=0, n_users=N_USERS, n_items=N_ITEMS, per_user=8):
+    """(N, 2) pairs without repeats, sorted by user, then item."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.stack([torch.full((per_user,), u), torch.randperm(n_items, generator=generator)[:per_user].sort().values], 1)
+                      for u in range(n_users)])
+
+
+def split_data(seed=0):
+    """train, valid, test of random_pairs: 6, 1 and 1 of each user's 8."""
+    pairs = random_pairs(seed).view(N_USERS, 8, 2)
+    return {"train": pairs[:, :6].reshape(-1, 2), "valid": pairs[:, 6], "test": pairs[:, 7], "n_users": N_USERS, "n_items": N_ITEMS}
+
+
+def rigged(users, items):
+    """An MF whose vectors are given."""
+    model = backbones.MF(len(users), len(items), users.shape[1])
+    model.embedding.data = torch.cat([users, items])
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics and ranking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_hand_worked():
+    hits, relevant = torch.tensor([[True, False, True, False], [False, False, False, False]]), torch.tensor([3, 1])
+    assert evaluation.recall(hits, relevant, 4).tolist() == [2 / 3, 0]
+    assert evaluation.precision(hits, relevant, 4).tolist() == [0.5, 0]
+    assert evaluation.hit_rate(hits, relevant, 4).tolist() == [1, 0]
+    assert evaluation.mrr(hits, relevant, 4).tolist() == [1, 0]
+    dcg, ideal = 1 + 1 / 2, 1 + 1 / math.log2(3) + 1 / 2
+    assert backbones.ndcg(hits, relevant, 4).tolist() == pytest.approx([dcg / ideal, 0])
+    # the ideal list is cut at k: with 3 relevant and k = 2 it holds two
+    assert backbones.ndcg(hits, relevant, 2).tolist() == pytest.approx([1 / (1 + 1 / math.log2(3)), 0])
+    assert evaluation.mrr(torch.tensor([[False, False, True]]), torch.tensor([1]), 3).item() == pytest.approx(1 / 3)
+
+
+def brute_force_metrics(scores, data, k):
+    rows = {}
+    for u, own in enumerate(scores.tolist()):
+        held = [i for v, i in data["test"].tolist() if v == u]
+        if not held:
+            continue
+        seen = {i for name in ("train", "valid") for v, i in data[name].tolist() if v == u}
+        ranked = sorted((i for i in range(len(own)) if i not in seen), key=lambda i: (-own[i], i))[:k]
+        gains = [i in held for i in ranked]
+        dcg = sum(g / math.log2(n + 2) for n, g in enumerate(gains))
+        ideal = sum(1 / math.log2(n + 2) for n in range(min(k, len(held))))
+        first = gains.index(True) + 1 if any(gains) else math.inf
+        rows[u] = {"Recall": sum(gains) / len(held), "NDCG": dcg / ideal, "Precision": sum(gains) / k, "HitRate": float(any(gains)), "MRR": 1 / first}
+    return rows
+
+
+@pytest.mark.parametrize("rounded", [False, True])  # rounded scores are full of ties
+def test_full_ranking_against_brute_force(rounded):
+    data, generator = split_data(), torch.Generator().manual_seed(1)
+    data["test"] = torch.cat([data["test"][2:], torch.tensor([[2, 29]]) if [2, 29] not in random_pairs().tolist() else data["test"][:0]])
+    users, items = torch.randn(N_USERS, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator)
+    if rounded:
+        users, items = users.round(), items.round()
+    ids, values, skipped = evaluation.evaluate(rigged(users, items), data, "test", ks=(3, 10))
+    assert skipped == 2 and ids.tolist() == list(range(2, N_USERS))
+    for k in (3, 10):
+        oracle = brute_force_metrics(users @ items.T, data, k)
+        for name in evaluation.METRICS:
+            assert values[f"{name}@{k}"].tolist() == pytest.approx([oracle[u][name] for u in ids.tolist()])
+
+
+def test_top_k_breaks_ties_by_index():
+    scores = torch.tensor([[1.0, 2, 2, 1, 2, 0, 1]])
+    assert backbones.top_k(scores, 5).tolist() == [[1, 2, 4, 0, 3]]
+    wide = torch.randint(0, 4, (50, 200), generator=torch.Generator().manual_seed(0)).float()
+    oracle = [sorted(range(200), key=lambda i: (-row[i], i))[:20] for row in wide.tolist()]
+    assert backbones.top_k(wide, 20).tolist() == oracle
+
+
+def test_a_user_with_few_unseen_items_gets_no_seen_one():
+    pairs = torch.tensor([[0, i] for i in range(8)])
+    ranked = backbones.rank_unseen(rigged(torch.ones(1, 2), torch.ones(10, 2)), torch.tensor([0]), backbones.user_rows(pairs, 1), 5)
+    assert ranked.tolist() == [[8, 9, -1, -1, -1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dense_adjacency(pairs):
+    a = torch.zeros(N_USERS + N_ITEMS, N_USERS + N_ITEMS)
+    for u, i in pairs.tolist():
+        a[u, N_USERS + i] = a[N_USERS + i, u] = 1
+    degree = a.sum(1)
+    scale = torch.where(degree > 0, degree.clamp(min=1) ** -0.5, 0.0)
+    return torch.diag(scale) @ a @ torch.diag(scale)
+
+
+def test_adjacency_against_dense_formula():
+    pairs = random_pairs()[:40]  # the last users have no edge
+    ours = backbones.normalized_adjacency(pairs, N_USERS, N_ITEMS).to_dense()
+    assert torch.allclose(ours, dense_adjacency(pairs)) and torch.equal(ours, ours.T)
+
+
+def test_lightgcn_against_dense_oracle():
+    pairs = random_pairs()
+    model, a = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 4, pairs, 3), dense_adjacency(pairs)
+    e = model.embedding.detach().clone().requires_grad_()
+    hops = [e, a @ e, a @ a @ e, a @ a @ a @ e]
+    oracle = sum(hops) / 4
+    users, items = model()
+    assert torch.allclose(torch.cat([users, items]), oracle, atol=1e-6)
+    assert torch.allclose(model.pool(model.layers()[0]), users, atol=1e-6)
+    weight = torch.randn(N_USERS + N_ITEMS, 4)
+    (torch.cat([users, items]) * weight).sum().backward()
+    (oracle * weight).sum().backward()
+    assert torch.allclose(model.embedding.grad, e.grad, atol=1e-6)
+
+
+def test_ngcf_against_dense_oracle():
+    pairs = random_pairs()
+    model, a = backbones.build_backbone("ngcf", N_USERS, N_ITEMS, 4, pairs, 2).eval(), dense_adjacency(pairs)
+    x = model.embedding
+    hops = [x]
+    for w1, w2 in zip(model.w1, model.w2):
+        rows = []
+        for node in range(len(x)):  # NGCF eq. 3-4, node by node
+            message = x[node] @ w1.weight.T + w1.bias + w2.bias
+            for other in range(len(x)):
+                message = message + a[node, other] * (x[other] @ w1.weight.T + (x[other] * x[node]) @ w2.weight.T)
+            rows.append(F.leaky_relu(message, 0.2))
+        x = torch.stack(rows)
+        hops.append(F.normalize(x, dim=1))
+    assert torch.allclose(torch.cat(model()), torch.cat(hops, 1), atol=1e-5)
+
+
+def test_ngcf_node_dropout_keeps_both_directions_of_an_edge():
+    model = backbones.NGCF(N_USERS, N_ITEMS, 4, backbones.normalized_adjacency(random_pairs(), N_USERS, N_ITEMS), node_dropout=0.5)
+    full, dropped = model.adjacency.to_dense(), model.dropped_adjacency().to_dense()
+    assert torch.equal(dropped, dropped.T)
+    kept = dropped != 0
+    assert 0.3 < kept.sum() / (full != 0).sum() < 0.7 and torch.allclose(dropped[kept], full[kept] * 2)
+
+
+def test_neumf_ranks_as_it_scores():
+    model = backbones.build_backbone("neumf", N_USERS, N_ITEMS, 8, random_pairs())
+    users, items = model()
+    one_by_one = torch.stack([torch.stack([model.score(u, i) for i in items]) for u in users])
+    assert torch.allclose(model.score_all(users, items), one_by_one, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.75])
+def test_sampler_is_exact(beta):
+    pairs = torch.cat([random_pairs(), torch.tensor([[N_USERS, i] for i in range(N_ITEMS) if i not in (7, 20)])])  # a user with two unseen
+    sampler = backbones.UnseenSampler(pairs, N_USERS + 1, N_ITEMS, beta)
+    popularity = torch.bincount(pairs[:, 1], minlength=N_ITEMS).double()
+    for user in (0, 5, N_USERS):
+        seen = pairs[pairs[:, 0] == user, 1]
+        draws = sampler(torch.full((400,), user), 100, torch.Generator().manual_seed(user)).flatten()
+        assert not torch.isin(draws, seen).any()
+        weight = (popularity + 1) ** beta
+        weight[seen] = 0
+        expected = weight / weight.sum() * len(draws)
+        free = expected > 0
+        chi2 = ((torch.bincount(draws, minlength=N_ITEMS) - expected)[free] ** 2 / expected[free]).sum()
+        degrees = int(free.sum()) - 1
+        assert chi2 < degrees + 4 * math.sqrt(2 * degrees) + 4  # mean + 4 standard deviations, and a little for few degrees
+
+
+def test_a_user_who_has_seen_everything_is_refused():
+    with pytest.raises(SystemExit) as error:
+        backbones.UnseenSampler(torch.tensor([[0, 0], [0, 1], [1, 0]]), 2, 2)
+    assert error.value.code == 2 and "user row 0" in error.value.message
+
+
+def test_dns_and_ahns_against_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    users, items = torch.randn(6, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator)
+    candidates, positives = torch.randint(N_ITEMS, (6, 5), generator=generator), torch.randint(N_ITEMS, (6,), generator=generator)
+    score = rigged(users, items).score
+    s = users @ items.T
+    assert backbones.dns(score, users, items, candidates).tolist() == [max(c, key=lambda j: s[b, j]) for b, c in enumerate(candidates.tolist())]
+    for _ in range(5):
+        for b, j in enumerate(backbones.dns(score, users, items, candidates, top=2).tolist()):
+            assert j in sorted(candidates[b].tolist(), key=lambda c: -s[b, c])[:2]
+    for b, j in enumerate(backbones.ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.5, power=-2.0).tolist()):
+        target = 0.5 * (torch.sigmoid(s[b, positives[b]]) + 1) ** -1
+        assert j == min(candidates[b].tolist(), key=lambda c: abs(torch.sigmoid(s[b, c]) - target))
+
+
+def test_mixgcf_against_loops():
+    pairs, generator = random_pairs(), torch.Generator()
+    model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 4, pairs, 2)
+    user_layers, item_layers = model.layers()
+    u, i = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+    candidates, users = torch.tensor([[6, 7, 8], [9, 10, 11], [12, 13, 14]]), model.pool(user_layers)[u]
+    ours = backbones.mixgcf(users, item_layers, i, candidates, model.pool, generator.manual_seed(3))
+    generator.manual_seed(3)
+    hops = []
+    for k in range(3):
+        share = torch.rand((3, 1), generator=generator)
+        rows = []
+        for b in range(3):
+            mixed = [share[b] * item_layers[i[b], k] + (1 - share[b]) * item_layers[c, k] for c in candidates[b]]
+            rows.append(max(mixed, key=lambda v: float(users[b] @ v)))
+        hops.append(torch.stack(rows))
+    assert torch.allclose(ours, sum(hops) / 3, atol=1e-6)
+
+
+def test_mined_negatives_are_the_band_and_never_train_pairs():
+    data = split_data()
+    model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, data["train"])
+    mined = backbones.mine_hard_negatives(model, data["train"], 2, 6)
+    scores = model()[0] @ model()[1].T
+    for u in range(N_USERS):
+        seen = set(data["train"][data["train"][:, 0] == u, 1].tolist())
+        ranked = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: (-scores[u, i].item(), i))
+        assert mined[u].tolist() == ranked[1:6]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses, projector, mixing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_info_nce_against_direct_sum():
+    generator = torch.Generator().manual_seed(0)
+    z, c = torch.randn(4, 5, generator=generator), torch.randn(9, 5, generator=generator)
+    positive, ignore = torch.zeros(4, 9, dtype=torch.bool), torch.zeros(4, 9, dtype=torch.bool)
+    for b, (pos, ign) in enumerate((([0], []), ([1, 2], [3]), ([8], [0, 1, 2]), ([4, 5, 6], [6]))):
+        positive[b, pos], ignore[b, ign] = True, True
+    total = 0.0
+    for b in range(4):
+        e = [math.exp(float(F.cosine_similarity(z[b], c[k], 0)) / 0.3) for k in range(9)]
+        up = sum(e[k] for k in range(9) if positive[b, k])
+        total -= math.log(up / sum(e[k] for k in range(9) if positive[b, k] or not ignore[b, k]))
+    assert llm_negatives.info_nce(z, c, positive, 0.3, ignore).item() == pytest.approx(total / 4, rel=1e-5)
+    assert llm_negatives.info_nce(z, c, positive, 0.3).item() > total / 4  # the mask leaves terms out of the denominator
+
+
+def test_alignment_against_direct_sum():
+    generator = torch.Generator().manual_seed(0)
+    z, u, i, m = (torch.randn(4, 5, generator=generator) for _ in range(4))
+    ids, tau, total = [0, 1, 0, 2], 0.5, 0.0
+    cos = lambda a, b: float(F.cosine_similarity(a, b, 0))
+    for b in range(4):
+        for side in (u, m):
+            up = math.exp(cos(z[b], side[b]) / tau)
+            rest = sum(math.exp(cos(z[b], side[c]) / tau) for c in range(4) if ids[c] != ids[b])
+            total -= math.log(up / (up + rest + math.exp(cos(z[b], i[b]) / tau)))
+    assert hnlmrec.alignment_loss(z, u, i, m, torch.tensor(ids), tau).item() == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_bpr_is_minus_log_sigmoid():
+    p, n = torch.tensor([0.3, -2.0]), torch.tensor([0.1, 1.0])
+    assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
+
+
+def hnlmrec_parts(alpha, lambda1):
+    """A small model, its projector and a step."""
+    torch.manual_seed(0)
+    train = split_data()["train"]
+    model, hidden = backbones.build_backbone("mf", N_USERS, N_ITEMS, 8, train), torch.randn(len(train), 16).half()
+    projector = hnlmrec.Projector(hidden, 8, width=8)
+    mined = backbones.mine_hard_negatives(model, train, 1, 5)
+    table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
+    step = hnlmrec.make_hnlmrec_step(model, projector, table, hidden, mined, train, alpha=alpha, lambda1=lambda1, tau_c=0.2, reg=0.0,
+                                     k=2, m=1, align_rows=16)
+    return model, projector, step, train
+
+
+def test_bpr_gives_the_projector_no_gradient_and_alignment_does():
+    model, projector, step, train = hnlmrec_parts(alpha=0.5, lambda1=0.0)
+    step(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
+    assert model.embedding.grad.abs().sum() > 0 and all(p.grad is None for p in projector.parameters())
+    _, projector, step, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
+    step(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in projector.named_parameters() if name != "key.bias")
+
+
+def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
+    z, e = torch.randn(3, 4), torch.randn(3, 4)
+    assert torch.equal(hnlmrec.mix(z, e, 0.0), e)
+    only_z = hnlmrec.mix(z, e, 1.0)
+    assert torch.allclose(F.cosine_similarity(only_z, z), torch.ones(3)) and torch.allclose(only_z.norm(dim=1), e.norm(dim=1))
+    model, _, step, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
+    rows, generator = torch.arange(len(train)), torch.Generator().manual_seed(5)
+    ours = step(rows, generator)[0]
+    draw = backbones.UnseenSampler(train, N_USERS, N_ITEMS)
+    j = draw(train[:, 0], 1, torch.Generator().manual_seed(5))[:, 0]
+    users, items = model()
+    s = users @ items.T
+    assert ours.item() == pytest.approx(backbones.bpr_loss(s[train[:, 0], train[:, 1]], s[train[:, 0], j]).item(), rel=1e-6)
+
+
+def test_every_parameter_is_trained():
+    model, projector, step, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
+    before = {name: p.clone() for name, p in [*projector.named_parameters(), *model.named_parameters()]}
+    backbones.fit({"backbone": model, "projector": projector}, step, len(train), lambda: 0.0, epochs=2, batch_size=32, lr=0.01,
+                  eval_every=1, patience=9, seed=0)
+    still = [name for name, p in [*projector.named_parameters(), *model.named_parameters()] if torch.equal(p, before[name])]
+    assert set(still) <= {"key.bias"}  # softmax is blind to a constant in all keys
+
+
+def test_fit_returns_the_best_state_not_the_last():
+    model, _, step, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
+    scores, states = iter([0.1, 0.5, 0.3]), []
+    validate = lambda: states.append(model.embedding.detach().clone()) or next(scores)
+    state, history = backbones.fit({"backbone": model}, step, len(train), validate, epochs=3, batch_size=32, lr=0.1, eval_every=1, patience=9, seed=0)
+    assert torch.equal(state["backbone.embedding"], states[1]) and [h["valid_ndcg@20"] for h in history] == [0.1, 0.5, 0.3]
+
+
+def test_projector_attends_over_the_set():
+    hidden = torch.randn(20, 16)
+    projector = hnlmrec.Projector(hidden, 8, width=8)
+    one, other = hidden[:6].view(2, 3, 16), hidden[:6].view(2, 3, 16).clone()
+    other[0, 2] += 3
+    a, b = projector(one), projector(other)
+    assert not torch.allclose(a[0], b[0]) and torch.equal(a[1], b[1])  # slot 2 informs slot 0 of its own row alone
+    swapped = one[:, [0, 2, 1]]
+    assert torch.allclose(projector(swapped), a, atol=1e-6)  # a set: the order of the others does not matter
+    alone = hnlmrec.Projector(hidden, 8, width=8, attention=False)
+    assert torch.equal(alone(one), alone(other))
+
+
+def test_negative_table_prefers_own_vectors_and_counts_the_rest():
+    train, generated = torch.tensor([[0, 1], [0, 2], [1, 0], [1, 5]]), torch.tensor([[0, 2], [1, 0], [1, 5]])
+    table = hnlmrec.NegativeTable(generated, train, 2, 6)
+    assert table.own == 3
+    chosen = table(torch.tensor([0, 1, 2, 3]), 4, torch.Generator().manual_seed(0))
+    assert chosen[1:, 0].tolist() == [0, 1, 2] and chosen[0].tolist() == [0] * 4 and set(chosen[2:].flatten().tolist()) == {1, 2}
+    with pytest.raises(SystemExit) as error:
+        hnlmrec.NegativeTable(generated[:1], train, 2, 6)
+    assert "no generated negative" in error.value.message
+
+
+def test_fhns_against_loops():
+    data, generator = split_data(), torch.Generator().manual_seed(0)
+    items, pairs = torch.randn(N_ITEMS, 4, generator=generator), data["train"]
+    vectors = torch.randn(len(pairs), 4, generator=generator)
+    ours, hits = evaluation.fhns_of_vectors(pairs, vectors, items, data, N_ITEMS), {1: 0, 10: 0}
+    for (u, _), v in zip(pairs.tolist(), vectors):
+        seen, held = ({i for name in names for w, i in data[name].tolist() if w == u} for names in (["train"], ["valid", "test"]))
+        order = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: -float(F.cosine_similarity(v, items[i], 0)))
+        for k in hits:
+            hits[k] += len(held & set(order[:k])) / k
+    assert ours["FHNS@1"] == pytest.approx(hits[1] / len(pairs)) and ours["FHNS@10"] == pytest.approx(hits[10] / len(pairs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_k_core_against_naive_removal():
+    rng = np.random.default_rng(0)
+    pairs = np.unique(rng.integers(0, [40, 60], (400, 2)), axis=0)
+    left = [tuple(p) for p in pairs]
+    while True:
+        users, items = [u for u, _ in left], [i for _, i in left]
+        smaller = [(u, i) for u, i in left if users.count(u) >= 5 and items.count(i) >= 5]
+        if len(smaller) == len(left):
+            break
+        left = smaller
+    assert [tuple(p) for p in pairs[hnlmrec.k_core(pairs[:, 0], pairs[:, 1], 5)]] == left and left
+
+
+def test_splits():
+    user, item = np.repeat([0, 1], [30, 4]), np.arange(34)
+    part = hnlmrec.split_pairs(user, item, np.zeros(34), "random", 0)
+    assert np.bincount(part[:30]).tolist() == [24, 3, 3] and np.bincount(part[30:]).tolist() == [2, 1, 1]
+    assert (part == hnlmrec.split_pairs(user, item, np.zeros(34), "random", 0)).all()
+    assert (part != hnlmrec.split_pairs(user, item, np.zeros(34), "random", 1)).any()
+    last = hnlmrec.split_pairs(user, item, np.random.default_rng(0).permutation(34).astype(float), "last", 0)
+    seconds = np.random.default_rng(0).permutation(34)
+    for u in (0, 1):
+        own = np.flatnonzero(user == u)[np.argsort(seconds[user == u])]
+        assert last[own[-1]] == 2 and last[own[-2]] == 1 and (last[own[:-2]] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The LLM step, on a tiny random Llama
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory):
+    """A folder with a random Llama of two layers and a byte tokenizer, built here from a config."""
+    folder = tmp_path_factory.mktemp("tiny llm")  # a space in the name, on purpose
+    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_llm):
+    """(llm, prompt, soft_tokens, user vectors, item vectors) on the tiny Llama."""
+    llm = llm_negatives.load_llm(tiny_llm, LlamaModel, torch.float32, "cpu")
+    torch.manual_seed(0)
+    user, item = torch.randn(5, 6), torch.randn(7, 6)
+    norm = llm.get_input_embeddings().weight.norm(dim=1).mean()
+    return llm, llm_negatives.Prompt(llm_negatives.load_tokenizer(tiny_llm), 2), llm_negatives.SoftTokens(user, item, 32, norm, 2), user, item
+
+
+USER_TEXTS = ["likes films", "", "likes long slow films about the sea", "x", "comedies"]
+ITEM_TEXTS = ["Jaws", "Toy Story. Animation", "A", "Titanic. Drama, Romance", "Alien", "Big", "Heat"]
+OWNER = torch.tensor([0, 2, 2, 1, 4, 3, 0])
+
+
+def encode_all(encoder, user=None, item=None):
+    llm, prompt, soft_tokens, users, items = encoder
+    return llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users if user is None else user, ITEM_TEXTS,
+                                items if item is None else item, OWNER)
+
+
+def test_encode_equals_the_whole_prompt_run_alone(encoder):
+    llm, prompt, soft_tokens, users, items = encoder
+    ours = encode_all(encoder)
+    for row, owner in enumerate(OWNER.tolist()):
+        ids = prompt.shared + prompt.user(USER_TEXTS[owner]) + prompt.item(ITEM_TEXTS[row])
+        x = llm.get_input_embeddings()(torch.tensor(ids).clamp(min=0))
+        places = [n for n, token in enumerate(ids) if token == llm_negatives.SOFT]
+        assert len(places) == 4  # two soft tokens for the user, two for the item
+        x[places[:2]], x[places[2:]] = soft_tokens(0, users[owner]), soft_tokens(1, items[row])
+        alone = llm(inputs_embeds=x[None]).last_hidden_state[0, -1]
+        assert F.cosine_similarity(ours[row], alone, 0) > 0.99999 and torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
+
+
+def test_soft_tokens_reach_their_own_rows_alone(encoder):
+    users, items = encoder[3:]
+    base, other_user, other_item = encode_all(encoder), users.clone(), items.clone()
+    other_user[2] += 1
+    other_item[4] += 1
+    changed = (encode_all(encoder, user=other_user) - base).abs().amax(1) > 1e-6
+    assert changed.tolist() == (OWNER == 2).tolist()
+    changed = (encode_all(encoder, item=other_item) - base).abs().amax(1) > 1e-6
+    assert changed.tolist() == [n == 4 for n in range(7)]
+
+
+def test_soft_tokens_have_the_norm_of_token_embeddings(encoder):
+    llm, _, soft_tokens, users, _ = encoder
+    expected = llm.get_input_embeddings().weight.norm(dim=1).mean()
+    assert torch.allclose(soft_tokens(0, users).norm(dim=-1), expected.expand(5, 2))
+
+
+def sft_task(encoder):
+    data = split_data()
+    torch.manual_seed(1)
+    model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 6, data["train"])
+    users, items = model.ego()
+    texts = ([f"user {u}" for u in range(N_USERS)], [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)])
+    return llm_negatives.SftTask(data, model, users.detach(), items.detach(), texts, 2, 6, 0), texts, data
+
+
+def test_training_and_generation_encode_alike(encoder):
+    llm, prompt, soft_tokens = encoder[:3]
+    task, texts, data = sft_task(encoder)
+    rows = torch.tensor([50, 3, 4, 17, 51])
+    in_training = task.encode(llm, prompt, soft_tokens, rows)
+    in_order = llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows, batch=2)
+    generated = llm_negatives.encode_pairs(llm, prompt, soft_tokens, {"user": task.user, "item": task.item}, texts, data["train"][rows])
+    assert torch.allclose(in_training, generated, atol=1e-5) and torch.allclose(in_order, generated, atol=1e-5)
+
+
+def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair(encoder):
+    task, _, data = sft_task(encoder)
+    learned, held = set(task.rows.tolist()), [set(rows.tolist()) for rows in task.held.values()]
+    assert not learned & held[0] and not learned & held[1]
+    new = {data["train"][row, 0].item() for row in held[1]}
+    assert not new & {data["train"][row, 0].item() for row in learned}
+    train_keys = {tuple(pair) for pair in data["train"].tolist()}
+    assert not train_keys & {(u, i) for u, own in enumerate(task.mined.tolist()) for i in own}
+    # hit rate and floors, by loops
+    rows = torch.arange(20)
+    z = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    hits = [max(range(N_ITEMS), key=lambda i: F.cosine_similarity(v, task.candidates[i], 0).item()) in task.mined[data["train"][r, 0]].tolist()
+            for r, v in zip(rows, z)]
+    assert task.hit_rate(z, rows) == pytest.approx(sum(hits) / 20)
+    best = max(sum(i in task.mined[data["train"][r, 0]].tolist() for r in rows) for i in range(N_ITEMS)) / 20
+    assert task.floors(rows) == pytest.approx((5 / N_ITEMS, best))
+
+
+def test_grouped_batches_hold_each_row_once():
+    users = random_pairs()[:, 0]
+    rows = torch.arange(5, 90)
+    batches = llm_negatives.grouped_batches(users, rows, 3, 4, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(batches).tolist()) == rows.tolist()
+    assert all(len(batch) <= 12 and len(users[batch].unique()) <= 4 for batch in batches)
+
+
+def test_first_sentence():
+    assert llm_negatives.first_sentence(" One.\nTwo! And a half") == "One. Two!"
+    assert llm_negatives.first_sentence("no end") == "no end"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real programs, from a ratings file to the report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+PROGRAMS = {"hnlmrec.py": hnlmrec, "backbones.py": backbones, "llm_negatives.py": llm_negatives, "eval.py": evaluation}
+
+
+def cli(script, *args):
+    """Run one of our programs as a user does; returns its output."""
+    done = subprocess.run([sys.executable, str(HERE / script), *map(str, args)], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def refused(script, *args):
+    """Run a program's main() here, without the seconds a new process needs; it must end with status 2 -> its one line."""
+    with pytest.raises(SystemExit) as error:
+        PROGRAMS[script].main([str(arg) for arg in args])
+    assert error.value.code == 2 and "\n" not in error.value.message
+    return error.value.message
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    """A ratings file and an items file: two groups of users, each with its own half of the items."""
+    folder, rng = tmp_path_factory.mktemp("raw data"), np.random.default_rng(0)
+    lines = ["user\titem\trating\ttimestamp"]
+    for u in range(30):
+        for n, i in enumerate(rng.permutation(20)[:12] + 20 * (u % 2)):
+            lines.append(f"u{u}\ti{i}\t{4 + n % 2}\t{n}")
+        lines.append(f"u{u}\ti{(u * 7) % 40}\t1\t99")  # a low rating of an item, to be left out
+    (folder / "interactions.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "items.tsv").write_text("item\ttitle\tkeywords\n" + "".join(f"i{i}\tFilm {i}\tgroup {i // 20}\n" for i in range(40)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(raw, tiny_llm, tmp_path_factory):
+    """A run folder in which every step has been run."""
+    run = tmp_path_factory.mktemp("my runs") / "one"
+    budget = ["--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2]
+    cli("hnlmrec.py", "prepare", "--run", run, "--reviews", raw / "interactions.tsv", "--meta", raw / "items.tsv")
+    cli("backbones.py", "pretrain", *budget, "--sampler", "dns")
+    cli("llm_negatives.py", "profile", "--run", run, "--llm", tiny_llm, "--new-tokens", 4, "--history", 2, "--llm-rows", 10)
+    cli("llm_negatives.py", "finetune", "--run", run, "--llm", tiny_llm, "--llm-layers", 0, "--mine-first", 1, "--mine-last", 5,
+        "--warmup-pairs", 64, "--steps", 3, "--dtype", "fp32")
+    cli("llm_negatives.py", "generate", "--run", run, "--llm", tiny_llm, "--pairs-per-user", 3, "--shard-pairs", 40)
+    cli("hnlmrec.py", "train", *budget, "--mine-first", 1, "--mine-last", 5)
+    cli("backbones.py", "pretrain", *budget, "--out", "model-rns.safetensors")
+    cli("eval.py", "report", "--run", run)
+    return run
+
+
+def test_pipeline_makes_every_file(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics["methods"]) == {"hnlmrec", "rns"}
+    assert all(0 <= row["NDCG@20"] <= 1 for row in metrics["methods"].values())
+    assert "HNLMRec, generated" in (finished / "report.md").read_text()
+    assert len(list(finished.glob("negatives-*.safetensors"))) == 3
+    tensors, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
+    assert tensors["hidden"].dtype == torch.float16 and tensors["hidden"].shape == (len(tensors["pairs"]), 32)
+    data = backbones.load_data(finished)
+    assert set(map(tuple, tensors["pairs"].tolist())) <= set(map(tuple, data["train"].tolist()))
+    assert "recommended:" in cli("eval.py", "recommend", "--run", finished, "--user", "u3", "--k", 3)
+
+
+def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
+    """The adapter is really in: the shard equals encode() with adapter/ loaded, and differs from the bare LLM."""
+    cf, texts = backbones.load_tensors(finished / "cf.safetensors", "pretrain")[0], llm_negatives.load_profiles(finished)
+    shard, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
+    with torch.no_grad():
+        for lora in (True, False):
+            llm, prompt, soft_tokens, head, _ = llm_negatives.load_sft(finished, "sft.safetensors", tiny_llm, "cpu", lora)
+            hidden = llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts, shard["pairs"])
+            assert torch.allclose(hidden, shard["hidden"].float(), atol=2e-3) == lora
+            if lora:
+                assert torch.allclose(head(shard["hidden"].float()), shard["vector"].float(), atol=1e-2)
+
+
+def test_a_finished_step_is_skipped_and_a_changed_one_refused(finished, raw):
+    before = (finished / "cf.safetensors").read_bytes()
+    budget = ["--run", finished, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--sampler", "dns"]
+    assert "skip:" in cli("backbones.py", "pretrain", *budget)
+    assert "seed=0, now seed=1" in refused("backbones.py", "pretrain", *budget, "--seed", 1)
+    assert "made with" in refused("hnlmrec.py", "prepare", "--run", finished, "--reviews", raw / "interactions.tsv", "--seed", 3)
+    assert (finished / "cf.safetensors").read_bytes() == before
+
+
+def test_generation_goes_on_where_it_was_killed(finished, tiny_llm):
+    shards = sorted(finished.glob("negatives-*.safetensors"))
+    whole = [path.read_bytes() for path in shards]
+    shards[1].unlink()
+    again = ["generate", "--run", finished, "--llm", tiny_llm, "--pairs-per-user", 3, "--shard-pairs", 40]
+    assert "missing" not in cli("llm_negatives.py", *again)
+    assert [path.read_bytes() for path in shards] == whole
+    assert "skip:" in cli("llm_negatives.py", *again)
+
+
+def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
+    import shutil
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    other = tmp_path / "other llm"
+    shutil.copytree(tiny_llm, other)
+    torch.manual_seed(9)
+    LlamaForCausalLM.from_pretrained(tiny_llm).apply(lambda m: m.reset_parameters() if isinstance(m, torch.nn.Linear) else None).save_pretrained(other)
+    generate = ["generate", "--run", run, "--pairs-per-user", 3, "--shard-pairs", 40]
+    for path in run.glob("negatives-*"):
+        path.unlink()
+    assert "another LLM" in refused("llm_negatives.py", *generate, "--llm", other)
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+    assert "adapter" in refused("llm_negatives.py", *generate, "--llm", tiny_llm)
+    for path in finished.glob("negatives-*"):
+        shutil.copy(path, run)
+    tensors, meta = backbones.load_tensors(run / "data.safetensors", "prepare")
+    tensors["valid"], tensors["test"] = tensors["test"], tensors["valid"]
+    backbones.save_tensors(run / "data.safetensors", tensors, meta)
+    budget = ["--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--out", "new.safetensors"]
+    assert "another split" in refused("hnlmrec.py", "train", *budget)
+    assert "another data" in refused("eval.py", "report", "--run", run)
+    (run / "cf.safetensors").write_bytes((run / "cf.safetensors").read_bytes()[:500])
+    assert "not a readable file" in refused("llm_negatives.py", "finetune", "--run", run, "--llm", tiny_llm, "--force")
+
+
+def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
+    import shutil
+    run = tmp_path / "twin"
+    shutil.copytree(finished, run)
+    (run / "model-hnlmrec.safetensors").unlink()
+    cli("hnlmrec.py", "train", "--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5)
+    a, b = (backbones.load_tensors(folder / "model-hnlmrec.safetensors", "train")[0] for folder in (finished, run))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
+    """Swap valid and test for other pairs: profiles' requests, mined items and CF vectors stay the same."""
+    data = backbones.load_data(finished)
+    model, _, _ = backbones.load_model(finished / "cf.safetensors", "pretrain", data["train"])
+    texts = llm_negatives.load_profiles(finished)
+    other = {**data, "valid": data["valid"][:1], "test": data["test"][:1]}
+    users, items = (v.detach() for v in model())
+    one, two = (llm_negatives.SftTask(d, model, users, items, texts, 1, 5, 0) for d in (data, other))
+    assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
+
+
+@pytest.mark.parametrize("lines, message", [
+    (["user\trating", "a\t5"], "no column 'item'"),
+    (["user\titem\trating", "a\tb\tfive"], "line 2"),
+    (["user\titem\trating", "a\tb"], "line 2 has 2 fields"),
+    (["user\titem\trating", "a\tb\t5"], "nothing is left"),
+    (["user\titem"] + [f"{u}\t{i}" for u in "abcdef" for i in range(6)], "no rating column"),
+])
+def test_bad_ratings_files(tmp_path, lines, message):
+    path = tmp_path / "bad.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    assert message in refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", "--reviews", path)
+    assert not (tmp_path / "run" / "data.safetensors").exists()
+
+
+def test_a_user_with_two_items_is_refused(tmp_path):
+    path = tmp_path / "few.tsv"
+    path.write_text("user\titem\trating\n" + "".join(f"a\t{i}\t5\n" for i in range(5)) + "b\t1\t5\nb\t2\t5\n")
+    assert "a split needs 3" in refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", "--reviews", path, "--k-core", 1)
+
+
+@pytest.mark.parametrize("script, args", [
+    ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]), ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--n", "20"]), ("eval.py", ["report", "--run", "no such folder"]),
+    ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]), ("llm_negatives.py", ["profile", "--run", "no such folder"]),
+])
+def test_bad_flags_end_in_one_line(script, args):
+    refused(script, *args)
