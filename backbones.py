@@ -178,6 +178,12 @@ def user_rows(pairs, n_users):
     return indptr, pairs[order, 1]
 
 
+def take(table, index):
+    """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that adds in a fixed order: the one
+    of plain indexing adds from many threads at once on a CPU, so two runs with one seed would drift apart."""
+    return F.embedding(index, table)
+
+
 def load_data(run):
     """Read runs/NAME/data.safetensors.
 
@@ -271,7 +277,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
         with torch.no_grad():  # choose first, then rebuild the chosen one alone: backward never sees (B, M, d)
             # the positive's part of the mix is the same for all candidates, so it cannot change which one is highest
             best = torch.einsum("bd,bmd->bm", query, layer[candidates]).argmax(1, keepdim=True)  # (B, 1)
-        hops.append(share * layer[positives] + (1 - share) * layer[candidates.gather(1, best)[:, 0]])
+        hops.append(share * take(layer, positives) + (1 - share) * take(layer, candidates.gather(1, best)[:, 0]))
     return pool(torch.stack(hops, 1))
 
 
@@ -592,22 +598,22 @@ def make_step(model, sampler, pairs, *, reg, m=16, n=1, beta=0.75):
         candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
-            users, items = model.pool(user_layers[u]), model.pool(item_layers[i])
+            users, items = take(model.pool(user_layers), u), take(model.pool(item_layers), i)
             negatives = mixgcf(users, item_layers, i, candidates, model.pool, generator)
             j = candidates[:, 0]
         else:
             user_vectors, item_vectors = model()
-            users, items = user_vectors[u], item_vectors[i]
+            users, items = take(user_vectors, u), take(item_vectors, i)
             if sampler == "dns":
                 j = dns(model.score, users, item_vectors, candidates, n, generator)
             elif sampler == "ahns":
                 j = ahns(model.score, users, item_vectors, i, candidates)
             else:
                 j = candidates[:, 0]
-            negatives = item_vectors[j]
+            negatives = take(item_vectors, j)
         ego_users, ego_items = model.ego()
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
-        return bpr + reg * l2_loss(ego_users[u], ego_items[i], ego_items[j]), {"bpr": bpr.item()}
+        return bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j)), {"bpr": bpr.item()}
 
     return step
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import (Parser, UnseenSampler, add_training_flags, bpr_loss, build_backbone, dns, fail, file_digest, fit, l2_loss,
-                       load_data, load_tensors, mine_hard_negatives, number, run_cli, save_tensors, up_to_date,
+                       load_data, load_tensors, mine_hard_negatives, number, run_cli, save_tensors, take, up_to_date,
                        validation_ndcg, load_model, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,6 +47,7 @@ def open_text(path, encoding="utf-8"):
 def table_rows(path, sep="\t", columns=None, encoding="utf-8"):
     """Rows of a delimited file as dicts. columns: the names, when the file has no header line. RecBole's header types
     (`user_id:token`) are dropped. A tab-separated file has no quoting; a comma-separated one follows the csv rules."""
+    csv.field_size_limit(2**31 - 1)  # a review can be longer than the csv module's own limit
     with open_text(path, encoding) as file:
         if len(sep) > 1:  # MovieLens 1M's "::"
             reader = (line.rstrip("\r\n").split(sep) for line in file)
@@ -83,16 +84,24 @@ def join_text(*parts, limit=400):
     return ". ".join(part for part in map(clean, parts) if part)[:limit]
 
 
-# format: (row reader for interactions, its column names: user, item, rating, time, text; reader for items, item -> fields)
-# time: a function from the column's text to seconds
+def recbole_fields(row):
+    """Title and text of a row of a RecBole .item file, whose columns differ from dataset to dataset."""
+    name = next((column for column in ("movie_title", "title", "name") if column in row), None)
+    if name is None:
+        raise KeyError("title")
+    title = f"{row[name]} ({row['release_year']})" if row.get("release_year") else row[name]
+    return clean(title), join_text(*(value for column, value in row.items() if column not in ("item_id", name, "release_year")))
+
+
+# rows: reads the interactions; columns: the names of user, item, rating, time, text; time: that column's value -> seconds;
+# meta: reads the items; item: the name of the id; fields: row -> (title, text)
 FORMATS = {
     "table": dict(rows=lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"),
                   columns=("user", "item", "rating", "timestamp", "text"), time=float,
                   meta=lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"), item="item",
                   fields=lambda r: (r["title"], join_text(*[v for k, v in r.items() if k not in ("item", "title")]))),
     "recbole": dict(rows=table_rows, columns=("user_id", "item_id", "rating", "timestamp", None), time=float,
-                    meta=table_rows, item="item_id",
-                    fields=lambda r: (f"{r['movie_title']} ({r['release_year']})", clean(r.get("class")))),
+                    meta=table_rows, item="item_id", fields=lambda r: recbole_fields(r)),
     "ml-100k": dict(rows=lambda p: table_rows(p, "\t", ["user", "item", "rating", "time"]),
                     columns=("user", "item", "rating", "time", None), time=float,
                     meta=lambda p: table_rows(p, "|", ["item", "title", "date", "video", "url", *ML100K_GENRES], "latin-1"),
@@ -129,8 +138,8 @@ PRESETS = {
 }
 
 
-def interactions(path, fmt, with_text=False):
-    """(user, item, rating, seconds, text) of each row; rating and seconds are NaN where the file has none.
+def interactions(path, fmt):
+    """(user, item, rating, seconds, text) of each row; rating and seconds are NaN, text None, where the file has none.
 
     Raises SystemExit2 for a missing column or a value that is no number, naming the file and the line."""
     form = FORMATS[fmt]
@@ -146,7 +155,7 @@ def interactions(path, fmt, with_text=False):
         except (ValueError, TypeError):
             fail(f"{path}: line {n}: {rating_c} {row.get(rating_c)!r} or {time_c} {row.get(time_c)!r} is not a value; "
                  "mend that line")
-        yield str(row[user_c]), str(row[item_c]), rating, seconds, (clean(row.get(text_c)) if with_text and text_c else "")
+        yield str(row[user_c]), str(row[item_c]), rating, seconds, row.get(text_c)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,11 +353,11 @@ def read_reviews(path, fmt, raw_users, raw_items, train, per_user, limit=200):
         return {}
     u, i = {raw: n for n, raw in enumerate(raw_users)}, {raw: n for n, raw in enumerate(raw_items)}
     keys, texts = set((train[:, 0] * len(raw_items) + train[:, 1]).tolist()), {}
-    for user, item, _, _, text in interactions(path, fmt, with_text=True):
+    for user, item, _, _, text in interactions(path, fmt):
         if text and user in u and item in i and u[user] * len(raw_items) + i[item] in keys:
             own = texts.setdefault(u[user], [])
             if len(own) < per_user:
-                own.append(text[:limit])
+                own.append(clean(text)[:limit])
     return texts
 
 
@@ -477,18 +486,18 @@ def make_hnlmrec_step(model, projector, table, hidden, mined, pairs, *, alpha, l
     def step(rows, generator):
         u, i = pairs[rows].T
         user_vectors, item_vectors = model()
-        users, items = user_vectors[u], item_vectors[i]
+        users, items = take(user_vectors, u), take(item_vectors, i)
         candidates = draw(u, m, generator)  # (B, M)
         j = dns(model.score, users, item_vectors, candidates, 1, generator) if m > 1 else candidates[:, 0]
         z = projector(hidden[table(rows, k, generator)])  # (B, D)
-        bpr = bpr_loss(model.score(users, items), model.score(users, mix(z, item_vectors[j], alpha)))
+        bpr = bpr_loss(model.score(users, items), model.score(users, mix(z, take(item_vectors, j), alpha)))
         ego_users, ego_items = model.ego()
-        loss = bpr + reg * l2_loss(ego_users[u], ego_items[i], ego_items[j])
+        loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         logs = {"bpr": bpr.item()}
         if lambda1:
             a = slice(0, align_rows)
             pick = torch.randint(mined.shape[1], (len(u[a]),), generator=generator, device=u.device)
-            align = alignment_loss(z[a], users[a], items[a], item_vectors[mined[u[a], pick]], u[a], tau_c)
+            align = alignment_loss(z[a], users[a], items[a], take(item_vectors, mined[u[a], pick]), u[a], tau_c)
             loss = loss + lambda1 * align
             logs["align"] = align.item()
         return loss, logs

@@ -71,6 +71,7 @@ def load_llm(llm, cls, dtype, device, layers=0):
     the rest is neither loaded nor run. cls: AutoModel (hidden states, no logits) or AutoModelForCausalLM."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments inside the libraries, not the user's to mend
     try:
         model = cls.from_pretrained(llm, dtype=dtype, **({"num_hidden_layers": layers} if layers else {}))
     except Exception as error:
@@ -254,11 +255,14 @@ def profile(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hybrid prompt: text plus soft tokens, in four pieces so that what is shared is computed once
-#   shared instruction | user: profile, user vector | item: title, profile, item vector | ask
+#   shared instruction | user: profile | item: title and profile | ask, with the item vector and the user vector
+# The user vector comes last, so that the hidden state that is read, of the last token, starts from e_u itself and gathers the
+# item and the texts by attention. Measured on ML-100K, frozen LLM of 8 layers, a head fitted on 3,000 pairs: e_u of users
+# unseen in fitting is read back linearly from h with R2 .39, and the nearest item is a mined one for .93 of held-back pairs;
+# with each vector after its own text, as in "User: … [vector] Item: … [vector]", R2 .03 and .78.
 # ---------------------------------------------------------------------------------------------------------------------
 
 INSTRUCTION = "Name a hard negative: an item close to this user's taste that the user would still not choose."
-ASK = "\nHard negative:"
 
 
 class Prompt:
@@ -270,19 +274,19 @@ class Prompt:
         self.tokenizer, self.n_soft, self.max_tokens = tokenizer, n_soft, max_tokens
         head, tail = chat(tokenizer, INSTRUCTION, "<<pieces>>").split("<<pieces>>")
         self.shared = self.ids(head)
-        self.ask = self.ids(ASK + tail)
+        soft = [SOFT] * n_soft
+        self.ask = self.ids(tail + "Item vector:") + soft + self.ids(" User vector:") + soft
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def user(self, text):
-        """profile -> ids, the user's soft tokens at the end."""
-        return self.ids("User: ") + self.ids(text)[: self.max_tokens] + self.ids(" User vector:") + [SOFT] * self.n_soft
+        """profile -> ids."""
+        return self.ids("User: ") + self.ids(text)[: self.max_tokens]
 
     def item(self, text):
-        """title and profile -> ids, with the item's soft tokens and the ask, whose last token is the one that is read."""
-        return (self.ids("\nItem: ") + self.ids(text)[: self.max_tokens] + self.ids(" Item vector:")
-                + [SOFT] * self.n_soft + self.ask)
+        """title and profile -> ids, followed by the ask, whose last token is the one that is read."""
+        return self.ids("\nItem: ") + self.ids(text)[: self.max_tokens] + self.ask
 
 
 class SoftTokens(nn.Module):
@@ -358,9 +362,10 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair."""
     device = user_vectors.device
     _, _, past = run_piece(llm, [prompt.shared])
-    _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], soft_tokens(0, user_vectors), past,
+    _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], None, past,
                            torch.zeros(len(user_texts), dtype=torch.int64, device=device))
-    hidden, mask, _ = run_piece(llm, [prompt.item(text) for text in item_texts], soft_tokens(1, item_vectors), past, owner)
+    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)  # (R, 2 n_soft, H)
+    hidden, mask, _ = run_piece(llm, [prompt.item(text) for text in item_texts], soft, past, owner)
     last = mask.sum(1) - 1  # the last real token of each row
     return hidden[torch.arange(len(last), device=device), last].float()
 
@@ -532,6 +537,7 @@ def finetune(args):
     while sum(map(len, batches)) < args.warmup_pairs + args.steps * args.users_per_step * args.items_per_user:
         batches += grouped_batches(train_users, task.rows, args.items_per_user, args.users_per_step, task.generator)
     warm = torch.cat(batches)[: args.warmup_pairs]
+    batches = torch.cat(batches)[args.warmup_pairs:].split(args.users_per_step * args.items_per_user)  # LoRA goes on from there
     if len(warm):
         hidden = encode_rows(task, llm, prompt, soft_tokens, warm, profile_dropout=args.profile_dropout, label="warm-up")
         loss = fit_head(task, head, hidden, warm, args.tau_s, seed=args.seed)
@@ -748,17 +754,17 @@ def main(argv=None):
     p.add_argument("--mine-first", type=number(int, 1), default=5, help="best rank of the mined band")
     p.add_argument("--mine-last", type=number(int, 1), default=60, help="last rank of the mined band")
     p.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
-    p.add_argument("--warmup-pairs", type=number(int, 0), default=1536, help="pairs the head is fitted on before LoRA; 0: none")
+    p.add_argument("--warmup-pairs", type=number(int, 0), default=2048, help="pairs the head is fitted on before LoRA; 0: none")
     p.add_argument("--steps", type=number(int, 0), default=60, help="LoRA steps")
-    p.add_argument("--users-per-step", type=number(int, 1), default=8, help="users a step")
-    p.add_argument("--items-per-user", type=number(int, 1), default=4, help="pairs of each user in a step, at most")
+    p.add_argument("--users-per-step", type=number(int, 1), default=16, help="users a step")
+    p.add_argument("--items-per-user", type=number(int, 1), default=2, help="pairs of each user in a step, at most")
     p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate of LoRA")
-    p.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=1e-3, help="learning rate of soft-token maps and head")
+    p.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=3e-4, help="learning rate of soft-token maps and head")
     p.add_argument("--lora-rank", type=number(int, 1), default=8, help="LoRA r")
     p.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16, help="LoRA alpha")
     p.add_argument("--lora-dropout", type=number(float, 0, 1), default=0.05, help="LoRA dropout")
     p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers with LoRA, by name")
-    p.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.5, help="share of users trained without their profile")
+    p.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.2, help="share of users trained without their profile")
     p.add_argument("--soft-tokens", type=number(int, 1), default=1, help="soft tokens for each CF vector")
     p.add_argument("--max-tokens", type=number(int, 1), default=48, help="tokens of a profile at most; longer ones are cut")
 

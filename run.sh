@@ -99,7 +99,7 @@ OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || tru
 PROFILE=(--new-tokens 24 --history 4) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=()
 [[ $BACKBONE != mf ]] || TRAIN+=(--lr 5e-3)
 if [[ $FAST == 1 ]]; then
-  PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 768 --steps 8) GENERATE=(--pairs-per-user 2)
+  PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
   TRAIN+=(--epochs 20 --eval-every 5)
 fi
 BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")

@@ -1,9 +1,12 @@
 """Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases. `bash run.sh test` runs them."""
 
+import gzip
 import json
 import math
+import shutil
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -406,6 +409,98 @@ def test_splits():
         assert last[own[-1]] == 2 and last[own[-2]] == 1 and (last[own[:-2]] == 0).all()
 
 
+def write_lines(path, lines, encoding="utf-8"):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding=encoding) as file:
+        file.write("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+# format -> interactions file, its lines for (user a, item x, 4.5 stars, 2016-03-01 00:00 UTC, "fine"), items file, its lines for x
+SAMPLES = {
+    "table": ("r.csv.gz", ["user,item,rating,timestamp,text", 'a,x,4.5,1456790400,"fine, ""really"""'], "i.csv",
+              ["item,title,keywords", 'x,"Sea, The",waves'], ("Sea, The", "waves"), 'fine, "really"'),
+    "recbole": ("r.inter", ["user_id:token\titem_id:token\trating:float\ttimestamp:float", "a\tx\t4.5\t1456790400"], "i.item",
+                ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq", "x\tSea\t1990\tDrama War"], ("Sea (1990)", "Drama War"), None),
+    "ml-100k": ("u.data", ["a\tx\t4.5\t1456790400"], "u.item", ["x|Séa (1990)|01-Jan-1990||http|0|1|0|0|0|1" + "|0" * 13],
+                ("Séa (1990)", "Action, Comedy"), None),
+    "ml-1m": ("ratings.dat", ["a::x::4.5::1456790400"], "movies.dat", ["x::Séa (1990)::Action|Drama"], ("Séa (1990)", "Action, Drama"), None),
+    "ml-latest": ("ratings.csv", ["userId,movieId,rating,timestamp", "a,x,4.5,1456790400"], "movies.csv",
+                  ["movieId,title,genres", 'x,"Sea, The (1990)",Action|Drama'], ("Sea, The (1990)", "Action, Drama"), None),
+    "amazon2018": ("r.json.gz", [{"reviewerID": "a", "asin": "x", "overall": 4.5, "unixReviewTime": 1456790400, "reviewText": "fine"}],
+                   "m.json.gz", [{"asin": "x", "title": "Sea <b>Game</b>", "brand": "B", "category": ["Toys", "Games", "Board"], "description": ["Fun.", "Long"]}],
+                   ("Sea Game", "B. Games, Board. Fun., Long"), "fine"),
+    "amazon2023": ("r.jsonl.gz", [{"user_id": "a", "parent_asin": "x", "rating": 4.5, "timestamp": 1456790400000, "text": "fine"}],
+                   "m.jsonl", [{"parent_asin": "x", "title": "Sea", "store": "B", "categories": ["Toys", "Games"], "description": []}],
+                   ("Sea", "B. Toys, Games"), "fine"),
+    "yelp": ("review.json", [{"user_id": "a", "business_id": "x", "stars": 4.5, "date": "2016-03-01 00:00:00", "text": "fine"}],
+             "business.json", [{"business_id": "x", "name": "Sea", "city": "Rome", "categories": "Food, Fish"}], ("Sea", "Rome. Food, Fish"), "fine"),
+}
+
+
+@pytest.mark.parametrize("fmt", list(SAMPLES))
+def test_readers_hand_worked(fmt, tmp_path):
+    name, lines, meta, meta_lines, fields, text = SAMPLES[fmt]
+    encoding = "latin-1" if fmt in ("ml-1m", "ml-100k") else "utf-8"
+    rows = list(hnlmrec.interactions(write_lines(tmp_path / name, lines), fmt))
+    assert rows == [("a", "x", 4.5, 1456790400.0, text)]
+    items = hnlmrec.read_items(write_lines(tmp_path / meta, meta_lines, encoding), fmt, ["w", "x"])
+    assert items[1] == {"raw": "x", "title": fields[0], "text": fields[1], "known": True}
+    assert items[0] == {"raw": "w", "title": "Item w", "text": "", "known": False}
+
+
+def test_presets_filter_as_the_paper_does(tmp_path):
+    """Toys: stars >= 4, 2015-01-01 <= day < 2018-01-01, 10-core; flags given beside the preset win."""
+    day = lambda text: int(datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp())
+    rows = [{"reviewerID": f"u{u}", "asin": f"i{i}", "overall": 4.0, "unixReviewTime": day("2016-01-01")} for u in range(12) for i in range(11)]
+    rows += [{"reviewerID": "u0", "asin": "late", "overall": 5.0, "unixReviewTime": day("2018-01-01")}] * 12
+    rows += [{"reviewerID": f"u{u}", "asin": "early", "overall": 5.0, "unixReviewTime": day("2014-12-31")} for u in range(12)]
+    rows += [{"reviewerID": f"u{u}", "asin": "bad", "overall": 3.0, "unixReviewTime": day("2016-01-01")} for u in range(12)]
+    rows += [{"reviewerID": f"u{u}", "asin": "edge", "overall": 5.0, "unixReviewTime": day("2015-01-01")} for u in range(12)]
+    rows += [{"reviewerID": "few", "asin": f"i{i}", "overall": 5.0, "unixReviewTime": day("2016-01-01")} for i in range(9)]
+    path = write_lines(tmp_path / "Toys.json.gz", rows)
+    output = cli("hnlmrec.py", "prepare", "--run", tmp_path / "a", "--preset", "toys", "--reviews", path)
+    assert "users 22,338" in output and "users 12   items 12   pairs 144" in output  # the published figures stand beside ours
+    output = cli("hnlmrec.py", "prepare", "--run", tmp_path / "b", "--preset", "toys", "--reviews", path, "--k-core", 9, "--min-rating", 3)
+    assert "users 13   items 13   pairs 165" in output
+
+
+def test_reviews_are_those_of_train_pairs_alone(tmp_path):
+    rows = [{"reviewerID": f"u{u}", "asin": f"i{i}", "overall": 5.0, "unixReviewTime": i, "reviewText": f"u{u} on i{i}"} for u in range(6) for i in range(10)]
+    run = tmp_path / "run"
+    cli("hnlmrec.py", "prepare", "--run", run, "--format", "amazon2018", "--reviews", write_lines(tmp_path / "r.json", rows), "--reviews-per-user", 99)
+    data = backbones.load_data(run)
+    for u, line in enumerate((run / "users.jsonl").read_text().splitlines()):
+        user = json.loads(line)
+        own = sorted(data["train"][data["train"][:, 0] == u, 1].tolist())
+        assert sorted(user["reviews"]) == sorted(f"{user['raw']} on i{i}" for i in own) and len(own) == 8
+
+
+def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
+    parts = {"train": [("a", "x"), ("b", "y")], "valid": [("a", "y")], "test": [("b", "x"), ("a", "z")]}
+    flags = []
+    for name, pairs in parts.items():
+        flags += [f"--{name}-file", write_lines(tmp_path / f"{name}.tsv", ["user\titem", *map("\t".join, pairs)])]
+    run = tmp_path / "run"
+    cli("hnlmrec.py", "prepare", "--run", run, *flags)
+    tensors, _ = backbones.load_tensors(run / "data.safetensors", "prepare")
+    for name, pairs in parts.items():
+        assert {("ab"[u], "xyz"[i]) for u, i in tensors[name].tolist()} == set(pairs)
+    write_lines(tmp_path / "test.tsv", ["user\titem", "a\tx"])
+    assert "another part" in refused("hnlmrec.py", "prepare", "--run", tmp_path / "other", *flags)
+
+
+def test_of_repeated_pairs_the_latest_counts_and_ids_do_not_depend_on_the_files_order(tmp_path):
+    lines = [f"{u}\t{i}\t5\t{t}" for t, (u, i) in enumerate((u, i) for u in range(5) for i in range(5))]
+    again = [*lines, "0\t0\t5\t999"]
+    for name, rows in (("a", again), ("b", again[::-1])):
+        path = write_lines(tmp_path / "r.tsv", ["user\titem\trating\ttimestamp", *rows])
+        cli("hnlmrec.py", "prepare", "--run", tmp_path / name, "--reviews", path, "--split", "last")
+    one, two = (backbones.load_tensors(tmp_path / name / "data.safetensors", "prepare")[0] for name in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [0, 0] in one["test"].tolist() and len(torch.cat(list(one.values()))) == 25
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The LLM step, on a tiny random Llama
 # ---------------------------------------------------------------------------------------------------------------------
@@ -453,8 +548,8 @@ def test_encode_equals_the_whole_prompt_run_alone(encoder):
         ids = prompt.shared + prompt.user(USER_TEXTS[owner]) + prompt.item(ITEM_TEXTS[row])
         x = llm.get_input_embeddings()(torch.tensor(ids).clamp(min=0))
         places = [n for n, token in enumerate(ids) if token == llm_negatives.SOFT]
-        assert len(places) == 4  # two soft tokens for the user, two for the item
-        x[places[:2]], x[places[2:]] = soft_tokens(0, users[owner]), soft_tokens(1, items[row])
+        assert len(places) == 4 and places[-1] == len(ids) - 1  # two soft tokens for the item, two for the user, the last is read
+        x[places[:2]], x[places[2:]] = soft_tokens(1, items[row]), soft_tokens(0, users[owner])
         alone = llm(inputs_embeds=x[None]).last_hidden_state[0, -1]
         assert F.cosine_similarity(ours[row], alone, 0) > 0.99999 and torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
 
@@ -626,7 +721,6 @@ def test_generation_goes_on_where_it_was_killed(finished, tiny_llm):
 
 
 def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
-    import shutil
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     other = tmp_path / "other llm"
@@ -652,7 +746,6 @@ def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
 
 
 def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
-    import shutil
     run = tmp_path / "twin"
     shutil.copytree(finished, run)
     (run / "model-hnlmrec.safetensors").unlink()
