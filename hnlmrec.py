@@ -497,7 +497,8 @@ def make_hnlmrec_step(model, projector, table, hidden, mined, pairs, *, alpha, l
         if lambda1:
             a = slice(0, align_rows)
             pick = torch.randint(mined.shape[1], (len(u[a]),), generator=generator, device=u.device)
-            align = alignment_loss(z[a], users[a], items[a], take(item_vectors, mined[u[a], pick]), u[a], tau_c)
+            anchors = [users[a], items[a], take(item_vectors, mined[u[a], pick])]
+            align = alignment_loss(z[a], *(v.detach() for v in anchors), u[a], tau_c)
             loss = loss + lambda1 * align
             logs["align"] = align.item()
         return loss, logs
