@@ -510,6 +510,20 @@ def rank_unseen(model, users, seen, k, chunk=1024):
     return torch.cat(result)
 
 
+@torch.no_grad()
+def nearest_items(vectors, users, items, seen, k, chunk=2048):
+    """The k items nearest to each vector by cosine, the user's train items left out, since those are known positives.
+
+    vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k)."""
+    items, result = F.normalize(items.float(), dim=-1), []
+    everything = torch.arange(len(items), device=items.device)
+    for part, user in zip(vectors.split(chunk), users.split(chunk)):
+        scores = F.normalize(part.float(), dim=-1) @ items.T  # (B, I)
+        scores[contains(seen, user[:, None], everything, len(items))] = -torch.inf
+        result.append(top_k(scores, k))
+    return torch.cat(result)
+
+
 def ranking_hits(model, pairs, seen_pairs, k):
     """Full-ranking hits for every user who has a pair in `pairs`.
 

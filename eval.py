@@ -14,10 +14,9 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from backbones import (Parser, UnseenSampler, contains, dns, fail, load_data, load_model, load_tensors, mixgcf, ndcg, number,
-                       pair_keys, rank_unseen, ranking_hits, read_meta, run_cli, top_k, user_rows, write_atomic)
+from backbones import (Parser, UnseenSampler, contains, dns, fail, load_data, load_model, load_tensors, mixgcf, ndcg, nearest_items,
+                       number, pair_keys, rank_unseen, ranking_hits, read_meta, run_cli, user_rows, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranking metrics: hits (n, K) bool in rank order and relevant (n,) -> one number a user, (n,) float64
@@ -68,19 +67,6 @@ def fhns_rate(users, items, held_keys, n_items):
     valid + test pairs -> float. An item of -1 (no such item) counts in neither."""
     real = items >= 0
     return float((contains(held_keys, users[:, None], items.clamp(min=0), n_items) & real).sum() / real.sum())
-
-
-def nearest_items(vectors, users, items, seen, k, chunk=2048):
-    """The k items nearest to each vector by cosine, the user's train items left out, since those are known positives.
-
-    vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k)."""
-    items, result = F.normalize(items.float(), dim=-1), []
-    everything = torch.arange(len(items), device=items.device)
-    for part, user in zip(vectors.split(chunk), users.split(chunk)):
-        scores = F.normalize(part.float(), dim=-1) @ items.T
-        scores[contains(seen, user[:, None], everything, len(items))] = -torch.inf
-        result.append(top_k(scores, k))
-    return torch.cat(result)
 
 
 def fhns_of_samplers(model, data, m, seed):

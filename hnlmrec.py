@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import (Parser, UnseenSampler, add_training_flags, bpr_loss, build_backbone, dns, fail, file_digest, fit, l2_loss,
-                       load_data, load_tensors, mine_hard_negatives, number, run_cli, save_tensors, take, up_to_date,
+                       load_data, load_tensors, mine_hard_negatives, nearest_items, number, pair_keys, run_cli, save_tensors, take, up_to_date,
                        validation_ndcg, load_model, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,12 +411,14 @@ class NegativeTable:
     def __call__(self, rows, k, generator=None):
         """Train rows (B,) -> rows of the generated vectors (B, K), the pair's own (or its stand-in) first. A user with
         fewer than K vectors has some of them more than once."""
-        users = self.train_users[rows]
-        pick = torch.randint(2**31, (len(rows), k), generator=generator, device=rows.device) % self.count[users][:, None]
-        chosen = self.start[users][:, None] + pick
-        own = self.row[rows]
+        chosen, own = self.others(self.train_users[rows], k, generator), self.row[rows]
         chosen[:, 0] = torch.where(own >= 0, own, chosen[:, 0])
         return chosen
+
+    def others(self, users, k, generator=None):
+        """Users (B,) -> k rows of each one's generated vectors, drawn at random (B, k)."""
+        pick = torch.randint(2**31, (len(users), k), generator=generator, device=users.device) % self.count[users][:, None]
+        return self.start[users][:, None] + pick
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,21 +456,17 @@ def mix(z, sampled, alpha):
     return alpha * z + (1 - alpha) * sampled
 
 
-def alignment_loss(z, users, positives, mined, user_ids, tau):
-    """L_align, the only loss that trains the projector: z must be near its user and near a CF-mined hard negative, but not
-    near the positive (cosine, temperature tau_c):
-        InfoNCE(z; e_u against the other users of the batch and e_i) + InfoNCE(z; e_m against the other mined items and e_i)
-    All (B, D); user_ids (B,): rows of the same user are no negatives of each other -> scalar."""
-    z, users, positives, mined = (F.normalize(v, dim=-1) for v in (z, users, positives, mined))
+def alignment_loss(z, positives, mined, user_ids, tau):
+    """L_align, the only loss that trains the projector: z must lie near a CF-mined hard negative of its user, not near those
+    of other users nor near the positive: InfoNCE(z; e_m against the batch's other e_m' and e_i), cosine, temperature tau_c.
+
+    All (B, D); user_ids (B,): rows of one user are no negatives of each other -> scalar."""
+    z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
     same = user_ids[:, None] == user_ids[None]
     same.fill_diagonal_(False)
+    scores = (z @ mined.T).masked_fill(same, -torch.inf)  # (B, B)
     own = (z * positives).sum(-1, keepdim=True)  # (B, 1)
-    target = torch.arange(len(z), device=z.device)
-    loss = 0.0
-    for candidates in (users, mined):
-        scores = (z @ candidates.T).masked_fill(same, -torch.inf)  # (B, B)
-        loss = loss + F.cross_entropy(torch.cat([scores, own], 1) / tau, target)
-    return loss
+    return F.cross_entropy(torch.cat([scores, own], 1) / tau, torch.arange(len(z), device=z.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,29 +474,47 @@ def alignment_loss(z, users, positives, mined, user_ids, tau):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_hnlmrec_step(model, projector, table, hidden, mined, pairs, *, alpha, lambda1, tau_c, reg, k, m, align_rows):
+def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, pairs, *, alpha, lambda1, tau_c, reg, k, m,
+                      grounded, align_rows, refresh):
     """One training step: BPR with e⁻, L_align on the first `align_rows` rows, and L2 -> step(rows, generator) for `fit`.
 
-    hidden (n, H) f16: the generated vectors; mined (U, M) item ids; pairs (N, 2) train; m: candidates of e_j, the highest
-    scored is taken (m = 1: a uniform draw)."""
-    draw = UnseenSampler(pairs, model.n_users, model.n_items)
+    generated (n, 2) and hidden (n, H): the generated vectors and their pairs; near (n, R): the real items nearest to each;
+    mined (U, M) item ids; pairs (N, 2) train. e_j is the highest scored (DNS) of m uniform unseen items and `grounded` ones
+    drawn from near. BPR uses z detached, so z of all generated vectors is computed at once, anew every `refresh` steps."""
+    draw, state = UnseenSampler(pairs, model.n_users, model.n_items), {"steps": 0, "z": None}
+
+    @torch.no_grad()
+    def all_z(generator):
+        rows = torch.arange(len(hidden), device=hidden.device)
+        sets = torch.cat([rows[:, None], table.others(generated[:, 0], k - 1, generator)], 1)  # (n, K)
+        return torch.cat([projector(hidden[part]) for part in sets.split(2048)])
 
     def step(rows, generator):
         u, i = pairs[rows].T
         user_vectors, item_vectors = model()
         users, items = take(user_vectors, u), take(item_vectors, i)
+        own = table(rows, 1, generator)[:, 0]  # (B,)
         candidates = draw(u, m, generator)  # (B, M)
-        j = dns(model.score, users, item_vectors, candidates, 1, generator) if m > 1 else candidates[:, 0]
-        z = projector(hidden[table(rows, k, generator)])  # (B, D)
-        bpr = bpr_loss(model.score(users, items), model.score(users, mix(z, take(item_vectors, j), alpha)))
+        if grounded:
+            pick = torch.randint(near.shape[1], (len(u), grounded), generator=generator, device=u.device)
+            candidates = torch.cat([candidates, near[own].gather(1, pick)], 1)  # (B, M + G)
+        j = dns(model.score, users, item_vectors, candidates, 1, generator)
+        negatives = take(item_vectors, j)
+        if alpha:
+            if state["steps"] % refresh == 0:
+                state["z"] = all_z(generator)
+            state["steps"] += 1
+            negatives = mix(state["z"][own], negatives, alpha)
+        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
         ego_users, ego_items = model.ego()
         loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         logs = {"bpr": bpr.item()}
         if lambda1:
             a = slice(0, align_rows)
-            pick = torch.randint(mined.shape[1], (len(u[a]),), generator=generator, device=u.device)
-            anchors = [users[a], items[a], take(item_vectors, mined[u[a], pick])]
-            align = alignment_loss(z[a], *(v.detach() for v in anchors), u[a], tau_c)
+            z = projector(hidden[table(rows[a], k, generator)])  # (B', D)
+            pick = torch.randint(mined.shape[1], (len(z),), generator=generator, device=u.device)
+            anchors = [items[a], take(item_vectors, mined[u[a], pick])]
+            align = alignment_loss(z, *(v.detach() for v in anchors), u[a], tau_c)
             loss = loss + lambda1 * align
             logs["align"] = align.item()
         return loss, logs
@@ -510,8 +526,8 @@ def train(args):
     """Train backbone and projector together; write the state of the best validation."""
     run, out = Path(args.run), Path(args.run) / args.out
     data = load_data(run)
-    pairs, hidden, _, negatives_digest = load_negatives(run, args.negatives, data["digest"], data["n_users"], data["n_items"])
-    cf_model, cf_meta, _ = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data["train"])
+    pairs, hidden, vector, negatives_digest = load_negatives(run, args.negatives, data["digest"], data["n_users"], data["n_items"])
+    cf_model, cf_meta, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data["train"])
     if cf_meta["settings"]["data"] != data["digest"]:
         fail(f"{run / args.cf}: was trained on another data.safetensors; run `python backbones.py pretrain --run {run} --force`")
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
@@ -521,9 +537,10 @@ def train(args):
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     if args.control == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
-        hidden = torch.randn(hidden.shape, generator=generator).half()
+        hidden, vector = (torch.randn(x.shape, generator=generator).half() for x in (hidden, vector))
     elif args.control == "shuffled":  # … and on the LLM's vectors, each given to another pair
-        hidden = hidden[torch.randperm(len(hidden), generator=generator)]
+        order = torch.randperm(len(hidden), generator=generator)
+        hidden, vector = hidden[order], vector[order]
     table = NegativeTable(pairs, data["train"], data["n_users"], data["n_items"])
     print(f"train: {table.own} of {len(data['train'])} train pairs have a generated negative of their own; the other "
           f"{len(data['train']) - table.own} use their user's other ones", flush=True)
@@ -531,11 +548,14 @@ def train(args):
     data = {**data, "train": data["train"].to(args.device), "valid": data["valid"].to(args.device)}
     table = NegativeTable(pairs.to(args.device), data["train"], data["n_users"], data["n_items"])
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, data["train"], args.layers)
-    hidden = hidden.to(args.device)
+    # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
+    near = nearest_items(vector, pairs[:, 0], cf["item"] - cf["item"].mean(0), pair_keys(data["train"].cpu(), data["n_items"]), args.nearest)
+    hidden, near = hidden.to(args.device), near.to(args.device)
     width = model()[0].shape[1]
     projector = Projector(hidden, width, args.projector_width, args.attention).to(args.device)
-    step = make_hnlmrec_step(model, projector, table, hidden, mined, data["train"], alpha=args.alpha, lambda1=args.lambda1,
-                             tau_c=args.tau_c, reg=args.reg, k=args.k, m=args.m, align_rows=args.align_rows)
+    step = make_hnlmrec_step(model, projector, table, pairs.to(args.device), hidden, near, mined, data["train"],
+                             alpha=args.alpha, lambda1=args.lambda1, tau_c=args.tau_c, reg=args.reg, k=args.k, m=args.m,
+                             grounded=args.grounded, align_rows=args.align_rows, refresh=args.refresh)
     start = time.time()
     state, history = fit({"backbone": model, "projector": projector}, step, len(data["train"]),
                          lambda: validation_ndcg(model, data), epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
@@ -578,18 +598,21 @@ def main(argv=None):
     add_training_flags(p)
     g = p.add_argument_group("HNLMRec")
     g.add_argument("--alpha", type=number(float, 0, 1), default=0.5, help="share of z in the negative")
-    g.add_argument("--lambda1", type=number(float, 0), default=0.1, help="weight of the alignment loss")
+    g.add_argument("--lambda1", type=number(float, 0), default=1.0, help="weight of the alignment loss")
     g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of the alignment loss")
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
-    g.add_argument("--m", type=number(int, 1), default=16, help="candidates of e_j, the highest scored is mixed in; 1: uniform")
+    g.add_argument("--m", type=number(int, 1), default=8, help="uniform candidates of e_j; the highest scored of all candidates is taken")
+    g.add_argument("--grounded", type=number(int, 0), default=4, help="further candidates of e_j, from the real items nearest to the generated vector; 0: none, as in the paper")
+    g.add_argument("--nearest", type=number(int, 1), default=5, help="real items nearest to a generated vector that they are drawn from")
+    g.add_argument("--refresh", type=number(int, 1), default=20, help="steps between new values of z for BPR")
     g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")
     g.add_argument("--no-attention", dest="attention", action="store_false", help="ablation: projector without self-attention")
     g.add_argument("--control", choices=["none", "random", "shuffled"], default="none", help="replace the LLM's vectors, to see what they are worth")
     g.add_argument("--negatives", default="negatives", help="first part of the shards' names")
     g.add_argument("--cf", default="cf.safetensors", help="CF vectors that the alignment's hard negatives are mined with")
-    g.add_argument("--mine-first", type=number(int, 1), default=5, help="best rank of the mined band")
-    g.add_argument("--mine-last", type=number(int, 1), default=60, help="last rank of the mined band")
+    g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
+    g.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
     p.add_argument("--out", default="model-hnlmrec.safetensors", help="output file inside the run folder")
     args = parser.parse_args(argv)
     {"prepare": prepare, "train": train}[args.command](args)

@@ -27,8 +27,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 
-from backbones import (Parser, Progress, contains, fail, file_digest, load_data, load_model, load_tensors,
-                       mine_hard_negatives, number, pair_keys, read_meta, run_cli, save_tensors, up_to_date, user_rows)
+from backbones import (Parser, Progress, fail, file_digest, load_data, load_model, load_tensors,
+                       mine_hard_negatives, number, read_meta, run_cli, save_tensors, up_to_date, user_rows)
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
 
@@ -751,8 +751,8 @@ def main(argv=None):
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
     p.add_argument("--llm-layers", type=number(int, 0), default=8, help="keep the first N layers; 0: all")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM")
-    p.add_argument("--mine-first", type=number(int, 1), default=5, help="best rank of the mined band")
-    p.add_argument("--mine-last", type=number(int, 1), default=60, help="last rank of the mined band")
+    p.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
+    p.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
     p.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
     p.add_argument("--warmup-pairs", type=number(int, 0), default=2048, help="pairs the head is fitted on before LoRA; 0: none")
     p.add_argument("--steps", type=number(int, 0), default=60, help="LoRA steps")

@@ -271,15 +271,14 @@ def test_info_nce_against_direct_sum():
 
 def test_alignment_against_direct_sum():
     generator = torch.Generator().manual_seed(0)
-    z, u, i, m = (torch.randn(4, 5, generator=generator) for _ in range(4))
+    z, i, m = (torch.randn(4, 5, generator=generator) for _ in range(3))
     ids, tau, total = [0, 1, 0, 2], 0.5, 0.0
     cos = lambda a, b: float(F.cosine_similarity(a, b, 0))
     for b in range(4):
-        for side in (u, m):
-            up = math.exp(cos(z[b], side[b]) / tau)
-            rest = sum(math.exp(cos(z[b], side[c]) / tau) for c in range(4) if ids[c] != ids[b])
-            total -= math.log(up / (up + rest + math.exp(cos(z[b], i[b]) / tau)))
-    assert hnlmrec.alignment_loss(z, u, i, m, torch.tensor(ids), tau).item() == pytest.approx(total / 4, rel=1e-5)
+        up = math.exp(cos(z[b], m[b]) / tau)
+        rest = sum(math.exp(cos(z[b], m[c]) / tau) for c in range(4) if ids[c] != ids[b])
+        total -= math.log(up / (up + rest + math.exp(cos(z[b], i[b]) / tau)))
+    assert hnlmrec.alignment_loss(z, i, m, torch.tensor(ids), tau).item() == pytest.approx(total / 4, rel=1e-5)
 
 
 def test_bpr_is_minus_log_sigmoid():
@@ -287,7 +286,7 @@ def test_bpr_is_minus_log_sigmoid():
     assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
 
 
-def hnlmrec_parts(alpha, lambda1):
+def hnlmrec_parts(alpha, lambda1, grounded=0):
     """A small model, its projector and a step."""
     torch.manual_seed(0)
     train = split_data()["train"]
@@ -295,8 +294,8 @@ def hnlmrec_parts(alpha, lambda1):
     projector = hnlmrec.Projector(hidden, 8, width=8)
     mined = backbones.mine_hard_negatives(model, train, 1, 5)
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
-    step = hnlmrec.make_hnlmrec_step(model, projector, table, hidden, mined, train, alpha=alpha, lambda1=lambda1, tau_c=0.2, reg=0.0,
-                                     k=2, m=1, align_rows=16)
+    step = hnlmrec.make_hnlmrec_step(model, projector, table, train, hidden, mined[train[:, 0]], mined, train, alpha=alpha, lambda1=lambda1,
+                                     tau_c=0.2, reg=0.0, k=2, m=1, grounded=grounded, align_rows=16, refresh=1)
     return model, projector, step, train
 
 
@@ -317,11 +316,28 @@ def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
     model, _, step, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
     rows, generator = torch.arange(len(train)), torch.Generator().manual_seed(5)
     ours = step(rows, generator)[0]
-    draw = backbones.UnseenSampler(train, N_USERS, N_ITEMS)
-    j = draw(train[:, 0], 1, torch.Generator().manual_seed(5))[:, 0]
+    draw, generator = backbones.UnseenSampler(train, N_USERS, N_ITEMS), torch.Generator().manual_seed(5)
+    hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)(rows, 1, generator)  # the step draws the pair's z first
+    j = draw(train[:, 0], 1, generator)[:, 0]
     users, items = model()
     s = users @ items.T
     assert ours.item() == pytest.approx(backbones.bpr_loss(s[train[:, 0], train[:, 1]], s[train[:, 0], j]).item(), rel=1e-6)
+
+
+def test_grounded_items_are_the_nearest_unseen_ones():
+    train, generator = split_data()["train"], torch.Generator().manual_seed(0)
+    z, items, users = torch.randn(6, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator), torch.tensor([0, 3, 3, 7, 9, 11])
+    ours = backbones.nearest_items(z, users, items, backbones.pair_keys(train, N_ITEMS), 5)
+    for row, (user, vector) in enumerate(zip(users.tolist(), z)):
+        seen = set(train[train[:, 0] == user, 1].tolist())
+        order = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: -float(F.cosine_similarity(vector, items[i], 0)))
+        assert ours[row].tolist() == order[:5]
+
+
+def test_bpr_draws_from_the_grounded_items_and_still_leaves_the_projector_alone():
+    model, projector, step, train = hnlmrec_parts(alpha=0.3, lambda1=0.0, grounded=2)
+    step(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
+    assert model.embedding.grad.abs().sum() > 0 and all(p.grad is None for p in projector.parameters())
 
 
 def test_every_parameter_is_trained():
@@ -669,7 +685,7 @@ def finished(raw, tiny_llm, tmp_path_factory):
     cli("llm_negatives.py", "finetune", "--run", run, "--llm", tiny_llm, "--llm-layers", 0, "--mine-first", 1, "--mine-last", 5,
         "--warmup-pairs", 64, "--steps", 3, "--dtype", "fp32")
     cli("llm_negatives.py", "generate", "--run", run, "--llm", tiny_llm, "--pairs-per-user", 3, "--shard-pairs", 40)
-    cli("hnlmrec.py", "train", *budget, "--mine-first", 1, "--mine-last", 5)
+    cli("hnlmrec.py", "train", *budget, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3)
     cli("backbones.py", "pretrain", *budget, "--out", "model-rns.safetensors")
     cli("eval.py", "report", "--run", run)
     return run
@@ -749,7 +765,7 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     run = tmp_path / "twin"
     shutil.copytree(finished, run)
     (run / "model-hnlmrec.safetensors").unlink()
-    cli("hnlmrec.py", "train", "--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5)
+    cli("hnlmrec.py", "train", "--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3)
     a, b = (backbones.load_tensors(folder / "model-hnlmrec.safetensors", "train")[0] for folder in (finished, run))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
