@@ -106,7 +106,8 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
 # Report
 # ---------------------------------------------------------------------------------------------------------------------
 
-NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec"}
+NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec",
+         "hnlmrec-alpha0": "HNLMRec, alpha 0 (grounded candidates alone)"}
 
 
 def markdown_table(header, rows):
@@ -219,7 +220,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     p = commands.add_parser("report", help="evaluate all models of a run on its test pairs", epilog="example: python eval.py report --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
-    p.add_argument("--m", type=number(int, 1), default=16, help="candidates of DNS and MixGCF in the table of false hard negatives")
+    p.add_argument("--m", type=number(int, 1), default=12, help="candidates of DNS and MixGCF in the table of false hard negatives")
     p = commands.add_parser("recommend", help="show one user's recommendations", epilog="example: python eval.py recommend --run runs/demo --user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--user", required=True, metavar="RAW_ID", help="the user's id as in the ratings file")

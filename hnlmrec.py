@@ -449,9 +449,19 @@ class Projector(nn.Module):
         return self.mlp(slot)
 
 
+def ground(z, near, tau):
+    """z expressed in real items: their vectors averaged with weights softmax(cos(z, e_r) / tau). Beyond the paper.
+
+    z (B, D), near (B, R, D) the vectors of the R real items nearest to the generated vector -> (B, D). z is detached; the
+    items get the gradient. Without it BPR has a way out that ranks nothing: turn all users away from what all z share,
+    which no item's score pays for (ML-100K, alpha .1: BPR loss .08, valid NDCG@20 .236; with it .249)."""
+    weight = (F.cosine_similarity(z.detach()[:, None], near.detach(), dim=-1) / tau).softmax(-1)  # (B, R)
+    return torch.einsum("br,brd->bd", weight, near)
+
+
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z + (1 - alpha) e_j (B, D). z is detached: BPR's gradient would teach the projector to make easy negatives.
-    z is first given the norm of e_j, since alignment, which trains it, sees directions only."""
+    """e⁻ = alpha z + (1 - alpha) e_j (B, D), as in the paper. z is detached: BPR's gradient would teach the projector to make
+    easy negatives. z is first given the norm of e_j, since alignment, which trains it, sees directions only."""
     z = F.normalize(z.detach(), dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
 
@@ -504,7 +514,11 @@ def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, p
             if state["steps"] % refresh == 0:
                 state["z"] = all_z(generator)
             state["steps"] += 1
-            negatives = mix(state["z"][own], negatives, alpha)
+            z = state["z"][own]
+            if grounded:
+                negatives = alpha * ground(z, take(item_vectors, near[own]), tau_c) + (1 - alpha) * negatives
+            else:
+                negatives = mix(z, negatives, alpha)
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
         ego_users, ego_items = model.ego()
         loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
@@ -597,7 +611,7 @@ def main(argv=None):
                             epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
     add_training_flags(p)
     g = p.add_argument_group("HNLMRec")
-    g.add_argument("--alpha", type=number(float, 0, 1), default=0.5, help="share of z in the negative")
+    g.add_argument("--alpha", type=number(float, 0, 1), default=0.1, help="share of z in the negative")
     g.add_argument("--lambda1", type=number(float, 0), default=1.0, help="weight of the alignment loss")
     g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of the alignment loss")
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")

@@ -96,7 +96,7 @@ else
   [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
-PROFILE=(--new-tokens 24 --history 4) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=()
+PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=()
 [[ $BACKBONE != mf ]] || TRAIN+=(--lr 5e-3)
 if [[ $FAST == 1 ]]; then
   PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
@@ -123,6 +123,7 @@ step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFIL
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}"
+step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" --alpha 0 --out model-hnlmrec-alpha0.safetensors
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler --out model-$sampler.safetensors
 done

@@ -324,6 +324,17 @@ def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
     assert ours.item() == pytest.approx(backbones.bpr_loss(s[train[:, 0], train[:, 1]], s[train[:, 0], j]).item(), rel=1e-6)
 
 
+def test_ground_against_direct_sum():
+    generator = torch.Generator().manual_seed(0)
+    z, near = torch.randn(3, 4, generator=generator, requires_grad=True), torch.randn(3, 5, 4, generator=generator, requires_grad=True)
+    ours = hnlmrec.ground(z, near, 0.3)
+    for b in range(3):
+        weight = [math.exp(float(F.cosine_similarity(z[b], near[b, r], 0)) / 0.3) for r in range(5)]
+        assert torch.allclose(ours[b], sum(w * near[b, r] for r, w in enumerate(weight)) / sum(weight), atol=1e-6)
+    ours.sum().backward()
+    assert z.grad is None and near.grad.abs().sum() > 0
+
+
 def test_grounded_items_are_the_nearest_unseen_ones():
     train, generator = split_data()["train"], torch.Generator().manual_seed(0)
     z, items, users = torch.randn(6, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator), torch.tensor([0, 3, 3, 7, 9, 11])
