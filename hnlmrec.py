@@ -16,7 +16,9 @@ import hashlib
 import json
 import re
 import time
+import zlib
 from array import array
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,13 +37,19 @@ from backbones import (Parser, UnseenSampler, add_training_flags, bpr_loss, buil
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
 def open_text(path, encoding="utf-8"):
-    """A text file, gzip-compressed when its name says so. newline="" leaves quoted line ends to csv."""
+    """A text file, gzip-compressed when its name says so. newline="" leaves quoted line ends to csv.
+
+    Raises SystemExit2 when it is not there, is cut off, or holds something else than text."""
     path = Path(path)
     if not path.is_file():
         fail(f"{path}: no such file; check --reviews and --meta")
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding=encoding, newline="")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=encoding, newline="") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        fail(f"{path}: cannot be read to its end ({type(error).__name__}: {error}); is the download whole, and --format right?")
 
 
 def table_rows(path, sep="\t", columns=None, encoding="utf-8"):

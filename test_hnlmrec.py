@@ -806,6 +806,13 @@ def test_bad_ratings_files(tmp_path, lines, message):
     assert not (tmp_path / "run" / "data.safetensors").exists()
 
 
+def test_a_cut_off_download_is_refused(tmp_path):
+    path = write_lines(tmp_path / "r.json.gz", [{"reviewerID": f"u{n}", "asin": "x", "overall": 5.0} for n in range(500)])
+    path.write_bytes(path.read_bytes()[:-200])
+    message = refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", "--format", "amazon2018", "--reviews", path)
+    assert str(path) in message and "cannot be read to its end" in message
+
+
 def test_a_user_with_two_items_is_refused(tmp_path):
     path = tmp_path / "few.tsv"
     path.write_text("user\titem\trating\n" + "".join(f"a\t{i}\t5\n" for i in range(5)) + "b\t1\t5\nb\t2\t5\n")
