@@ -309,7 +309,9 @@ def test_bpr_gives_the_projector_no_gradient_and_alignment_does():
 
 
 def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
-    z, e = torch.randn(3, 4), torch.randn(3, 4)
+    z, e = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    hnlmrec.mix(z, e, 0.5).sum().backward()
+    assert z.grad is None and torch.allclose(e.grad, torch.full((3, 4), 0.5))
     assert torch.equal(hnlmrec.mix(z, e, 0.0), e)
     only_z = hnlmrec.mix(z, e, 1.0)
     assert torch.allclose(F.cosine_similarity(only_z, z), torch.ones(3)) and torch.allclose(only_z.norm(dim=1), e.norm(dim=1))
