@@ -374,7 +374,7 @@ def read_reviews(path, fmt, raw_users, raw_items, train, per_user, limit=200):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_negatives(run, name, digest, n_users, n_items):
+def load_negatives(run, name, digest):
     """Join the shards NAME-00000.safetensors … -> pairs (n, 2), hidden (n, H) f16, vector (n, d) f16, digest of them all.
 
     Raises SystemExit2 when a shard is missing, or was made for another split."""
@@ -548,7 +548,7 @@ def train(args):
     """Train backbone and projector together; write the state of the best validation."""
     run, out = Path(args.run), Path(args.run) / args.out
     data = load_data(run)
-    pairs, hidden, vector, negatives_digest = load_negatives(run, args.negatives, data["digest"], data["n_users"], data["n_items"])
+    pairs, hidden, vector, negatives_digest = load_negatives(run, args.negatives, data["digest"])
     cf_model, cf_meta, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data["train"])
     if cf_meta["settings"]["data"] != data["digest"]:
         fail(f"{run / args.cf}: was trained on another data.safetensors; run `python backbones.py pretrain --run {run} --force`")
@@ -563,12 +563,11 @@ def train(args):
     elif args.control == "shuffled":  # … and on the LLM's vectors, each given to another pair
         order = torch.randperm(len(hidden), generator=generator)
         hidden, vector = hidden[order], vector[order]
-    table = NegativeTable(pairs, data["train"], data["n_users"], data["n_items"])
-    print(f"train: {table.own} of {len(data['train'])} train pairs have a generated negative of their own; the other "
-          f"{len(data['train']) - table.own} use their user's other ones", flush=True)
     mined = mine_hard_negatives(cf_model, data["train"], args.mine_first, args.mine_last).to(args.device)
     data = {**data, "train": data["train"].to(args.device), "valid": data["valid"].to(args.device)}
     table = NegativeTable(pairs.to(args.device), data["train"], data["n_users"], data["n_items"])
+    print(f"train: {table.own} of {len(data['train'])} train pairs have a generated negative of their own; the other "
+          f"{len(data['train']) - table.own} use their user's other ones", flush=True)
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, data["train"], args.layers)
     # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     near = nearest_items(vector, pairs[:, 0], cf["item"] - cf["item"].mean(0), pair_keys(data["train"].cpu(), data["n_items"]), args.nearest)
