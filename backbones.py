@@ -699,14 +699,39 @@ def add_training_flags(parser):
     parser.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
 
 
-def load_model(path, maker, train):
-    """Rebuild a trained backbone from its file. Returns (model, meta, all tensors)."""
-    tensors, meta = load_tensors(path, maker, train.device)
+def load_model(path, maker, data):
+    """Rebuild a trained backbone from its file -> (model, meta, all tensors).
+
+    Raises SystemExit2 when it was trained on another split than `data` (a dict of load_data)."""
+    tensors, meta = load_tensors(path, maker, data["train"].device)
     s = meta["settings"]
-    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], train, s["layers"])
+    if s["data"] != data["digest"]:
+        fail(f"{path}: was trained on another data.safetensors; make it again with `{maker} --force`")
+    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"], s["layers"])
     state = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
     model.load_state_dict(state)
     return model.eval(), meta, tensors
+
+
+def load_negatives(run, name, digest):
+    """Join the shards NAME-00000.safetensors … -> pairs (n, 2), hidden (n, H) f16, vector (n, d) f16, digest of them all.
+
+    Raises SystemExit2 when a shard is missing, or was made for another split."""
+    paths = sorted(Path(run).glob(f"{name}-?????.safetensors"))
+    maker = f"python llm_negatives.py generate --run {run}"
+    if not paths:
+        fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
+    parts, metas = zip(*(load_tensors(path, maker) for path in paths))
+    for path, meta in zip(paths, metas):
+        if meta["settings"]["data"] != digest:
+            fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
+        if meta["settings"] != metas[0]["settings"]:
+            fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
+    if len(paths) != metas[0]["settings"]["shards"]:
+        fail(f"{Path(run) / name}: {len(paths)} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
+    pairs, hidden, vector = (torch.cat([part[key] for part in parts]) for key in ("pairs", "hidden", "vector"))
+    digest = "+".join(file_digest(path) for path in paths)
+    return pairs, hidden, vector, digest if len(paths) == 1 else hashlib.sha256(digest.encode()).hexdigest()[:16]
 
 
 def pretrain(args):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from backbones import (Parser, UnseenSampler, contains, dns, fail, load_data, load_model, load_tensors, mixgcf, ndcg, nearest_items,
+from backbones import (Parser, UnseenSampler, contains, dns, fail, load_data, load_model, load_negatives, load_tensors, mixgcf, ndcg, nearest_items,
                        number, pair_keys, rank_unseen, ranking_hits, read_meta, run_cli, user_rows, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,9 +127,7 @@ def report(args):
     metrics, models = {"data": data["digest"], "methods": {}}, {}
     columns = [f"{name}@{k}" for name in ("Recall", "NDCG") for k in (10, 20)]
     for path in paths:
-        model, meta, tensors = load_model(path, "python hnlmrec.py train", data["train"])
-        if meta["settings"]["data"] != data["digest"]:
-            fail(f"{path}: was trained on another data.safetensors; train it again with --force")
+        model, meta, tensors = load_model(path, "python hnlmrec.py train", data)
         _, values, skipped = evaluate(model, data)
         best = max(meta["history"], key=lambda row: row["valid_ndcg@20"])
         row = {name: float(value.mean()) for name, value in values.items()}
@@ -150,10 +148,8 @@ def report(args):
 
     reference = next((models[name] for name in ("rns", "dns") if name in models), next(iter(models.values())))[0]
     fhns = fhns_of_samplers(reference, data, args.m, 0)
-    shards = sorted(run.glob("negatives-?????.safetensors"))
-    if shards and (run / "cf.safetensors").exists():
-        parts = [load_tensors(path, "python llm_negatives.py generate")[0] for path in shards]
-        pairs, vector = (torch.cat([part[key] for part in parts]) for key in ("pairs", "vector"))
+    if (run / "negatives-00000.safetensors").exists() and (run / "cf.safetensors").exists():
+        pairs, _, vector, _ = load_negatives(run, "negatives", data["digest"])
         items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"]
         # the head's space is that of the centred item vectors (llm_negatives.SftTask)
         fhns["HNLMRec, generated (CF space)"] = fhns_of_vectors(pairs, vector, items - items.mean(0), data, data["n_items"])
@@ -194,7 +190,7 @@ def recommend(args):
     row = next((n for n, user in enumerate(users) if user["raw"] == args.user), None)
     if row is None:
         fail(f"--user {args.user}: no such user in {run / 'users.jsonl'} (for example {users[0]['raw']})")
-    model, _, tensors = load_model(run / args.model, "python hnlmrec.py train", data["train"])
+    model, _, tensors = load_model(run / args.model, "python hnlmrec.py train", data)
     title = lambda n: items[n]["title"]
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
     print(f"user {args.user} liked: " + "; ".join(map(title, liked[:8])) + (f"; … ({len(liked)} items)" if len(liked) > 8 else ""))

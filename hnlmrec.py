@@ -12,7 +12,6 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --format recbole --reviews ml-
 
 import csv
 import gzip
-import hashlib
 import json
 import re
 import time
@@ -28,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import (Parser, UnseenSampler, add_training_flags, bpr_loss, build_backbone, dns, fail, file_digest, fit, l2_loss,
-                       load_data, load_tensors, mine_hard_negatives, nearest_items, number, pair_keys, run_cli, save_tensors, take, up_to_date,
-                       validation_ndcg, load_model, write_atomic)
+                       load_data, load_model, load_negatives, mine_hard_negatives, nearest_items, number, pair_keys, run_cli, save_tensors, take, up_to_date,
+                       validation_ndcg, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prepare, part 1: readers. Each yields rows as they stand in the file; nothing is held.
@@ -370,29 +369,8 @@ def read_reviews(path, fmt, raw_users, raw_items, train, per_user, limit=200):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train, part 1: the generated negatives, read back
+# train, part 1: which of the generated negatives a train pair gets
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_negatives(run, name, digest):
-    """Join the shards NAME-00000.safetensors … -> pairs (n, 2), hidden (n, H) f16, vector (n, d) f16, digest of them all.
-
-    Raises SystemExit2 when a shard is missing, or was made for another split."""
-    paths = sorted(Path(run).glob(f"{name}-?????.safetensors"))
-    maker = f"python llm_negatives.py generate --run {run}"
-    if not paths:
-        fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
-    parts, metas = zip(*(load_tensors(path, maker) for path in paths))
-    for path, meta in zip(paths, metas):
-        if meta["settings"]["data"] != digest:
-            fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
-        if meta["settings"] != metas[0]["settings"]:
-            fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
-    if len(paths) != metas[0]["settings"]["shards"]:
-        fail(f"{Path(run) / name}: {len(paths)} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
-    pairs, hidden, vector = (torch.cat([part[key] for part in parts]) for key in ("pairs", "hidden", "vector"))
-    digest = "+".join(file_digest(path) for path in paths)
-    return pairs, hidden, vector, digest if len(paths) == 1 else hashlib.sha256(digest.encode()).hexdigest()[:16]
 
 
 class NegativeTable:
@@ -549,9 +527,7 @@ def train(args):
     run, out = Path(args.run), Path(args.run) / args.out
     data = load_data(run)
     pairs, hidden, vector, negatives_digest = load_negatives(run, args.negatives, data["digest"])
-    cf_model, cf_meta, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data["train"])
-    if cf_meta["settings"]["data"] != data["digest"]:
-        fail(f"{run / args.cf}: was trained on another data.safetensors; run `python backbones.py pretrain --run {run} --force`")
+    cf_model, _, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data)
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
     settings |= {"data": data["digest"], "negatives_digest": negatives_digest, "cf_digest": file_digest(run / args.cf)}
     if up_to_date(out, settings, "python hnlmrec.py train", args.force):

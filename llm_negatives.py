@@ -9,6 +9,7 @@ finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sf
 generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …: h and z for each train pair.
 
 Alone:  python llm_negatives.py finetune --run runs/NAME --llm assets/SmolLM2-135M-Instruct
+More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune … (also profile and generate)
 """
 
 import hashlib
@@ -16,21 +17,47 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 
-from backbones import (Parser, Progress, fail, file_digest, load_data, load_model, load_tensors,
-                       mine_hard_negatives, number, read_meta, run_cli, save_tensors, up_to_date, user_rows)
+from backbones import (Parser, Progress, fail, file_digest, load_data, load_model, load_tensors, mine_hard_negatives, mixgcf,
+                       number, read_meta, run_cli, save_tensors, up_to_date, user_rows, write_atomic)
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each does every WORLD-th part of the work, process 0 does the talking and the writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_processes(device):
+    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process takes its own GPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+    return rank, world, device
+
+
+def sum_over(tensors, world):
+    """Add each tensor up over all processes, in place."""
+    for tensor in tensors if world > 1 else ():
+        dist.all_reduce(tensor)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The LLM
@@ -114,19 +141,19 @@ def read_jsonl(path, maker):
     return rows
 
 
-def load_profiles(run):
+def load_profiles(run, name="profiles.jsonl"):
     """Profiles in the order of the contiguous ids -> (user profiles list[str], item texts list[str]).
 
     An item's text is its title, then its profile. Raises SystemExit2 when profiles are missing."""
-    maker = f"python llm_negatives.py profile --run {run}"
+    maker = f"python llm_negatives.py profile --run {run} --out {name}"
     users = read_jsonl(Path(run) / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
     items = read_jsonl(Path(run) / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
-    rows = read_jsonl(Path(run) / "profiles.jsonl", maker)
+    rows = read_jsonl(Path(run) / name, maker)
     made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
     missing = [raw for kind, group in (("user", users), ("item", items)) for raw in
                (row["raw"] for row in group) if (kind, raw) not in made]
     if missing:
-        fail(f"{Path(run) / 'profiles.jsonl'}: {len(missing)} profiles are missing, the first for {missing[0]!r}; run `{maker}` again")
+        fail(f"{Path(run) / name}: {len(missing)} profiles are missing, the first for {missing[0]!r}; run `{maker}` again")
     return ([made["user", row["raw"]] for row in users],
             [f"{row['title']}. {made['item', row['raw']]}" for row in items])
 
@@ -172,12 +199,13 @@ def chat(tokenizer, system, user):
 
 @torch.no_grad()
 def write_texts(model, tokenizer, requests, new_tokens):
-    """Greedy, batched, left-padded decoding: list of prompts -> list of sentences, the same on each run."""
+    """Greedy, batched, left-padded decoding with the model's key/value cache: list of prompts -> (list of sentences, number of
+    tokens read and written). The same on each run."""
     tokenizer.padding_side = "left"
     batch = tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
     out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
-    return [first_sentence(text) for text in texts]
+    return [first_sentence(text) for text in texts], int(batch.attention_mask.sum()) + out[:, batch.input_ids.shape[1]:].numel()
 
 
 def profile(args):
@@ -185,7 +213,7 @@ def profile(args):
     data, run = load_data(args.run), Path(args.run)
     items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
     users = read_jsonl(run / "users.jsonl", "python hnlmrec.py prepare")
-    path = run / "profiles.jsonl"
+    path, (rank, world, device) = run / args.out, start_processes(args.device)
     settings = {"data": data["digest"], "profiles": args.profiles, "history": args.history, "new_tokens": args.new_tokens,
                 "llm_rows": args.llm_rows, "llm": llm_digest(args.llm) if args.profiles == "llm" else "", "seed": args.seed}
     made = {}
@@ -210,24 +238,23 @@ def profile(args):
     model = tokenizer = None
     if args.profiles == "llm":
         tokenizer = load_tokenizer(args.llm)
-        model = load_llm(args.llm, AutoModelForCausalLM, pick_dtype(args.dtype, args.device), args.device)
+        model = load_llm(args.llm, AutoModelForCausalLM, pick_dtype(args.dtype, device), device)
 
     popularity = torch.bincount(data["train"][:, 1], minlength=data["n_items"])
     limit = args.llm_rows or total
     chosen_items = set(popularity.argsort(descending=True, stable=True)[:limit].tolist())
-    temporary = path.with_name(".profiles.jsonl.tmp")  # kept lines + new lines; an append below goes to the real file
-    kept = [json.dumps({"settings": settings})] + [json.dumps({"kind": kind, "raw": raw, "profile": text}) for (kind, raw), text in made.items()]
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-    progress, written, start = Progress("profile", total, "profiles"), 0, time.time()
-    with open(path, "a", encoding="utf-8") as file:
+    kept = [{"settings": settings}] + [{"kind": kind, "raw": raw, "profile": text} for (kind, raw), text in made.items()]
+    if rank == 0:  # whole lines alone; new ones are appended below
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    progress, written, tokens, start = Progress("profile", total, "profiles"), 0, 0, time.time()
+    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file:
 
         def write(kind, raws, texts):
             for raw, text in zip(raws, texts):
                 made[kind, raw] = text
                 file.write(json.dumps({"kind": kind, "raw": raw, "profile": text}) + "\n")
             file.flush()
-            progress.update(len(made))
+            progress.update(len(made), f"{tokens / (time.time() - start):.0f} tokens/s" if tokens else "")
 
         for kind, group in (("item", items), ("user", users)):
             todo = [n for n, row in enumerate(group) if (kind, row["raw"]) not in made]
@@ -243,13 +270,20 @@ def profile(args):
                                            users[n].get("reviews", [])[:2]) for n in by_llm}
             by_llm.sort(key=lambda n: len(prompts[n]))  # like lengths together: less padding
             system = ITEM_SYSTEM if kind == "item" else USER_SYSTEM
-            for at in range(0, len(by_llm), args.batch_size):
-                part = by_llm[at:at + args.batch_size]
-                texts = write_texts(model, tokenizer, [chat(tokenizer, system, prompts[n]) for n in part], args.new_tokens)
-                texts = [text or group[n].get("text", "") for n, text in zip(part, texts)]
-                write(kind, [group[n]["raw"] for n in part], texts)
-                written += len(part)
-    print(f"profile: {written} written by the LLM, {total - written} from metadata or an earlier run, {time.time() - start:.0f} s")
+            for at in range(0, len(by_llm), args.batch_size * world):
+                parts = [by_llm[b:b + args.batch_size] for b in range(at, min(at + args.batch_size * world, len(by_llm)), args.batch_size)]
+                texts, count = ([], 0) if rank >= len(parts) else write_texts(
+                    model, tokenizer, [chat(tokenizer, system, prompts[n]) for n in parts[rank]], args.new_tokens)
+                results = [(texts, count)]
+                if world > 1:  # everybody needs the items' profiles for the users' prompts
+                    results = [None] * world
+                    dist.all_gather_object(results, (texts, count))
+                for part, (texts, count) in zip(parts, results):
+                    tokens, written = tokens + count, written + len(part)
+                    write(kind, [group[n]["raw"] for n in part], [text or group[n].get("text", "") for n, text in zip(part, texts)])
+    seconds = time.time() - start
+    print(f"profile: {written} written by the LLM, {total - written} from metadata or an earlier run, {seconds:.0f} s, "
+          f"{tokens / seconds:.0f} tokens/s, read and written")
     print(f"wrote {path}")
 
 
@@ -266,7 +300,8 @@ INSTRUCTION = "Name a hard negative: an item close to this user's taste that the
 
 
 class Prompt:
-    """Token ids of the prompt's pieces for one tokenizer. SOFT marks the places of the soft tokens.
+    """Token ids of the prompt's pieces for one tokenizer. SOFT marks the places of the soft tokens; n_soft = 0 is the prompt of
+    the ablation without CF vectors. `tokens` counts the ids given out, for the log.
 
     Pieces are tokenized one by one, in training and generation alike, so that a prefix is the same ids for all its items."""
 
@@ -274,19 +309,23 @@ class Prompt:
         self.tokenizer, self.n_soft, self.max_tokens = tokenizer, n_soft, max_tokens
         head, tail = chat(tokenizer, INSTRUCTION, "<<pieces>>").split("<<pieces>>")
         self.shared = self.ids(head)
-        soft = [SOFT] * n_soft
-        self.ask = self.ids(tail + "Item vector:") + soft + self.ids(" User vector:") + soft
+        self.tokens, soft = 0, [SOFT] * n_soft
+        self.ask = self.ids(tail + "Item vector:") + soft + self.ids(" User vector:") + soft if n_soft else self.ids(tail)
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def user(self, text):
         """profile -> ids."""
-        return self.ids("User: ") + self.ids(text)[: self.max_tokens]
+        return self.count(self.ids("User: ") + self.ids(text)[: self.max_tokens])
 
     def item(self, text):
         """title and profile -> ids, followed by the ask, whose last token is the one that is read."""
-        return self.ids("\nItem: ") + self.ids(text)[: self.max_tokens] + self.ask
+        return self.count(self.ids("\nItem: ") + self.ids(text)[: self.max_tokens] + self.ask)
+
+    def count(self, ids):
+        self.tokens += len(ids)
+        return ids
 
 
 class SoftTokens(nn.Module):
@@ -301,10 +340,13 @@ class SoftTokens(nn.Module):
         self.register_buffer("norm", torch.as_tensor(float(norm)))
         self.register_buffer("mean", torch.stack([user.mean(0), item.mean(0)]))  # (2, d)
         self.register_buffer("std", torch.stack([user.std(0), item.std(0)]).clamp(min=1e-6))
-        self.maps = nn.ModuleList(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False) for _ in range(2))
+        self.hidden_size = hidden_size
+        self.maps = nn.ModuleList(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False) for _ in range(2 if n_soft else 0))
 
     def forward(self, side, vectors):
         """side 0 users, 1 items; vectors (B, d) -> (B, n_soft, H), each of norm `norm`."""
+        if not self.n_soft:
+            return vectors.new_zeros(len(vectors), 0, self.hidden_size)
         x = self.maps[side]((vectors - self.mean[side]) / self.std[side]).unflatten(-1, (self.n_soft, -1))
         return F.normalize(x, dim=-1) * self.norm
 
@@ -370,6 +412,19 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     return hidden[torch.arange(len(last), device=device), last].float()
 
 
+def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner):
+    """The same h(u, i), each pair's whole prompt in one plain forward pass without a cache: slower, but the only form that
+    gradient checkpointing allows, and the oracle that encode() is tested against. Arguments and result as encode()."""
+    device = user_vectors.device
+    prefixes = [prompt.user(text) for text in user_texts]
+    ids, mask = pad([prompt.shared + prefixes[own] + prompt.item(text) for own, text in zip(owner.tolist(), item_texts)], device)
+    x = llm.get_input_embeddings()(ids.clamp(min=0))
+    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
+    x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
+    hidden = llm(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1].float()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 2: supervised fine-tuning with InfoNCE against CF-mined hard negatives
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,9 +445,10 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 class SftTask:
     """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was mined, the candidates."""
 
-    def __init__(self, data, cf_model, user, item, texts, first, last, seed):
+    def __init__(self, data, cf_model, user, item, texts, first, last, seed, mine="dns"):
         self.user, self.item, (self.user_texts, self.item_texts) = user, item, texts
-        self.train = data["train"]
+        self.train, self.mine, self.cf_model = data["train"], mine, cf_model
+        self.item_layers = cf_model.layers()[1].detach()  # (I, K, d), for mixgcf
         self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, M)
         # centred, so that cosine compares what tells items apart and not the direction that all popular items share
         self.candidates = item - item.mean(0)
@@ -412,25 +468,34 @@ class SftTask:
         users = self.train[rows, 0]
         return torch.zeros(len(rows), len(self.item), dtype=torch.bool, device=users.device).scatter_(1, self.mined[users], True)
 
-    def encode(self, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0):
+    def encode(self, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, encoder=encode):
         """h for rows (R,) of train. drop: '', 'user vector', 'user profile', 'item vector': what the prompt goes without
         (a vector is replaced by the mean of all, a profile by nothing). profile_dropout: share of the users whose profile
         is left out at random, so that the LLM cannot lean on recognising a known user's text alone."""
         u, i = self.train[rows].T
         users, owner = u.unique(return_inverse=True)
-        blank = torch.rand(len(users), generator=self.generator) < profile_dropout
+        blank = torch.rand(len(users)) < profile_dropout
         user, item = self.user[users], self.item[i]
         if drop == "user vector":
             user = self.user.mean(0) + 0 * user
         if drop == "item vector":
             item = self.item.mean(0) + 0 * item
-        return encode(llm, prompt, soft_tokens, ["" if drop == "user profile" or blank[n] else self.user_texts[k] for n, k in enumerate(users)],
+        return encoder(llm, prompt, soft_tokens, ["" if drop == "user profile" or blank[n] else self.user_texts[k] for n, k in enumerate(users)],
                       user, [self.item_texts[k] for k in i], item, owner)
 
     def loss(self, z, rows, tau):
         """InfoNCE over the whole catalogue: positives are u's mined items, everything else pushes away, the item i and u's
-        other train items included."""
-        return info_nce(z, self.candidates, self.is_mined(rows), tau)
+        other train items included. With mine='mixgcf' the one positive is the vector that MixGCF makes of the pair and 8 of
+        the mined items; the mined items themselves are left out of the sum, since they are no worse."""
+        mined = self.is_mined(rows)
+        if self.mine == "dns":
+            return info_nce(z, self.candidates, mined, tau)
+        u, i = self.train[rows].T
+        some = self.mined[u].gather(1, torch.randint(self.mined.shape[1], (len(u), 8), device=u.device))
+        synthetic = mixgcf(self.user[u], self.item_layers, i, some, self.cf_model.pool) - self.item.mean(0)  # (R, d)
+        own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        return info_nce(z, torch.cat([self.candidates, synthetic]), torch.cat([torch.zeros_like(mined), own], 1), tau,
+                        torch.cat([mined, torch.zeros_like(own)], 1))
 
     def hit_rate(self, z, rows):
         """How often the item nearest to z (cosine, whole catalogue) is one mined for the pair's user."""
@@ -443,29 +508,36 @@ class SftTask:
         return mined.mean().item(), mined.mean(0).max().item()
 
 
-def grouped_batches(users, rows, per_user, groups, generator):
+def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
     """Shuffle rows into batches of `groups` chunks, each chunk up to `per_user` rows of one user, so that a user's prefix
-    is run once for several items. users (N,) of all train rows; rows (R,) -> list of int64 tensors."""
+    is run once for several items. users (N,) of all train rows; rows (R,); lengths (N,): how long each row's prompt is, so
+    that chunks of like length share a batch and little is padded -> list of int64 tensors, in random order."""
     rows = rows[torch.randperm(len(rows), generator=generator)]
     rows = rows[users[rows].argsort(stable=True)]
     chunks = [part for own in rows.split(users[rows].unique_consecutive(return_counts=True)[1].tolist())
               for part in own.split(per_user)]
     order = torch.randperm(len(chunks), generator=generator).tolist()
-    return [torch.cat([chunks[k] for k in order[at:at + groups]]) for at in range(0, len(order), groups)]
+    if lengths is not None:  # sorted within windows of 8 batches: still near random, yet seldom padded
+        longest = [int(lengths[chunk].max()) for chunk in chunks]
+        order = [k for at in range(0, len(order), 8 * groups) for k in sorted(order[at:at + 8 * groups], key=longest.__getitem__)]
+    batches = [torch.cat([chunks[k] for k in order[at:at + groups]]) for at in range(0, len(order), groups)]
+    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 @torch.no_grad()
-def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, batch=64, label=""):
-    """task.encode over many rows, grouped by user -> h (R, H) in the order of `rows`."""
-    order = rows[task.train[rows, 0].argsort(stable=True)]
+def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, batch=64, label="", rank=0, world=1):
+    """task.encode over many rows, grouped by user -> h (R, H) in the order of `rows`. Each process encodes its share."""
+    order = task.train[rows, 0].argsort(stable=True)
     progress = Progress(label, len(order), "pairs") if label else None
-    parts = []
-    for part in order.split(batch):
-        parts.append(task.encode(llm, prompt, soft_tokens, part, drop, profile_dropout))
+    result = torch.zeros(len(rows), llm.config.get_text_config().hidden_size, device=task.train.device)
+    for n, at in enumerate(order.split(batch)):
+        if n % world == rank:
+            torch.manual_seed(n)  # what is left out does not depend on which process encodes it
+            result[at] = task.encode(llm, prompt, soft_tokens, rows[at], drop, profile_dropout)
         if progress:
-            progress.update(sum(map(len, parts)))
-    back = task.train[rows, 0].argsort(stable=True).argsort()
-    return torch.cat(parts)[back]
+            progress.update(min(len(order), (n + 1) * batch))
+    sum_over([result], world)
+    return result
 
 
 def fit_head(task, head, hidden, rows, tau, steps=300, lr=3e-3, dropout=0.3, seed=0):
@@ -486,7 +558,7 @@ def fit_head(task, head, hidden, rows, tau, steps=300, lr=3e-3, dropout=0.3, see
     return loss.item()
 
 
-def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
+def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",), rank=0, world=1):
     """Print and return hit rates on both held-back sets: {label: {set: rate}}."""
     result = {}
     for drop in drops:
@@ -494,95 +566,151 @@ def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
         rates = {}
         for held, rows in task.held.items():
             if len(rows):
-                hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop)
+                hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop, rank=rank, world=world)
                 rates[held] = task.hit_rate(head(hidden), rows)
         result[name] = rates
         print(f"  hit rate {name:<45}" + "".join(f"{held} {rate:.3f}   " for held, rate in rates.items()), flush=True)
     return result
 
 
+def adapter_folder(name):
+    """sft -> adapter, sft-template -> adapter-template: LoRA's folder beside NAME.safetensors."""
+    return "adapter" + name.removeprefix("sft")
+
+
+def save_partial(path, settings, step, modules, optimizer, log):
+    """Everything that training needs to go on after `step` steps: weights, Adam's moments, the log."""
+    tensors = {key: p for key, p in modules.items()}
+    for n, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{n}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    save_tensors(path, tensors, {"settings": settings, "step": step, "log": log})
+
+
+def load_partial(path, settings, modules, optimizer):
+    """Undo save_partial -> (step, log), or (0, None) when there is nothing to go on from."""
+    if not path.exists():
+        return 0, None
+    tensors, meta = load_tensors(path, "python llm_negatives.py finetune")
+    if meta["settings"] != json.loads(json.dumps(settings)):
+        print(f"{path}: half-finished with other settings; starting anew")
+        return 0, None
+    for key, p in modules.items():
+        p.data.copy_(tensors[key])
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("adam."):
+            _, n, name = key.split(".")
+            state["state"].setdefault(int(n), {})[name] = value
+    optimizer.load_state_dict(state)
+    return meta["step"], meta["log"]
+
+
+def learning_rate(step, steps):
+    """Share of the full rate: linear warm-up over a tenth of the steps, then cosine decay to a tenth of the rate."""
+    return min((step + 1) / max(1, steps // 10), 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
+
+
 def finetune(args):
-    """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors."""
+    """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors. Resumes after a kill."""
     run, data = Path(args.run), load_data(args.run)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "force", "device", "command")}
-    settings |= {"data": data["digest"], "llm": llm_digest(args.llm), "cf": require_digest(run / args.cf, "python backbones.py pretrain"),
-                 "profiles": require_digest(run / "profiles.jsonl", "python llm_negatives.py profile")}
-    if up_to_date(run / "sft.safetensors", settings, "python llm_negatives.py finetune", args.force):
+    out, maker = run / f"{args.name}.safetensors", "python llm_negatives.py finetune"
+    settings = {key: value for key, value in vars(args).items() if key not in
+                ("run", "force", "device", "command", "name", "preset", "save_every", "checkpointing")}
+    settings |= {"data": data["digest"], "llm": llm_digest(args.llm), "cf_digest": require_digest(run / args.cf, "python backbones.py pretrain"),
+                 "profiles_digest": require_digest(run / args.profiles, "python llm_negatives.py profile")}
+    if up_to_date(out, settings, maker, args.force):
         return
-    torch.manual_seed(args.seed)
-    data["train"] = data["train"].to(args.device)
-    task = load_task(run, data, args.cf, args.mine_first, args.mine_last, args.seed)
-    dtype = pick_dtype(args.dtype, args.device)
-    tokenizer = load_tokenizer(args.llm)
-    llm = load_llm(args.llm, AutoModel, dtype, args.device, args.llm_layers)
-    prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens)
+    rank, world, device = start_processes(args.device)
+    data["train"] = data["train"].to(device)
+    model, _, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data)
+    task = SftTask(data, model, cf["user"], cf["item"], load_profiles(run, args.profiles), args.mine_first, args.mine_last, args.seed, args.mine)
+    dtype = pick_dtype(args.dtype, device)
+    llm, prompt = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers), Prompt(load_tokenizer(args.llm), args.soft_tokens, args.max_tokens)
     hidden_size, table = llm.config.get_text_config().hidden_size, llm.get_input_embeddings().weight
-    soft_tokens = SoftTokens(task.user, task.item, hidden_size, table.float().norm(dim=1).mean(), args.soft_tokens).to(args.device)
-    head = Head(hidden_size, task.item.shape[1]).to(args.device)
-    targets = args.lora_targets.split(",")
+    torch.manual_seed(args.seed)
+    soft_tokens = SoftTokens(task.user, task.item, hidden_size, table.float().norm(dim=1).mean(), args.soft_tokens).to(device)
+    head = Head(hidden_size, task.item.shape[1]).to(device)
+    encoder = encode
+    if args.checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        encoder = encode_whole
     llm = get_peft_model(llm, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                                         target_modules=targets, init_lora_weights=True))
+                                         target_modules=args.lora_targets.split(","), init_lora_weights=True))
+    for p in llm.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data  # LoRA's own weights in full precision, whatever the LLM's
+    lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
+    others = {f"{prefix}.{name}": p for prefix, module in (("soft", soft_tokens), ("head", head)) for name, p in module.named_parameters()}
+    trained = [*lora.values(), *others.values()]
+    optimizer = torch.optim.AdamW([{"params": list(lora.values()), "lr": args.lr}, {"params": list(others.values()), "lr": args.lr_maps}], weight_decay=0.01)
+    kept = lora | others | {"head.mean": head.mean, "head.std": head.std}
+    partial, share = out.with_suffix(".partial.safetensors"), {"rank": rank, "world": world}
+
+    # the order of the data, the same whoever asks: passes over the train pairs, the first pairs for the head alone
+    size = args.users_per_step * args.items_per_user
+    steps = math.ceil(args.epochs * len(task.rows) / size) if args.epochs else args.steps
+    lengths, order = torch.tensor([len(text) for text in task.item_texts])[data["train"][:, 1].cpu()], []
+    while sum(map(len, order)) < args.warmup_pairs + steps * size:
+        order += grouped_batches(data["train"][:, 0].cpu(), task.rows.cpu(), args.items_per_user, args.users_per_step, task.generator, lengths)
+    order = torch.cat(order).to(device)
+    warm, batches = order[: args.warmup_pairs], order[args.warmup_pairs:].split(size)
+
     start = time.time()
-    log = {"dtype": str(dtype), "steps": []}
-    chance, popular = task.floors(torch.cat(list(task.held.values())))
-    everything = task.is_mined(task.rows[:1]).sum().item()
-    print(f"finetune: {len(task.rows)} train pairs, {sum(map(len, task.held.values()))} held back; loss at chance "
-          f"ln({len(task.item)}/{everything}) = {math.log(len(task.item) / everything):.3f}; "
-          f"hit-rate floors: uniform {chance:.3f}, popularity {popular:.3f}", flush=True)
-    log |= {"chance_loss": math.log(len(task.item) / everything), "uniform_floor": chance, "popularity_floor": popular}
-    log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "before")
-
-    train_users = task.train[:, 0]
-    batches = grouped_batches(train_users, task.rows, args.items_per_user, args.users_per_step, task.generator)
-    while sum(map(len, batches)) < args.warmup_pairs + args.steps * args.users_per_step * args.items_per_user:
-        batches += grouped_batches(train_users, task.rows, args.items_per_user, args.users_per_step, task.generator)
-    warm = torch.cat(batches)[: args.warmup_pairs]
-    batches = torch.cat(batches)[args.warmup_pairs:].split(args.users_per_step * args.items_per_user)  # LoRA goes on from there
-    if len(warm):
-        hidden = encode_rows(task, llm, prompt, soft_tokens, warm, profile_dropout=args.profile_dropout, label="warm-up")
-        loss = fit_head(task, head, hidden, warm, args.tau_s, seed=args.seed)
-        print(f"warm-up: head fitted on {len(warm)} pairs of the frozen LLM, loss {loss:.3f}", flush=True)
-        log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
-
-    lora = [p for p in llm.parameters() if p.requires_grad]
-    groups = [{"params": lora, "lr": args.lr}, {"params": [*soft_tokens.parameters(), *head.parameters()], "lr": args.lr_maps}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    ramp = max(1, args.steps // 10)  # linear warm-up, then cosine decay to a tenth
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: min((k + 1) / ramp, 0.55 + 0.45 * math.cos(math.pi * min(1.0, k / max(1, args.steps)))))
-    everything = [*lora, *soft_tokens.parameters(), *head.parameters()]
-    progress = Progress("finetune", args.steps, "steps")
+    done, log = load_partial(partial, settings, kept, optimizer)
+    if log is None:
+        chance, popular = task.floors(torch.cat(list(task.held.values())))
+        n_mined = task.mined.shape[1]
+        log = {"dtype": str(dtype), "steps": [], "chance_loss": math.log(len(task.item) / n_mined), "uniform_floor": chance, "popularity_floor": popular}
+        print(f"finetune: {len(task.rows)} train pairs, {sum(map(len, task.held.values()))} held back; loss at chance "
+              f"ln({len(task.item)}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform {chance:.3f}, popularity {popular:.3f}", flush=True)
+        log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "before", **share)
+        if len(warm):
+            hidden = encode_rows(task, llm, prompt, soft_tokens, warm, profile_dropout=args.profile_dropout, label="warm-up", **share)
+            loss = fit_head(task, head, hidden, warm, args.tau_s, seed=args.seed)
+            print(f"warm-up: head fitted on {len(warm)} pairs of the frozen LLM, loss {loss:.3f}", flush=True)
+            log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after warm-up", **share)
+        for value in kept.values() if world > 1 else ():
+            dist.broadcast(value.data, 0)
+    else:
+        print(f"finetune: going on after step {done} of {steps}")
+    progress, prompt.tokens, begin = Progress("finetune", steps, "steps"), 0, time.time()
     llm.train()
-    for k in range(args.steps):
-        rows = batches[k % len(batches)]
-        optimizer.zero_grad()
-        loss = 0.0
-        for part in rows.split(args.micro_pairs):  # gradients add up over parts: the same step, with less memory
-            part_loss = task.loss(head(task.encode(llm, prompt, soft_tokens, part, "", args.profile_dropout)), part, args.tau_s)
-            part_loss = part_loss * len(part) / len(rows)
-            part_loss.backward()
-            loss += part_loss.item()
-        if not math.isfinite(loss):
-            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr (now {args.lr}) or use --dtype fp32")
-        torch.nn.utils.clip_grad_norm_(everything, 1.0)
+    for k in range(done, steps):
+        rows, loss = batches[k], torch.zeros((), device=device)
+        for group, rate in zip(optimizer.param_groups, (args.lr, args.lr_maps)):
+            group["lr"] = rate * learning_rate(k, steps)
+        for p in trained:  # zeros, not None: every process brings a gradient for every parameter
+            p.grad = torch.zeros_like(p)
+        for n, part in enumerate(rows.split(args.micro_pairs)):  # gradients add up over parts and processes to the step's
+            if n % world == rank:
+                torch.manual_seed((args.seed * 1_000_003 + k) * 1009 + n)  # dropout is the part's own: a resumed run repeats it
+                hidden = task.encode(llm, prompt, soft_tokens, part, "", args.profile_dropout, encoder)
+                part_loss = task.loss(head(hidden), part, args.tau_s) * len(part) / len(rows)
+                part_loss.backward()
+                loss += part_loss.detach()
+        sum_over([loss, *(p.grad for p in trained)], world)
+        if not torch.isfinite(loss):
+            fail(f"finetune: the loss is {loss.item()} at step {k + 1}; lower --lr (now {args.lr}) or use --dtype fp32")
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        schedule.step()
-        log["steps"].append(round(loss, 4))
+        log["steps"].append(round(loss.item(), 4))
         recent = log["steps"][-10:]
-        progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}")
+        progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}  {prompt.tokens * world / (time.time() - begin):.0f} tokens/s")
+        if rank == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
+            save_partial(partial, settings, k + 1, kept, optimizer, log)
     llm.eval()
-    log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", ("", "user vector", "user profile", "item vector"))
-
-    temporary = run / f".adapter.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", ("", "user vector", "user profile", "item vector"), **share)
+    if rank:
+        return
+    adapter = run / adapter_folder(args.name)
+    temporary = run / f".{adapter.name}.{os.getpid()}.tmp"
     llm.save_pretrained(temporary)
-    shutil.rmtree(run / "adapter", ignore_errors=True)
-    os.replace(temporary, run / "adapter")
-    save_tensors(run / "sft.safetensors", {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()},
-                                           **{f"head.{k}": v for k, v in head.state_dict().items()}},
-                 {"settings": settings, "adapter": file_digest(run / "adapter" / "adapter_model.safetensors"),
+    shutil.rmtree(adapter, ignore_errors=True)
+    os.replace(temporary, adapter)
+    save_tensors(out, {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()}, **{f"head.{k}": v for k, v in head.state_dict().items()}},
+                 {"settings": settings, "adapter": file_digest(adapter / "adapter_model.safetensors"),
                   "dim": task.item.shape[1], "dtype": str(dtype).removeprefix("torch."), "log": log, "seconds": time.time() - start})
-    print(f"wrote {run / 'adapter'} and {run / 'sft.safetensors'}, {time.time() - start:.0f} s")
+    partial.unlink(missing_ok=True)
+    print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
 
 
 def require_digest(path, maker):
@@ -592,38 +720,31 @@ def require_digest(path, maker):
     return file_digest(path)
 
 
-def load_task(run, data, cf, first, last, seed):
-    """CF vectors + profiles + mined negatives -> SftTask. Refuses CF vectors that were trained on another split."""
-    model, meta, tensors = load_model(run / cf, f"python backbones.py pretrain --run {run}", data["train"])
-    if meta["settings"]["data"] != data["digest"]:
-        fail(f"{run / cf}: was trained on another data.safetensors; run `python backbones.py pretrain --run {run} --force`")
-    return SftTask(data, model, tensors["user"], tensors["item"], load_profiles(run), first, last, seed)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 3: generation, offline, in shards
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_sft(run, name, llm, device, lora=True):
-    """The fine-tuned encoder -> (llm, prompt, soft_tokens, head, meta). Refuses an adapter of another LLM or CF width, and
+    """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). Refuses an adapter of another LLM or CF width, and
     one that does not belong to sft.safetensors; an adapter that cannot be loaded is an error, never skipped.
     lora=False leaves the LLM as it came (with the maps and head of `name`)."""
     maker = f"python llm_negatives.py finetune --run {run}"
-    tensors, meta = load_tensors(run / name, maker, device)
+    path, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
+    tensors, meta = load_tensors(path, maker, device)
     s = meta["settings"]
     if s["llm"] != llm_digest(llm):
-        fail(f"{run / name}: was fine-tuned on another LLM than --llm {llm}; give that one, or run `{maker} --force`")
+        fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run `{maker} --force`")
     dtype = getattr(torch, meta["dtype"])
     model = load_llm(llm, AutoModel, dtype, device, s["llm_layers"])
     if lora:
-        weights = run / "adapter" / "adapter_model.safetensors"
+        weights = adapter / "adapter_model.safetensors"
         if not weights.exists() or file_digest(weights) != meta["adapter"]:
-            fail(f"{run / 'adapter'}: missing, or not the adapter that {name} was saved with; run `{maker} --force`")
+            fail(f"{adapter}: missing, or not the adapter that {path.name} was saved with; run `{maker} --force`")
         try:
-            model = PeftModel.from_pretrained(model, run / "adapter").eval()
+            model = PeftModel.from_pretrained(model, adapter).eval()
         except Exception as error:
-            fail(f"{run / 'adapter'}: does not fit --llm {llm} ({type(error).__name__}: {str(error)[:200]}); run `{maker} --force`")
+            fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: {str(error)[:200]}); run `{maker} --force`")
     d, hidden_size = meta["dim"], model.config.get_text_config().hidden_size
     soft_tokens = SoftTokens(torch.zeros(2, d), torch.zeros(2, d), hidden_size, 1.0, s["soft_tokens"]).to(device)
     head = Head(hidden_size, d).to(device)
@@ -649,10 +770,12 @@ def generate(args):
     A shard holds whole users; finished shards are kept when the run goes on after a kill. Memory is flat in the number of
     pairs: a shard is written when its users are done."""
     run, data = Path(args.run), load_data(args.run)
-    cf_path = run / args.cf
-    require_digest(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
-    settings = {"data": data["digest"], "cf": require_digest(cf_path, "python backbones.py pretrain"),
-                "sft": file_digest(run / "sft.safetensors"), "profiles": require_digest(run / "profiles.jsonl", "python llm_negatives.py profile"),
+    sft, sft_maker = run / f"{args.sft}.safetensors", f"python llm_negatives.py finetune --run {run}"
+    digest = require_digest(sft, sft_maker)
+    tuned = read_meta(sft, sft_maker)["settings"]  # CF vectors and profiles are those of fine-tuning
+    cf_path, profiles = run / tuned["cf"], run / tuned["profiles"]
+    settings = {"data": data["digest"], "cf": require_digest(cf_path, "python backbones.py pretrain"), "sft": digest,
+                "profiles": require_digest(profiles, "python llm_negatives.py profile"),
                 "pairs_per_user": args.pairs_per_user, "seed": args.seed, "finetune": args.finetune, "shard_pairs": args.shard_pairs,
                 "llm": llm_digest(args.llm)}
     rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.seed)
@@ -676,34 +799,36 @@ def generate(args):
     todo = [(path, part) for path, part in zip(paths, shards) if not path.exists()]
     if not todo:
         return print(f"skip: {len(paths)} shards {args.out}-*.safetensors are up to date")
-    llm, prompt, soft_tokens, head, meta = load_sft(run, "sft.safetensors", args.llm, args.device, lora=args.finetune)
-    if meta["settings"]["cf"] != settings["cf"] or meta["settings"]["data"] != data["digest"]:
-        fail(f"{run / 'sft.safetensors'}: was fine-tuned on other CF vectors or another split; run "
-             f"`python llm_negatives.py finetune --run {run} --force`")
+    if (tuned["cf_digest"], tuned["profiles_digest"], tuned["data"]) != (settings["cf"], settings["profiles"], data["digest"]):
+        fail(f"{sft}: was fine-tuned on other CF vectors, profiles or another split; run `{sft_maker} --force`")
+    rank, world, device = start_processes(args.device)
+    llm, prompt, soft_tokens, head, meta = load_sft(run, args.sft, args.llm, device, lora=args.finetune)
     if not args.finetune:  # the zero-shot ablation: the LLM as it came, maps as they are before any training
         torch.manual_seed(args.seed)
-        for module in (soft_tokens.maps[0], soft_tokens.maps[1], head.linear):
+        for module in (*soft_tokens.maps, head.linear):
             module.reset_parameters()
-    tensors, _ = load_tensors(cf_path, "python backbones.py pretrain", args.device)
+    tensors, _ = load_tensors(cf_path, "python backbones.py pretrain", device)
     if tensors["user"].shape[1] != meta["dim"]:
-        fail(f"{cf_path}: vectors of width {tensors['user'].shape[1]}, the fine-tuned head has {meta['dim']}; run finetune --force")
-    texts = load_profiles(run)
-    train = data["train"].to(args.device)
-    done = len(rows) - sum(len(part) for _, part in todo)
-    progress, begin = Progress("generate", len(rows), "pairs"), time.time()
+        fail(f"{cf_path}: vectors of width {tensors['user'].shape[1]}, the fine-tuned head has {meta['dim']}; run `{sft_maker} --force`")
+    texts, train = load_profiles(run, tuned["profiles"]), data["train"].to(device)
+    made = sum(len(part) for _, part in todo)
+    done, todo = len(rows) - made, todo[rank::world]  # each process makes shards of its own
+    progress, begin = Progress("generate", done + sum(len(part) for _, part in todo), "pairs"), time.time()
     progress.update(done)
     for path, part in todo:
         hidden = torch.empty(len(part), head.mean.shape[0], dtype=torch.float16)
         for at in user_blocks(train[part, 0].cpu(), args.batch_size):
             hidden[at] = encode_pairs(llm, prompt, soft_tokens, tensors, texts, train[part[at]]).half().cpu()
             done += len(at)
-            progress.update(done)
+            progress.update(done, f"{prompt.tokens / (time.time() - begin):.0f} tokens/s")
         if not torch.isfinite(hidden).all():
             fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype fp32 in finetune")
-        vector = head(hidden.to(args.device).float()).half()
+        vector = head(hidden.to(device).float()).half()
         save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector}, {"settings": settings})
-    made = sum(len(part) for _, part in todo)
-    print(f"generate: {made} pairs in {time.time() - begin:.0f} s; wrote {len(todo)} of {len(paths)} shards {args.out}-*.safetensors")
+    if world > 1:
+        dist.barrier()
+    print(f"generate: {made} pairs in {time.time() - begin:.0f} s, {prompt.tokens * world / (time.time() - begin):.0f} tokens/s; "
+          f"{len(paths)} shards {args.out}-*.safetensors are there")
 
 
 def user_blocks(users, batch):
@@ -730,6 +855,10 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+PAPER = dict(llm="meta-llama/Meta-Llama-3-8B-Instruct", llm_layers=0, lora_rank=32, lora_alpha=64.0, lora_dropout=0.05, lr=2e-5, tau_s=0.05,
+             epochs=5.0, dtype="bf16")  # what the paper states; its alpha of LoRA is not stated
+
+
 def main(argv=None):
     parser = Parser(prog="llm_negatives.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -738,6 +867,7 @@ def main(argv=None):
         p = commands.add_parser(name, help=text, description=text, epilog=f"example: python llm_negatives.py {name} --run runs/demo {example}")
         p.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct", help="local folder or Hugging Face id of a causal LM")
+        p.add_argument("--preset", choices=["paper"], help="the paper's LLM and settings; flags given beside it win")
         p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
         p.add_argument("--seed", type=number(int, 0), default=0, help="decides every random choice of this step")
         p.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
@@ -748,33 +878,43 @@ def main(argv=None):
     p.add_argument("--history", type=number(int, 1), default=4, help="train items quoted in a user's prompt")
     p.add_argument("--new-tokens", type=number(int, 1), default=40, help="tokens written at most")
     p.add_argument("--llm-rows", type=number(int, 0), default=0, help="users and items that the LLM writes for, most popular items first; 0: all")
-    p.add_argument("--batch-size", type=number(int, 1), default=32, help="prompts a call; 64 takes 4.3 GiB with the default LLM, 32 takes 2.5")
+    p.add_argument("--batch-size", type=number(int, 1), default=32, help="prompts a call; 64 takes 4.3 GiB with the default LLM, 32 takes 2.9")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM")
+    p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
     p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives", "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
-    p.add_argument("--llm-layers", type=number(int, 0), default=8, help="keep the first N layers; 0: all")
-    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM")
-    p.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
-    p.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
-    p.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
-    p.add_argument("--warmup-pairs", type=number(int, 0), default=2048, help="pairs the head is fitted on before LoRA; 0: none")
-    p.add_argument("--steps", type=number(int, 0), default=60, help="LoRA steps")
-    p.add_argument("--users-per-step", type=number(int, 1), default=16, help="users a step")
-    p.add_argument("--items-per-user", type=number(int, 1), default=2, help="pairs of each user in a step, at most")
-    p.add_argument("--micro-pairs", type=number(int, 1), default=8, help="pairs whose activations are held at once; gradients add up to the step's")
-    p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate of LoRA")
-    p.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=3e-4, help="learning rate of soft-token maps and head")
-    p.add_argument("--lora-rank", type=number(int, 1), default=8, help="LoRA r")
-    p.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16, help="LoRA alpha")
-    p.add_argument("--lora-dropout", type=number(float, 0, 1), default=0.05, help="LoRA dropout")
-    p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers with LoRA, by name")
-    p.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.2, help="share of users trained without their profile")
-    p.add_argument("--soft-tokens", type=number(int, 1), default=1, help="soft tokens for each CF vector")
-    p.add_argument("--max-tokens", type=number(int, 1), default=48, help="tokens of a profile at most; longer ones are cut")
+    p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
+    p.add_argument("--name", default="sft", help="first part of the output's name: NAME.safetensors, and adapter/ or adapter-…/")
+    g = p.add_argument_group("what is learned")
+    g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns", help="targets: the items of the mined band, or MixGCF's mixture of them")
+    g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
+    g.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
+    g.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
+    g.add_argument("--soft-tokens", type=number(int, 0), default=1, help="soft tokens for each CF vector; 0: no CF vectors in the prompt (an ablation)")
+    g.add_argument("--max-tokens", type=number(int, 1), default=48, help="tokens of a profile at most; longer ones are cut")
+    g.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.2, help="share of users trained without their profile")
+    g = p.add_argument_group("the LLM and LoRA")
+    g.add_argument("--llm-layers", type=number(int, 0), default=8, help="keep the first N layers; 0: all")
+    g.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM; LoRA's own are fp32")
+    g.add_argument("--lora-rank", type=number(int, 1), default=8, help="LoRA r")
+    g.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16, help="LoRA alpha")
+    g.add_argument("--lora-dropout", type=number(float, 0, 1), default=0.05, help="LoRA dropout")
+    g.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers with LoRA, by name")
+    g = p.add_argument_group("steps")
+    g.add_argument("--warmup-pairs", type=number(int, 0), default=2048, help="pairs the head is fitted on before LoRA; 0: none")
+    g.add_argument("--steps", type=number(int, 0), default=60, help="LoRA steps")
+    g.add_argument("--epochs", type=number(float, 0), default=0, help="passes over the train pairs instead of --steps; 0: --steps counts")
+    g.add_argument("--users-per-step", type=number(int, 1), default=16, help="users a step")
+    g.add_argument("--items-per-user", type=number(int, 1), default=2, help="pairs of each user in a step, at most")
+    g.add_argument("--micro-pairs", type=number(int, 1), default=8, help="pairs whose activations are held at once; their gradients add up to the step's")
+    g.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, more time, no shared prefix")
+    g.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate of LoRA")
+    g.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=3e-4, help="learning rate of soft-token maps and head")
+    g.add_argument("--save-every", type=number(int, 1), default=20, help="steps between the states that a killed run goes on from")
 
     p = command("generate", "write the hard negatives' vectors for the train pairs", "--pairs-per-user 8")
-    p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
+    p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
     p.add_argument("--pairs-per-user", type=number(int, 0), default=0, help="train pairs of each user; 0: all")
     p.add_argument("--no-finetune", dest="finetune", action="store_false", help="zero-shot ablation: the LLM and maps before fine-tuning")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
@@ -782,7 +922,15 @@ def main(argv=None):
     p.add_argument("--shard-pairs", type=number(int, 1), default=2048, help="pairs a shard, at least")
 
     args = parser.parse_args(argv)
-    {"profile": profile, "finetune": finetune, "generate": generate}[args.command](args)
+    if args.preset:
+        p = commands.choices[args.command]
+        p.set_defaults(**{key: value for key, value in PAPER.items() if key in vars(args)})
+        args = parser.parse_args(argv)
+    try:
+        {"profile": profile, "finetune": finetune, "generate": generate}[args.command](args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
@@ -573,6 +575,8 @@ def encode_all(encoder, user=None, item=None):
 def test_encode_equals_the_whole_prompt_run_alone(encoder):
     llm, prompt, soft_tokens, users, items = encoder
     ours = encode_all(encoder)
+    whole = llm_negatives.encode_whole(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
+    assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
     for row, owner in enumerate(OWNER.tolist()):
         ids = prompt.shared + prompt.user(USER_TEXTS[owner]) + prompt.item(ITEM_TEXTS[row])
         x = llm.get_input_embeddings()(torch.tensor(ids).clamp(min=0))
@@ -607,6 +611,27 @@ def sft_task(encoder):
     users, items = model.ego()
     texts = ([f"user {u}" for u in range(N_USERS)], [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)])
     return llm_negatives.SftTask(data, model, users.detach(), items.detach(), texts, 2, 6, 0), texts, data
+
+
+def test_mixgcf_targets_against_direct_sum(encoder):
+    data = split_data()
+    torch.manual_seed(1)
+    model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 6, data["train"])
+    users, items = (v.detach() for v in model())
+    task = llm_negatives.SftTask(data, model, users, items, ([""] * N_USERS, [""] * N_ITEMS), 2, 6, 0, "mixgcf")
+    rows, z = torch.tensor([0, 1, 20]), torch.randn(3, 6)
+    torch.manual_seed(4)
+    ours = task.loss(z, rows, 0.3)
+    torch.manual_seed(4)
+    u, i = data["train"][rows].T
+    some = task.mined[u].gather(1, torch.randint(5, (3, 8)))
+    targets = backbones.mixgcf(users[u], items[:, None], i, some, model.pool) - items.mean(0)
+    total = 0.0
+    for b in range(3):
+        others = [c for k, c in enumerate(items - items.mean(0)) if k not in task.mined[u[b]].tolist()]
+        e = [math.exp(float(F.cosine_similarity(z[b], c, 0)) / 0.3) for c in [*others, *targets]]
+        total -= math.log(e[len(others) + b] / sum(e))
+    assert ours.item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_training_and_generation_encode_alike(encoder):
@@ -723,7 +748,7 @@ def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
     shard, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
     with torch.no_grad():
         for lora in (True, False):
-            llm, prompt, soft_tokens, head, _ = llm_negatives.load_sft(finished, "sft.safetensors", tiny_llm, "cpu", lora)
+            llm, prompt, soft_tokens, head, _ = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu", lora)
             hidden = llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts, shard["pairs"])
             assert torch.allclose(hidden, shard["hidden"].float(), atol=2e-3) == lora
             if lora:
@@ -747,6 +772,89 @@ def test_generation_goes_on_where_it_was_killed(finished, tiny_llm):
     assert "missing" not in cli("llm_negatives.py", *again)
     assert [path.read_bytes() for path in shards] == whole
     assert "skip:" in cli("llm_negatives.py", *again)
+
+
+TUNE = ["--llm-layers", 0, "--mine-first", 1, "--mine-last", 5, "--warmup-pairs", 64, "--dtype", "fp32", "--save-every", 2, "--steps", 4]
+
+
+def tuned(run, name):
+    """All that fine-tuning learned: the tensors of NAME.safetensors and of its adapter."""
+    adapter = load_file(run / llm_negatives.adapter_folder(name) / "adapter_model.safetensors")
+    return {**backbones.load_tensors(run / f"{name}.safetensors", "finetune")[0], **adapter}
+
+
+def tune(run, llm, name, *flags):
+    llm_negatives.main(list(map(str, ["finetune", "--run", run, "--llm", llm, "--name", name, *TUNE, *flags])))
+    return tuned(run, name)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_fine_tuning_goes_on_where_it_was_killed(copied, tiny_llm, monkeypatch, capsys):
+    whole, real = tune(copied, tiny_llm, "sft-whole"), llm_negatives.save_partial
+
+    def killed_after_saving(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm_negatives, "save_partial", killed_after_saving)
+    with pytest.raises(KeyboardInterrupt):
+        tune(copied, tiny_llm, "sft-cut")
+    monkeypatch.setattr(llm_negatives, "save_partial", real)
+    capsys.readouterr()
+    again = tune(copied, tiny_llm, "sft-cut")
+    assert "going on after step 2 of 4" in capsys.readouterr().out and not list(copied.glob("*partial*"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_checkpointing_and_parts_do_not_change_the_step(copied, tiny_llm):
+    flags = ["--steps", 2, "--lora-dropout", 0, "--profile-dropout", 0]
+    plain = tune(copied, tiny_llm, "sft-plain", *flags)
+    for name, more in (("sft-checkpointing", ["--checkpointing"]), ("sft-parts", ["--micro-pairs", 3])):
+        other = tune(copied, tiny_llm, name, *flags, *more)
+        # Adam divides by the gradient's size: an entry whose gradient is rounding noise may move either way by lr = 5e-4
+        assert all(torch.allclose(plain[key], other[key], atol=1.1e-3) for key in plain)
+        close = torch.cat([(plain[key] - other[key]).abs().flatten() < 1e-5 for key in plain])
+        assert close.float().mean() > 0.99
+
+
+def test_two_processes_do_what_one_does(copied, tiny_llm):
+    """Gradients averaged, profiles and shards shared out: the same update as one process with the same batch, the same files."""
+    one = tune(copied, tiny_llm, "sft-one")
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", str(HERE / "llm_negatives.py")]
+    run = ["--run", str(copied), "--llm", str(tiny_llm)]
+    for args in (["profile", *run, "--new-tokens", 4, "--history", 2, "--llm-rows", 10, "--batch-size", 3, "--out", "profiles-two.jsonl"],
+                 ["finetune", *run, "--name", "sft-two", *TUNE],
+                 ["generate", *run, "--pairs-per-user", 3, "--shard-pairs", 40, "--out", "negatives-two"]):
+        done = subprocess.run([*two, *map(str, args)], capture_output=True, text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+    lines = [sorted((copied / name).read_text().splitlines()) for name in ("profiles.jsonl", "profiles-two.jsonl")]
+    assert lines[0] == lines[1]
+    both = tuned(copied, "sft-two")
+    assert all(torch.allclose(one[key], both[key], atol=1.1e-3) for key in one)
+    assert torch.cat([(one[key] - both[key]).abs().flatten() < 1e-5 for key in one]).float().mean() > 0.99
+    for path in copied.glob("negatives-0*"):
+        a, b = (backbones.load_tensors(p, "generate")[0] for p in (path, path.with_name(path.name.replace("negatives", "negatives-two"))))
+        assert torch.equal(a["pairs"], b["pairs"]) and torch.allclose(a["hidden"], b["hidden"], atol=2e-3)
+
+
+def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm):
+    """No CF vectors in the prompt; MixGCF's targets; template profiles: each makes negatives of its own."""
+    run = ["--run", copied, "--llm", tiny_llm]
+    cli("llm_negatives.py", "profile", *run, "--profiles", "template", "--out", "profiles-template.jsonl")
+    made = {}
+    for name, flags in (("nocf", ["--soft-tokens", 0]), ("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", "profiles-template.jsonl"])):
+        tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
+        llm_negatives.main(list(map(str, ["generate", *run, "--sft", f"sft-{name}", "--out", f"negatives-{name}", "--pairs-per-user", 2])))
+        made[name] = backbones.load_negatives(copied, f"negatives-{name}", backbones.file_digest(copied / "data.safetensors"))[1]
+    assert not torch.equal(made["nocf"], made["mixgcf"]) and not torch.equal(made["template"], made["mixgcf"])
+    # without CF vectors the prompt is text alone: other vectors, the same hidden states
+    (copied / "profiles.jsonl").rename(copied / "old.jsonl")
+    assert "profiles.jsonl: no such file" in refused("llm_negatives.py", "generate", *run, "--out", "negatives-new")
 
 
 def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
@@ -786,7 +894,7 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
 def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
     """Swap valid and test for other pairs: profiles' requests, mined items and CF vectors stay the same."""
     data = backbones.load_data(finished)
-    model, _, _ = backbones.load_model(finished / "cf.safetensors", "pretrain", data["train"])
+    model, _, _ = backbones.load_model(finished / "cf.safetensors", "pretrain", data)
     texts = llm_negatives.load_profiles(finished)
     other = {**data, "valid": data["valid"][:1], "test": data["test"][:1]}
     users, items = (v.detach() for v in model())
