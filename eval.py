@@ -1,6 +1,8 @@
 """eval.py: what the trained models are worth, and what their negatives are.
 
 report     runs/NAME/model-*.safetensors -> report.md and metrics.json. This, and nothing before it, reads the test pairs.
+compare    methods x backbones x seeds, ablations and controls -> compare.md, compare.json, pictures.
+sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. Reads no test pair.
 recommend  one user's top items with titles and scores, and beside them the negatives the LLM made for that user.
 
 Metrics are over the full ranking of all items a user has not interacted with in train (and valid, when testing). Equal
@@ -9,13 +11,19 @@ scores rank by item id, lowest first. Users without a test pair have no metric: 
 Alone:  python eval.py report --run runs/NAME
 """
 
+import html
 import json
 import math
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from backbones import (Parser, UnseenSampler, contains, dns, fail, load_data, load_model, load_negatives, load_tensors, mixgcf, ndcg, nearest_items,
+from backbones import (Parser, Progress, UnseenSampler, contains, dns, fail, load_data, load_model, load_negatives, load_tensors, mixgcf, ndcg, nearest_items,
                        number, pair_keys, rank_unseen, ranking_hits, read_meta, run_cli, user_rows, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +124,25 @@ def markdown_table(header, rows):
             *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
 
 
+def fhns_section(run, data, model, result, m=12, projected=None):
+    """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
+    and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
+    fhns = fhns_of_samplers(model, data, m, 0)
+    for path in sorted(run.glob("negatives*-00000.safetensors")):
+        name, cf_path = path.name[: -len("-00000.safetensors")], run / "cf.safetensors"
+        pairs, _, vector, _ = load_negatives(run, name, data["digest"])
+        items = load_tensors(cf_path, "python backbones.py pretrain")[0]["item"]
+        # the head's space is that of the centred item vectors (llm_negatives.SftTask)
+        fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(pairs, vector, items - items.mean(0), data, data["n_items"])
+    for name, (pairs, vectors, items) in (projected or {}).items():
+        fhns[name] = fhns_of_vectors(pairs, vectors, items, data, data["n_items"])
+    result["fhns"] = fhns
+    return ["", "## False hard negatives", "", "Share of negatives that are held-out (valid or test) positives of their user; for a "
+            "vector, its nearest real items that the user has no train pair with.", "",
+            *markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
+                [name, *(f"{row[c]:.2%}" if c in row else "" for c in ("FHNS@1", "FHNS@10"))] for name, row in fhns.items()])]
+
+
 def report(args):
     """Evaluate every model-*.safetensors of the run on the test pairs; write report.md and metrics.json."""
     run, data = Path(args.run), load_data(args.run)
@@ -147,20 +174,8 @@ def report(args):
          row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
 
     reference = next((models[name] for name in ("rns", "dns") if name in models), next(iter(models.values())))[0]
-    fhns = fhns_of_samplers(reference, data, args.m, 0)
-    if (run / "negatives-00000.safetensors").exists() and (run / "cf.safetensors").exists():
-        pairs, _, vector, _ = load_negatives(run, "negatives", data["digest"])
-        items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"]
-        # the head's space is that of the centred item vectors (llm_negatives.SftTask)
-        fhns["HNLMRec, generated (CF space)"] = fhns_of_vectors(pairs, vector, items - items.mean(0), data, data["n_items"])
-    for name, (_, tensors) in models.items():
-        if "z" in tensors:
-            fhns[f"{NAMES.get(name, name)}, projected z"] = fhns_of_vectors(tensors["z_pairs"], tensors["z"], tensors["item"], data, data["n_items"])
-    metrics["fhns"] = fhns
-    lines += ["", "## False hard negatives", "", "Share of negatives that are held-out (valid or test) positives of their user; for a "
-              "vector, its nearest real items that the user has no train pair with.", ""]
-    lines += markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
-        [name, *(f"{row[c]:.2%}" if c in row else "" for c in ("FHNS@1", "FHNS@10"))] for name, row in fhns.items()])
+    lines += fhns_section(run, data, reference, metrics, args.m, {
+        f"{NAMES.get(name, name)}, projected z": (tensors["z_pairs"], tensors["z"], tensors["item"]) for name, (_, tensors) in models.items() if "z" in tensors})
     if (run / "sft.safetensors").exists():
         log = read_meta(run / "sft.safetensors", "python llm_negatives.py finetune")["log"]
         metrics["sft"] = log
@@ -175,6 +190,209 @@ def report(args):
     write_atomic(run / "report.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     print(f"\nwrote {run / 'report.md'} and {run / 'metrics.json'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compare: methods x backbones x seeds on one split. A cell is one command, echoed, that trains one model
+# ---------------------------------------------------------------------------------------------------------------------
+
+BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
+             "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
+OURS = {"HNLMRec": "", "HNLMRec, as in the paper": "--grounded 0 --m 1 --alpha 0.1"}
+ABLATIONS = {
+    "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
+    "LLM not fine-tuned": "--negatives negatives-zeroshot", "no CF tokens in the prompt": "--negatives negatives-nocf",
+    "template profiles": "--negatives negatives-template", "targets mined by MixGCF": "--negatives negatives-mixgcf",
+    "no self-attention": "--no-attention", "no alignment": "--lambda1 0", "BPR gradient into the projector": "--bpr-into-projector",
+}
+# the steps of llm_negatives.py that make these negatives, when they are not there
+VARIANTS = {
+    "negatives-zeroshot": ["generate --no-finetune --out negatives-zeroshot"],
+    "negatives-nocf": ["finetune --soft-tokens 0 --name sft-nocf", "generate --sft sft-nocf --out negatives-nocf"],
+    "negatives-template": ["profile --profiles template --out profiles-template.jsonl",
+                           "finetune --profiles profiles-template.jsonl --name sft-template", "generate --sft sft-template --out negatives-template"],
+    "negatives-mixgcf": ["finetune --mine mixgcf --name sft-mixgcf", "generate --sft sft-mixgcf --out negatives-mixgcf"],
+}
+LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew for each value
+TUNED = {"mf": "--lr 5e-3", "lightgcn": "", "ngcf": "", "neumf": "--lr 5e-3"}  # a backbone's budget, chosen on validation
+
+
+def program(script, *words):
+    """Run one of our scripts as a command of its own. Raises SystemExit2 with its own last line when it fails."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, words)]
+    print("$ " + " ".join([script, *map(str, words)]), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+
+
+def make_cell(run, name, words, backbone, seed, llm, pairs_per_user, extra):
+    """Train one cell unless its file is there, and the negatives it needs unless they are -> the path of the model."""
+    script = "backbones.py" if "--sampler" in words else "hnlmrec.py"
+    if "--negatives" in words and not list(run.glob(words[words.index("--negatives") + 1] + "-?????.safetensors")):
+        for step in VARIANTS[words[words.index("--negatives") + 1]]:
+            more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
+            program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
+    out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}")) + ".safetensors")
+    if not (run / out).exists():
+        program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed,
+                *TUNED[backbone].split(), *extra, *words, "--out", out)
+    return run / out
+
+
+def list_statistics(model, data, k=20):
+    """What a model recommends and to whom it is right, on the test pairs -> dict.
+
+    ndcg, recall: per user (n,), with `users`; item_recall: Recall@k over the test pairs of each quarter of the items by train
+    popularity; popularity: mean train count of a recommended item; coverage: share of the catalogue that is recommended to
+    anybody; gini: inequality of how often items are recommended, 0 (all alike) to 1."""
+    users, values, _ = evaluate(model, data, "test", (10, k))
+    seen = torch.cat([data["train"], data["valid"]])
+    ranked = rank_unseen(model, users, user_rows(seen, model.n_users), k)  # (n, k)
+    count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
+    quarter = quartiles(count)
+    recommended = pair_keys(torch.stack([users[:, None].expand_as(ranked)[ranked >= 0], ranked[ranked >= 0]], 1), model.n_items)
+    hit = contains(recommended, *data["test"].T, model.n_items)
+    shown = torch.bincount(ranked[ranked >= 0], minlength=model.n_items).double().sort().values
+    rank = torch.arange(1, model.n_items + 1).double()
+    return {"users": users, "values": values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
+            "popularity": float(count[ranked[ranked >= 0]].double().mean()), "coverage": float((shown > 0).double().mean()),
+            "gini": float((2 * rank - model.n_items - 1) @ shown / (model.n_items * shown.sum()))}
+
+
+def quartiles(count):
+    """Counts (n,) -> quarter 0 (lowest) … 3 of each; equal counts may fall on both sides of a border, by index."""
+    place = torch.empty_like(count)
+    place[count.argsort(stable=True)] = torch.arange(len(count))
+    return place * 4 // len(count)
+
+
+def paired_bootstrap(difference, draws=10_000, seed=0):
+    """Two-sided p that the mean of paired per-user differences (n,) is zero: users drawn with replacement (Efron, 1979; for
+    rankings, Sakai, SIGIR 2006) -> (mean, low and high end of the 95 % interval, p)."""
+    difference = np.asarray(difference, np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.array([difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(draws)])
+    below = (np.sum(means <= 0) + 1) / (draws + 1)
+    return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * min(below, (np.sum(means >= 0) + 1) / (draws + 1)))
+
+
+def svg_chart(title, labels, means, spreads, line=False):
+    """One small picture: bars (or a line) of means with error bars of one spread, as SVG text. No plotting package."""
+    low, high = min(m - s for m, s in zip(means, spreads)), max(m + s for m, s in zip(means, spreads))
+    low, high = (low - 0.5 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
+    width, left, top, height = 90 * len(labels) + 80, 60, 30, 200
+    y = lambda v: top + height * (1 - (v - low) / (high - low))
+    x = [left + 90 * n + 45 for n in range(len(labels))]
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 60}" font-family="sans-serif" font-size="11">',
+             f'<rect width="100%" height="100%" fill="white"/><text x="{left}" y="16" font-size="13">{html.escape(title)}</text>']
+    for k in range(5):
+        v = low + (high - low) * k / 4
+        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/><text x="4" y="{y(v) + 4:.1f}">{v:.4f}</text>')
+    if line:
+        parts.append('<polyline fill="none" stroke="#36c" stroke-width="2" points="' + " ".join(f"{a},{y(m):.1f}" for a, m in zip(x, means)) + '"/>')
+    for n, (a, m, s) in enumerate(zip(x, means, spreads)):
+        if not line:
+            parts.append(f'<rect x="{a - 28}" width="56" y="{y(m):.1f}" height="{top + height - y(m):.1f}" fill="#8ab4e8"/>')
+        parts.append(f'<line x1="{a}" x2="{a}" y1="{y(m - s):.1f}" y2="{y(m + s):.1f}" stroke="black" stroke-width="1.5"/>')
+        for k, word in enumerate(str(labels[n]).split(" ", 2)):
+            parts.append(f'<text x="{a}" y="{top + height + 15 + 13 * k}" text-anchor="middle">{html.escape(word[:16])}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def spread(values):
+    """mean and standard deviation over seeds (n - 1), as numbers."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def compare(args):
+    """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
+    run, data = Path(args.run), load_data(args.run)
+    seeds, methods = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
+    methods |= {name: words.split() for name, words in OURS.items()}
+    if args.methods:
+        unknown = set(args.methods.split(";")) - set(methods)
+        if unknown:
+            fail(f"--methods {sorted(unknown)[0]}: no such method; choose from {'; '.join(methods)}")
+        methods = {name: methods[name] for name in args.methods.split(";")}
+    plan = [(name, words, backbone) for backbone in args.backbones.split(",") for name, words in methods.items()]
+    first = args.backbones.split(",")[0]
+    plan += [(name, words.split(), first) for name, words in ABLATIONS.items() if args.ablations]
+    jobs = [(name, words, backbone, seed) for name, words, backbone in plan for seed in seeds]
+    make = lambda job: make_cell(run, *job, args.llm, args.pairs_per_user, args.flags.split())
+    with ThreadPoolExecutor(args.jobs) as pool:  # each cell is a process of its own; two small ones at a time use two cores best
+        paths = dict(zip([(name, backbone, seed) for name, _, backbone, seed in jobs], pool.map(make, jobs)))
+
+    cells, progress = {}, Progress("evaluate", len(paths), "cells")
+    for n, (key, path) in enumerate(paths.items(), 1):
+        model, meta, _ = load_model(path, "python eval.py compare", data)
+        cells[key] = list_statistics(model, data, 20) | {"valid": max(row["valid_ndcg@20"] for row in meta["history"]), "seconds": meta["seconds"]}
+        progress.update(n)
+    columns = [f"{metric}@{k}" for metric in ("Recall", "NDCG") for k in (10, 20)]
+    result = {"data": data["digest"], "seeds": list(seeds), "cells": {" | ".join(map(str, key)): {
+        **{name: float(cell["values"][name].mean()) for name in columns}, **{name: cell[name] for name in ("valid", "seconds", "item_recall", "popularity", "coverage", "gini")}}
+        for key, cell in cells.items()}, "tests": {}}
+    over = lambda name, backbone, of: [of(cells[name, backbone, seed]) for seed in seeds]
+    lines = [f"# Comparison: {run.name}", "", f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one "
+             f"set of generated negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch."]
+    user_mean = lambda name, backbone: np.mean(over(name, backbone, lambda cell: cell["values"]["NDCG@20"].numpy()), 0)  # (n,)
+    for backbone in dict.fromkeys(b for _, _, b in plan):
+        names = [name for name, _, b in plan if b == backbone]
+        baselines = [name for name in names if name in BASELINES]
+        # the rival is named by validation, as every choice is
+        best = max(baselines, key=lambda name: np.mean(over(name, backbone, lambda cell: cell["valid"])), default=names[0])
+        rows = []
+        for name in names:
+            mean, low, high, p = paired_bootstrap(user_mean(name, backbone) - user_mean(best, backbone))
+            seedwise = [a - b for a, b in zip(*(over(m, backbone, lambda cell: float(cell["values"]["NDCG@20"].mean())) for m in (name, best)))]
+            result["tests"][f"{name} | {backbone}"] = {"against": best, "mean": mean, "low": low, "high": high, "p": p, "by seed": seedwise}
+            rows.append([name, *("{:.4f} ± {:.4f}".format(*spread(over(name, backbone, lambda cell: float(cell["values"][c].mean())))) for c in columns),
+                         "{:.4f}".format(np.mean(over(name, backbone, lambda cell: cell["valid"]))),
+                         "" if name == best else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.3f}, {sum(d > 0 for d in seedwise)}/{len(seedwise)} seeds",
+                         f"{np.mean(over(name, backbone, lambda cell: cell['seconds'])):.0f}"])
+        lines += ["", f"## {backbone}", "", f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired "
+                  "bootstrap over users (each user's mean over seeds); seeds in which it is above.", "",
+                  *markdown_table(["method", *columns, "valid NDCG@20", f"against {best}", "s"], rows)]
+        charts = [spread(over(name, backbone, lambda cell: float(cell["values"]["NDCG@20"].mean()))) for name in names]
+        write_atomic(run / f"compare-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", names, *zip(*charts)).encode())
+        lines += ["", f"![test NDCG@20](compare-{backbone}.svg)"]
+        if "HNLMRec" in names:
+            lines += ["", "HNLMRec against each other row, NDCG@20:", "", *markdown_table(["row", "HNLMRec − row", "p"], [
+                [name, "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(test := paired_bootstrap(user_mean("HNLMRec", backbone) - user_mean(name, backbone)))[:3]), f"{test[3]:.3f}"]
+                for name in names if name != "HNLMRec"])]
+        quarter = quartiles(torch.bincount(data["train"][:, 0], minlength=data["n_users"]))
+        groups = lambda cell: [float(cell["values"]["NDCG@20"][quarter[cell["users"]] == q].mean()) for q in range(4)]
+        lines += ["", f"### Sparse users, unpopular items, popularity bias ({backbone})", "", "NDCG@20 of users by quarter of their train count "
+                  "(Q1 fewest); Recall@20 of test pairs by quarter of their item's train popularity (I1 least popular); mean train count of a "
+                  "recommended item, share of the catalogue recommended, Gini index; means over seeds.", "",
+                  *markdown_table(["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage", "Gini"], [
+                      [name, *(f"{v:.4f}" for v in np.mean(over(name, backbone, groups), 0)), *(f"{v:.4f}" for v in np.mean(over(name, backbone, lambda c: c["item_recall"]), 0)),
+                       *("{:{}}".format(np.mean(over(name, backbone, lambda c: c[key])), form) for key, form in (("popularity", ".0f"), ("coverage", ".1%"), ("gini", ".3f")))]
+                      for name in names])]
+    lines += fhns_section(run, data, load_model(next(iter(paths.values())), "", data)[0], result)
+    print("\n".join(lines))
+    write_atomic(run / "compare.md", ("\n".join(lines) + "\n").encode())
+    write_atomic(run / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
+    print(f"\nwrote {run / 'compare.md'} and {run / 'compare.json'}")
+
+
+def sweep(args):
+    """Train HNLMRec with each value of one flag, seeds each, and rank the values on validation. Reads no test pair."""
+    run, flag = Path(args.run), args.flag.replace("_", "-")
+    rows, charts = [], []
+    for value in args.values.split(","):
+        words = ["--negatives", f"negatives-{flag}-{value}"] if flag in LLM_FLAGS else [f"--{flag}", value]
+        if flag in LLM_FLAGS:
+            VARIANTS[words[1]] = [f"finetune --{flag} {value} --name sft-{flag}-{value}", f"generate --sft sft-{flag}-{value} --out {words[1]}"]
+        paths = [make_cell(run, f"sweep {flag} {value}", [*args.method.split(), *words], args.backbone, seed, args.llm, args.pairs_per_user, args.flags.split())
+                 for seed in range(args.seeds)]
+        charts.append(spread([max(row["valid_ndcg@20"] for row in read_meta(path, "python eval.py sweep")["history"]) for path in paths]))
+        rows.append([value, "{:.4f} ± {:.4f}".format(*charts[-1])])
+        print(f"{flag} {rows[-1][0]}: valid NDCG@20 {rows[-1][1]}", flush=True)
+    lines = [f"## {flag}", "", *markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows), "", f"![{flag}](sweep-{flag}.svg)"]
+    write_atomic(run / f"sweep-{flag}.svg", svg_chart(f"valid NDCG@20 by {flag}", args.values.split(","), *zip(*charts), line=True).encode())
+    write_atomic(run / f"sweep-{flag}.md", ("\n".join(lines) + "\n").encode())
+    print(f"wrote {run / f'sweep-{flag}.md'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,13 +435,32 @@ def main(argv=None):
     p = commands.add_parser("report", help="evaluate all models of a run on its test pairs", epilog="example: python eval.py report --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--m", type=number(int, 1), default=12, help="candidates of DNS and MixGCF in the table of false hard negatives")
+    for name, text, example in (("compare", "train methods x seeds and test the differences", "--seeds 5 --ablations"),
+                                ("sweep", "try values of one flag on validation", "--flag tau_c --values 0.05,0.1,0.2,0.5")):
+        p = commands.add_parser(name, help=text, description=text, epilog=f"example: python eval.py {name} --run runs/ml-100k {example}")
+        p.add_argument("--run", required=True, metavar="DIR", help="run folder in which `bash run.sh` has finished")
+        p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0 … N-1 of training")
+        p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct", help="LLM of the variants that have to be fine-tuned")
+        p.add_argument("--pairs-per-user", type=number(int, 0), default=8, help="as `llm_negatives.py generate`, for the variants")
+        p.add_argument("--flags", default="", help="further flags of every training, in one string")
+        if name == "compare":
+            p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")
+            p.add_argument("--methods", default="", help="semicolon-separated names instead of all")
+            p.add_argument("--baseline-flags", default="", help="further flags of the baselines, in one string")
+            p.add_argument("--ablations", action="store_true", help="also the ablations and controls")
+            p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
+        else:
+            p.add_argument("--flag", required=True, help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")
+            p.add_argument("--values", required=True, help="comma-separated values")
+            p.add_argument("--method", default="", help="flags that choose a baseline instead, for example '--sampler dns'")
+            p.add_argument("--backbone", default="lightgcn", help="backbone")
     p = commands.add_parser("recommend", help="show one user's recommendations", epilog="example: python eval.py recommend --run runs/demo --user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--user", required=True, metavar="RAW_ID", help="the user's id as in the ratings file")
     p.add_argument("--k", type=number(int, 1), default=10, help="items to show")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file inside the run folder")
     args = parser.parse_args(argv)
-    {"report": report, "recommend": recommend}[args.command](args)
+    {"report": report, "compare": compare, "sweep": sweep, "recommend": recommend}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -438,17 +438,17 @@ class Projector(nn.Module):
 def ground(z, near, tau):
     """z expressed in real items: their vectors averaged with weights softmax(cos(z, e_r) / tau). Beyond the paper.
 
-    z (B, D), near (B, R, D) the vectors of the R real items nearest to the generated vector -> (B, D). z is detached; the
-    items get the gradient. Without it BPR has a way out that ranks nothing: turn all users away from what all z share,
+    z (B, D), near (B, R, D) the vectors of the R real items nearest to the generated vector -> (B, D). The items get the
+    gradient. Without it BPR has a way out that ranks nothing: turn all users away from what all z share,
     which no item's score pays for (ML-100K, alpha .1: BPR loss .08, valid NDCG@20 .236; with it .249)."""
-    weight = (F.cosine_similarity(z.detach()[:, None], near.detach(), dim=-1) / tau).softmax(-1)  # (B, R)
+    weight = (F.cosine_similarity(z[:, None], near.detach(), dim=-1) / tau).softmax(-1)  # (B, R)
     return torch.einsum("br,brd->bd", weight, near)
 
 
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z + (1 - alpha) e_j (B, D), as in the paper. z is detached: BPR's gradient would teach the projector to make
-    easy negatives. z is first given the norm of e_j, since alignment, which trains it, sees directions only."""
-    z = F.normalize(z.detach(), dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
+    """e⁻ = alpha z + (1 - alpha) e_j (B, D), as in the paper. z is first given the norm of e_j, since alignment, which trains
+    it, sees directions only."""
+    z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
 
 
@@ -471,12 +471,13 @@ def alignment_loss(z, positives, mined, user_ids, tau):
 
 
 def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, pairs, *, alpha, lambda1, tau_c, reg, k, m,
-                      grounded, align_rows, refresh):
+                      grounded, align_rows, refresh, bpr_into_projector=False):
     """One training step: BPR with e⁻, L_align on the first `align_rows` rows, and L2 -> step(rows, generator) for `fit`.
 
     generated (n, 2) and hidden (n, H): the generated vectors and their pairs; near (n, R): the real items nearest to each;
     mined (U, M) item ids; pairs (N, 2) train. e_j is the highest scored (DNS) of m uniform unseen items and `grounded` ones
-    drawn from near. BPR uses z detached, so z of all generated vectors is computed at once, anew every `refresh` steps."""
+    drawn from near. BPR's gradient stops at z, or it would teach the projector to make easy negatives; so z of all generated
+    vectors is computed at once, anew every `refresh` steps. bpr_into_projector lets it through (an ablation)."""
     draw, state = UnseenSampler(pairs, model.n_users, model.n_items), {"steps": 0, "z": None}
 
     @torch.no_grad()
@@ -500,7 +501,7 @@ def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, p
             if state["steps"] % refresh == 0:
                 state["z"] = all_z(generator)
             state["steps"] += 1
-            z = state["z"][own]
+            z = projector(hidden[table(rows, k, generator)]) if bpr_into_projector else state["z"][own]
             if grounded:
                 negatives = alpha * ground(z, take(item_vectors, near[own]), tau_c) + (1 - alpha) * negatives
             else:
@@ -552,7 +553,8 @@ def train(args):
     projector = Projector(hidden, width, args.projector_width, args.attention).to(args.device)
     step = make_hnlmrec_step(model, projector, table, pairs.to(args.device), hidden, near, mined, data["train"],
                              alpha=args.alpha, lambda1=args.lambda1, tau_c=args.tau_c, reg=args.reg, k=args.k, m=args.m,
-                             grounded=args.grounded, align_rows=args.align_rows, refresh=args.refresh)
+                             grounded=args.grounded, align_rows=args.align_rows, refresh=args.refresh,
+                             bpr_into_projector=args.bpr_into_projector)
     start = time.time()
     state, history = fit({"backbone": model, "projector": projector}, step, len(data["train"]),
                          lambda: validation_ndcg(model, data), epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
@@ -605,6 +607,7 @@ def main(argv=None):
     g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")
     g.add_argument("--no-attention", dest="attention", action="store_false", help="ablation: projector without self-attention")
+    g.add_argument("--bpr-into-projector", action="store_true", help="ablation: let BPR's gradient train the projector too")
     g.add_argument("--control", choices=["none", "random", "shuffled"], default="none", help="replace the LLM's vectors, to see what they are worth")
     g.add_argument("--negatives", default="negatives", help="first part of the shards' names")
     g.add_argument("--cf", default="cf.safetensors", help="CF vectors that the alignment's hard negatives are mined with")
