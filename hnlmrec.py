@@ -6,6 +6,8 @@ train     data + cf.safetensors + negatives-*.safetensors -> model-hnlmrec.safet
               e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                         mixing, z detached
               L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_u, e_i, mined) + lambda2 ‖Θ‖²
 
+trace     prints one (user, item) pair's way from the raw line to the gradient, with the values of a finished run
+
 Alone:  python hnlmrec.py prepare --run runs/NAME --format recbole --reviews ml-100k.inter --meta ml-100k.item
         python hnlmrec.py train --run runs/NAME
 """
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import (Parser, UnseenSampler, add_training_flags, bpr_loss, build_backbone, dns, fail, file_digest, fit, l2_loss,
-                       load_data, load_model, load_negatives, mine_hard_negatives, nearest_items, number, pair_keys, run_cli, save_tensors, take, up_to_date,
+                       load_data, load_model, load_negatives, load_tensors, mine_hard_negatives, nearest_items, number, pair_keys, run_cli, save_tensors, take, up_to_date,
                        validation_ndcg, write_atomic)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,51 +525,108 @@ def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, p
     return step
 
 
-def train(args):
-    """Train backbone and projector together; write the state of the best validation."""
-    run, out = Path(args.run), Path(args.run) / args.out
-    data = load_data(run)
-    pairs, hidden, vector, negatives_digest = load_negatives(run, args.negatives, data["digest"])
-    cf_model, _, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
-    settings |= {"data": data["digest"], "negatives_digest": negatives_digest, "cf_digest": file_digest(run / args.cf)}
-    if up_to_date(out, settings, "python hnlmrec.py train", args.force):
-        return
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    if args.control == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
+def assemble(run, s, data, device):
+    """Everything a step needs, from the run's files and the settings s (the flags of `train`, as a dict) -> dict."""
+    pairs, hidden, vector, digest = load_negatives(run, s["negatives"], data["digest"])
+    cf_model, _, cf = load_model(run / s["cf"], f"python backbones.py pretrain --run {run}", data)
+    torch.manual_seed(s["seed"])
+    generator = torch.Generator().manual_seed(s["seed"])
+    if s["control"] == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
         hidden, vector = (torch.randn(x.shape, generator=generator).half() for x in (hidden, vector))
-    elif args.control == "shuffled":  # … and on the LLM's vectors, each given to another pair
+    elif s["control"] == "shuffled":  # … and on the LLM's vectors, each given to another pair
         order = torch.randperm(len(hidden), generator=generator)
         hidden, vector = hidden[order], vector[order]
-    mined = mine_hard_negatives(cf_model, data["train"], args.mine_first, args.mine_last).to(args.device)
-    data = {**data, "train": data["train"].to(args.device), "valid": data["valid"].to(args.device)}
-    table = NegativeTable(pairs.to(args.device), data["train"], data["n_users"], data["n_items"])
-    print(f"train: {table.own} of {len(data['train'])} train pairs have a generated negative of their own; the other "
-          f"{len(data['train']) - table.own} use their user's other ones", flush=True)
-    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, data["train"], args.layers)
     # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
-    near = nearest_items(vector, pairs[:, 0], cf["item"] - cf["item"].mean(0), pair_keys(data["train"].cpu(), data["n_items"]), args.nearest)
-    hidden, near = hidden.to(args.device), near.to(args.device)
-    width = model()[0].shape[1]
-    projector = Projector(hidden, width, args.projector_width, args.attention).to(args.device)
-    step = make_hnlmrec_step(model, projector, table, pairs.to(args.device), hidden, near, mined, data["train"],
-                             alpha=args.alpha, lambda1=args.lambda1, tau_c=args.tau_c, reg=args.reg, k=args.k, m=args.m,
-                             grounded=args.grounded, align_rows=args.align_rows, refresh=args.refresh,
-                             bpr_into_projector=args.bpr_into_projector)
-    start = time.time()
-    state, history = fit({"backbone": model, "projector": projector}, step, len(data["train"]),
-                         lambda: validation_ndcg(model, data), epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-                         eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
-    for module, prefix in ((model, "backbone."), (projector, "projector.")):
-        module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    near = nearest_items(vector, pairs[:, 0], cf["item"] - cf["item"].mean(0), pair_keys(data["train"], data["n_items"]), s["nearest"]).to(device)
+    mined = mine_hard_negatives(cf_model, data["train"], s["mine_first"], s["mine_last"]).to(device)
+    data = {**data, "train": data["train"].to(device), "valid": data["valid"].to(device)}
+    table = NegativeTable(pairs.to(device), data["train"], data["n_users"], data["n_items"])
+    model = build_backbone(s["backbone"], data["n_users"], data["n_items"], s["dim"], data["train"], s["layers"])
+    projector = Projector(hidden, model()[0].shape[1], s["projector_width"], s["attention"]).to(device)
+    step = make_hnlmrec_step(model, projector, table, pairs.to(device), hidden.to(device), near, mined, data["train"],
+                             **{name: s[name] for name in ("alpha", "lambda1", "tau_c", "reg", "k", "m", "grounded", "align_rows", "refresh", "bpr_into_projector")})
+    return {"data": data, "model": model, "projector": projector, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
+            "near": near, "mined": mined, "cf": cf, "negatives_digest": digest}
+
+
+def restore(modules, state):
+    """Load {prefix.name: tensor} into {prefix: module}."""
+    for prefix, module in modules.items():
+        module.load_state_dict({key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")})
+
+
+def train(args):
+    """Train backbone and projector together; write the state of the best validation."""
+    run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
+    p = assemble(run, settings, data, args.device)
+    settings |= {"data": data["digest"], "negatives_digest": p["negatives_digest"], "cf_digest": file_digest(run / args.cf)}
+    if up_to_date(out, settings, "python hnlmrec.py train", args.force):
+        return
+    model, projector, own, n = p["model"], p["projector"], p["table"].own, len(data["train"])
+    print(f"train: {own} of {n} train pairs have a generated negative of their own; the other {n - own} use their user's other ones", flush=True)
+    start, modules = time.time(), {"backbone": model, "projector": projector}
+    state, history = fit(modules, p["step"], n, lambda: validation_ndcg(model, p["data"]), epochs=args.epochs, batch_size=args.batch_size,
+                         lr=args.lr, eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
+    restore(modules, state)
     users, items = model.eval()()
     with torch.no_grad():  # z of each generated pair as trained, for the report; K is the pair alone, so that it is repeatable
-        z = torch.cat([projector(part[:, None]) for part in hidden.split(4096)])
-    save_tensors(out, {**state, "user": users, "item": items, "z": z.half(), "z_pairs": pairs},
+        z = torch.cat([projector(part[:, None]) for part in p["hidden"].split(4096)])
+    save_tensors(out, {**state, "user": users, "item": items, "z": z.half(), "z_pairs": p["pairs"]},
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
-                  "own_negatives": table.own, "seconds": time.time() - start})
+                  "own_negatives": own, "seconds": time.time() - start})
     print(f"wrote {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trace: one (user, item) pair from the raw line to the gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trace(args):
+    """Print how one train pair passes through the pipeline, with the real values of a finished run. Changes nothing."""
+    run, data = Path(args.run), load_data(args.run)
+    read = lambda name: [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+    users, items = read("users.jsonl"), read("items.jsonl")
+    profiles = {(row["kind"], row["raw"]): row["profile"] for row in read("profiles.jsonl")[1:]}
+    numbers = [{row["raw"]: n for n, row in enumerate(rows)} for rows in (users, items)]
+    own = [items[i]["raw"] for u, i in data["train"].tolist() if users[u]["raw"] == args.user]
+    if args.user not in numbers[0]:
+        fail(f"--user {args.user}: no such user in {run / 'users.jsonl'} (for example {users[0]['raw']})")
+    if args.item is not None and args.item not in own:
+        fail(f"--item {args.item}: user {args.user} has no train pair with it (for example {', '.join(own[:5])})")
+    u, i = numbers[0][args.user], numbers[1][args.item or own[0]]
+    row = int(((data["train"] == torch.tensor([u, i])).all(1)).nonzero())
+    title = lambda n: items[n]["title"]
+    show = lambda vector: f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"
+    tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
+    p = assemble(run, meta["settings"], data, "cpu")
+    model, projector, cf = p["model"], p["projector"], p["cf"]
+    restore({"backbone": model, "projector": projector}, tensors)
+
+    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: {title(i)}; train pair number {row} of {len(data['train'])}")
+    print(f"2. profiles   item: {profiles['item', items[i]['raw']]}\n              user: {profiles['user', args.user]}")
+    scores = cf["item"] @ cf["user"][u]
+    rank = int((scores > scores[i]).sum()) + 1
+    print(f"3. CF         e_u {show(cf['user'][u])}\n              e_i {show(cf['item'][i])}\n              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(items)}")
+    print(f"4. mined      unseen ranks {meta['settings']['mine_first']}–{meta['settings']['mine_last']}: " + "; ".join(map(title, p["mined"][u, :5].tolist())) + "; …")
+    _, sft = load_tensors(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
+    prompt = sft["prompt"].replace("{user}", profiles["user", args.user]).replace("{item}", f"{title(i)}. {profiles['item', items[i]['raw']]}")
+    print("5. prompt     " + prompt.replace("\n", "\n              "))
+    at = int(p["table"](torch.tensor([row]), 1)[0, 0])
+    of = "" if p["pairs"][at].tolist() == [u, i] else f" (it has none of its own: that of the user's pair with {title(int(p['pairs'][at, 1]))})"
+    print(f"6. generated  h {show(p['hidden'][at].float())}{of}\n              nearest real items: " + "; ".join(
+        title(n) + (" (mined)" if n in p["mined"][u] else "") for n in p["near"][at].tolist()))
+    with torch.no_grad():
+        z = projector(p["hidden"][p["table"](torch.tensor([row]), meta["settings"]["k"], torch.Generator().manual_seed(0))])[0]
+        e_u, e_i = (v[n] for v, n in zip(model.eval()(), (u, i)))
+    print(f"7. projector  z {show(z)}; cos(z, e_u) {F.cosine_similarity(z, e_u, 0):.3f}, cos(z, e_i) {F.cosine_similarity(z, e_i, 0):.3f}")
+    model.train()
+    loss, logs = p["step"](torch.tensor([row]), torch.Generator().manual_seed(0))
+    loss.backward()
+    norm = lambda module: sum(float(q.grad.pow(2).sum()) for q in module.parameters() if q.grad is not None) ** 0.5
+    print(f"8. step       e_u·e_i {float((e_u * e_i).sum()):.3f}; loss {loss.item():.4f} = " + ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
+          + f" and L2\n9. gradient   norm: backbone {norm(model):.4f}, projector {norm(projector):.4f}")
 
 
 def main(argv=None):
@@ -614,8 +673,14 @@ def main(argv=None):
     g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
     g.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
     p.add_argument("--out", default="model-hnlmrec.safetensors", help="output file inside the run folder")
+
+    p = commands.add_parser("trace", help="follow one (user, item) pair through a finished run", epilog="example: python hnlmrec.py trace --run runs/demo --user 196")
+    p.add_argument("--run", required=True, metavar="DIR", help="run folder in which `bash run.sh` has finished")
+    p.add_argument("--user", required=True, metavar="RAW_ID", help="the user's id as in the ratings file")
+    p.add_argument("--item", metavar="RAW_ID", help="a train item of that user (left out: the first)")
+    p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file inside the run folder")
     args = parser.parse_args(argv)
-    {"prepare": prepare, "train": train}[args.command](args)
+    {"prepare": prepare, "train": train, "trace": trace}[args.command](args)
 
 
 if __name__ == "__main__":

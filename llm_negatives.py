@@ -310,6 +310,7 @@ class Prompt:
         head, tail = chat(tokenizer, INSTRUCTION, "<<pieces>>").split("<<pieces>>")
         self.shared = self.ids(head)
         self.tokens, soft = 0, [SOFT] * n_soft
+        self.template = head + "User: {user}\nItem: {item}" + tail + ("Item vector:[e_i] User vector:[e_u]" if n_soft else "")  # for people
         self.ask = self.ids(tail + "Item vector:") + soft + self.ids(" User vector:") + soft if n_soft else self.ids(tail)
 
     def ids(self, text):
@@ -708,7 +709,7 @@ def finetune(args):
     os.replace(temporary, adapter)
     save_tensors(out, {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()}, **{f"head.{k}": v for k, v in head.state_dict().items()}},
                  {"settings": settings, "adapter": file_digest(adapter / "adapter_model.safetensors"),
-                  "dim": task.item.shape[1], "dtype": str(dtype).removeprefix("torch."), "log": log, "seconds": time.time() - start})
+                  "dim": task.item.shape[1], "dtype": str(dtype).removeprefix("torch."), "prompt": prompt.template, "log": log, "seconds": time.time() - start})
     partial.unlink(missing_ok=True)
     print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
 

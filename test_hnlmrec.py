@@ -780,6 +780,24 @@ def test_pipeline_makes_every_file(finished):
     assert "recommended:" in cli("eval.py", "recommend", "--run", finished, "--user", "u3", "--k", 3)
 
 
+def test_trace_follows_a_pair(finished):
+    data = backbones.load_data(finished)
+    items = [json.loads(line) for line in (finished / "items.jsonl").read_text().splitlines()]
+    users = [json.loads(line) for line in (finished / "users.jsonl").read_text().splitlines()]
+    shard, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
+    u, i = shard["pairs"][5].tolist()
+    out = cli("hnlmrec.py", "trace", "--run", finished, "--user", users[u]["raw"], "--item", items[i]["raw"])
+    cf, _ = backbones.load_tensors(finished / "cf.safetensors", "pretrain")
+    assert f"e_u·e_i {cf['user'][u] @ cf['item'][i]:.3f}" in out and f"norm {shard['hidden'][5].float().norm():.3f}" in out
+    model, _, _ = backbones.load_model(finished / "cf.safetensors", "pretrain", data)
+    assert items[int(backbones.mine_hard_negatives(model, data["train"], 1, 5)[u, 0])]["title"] in out.split("4. mined")[1]
+    prompt = out.split("5. prompt")[1].split("6. generated")[0]
+    assert llm_negatives.INSTRUCTION in prompt and f"Item: {items[i]['title']}." in prompt and prompt.strip().endswith("User vector:[e_u]")
+    assert "projector 0.0000" not in out and "backbone 0.0000" not in out
+    held = data["test"][data["test"][:, 0] == u][0, 1]
+    assert "no train pair" in refused("hnlmrec.py", "trace", "--run", finished, "--user", users[u]["raw"], "--item", items[held]["raw"])
+
+
 def test_compare_and_sweep(copied, tiny_llm, capsys):
     """Cells by real commands; a second call keeps them; the tables hold every method; the pictures are XML."""
     flags = ["--run", str(copied), "--llm", str(tiny_llm), "--seeds", "2", "--flags", "--dim 8 --epochs 2 --eval-every 1"]
