@@ -91,8 +91,8 @@ def load_tensors(path, maker, device="cpu"):
         fail(f"{path}: no such file; make it with `{maker}`")
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
-            meta = json.loads((file.metadata() or {})["hnlmrec"])
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
+            meta, names = json.loads((file.metadata() or {})["hnlmrec"]), file.keys()
+            return {name: file.get_tensor(name) for name in names}, meta
     except (SafetensorError, KeyError, ValueError) as error:
         fail(f"{path}: not a readable file of this program ({type(error).__name__}: {error}); delete it and run `{maker}` again")
 

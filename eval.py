@@ -23,8 +23,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backbones import (Parser, Progress, UnseenSampler, contains, dns, fail, load_data, load_model, load_negatives, load_tensors, mixgcf, ndcg, nearest_items,
-                       number, pair_keys, rank_unseen, ranking_hits, read_meta, run_cli, user_rows, write_atomic)
+from backbones import (
+    Parser,
+    Progress,
+    UnseenSampler,
+    contains,
+    dns,
+    fail,
+    load_data,
+    load_model,
+    load_negatives,
+    load_tensors,
+    mixgcf,
+    ndcg,
+    nearest_items,
+    number,
+    pair_keys,
+    rank_unseen,
+    ranking_hits,
+    read_meta,
+    run_cli,
+    user_rows,
+    write_atomic,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranking metrics: hits (n, K) bool in rank order and relevant (n,) -> one number a user, (n,) float64
@@ -137,8 +158,8 @@ def fhns_section(run, data, model, result, m=12, projected=None):
     for name, (pairs, vectors, items) in (projected or {}).items():
         fhns[name] = fhns_of_vectors(pairs, vectors, items, data, data["n_items"])
     result["fhns"] = fhns
-    return ["", "## False hard negatives", "", "Share of negatives that are held-out (valid or test) positives of their user; for a "
-            "vector, its nearest real items that the user has no train pair with.", "",
+    return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
+            "vector, its nearest real items that the user has no train pair with."), "",
             *markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
                 [name, *(f"{row[c]:.2%}" if c in row else "" for c in ("FHNS@1", "FHNS@10"))] for name, row in fhns.items()])]
 
@@ -166,9 +187,9 @@ def report(args):
         models[path.stem[6:]] = (model, tensors)
     metrics["users tested"], metrics["users without a test pair"] = data["n_users"] - skipped, skipped
 
-    lines = [f"# Report: {run.name}", "", f"{data['n_users']:,} users, {data['n_items']:,} items; train {len(data['train']):,}, "
+    lines = [f"# Report: {run.name}", "", (f"{data['n_users']:,} users, {data['n_items']:,} items; train {len(data['train']):,}, "
              f"valid {len(data['valid']):,}, test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
-             f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair.", ""]
+             f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
     lines += markdown_table(["method", "backbone", *columns, "valid NDCG@20", "best epoch", "seconds"], [
         [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in columns), f"{row['valid NDCG@20']:.4f}",
          row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
@@ -179,10 +200,10 @@ def report(args):
     if (run / "sft.safetensors").exists():
         log = read_meta(run / "sft.safetensors", "python llm_negatives.py finetune")["log"]
         metrics["sft"] = log
-        lines += ["", "## Fine-tuning", "", f"Loss at chance {log['chance_loss']:.3f}, last steps "
+        lines += ["", "## Fine-tuning", "", (f"Loss at chance {log['chance_loss']:.3f}, last steps "
                   f"{(sum(log['steps'][-10:]) / max(1, len(log['steps'][-10:]))):.3f}. How often the item nearest to the generated "
                   f"vector is a mined hard negative, on held-back train pairs; floors: uniform {log['uniform_floor']:.3f}, the best "
-                  f"single item for everybody {log['popularity_floor']:.3f}.", ""]
+                  f"single item for everybody {log['popularity_floor']:.3f}."), ""]
         sets = sorted({name for rates in log["hit_rates"].values() for name in rates})
         lines += markdown_table(["", *sets], [[name, *(f"{rates[s]:.3f}" if s in rates else "" for s in sets)]
                                               for name, rates in log["hit_rates"].items()])
@@ -221,7 +242,7 @@ def program(script, *words):
     """Run one of our scripts as a command of its own. Raises SystemExit2 with its own last line when it fails."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, words)]
     print("$ " + " ".join([script, *map(str, words)]), flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
@@ -243,7 +264,7 @@ def make_cell(run, name, words, backbone, seed, llm, pairs_per_user, extra):
 def list_statistics(model, data, k=20):
     """What a model recommends and to whom it is right, on the test pairs -> dict.
 
-    ndcg, recall: per user (n,), with `users`; item_recall: Recall@k over the test pairs of each quarter of the items by train
+    Recall@k and the other metrics: per user (n,), with `users`; item_recall: Recall@k over the test pairs of each quarter of the items by train
     popularity; popularity: mean train count of a recommended item; coverage: share of the catalogue that is recommended to
     anybody; gini: inequality of how often items are recommended, 0 (all alike) to 1."""
     users, values, _ = evaluate(model, data, "test", (10, k))
@@ -255,7 +276,7 @@ def list_statistics(model, data, k=20):
     hit = contains(recommended, *data["test"].T, model.n_items)
     shown = torch.bincount(ranked[ranked >= 0], minlength=model.n_items).double().sort().values
     rank = torch.arange(1, model.n_items + 1).double()
-    return {"users": users, "values": values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
+    return {"users": users, **values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
             "popularity": float(count[ranked[ranked >= 0]].double().mean()), "coverage": float((shown > 0).double().mean()),
             "gini": float((2 * rank - model.n_items - 1) @ shown / (model.n_items * shown.sum()))}
 
@@ -305,6 +326,47 @@ def spread(values):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+COLUMNS = [f"{metric}@{k}" for metric in ("Recall", "NDCG") for k in (10, 20)]
+LIST_COLUMNS = ["valid", "seconds", "item_recall", "popularity", "coverage", "gini"]
+
+
+def backbone_section(run, backbone, table, data, tests):
+    """Lines of one backbone's part of the comparison, and its picture. table {method: {column: array over seeds}}; what the
+    paired tests find is also put into `tests`."""
+    # the rival is named by validation, as every choice is
+    best = max((name for name in table if name in BASELINES), key=lambda name: table[name]["valid"].mean(), default=next(iter(table)))
+
+    def against(name, other):
+        """[mean, interval, p] of per-user NDCG@20 (each user's mean over seeds), and the difference seed by seed."""
+        difference = table[name]["NDCG@20"] - table[other]["NDCG@20"]  # (S, n)
+        return (*paired_bootstrap(difference.mean(0)), difference.mean(1).tolist())
+
+    main, bias = [], []
+    quarter = quartiles(torch.bincount(data["train"][:, 0], minlength=data["n_users"])).numpy()
+    for name, cell in table.items():
+        mean, low, high, p, by_seed = against(name, best)
+        tests[f"{name} | {backbone}"] = {"against": best, "mean": mean, "low": low, "high": high, "p": p, "by seed": by_seed}
+        verdict = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.3f}, {sum(d > 0 for d in by_seed)}/{len(by_seed)} seeds"
+        main.append([name, *("{:.4f} ± {:.4f}".format(*spread(cell[column].mean(1))) for column in COLUMNS), f"{cell['valid'].mean():.4f}",
+                     "" if name == best else verdict, f"{cell['seconds'].mean():.0f}"])
+        groups = [cell["NDCG@20"][:, quarter[cell["users"][0]] == q].mean() for q in range(4)]
+        bias.append([name, *(f"{v:.4f}" for v in (*groups, *cell["item_recall"].mean(0))), f"{cell['popularity'].mean():.0f}",
+                     f"{cell['coverage'].mean():.1%}", f"{cell['gini'].mean():.3f}"])
+    write_atomic(run / f"compare-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", list(table), *zip(*(
+        spread(cell["NDCG@20"].mean(1)) for cell in table.values()))).encode())
+    lines = ["", f"## {backbone}", "",
+             (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired bootstrap over "
+             "users (each user's mean over seeds); seeds in which it is above."), "",
+             *markdown_table(["method", *COLUMNS, "valid NDCG@20", f"against {best}", "s"], main), "", f"![test NDCG@20](compare-{backbone}.svg)"]
+    if "HNLMRec" in table:
+        lines += ["", "HNLMRec minus each other row, NDCG@20:", "", *markdown_table(["row", "difference", "p"], [
+            [name, f"{d[0]:+.4f} [{d[1]:+.4f}, {d[2]:+.4f}]", f"{d[3]:.3f}"] for name in table if name != "HNLMRec" for d in [against("HNLMRec", name)]])]
+    return [*lines, "", f"### Sparse users, unpopular items, popularity bias ({backbone})", "",
+            ("NDCG@20 of users by quarter of their train count (Q1 fewest); Recall@20 of test pairs by quarter of their item's train "
+            "popularity (I1 least popular); mean train count of a recommended item, share of the catalogue recommended, Gini index; means over seeds."), "",
+            *markdown_table(["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage", "Gini"], bias)]
+
+
 def compare(args):
     """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
     run, data = Path(args.run), load_data(args.run)
@@ -313,7 +375,7 @@ def compare(args):
     if args.methods:
         unknown = set(args.methods.split(";")) - set(methods)
         if unknown:
-            fail(f"--methods {sorted(unknown)[0]}: no such method; choose from {'; '.join(methods)}")
+            fail(f"--methods {min(unknown)}: no such method; choose from {'; '.join(methods)}")
         methods = {name: methods[name] for name in args.methods.split(";")}
     plan = [(name, words, backbone) for backbone in args.backbones.split(",") for name, words in methods.items()]
     first = args.backbones.split(",")[0]
@@ -323,52 +385,21 @@ def compare(args):
     with ThreadPoolExecutor(args.jobs) as pool:  # each cell is a process of its own; two small ones at a time use two cores best
         paths = dict(zip([(name, backbone, seed) for name, _, backbone, seed in jobs], pool.map(make, jobs)))
 
-    cells, progress = {}, Progress("evaluate", len(paths), "cells")
-    for n, (key, path) in enumerate(paths.items(), 1):
+    rows, progress = {}, Progress("evaluate", len(paths), "cells")  # (method, backbone) -> list over seeds
+    for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
         model, meta, _ = load_model(path, "python eval.py compare", data)
-        cells[key] = list_statistics(model, data, 20) | {"valid": max(row["valid_ndcg@20"] for row in meta["history"]), "seconds": meta["seconds"]}
+        best = max(row["valid_ndcg@20"] for row in meta["history"])
+        rows.setdefault((name, backbone), []).append(list_statistics(model, data, 20) | {"valid": best, "seconds": meta["seconds"]})
         progress.update(n)
-    columns = [f"{metric}@{k}" for metric in ("Recall", "NDCG") for k in (10, 20)]
-    result = {"data": data["digest"], "seeds": list(seeds), "cells": {" | ".join(map(str, key)): {
-        **{name: float(cell["values"][name].mean()) for name in columns}, **{name: cell[name] for name in ("valid", "seconds", "item_recall", "popularity", "coverage", "gini")}}
-        for key, cell in cells.items()}, "tests": {}}
-    over = lambda name, backbone, of: [of(cells[name, backbone, seed]) for seed in seeds]
-    lines = [f"# Comparison: {run.name}", "", f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one "
-             f"set of generated negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch."]
-    user_mean = lambda name, backbone: np.mean(over(name, backbone, lambda cell: cell["values"]["NDCG@20"].numpy()), 0)  # (n,)
-    for backbone in dict.fromkeys(b for _, _, b in plan):
-        names = [name for name, _, b in plan if b == backbone]
-        baselines = [name for name in names if name in BASELINES]
-        # the rival is named by validation, as every choice is
-        best = max(baselines, key=lambda name: np.mean(over(name, backbone, lambda cell: cell["valid"])), default=names[0])
-        rows = []
-        for name in names:
-            mean, low, high, p = paired_bootstrap(user_mean(name, backbone) - user_mean(best, backbone))
-            seedwise = [a - b for a, b in zip(*(over(m, backbone, lambda cell: float(cell["values"]["NDCG@20"].mean())) for m in (name, best)))]
-            result["tests"][f"{name} | {backbone}"] = {"against": best, "mean": mean, "low": low, "high": high, "p": p, "by seed": seedwise}
-            rows.append([name, *("{:.4f} ± {:.4f}".format(*spread(over(name, backbone, lambda cell: float(cell["values"][c].mean())))) for c in columns),
-                         "{:.4f}".format(np.mean(over(name, backbone, lambda cell: cell["valid"]))),
-                         "" if name == best else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.3f}, {sum(d > 0 for d in seedwise)}/{len(seedwise)} seeds",
-                         f"{np.mean(over(name, backbone, lambda cell: cell['seconds'])):.0f}"])
-        lines += ["", f"## {backbone}", "", f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired "
-                  "bootstrap over users (each user's mean over seeds); seeds in which it is above.", "",
-                  *markdown_table(["method", *columns, "valid NDCG@20", f"against {best}", "s"], rows)]
-        charts = [spread(over(name, backbone, lambda cell: float(cell["values"]["NDCG@20"].mean()))) for name in names]
-        write_atomic(run / f"compare-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", names, *zip(*charts)).encode())
-        lines += ["", f"![test NDCG@20](compare-{backbone}.svg)"]
-        if "HNLMRec" in names:
-            lines += ["", "HNLMRec against each other row, NDCG@20:", "", *markdown_table(["row", "HNLMRec − row", "p"], [
-                [name, "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(test := paired_bootstrap(user_mean("HNLMRec", backbone) - user_mean(name, backbone)))[:3]), f"{test[3]:.3f}"]
-                for name in names if name != "HNLMRec"])]
-        quarter = quartiles(torch.bincount(data["train"][:, 0], minlength=data["n_users"]))
-        groups = lambda cell: [float(cell["values"]["NDCG@20"][quarter[cell["users"]] == q].mean()) for q in range(4)]
-        lines += ["", f"### Sparse users, unpopular items, popularity bias ({backbone})", "", "NDCG@20 of users by quarter of their train count "
-                  "(Q1 fewest); Recall@20 of test pairs by quarter of their item's train popularity (I1 least popular); mean train count of a "
-                  "recommended item, share of the catalogue recommended, Gini index; means over seeds.", "",
-                  *markdown_table(["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage", "Gini"], [
-                      [name, *(f"{v:.4f}" for v in np.mean(over(name, backbone, groups), 0)), *(f"{v:.4f}" for v in np.mean(over(name, backbone, lambda c: c["item_recall"]), 0)),
-                       *("{:{}}".format(np.mean(over(name, backbone, lambda c: c[key])), form) for key, form in (("popularity", ".0f"), ("coverage", ".1%"), ("gini", ".3f")))]
-                      for name in names])]
+    # … -> arrays with seeds as the first axis: metrics per user (S, n), the rest (S,) or (S, 4)
+    table = {key: {column: np.array([np.asarray(cell[column]) for cell in cells]) for column in cells[0]} for key, cells in rows.items()}
+    result = {"data": data["digest"], "seeds": list(seeds), "tests": {}, "cells": {" | ".join(key): {
+        column: (v.mean(1) if column in COLUMNS else v).tolist() for column, v in cell.items() if column in (*COLUMNS, *LIST_COLUMNS)} for key, cell in table.items()}}
+    lines = [f"# Comparison: {run.name}", "",
+             (f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one set of generated "
+             f"negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch.")]
+    for backbone in dict.fromkeys(backbone for _, _, backbone in plan):
+        lines += backbone_section(run, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
     lines += fhns_section(run, data, load_model(next(iter(paths.values())), "", data)[0], result)
     print("\n".join(lines))
     write_atomic(run / "compare.md", ("\n".join(lines) + "\n").encode())

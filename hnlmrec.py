@@ -12,15 +12,17 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --format recbole --reviews ml-
         python hnlmrec.py train --run runs/NAME
 """
 
+import calendar
 import csv
 import gzip
 import json
+import math
 import re
 import time
 import zlib
 from array import array
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import (Parser, UnseenSampler, add_training_flags, bpr_loss, build_backbone, dns, fail, file_digest, fit, l2_loss,
-                       load_data, load_model, load_negatives, load_tensors, mine_hard_negatives, nearest_items, number, pair_keys, run_cli, save_tensors, take, up_to_date,
-                       validation_ndcg, write_atomic)
+from backbones import (
+    Parser,
+    UnseenSampler,
+    add_training_flags,
+    bpr_loss,
+    build_backbone,
+    dns,
+    fail,
+    file_digest,
+    fit,
+    l2_loss,
+    load_data,
+    load_model,
+    load_negatives,
+    load_tensors,
+    mine_hard_negatives,
+    nearest_items,
+    number,
+    pair_keys,
+    run_cli,
+    save_tensors,
+    take,
+    up_to_date,
+    validation_ndcg,
+    write_atomic,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prepare, part 1: readers. Each yields rows as they stand in the file; nothing is held.
@@ -105,45 +130,46 @@ def recbole_fields(row):
 # rows: reads the interactions; columns: the names of user, item, rating, time, text; time: that column's value -> seconds;
 # meta: reads the items; item: the name of the id; fields: row -> (title, text)
 FORMATS = {
-    "table": dict(rows=lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"),
-                  columns=("user", "item", "rating", "timestamp", "text"), time=float,
-                  meta=lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"), item="item",
-                  fields=lambda r: (r["title"], join_text(*[v for k, v in r.items() if k not in ("item", "title")]))),
-    "recbole": dict(rows=table_rows, columns=("user_id", "item_id", "rating", "timestamp", None), time=float,
-                    meta=table_rows, item="item_id", fields=lambda r: recbole_fields(r)),
-    "ml-100k": dict(rows=lambda p: table_rows(p, "\t", ["user", "item", "rating", "time"]),
-                    columns=("user", "item", "rating", "time", None), time=float,
-                    meta=lambda p: table_rows(p, "|", ["item", "title", "date", "video", "url", *ML100K_GENRES], "latin-1"),
-                    item="item", fields=lambda r: (r["title"], ", ".join(g for g in ML100K_GENRES if r.get(g) == "1"))),
-    "ml-1m": dict(rows=lambda p: table_rows(p, "::", ["user", "item", "rating", "time"], "latin-1"),
-                  columns=("user", "item", "rating", "time", None), time=float,
-                  meta=lambda p: table_rows(p, "::", ["item", "title", "genres"], "latin-1"), item="item",
-                  fields=lambda r: (r["title"], r["genres"].replace("|", ", "))),
-    "ml-latest": dict(rows=lambda p: table_rows(p, ","), columns=("userId", "movieId", "rating", "timestamp", None), time=float,
-                      meta=lambda p: table_rows(p, ","), item="movieId",
-                      fields=lambda r: (r["title"], r["genres"].replace("|", ", "))),
-    "amazon2018": dict(rows=json_rows, columns=("reviewerID", "asin", "overall", "unixReviewTime", "reviewText"), time=float,
-                       meta=json_rows, item="asin",
-                       fields=lambda r: (clean(r.get("title")), join_text(r.get("brand"), (r.get("category") or [])[-2:], r.get("description")))),
-    "amazon2023": dict(rows=json_rows, columns=("user_id", "parent_asin", "rating", "timestamp", "text"),
-                       time=lambda t: float(t) / 1000, meta=json_rows, item="parent_asin",
-                       fields=lambda r: (clean(r.get("title")), join_text(r.get("store"), (r.get("categories") or [])[-2:], r.get("description")))),
-    "yelp": dict(rows=json_rows, columns=("user_id", "business_id", "stars", "date", "text"),
-                 time=lambda t: datetime.fromisoformat(t).replace(tzinfo=timezone.utc).timestamp(),
-                 meta=json_rows, item="business_id", fields=lambda r: (clean(r.get("name")), join_text(r.get("city"), r.get("categories")))),
+    "table": {"rows": lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"),
+              "columns": ("user", "item", "rating", "timestamp", "text"), "time": float,
+              "meta": lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"), "item": "item",
+              "fields": lambda r: (r["title"], join_text(*[v for k, v in r.items() if k not in ("item", "title")]))},
+    "recbole": {"rows": table_rows, "columns": ("user_id", "item_id", "rating", "timestamp", None), "time": float,
+                "meta": table_rows, "item": "item_id", "fields": lambda r: recbole_fields(r)},
+    "ml-100k": {"rows": lambda p: table_rows(p, "\t", ["user", "item", "rating", "time"]),
+                "columns": ("user", "item", "rating", "time", None), "time": float,
+                "meta": lambda p: table_rows(p, "|", ["item", "title", "date", "video", "url", *ML100K_GENRES], "latin-1"),
+                "item": "item", "fields": lambda r: (r["title"], ", ".join(g for g in ML100K_GENRES if r.get(g) == "1"))},
+    "ml-1m": {"rows": lambda p: table_rows(p, "::", ["user", "item", "rating", "time"], "latin-1"),
+              "columns": ("user", "item", "rating", "time", None), "time": float,
+              "meta": lambda p: table_rows(p, "::", ["item", "title", "genres"], "latin-1"), "item": "item",
+              "fields": lambda r: (r["title"], r["genres"].replace("|", ", "))},
+    "ml-latest": {"rows": lambda p: table_rows(p, ","), "columns": ("userId", "movieId", "rating", "timestamp", None), "time": float,
+                  "meta": lambda p: table_rows(p, ","), "item": "movieId",
+                  "fields": lambda r: (r["title"], r["genres"].replace("|", ", "))},
+    "amazon2018": {"rows": json_rows, "columns": ("reviewerID", "asin", "overall", "unixReviewTime", "reviewText"), "time": float,
+                   "meta": json_rows, "item": "asin",
+                   "fields": lambda r: (clean(r.get("title")), join_text(r.get("brand"), (r.get("category") or [])[-2:], r.get("description")))},
+    "amazon2023": {"rows": json_rows, "columns": ("user_id", "parent_asin", "rating", "timestamp", "text"),
+                   "time": lambda t: float(t) / 1000, "meta": json_rows, "item": "parent_asin",
+                   "fields": lambda r: (clean(r.get("title")), join_text(r.get("store"), (r.get("categories") or [])[-2:], r.get("description")))},
+    "yelp": {"rows": json_rows, "columns": ("user_id", "business_id", "stars", "date", "text"),
+             "time": lambda t: calendar.timegm(datetime.fromisoformat(t).timetuple()),
+             "meta": json_rows, "item": "business_id", "fields": lambda r: (clean(r.get("name")), join_text(r.get("city"), r.get("categories")))},
 }
-ML100K_GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-                 "Mystery Romance Sci-Fi Thriller War Western").split()
+ML100K_GENRES = [
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
 
 # the paper's filters; published: users, items, interactions as the paper prints them
 PRESETS = {
-    "toys": dict(format="amazon2018", min_rating=4.0, since="2015-01-01", until="2018-01-01", k_core=10, published=(22338, 9023, 200511)),
-    "cds": dict(format="amazon2018", min_rating=4.0, since="2014-01-01", until="2016-01-01", k_core=10, published=(19385, 8279, 186535)),
-    "yelp2018": dict(format="yelp", min_rating=4.0, since="2015-01-01", until="2018-01-01", k_core=10, published=(29832, 16781, 513976)),
-    "electronics2023": dict(format="amazon2023", min_rating=3.0, since="2010-01-01", until="2018-01-01", k_core=10,
-                            published=(97570, 44669, 178259)),
-    "ml-100k": dict(format="ml-100k", min_rating=4.0, k_core=5, published=None),
-    "ml-1m": dict(format="ml-1m", min_rating=4.0, k_core=5, published=None),
+    "toys": {"format": "amazon2018", "min_rating": 4.0, "since": "2015-01-01", "until": "2018-01-01", "k_core": 10, "published": (22338, 9023, 200511)},
+    "cds": {"format": "amazon2018", "min_rating": 4.0, "since": "2014-01-01", "until": "2016-01-01", "k_core": 10, "published": (19385, 8279, 186535)},
+    "yelp2018": {"format": "yelp", "min_rating": 4.0, "since": "2015-01-01", "until": "2018-01-01", "k_core": 10, "published": (29832, 16781, 513976)},
+    "electronics2023": {"format": "amazon2023", "min_rating": 3.0, "since": "2010-01-01", "until": "2018-01-01", "k_core": 10,
+                        "published": (97570, 44669, 178259)},
+    "ml-100k": {"format": "ml-100k", "min_rating": 4.0, "k_core": 5, "published": None},
+    "ml-1m": {"format": "ml-1m", "min_rating": 4.0, "k_core": 5, "published": None},
 }
 
 
@@ -183,8 +209,8 @@ def read_interactions(path, fmt, min_rating, since, until):
         total += 1
         if total % 1_000_000 == 0:
             print(f"  read {total:,} rows, kept {len(u):,}, {total / (time.time() - start):,.0f} rows/s", flush=True)
-        seen_rating |= rating == rating
-        seen_time |= seconds == seconds
+        seen_rating |= not math.isnan(rating)
+        seen_time |= not math.isnan(seconds)
         if rating < min_rating or seconds < since or seconds >= until:  # NaN compares false: no rating, no filter
             continue
         u.append(users.setdefault(user, len(users)))
@@ -324,7 +350,7 @@ def natural(name):
 def parse_day(day, flag):
     """2015-01-01 -> seconds since 1970, UTC."""
     try:
-        return datetime.fromisoformat(day).replace(tzinfo=timezone.utc).timestamp()
+        return calendar.timegm(datetime.fromisoformat(day).timetuple())
     except ValueError:
         fail(f"{flag} {day}: not a date; write it as 2015-01-01")
 

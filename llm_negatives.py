@@ -13,6 +13,7 @@ More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune …
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -30,8 +31,24 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 
-from backbones import (Parser, Progress, fail, file_digest, load_data, load_model, load_tensors, mine_hard_negatives, mixgcf,
-                       number, read_meta, run_cli, save_tensors, up_to_date, user_rows, write_atomic)
+from backbones import (
+    Parser,
+    Progress,
+    fail,
+    file_digest,
+    load_data,
+    load_model,
+    load_tensors,
+    mine_hard_negatives,
+    mixgcf,
+    number,
+    read_meta,
+    run_cli,
+    save_tensors,
+    up_to_date,
+    user_rows,
+    write_atomic,
+)
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
 
@@ -42,14 +59,14 @@ SOFT = -1  # in a list of token ids: "a soft token goes here"
 
 def start_processes(device):
     """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process takes its own GPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         if rank:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = io.StringIO()
     return rank, world, device
 
 
@@ -85,7 +102,7 @@ def load_tokenizer(llm):
     """The tokenizer of a Hugging Face id or a local folder; a missing pad token becomes the end-of-text token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(llm)
-    except Exception as error:  # the library raises many kinds; all mean the same to the user
+    except Exception as error:  # noqa: BLE001 the library raises many kinds; all mean the same to the user
         fail(f"--llm {llm}: no tokenizer can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
              "give a local folder or a Hugging Face id that this machine can reach")
     if tokenizer.pad_token_id is None:
@@ -101,7 +118,7 @@ def load_llm(llm, cls, dtype, device, layers=0):
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments inside the libraries, not the user's to mend
     try:
         model = cls.from_pretrained(llm, dtype=dtype, **({"num_hidden_layers": layers} if layers else {}))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 as above
         fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
              "give a local folder with config.json and safetensors weights, or a Hugging Face id that this machine can reach")
     return model.requires_grad_(False).eval().to(device)
@@ -192,7 +209,7 @@ def chat(tokenizer, system, user):
     try:
         turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception:  # jinja's raise_exception("System role not supported")
+    except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
         return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n{user}"}], tokenize=False,
                                              add_generation_prompt=True)
 
@@ -744,7 +761,7 @@ def load_sft(run, name, llm, device, lora=True):
             fail(f"{adapter}: missing, or not the adapter that {path.name} was saved with; run `{maker} --force`")
         try:
             model = PeftModel.from_pretrained(model, adapter).eval()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 as above
             fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: {str(error)[:200]}); run `{maker} --force`")
     d, hidden_size = meta["dim"], model.config.get_text_config().hidden_size
     soft_tokens = SoftTokens(torch.zeros(2, d), torch.zeros(2, d), hidden_size, 1.0, s["soft_tokens"]).to(device)
@@ -856,8 +873,8 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-PAPER = dict(llm="meta-llama/Meta-Llama-3-8B-Instruct", llm_layers=0, lora_rank=32, lora_alpha=64.0, lora_dropout=0.05, lr=2e-5, tau_s=0.05,
-             epochs=5.0, dtype="bf16")  # what the paper states; its alpha of LoRA is not stated
+PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "lora_rank": 32, "lora_alpha": 64.0, "lora_dropout": 0.05, "lr": 2e-5, "tau_s": 0.05,
+             "epochs": 5.0, "dtype": "bf16"}  # what the paper states; its alpha of LoRA is not stated
 
 
 def main(argv=None):
