@@ -714,24 +714,26 @@ def load_model(path, maker, data):
 
 
 def load_negatives(run, name, digest):
-    """Join the shards NAME-00000.safetensors … -> pairs (n, 2), hidden (n, H) f16, vector (n, d) f16, digest of them all.
+    """Join the shards NAME-00000.safetensors … and NAME-items.safetensors -> dict: pairs (n, 2), hidden (n, H) f16, vector (n, d)
+    f16, text (I, H) f16, digest of them all.
 
     Raises SystemExit2 when a shard is missing, or was made for another split."""
-    paths = sorted(Path(run).glob(f"{name}-?????.safetensors"))
+    paths = [path for path in sorted(Path(run).glob(f"{name}-?????.safetensors")) if path.stem[-5:].isdigit()]
     maker = f"python llm_negatives.py generate --run {run}"
     if not paths:
         fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
+    n_shards, paths = len(paths), [*paths, Path(run) / f"{name}-items.safetensors"]
     parts, metas = zip(*(load_tensors(path, maker) for path in paths))
     for path, meta in zip(paths, metas):
         if meta["settings"]["data"] != digest:
             fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
         if meta["settings"] != metas[0]["settings"]:
             fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
-    if len(paths) != metas[0]["settings"]["shards"]:
-        fail(f"{Path(run) / name}: {len(paths)} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
-    pairs, hidden, vector = (torch.cat([part[key] for part in parts]) for key in ("pairs", "hidden", "vector"))
-    digest = "+".join(file_digest(path) for path in paths)
-    return pairs, hidden, vector, digest if len(paths) == 1 else hashlib.sha256(digest.encode()).hexdigest()[:16]
+    if n_shards != metas[0]["settings"]["shards"]:
+        fail(f"{Path(run) / name}: {n_shards} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
+    joined = {key: torch.cat([part[key] for part in parts[:-1]]) for key in ("pairs", "hidden", "vector")}
+    digest = hashlib.sha256("+".join(file_digest(path) for path in paths).encode()).hexdigest()[:16]
+    return {**joined, "text": parts[-1]["text"], "digest": digest}
 
 
 def pretrain(args):

@@ -151,10 +151,10 @@ def fhns_section(run, data, model, result, m=12, projected=None):
     fhns = fhns_of_samplers(model, data, m, 0)
     for path in sorted(run.glob("negatives*-00000.safetensors")):
         name, cf_path = path.name[: -len("-00000.safetensors")], run / "cf.safetensors"
-        pairs, _, vector, _ = load_negatives(run, name, data["digest"])
+        made = load_negatives(run, name, data["digest"])
         items = load_tensors(cf_path, "python backbones.py pretrain")[0]["item"]
         # the head's space is that of the centred item vectors (llm_negatives.SftTask)
-        fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(pairs, vector, items - items.mean(0), data, data["n_items"])
+        fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(made["pairs"], made["vector"], items - items.mean(0), data, data["n_items"])
     for name, (pairs, vectors, items) in (projected or {}).items():
         fhns[name] = fhns_of_vectors(pairs, vectors, items, data, data["n_items"])
     result["fhns"] = fhns

@@ -4,7 +4,7 @@ prepare   raw ratings and item metadata -> data.safetensors (train, valid, test)
 train     data + cf.safetensors + negatives-*.safetensors -> model-hnlmrec.safetensors: backbone and projector, trained with
               z   = MLP(self-attention over K generated vectors of the user)            the projector
               e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                         mixing, z detached
-              L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_u, e_i, mined) + lambda2 ‖Θ‖²
+              L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_i, mined) + lambda_s L_sem(e_u, e_i; LLM texts) + lambda2 ‖Θ‖²
 
 trace     prints one (user, item) pair's way from the raw line to the gradient, with the values of a finished run
 
@@ -463,6 +463,31 @@ class Projector(nn.Module):
         return self.mlp(slot)
 
 
+class SemanticProjector(nn.Module):
+    """The LLM's text vectors in the recommender's space: text (I, H) standardised, then an MLP -> (…, D). A user is the mean of
+    the texts of the user's train items."""
+
+    def __init__(self, text, train, n_users, dim, width=128):
+        super().__init__()
+        text = text.float()
+        text = F.normalize((text - text.mean(0)) / text.std(0).clamp(min=1e-3), dim=1)
+        user = text.new_zeros(n_users, text.shape[1]).index_add_(0, train[:, 0], text[train[:, 1]])
+        self.register_buffer("item", text, persistent=False)  # (I, H)
+        self.register_buffer("user", F.normalize(user, dim=1), persistent=False)  # (U, H)
+        self.mlp = nn.Sequential(nn.Linear(text.shape[1], width), nn.LeakyReLU(), nn.Linear(width, dim))
+
+    def forward(self, users, items):
+        """ids (A,), (B,) -> (A, D), (B, D)."""
+        return self.mlp(self.user[users]), self.mlp(self.item[items])
+
+
+def semantic_alignment(vectors, texts, tau):
+    """InfoNCE between rows: vectors (A, D), the backbone's of A users or items, against texts (A, D), their projected texts.
+    Both sides get the gradient, so that what the LLM reads shapes e_u and e_i (the form of RLMRec-Con, Ren et al., WWW 2024)."""
+    scores = F.normalize(vectors, dim=-1) @ F.normalize(texts, dim=-1).T / tau  # (A, A)
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+
+
 def ground(z, near, tau):
     """z expressed in real items: their vectors averaged with weights softmax(cos(z, e_r) / tau). Beyond the paper.
 
@@ -498,9 +523,10 @@ def alignment_loss(z, positives, mined, user_ids, tau):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, pairs, *, alpha, lambda1, tau_c, reg, k, m,
-                      grounded, align_rows, refresh, bpr_into_projector=False):
-    """One training step: BPR with e⁻, L_align on the first `align_rows` rows, and L2 -> step(rows, generator) for `fit`.
+def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, near, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
+                      k, m, grounded, align_rows, refresh, bpr_into_projector=False):
+    """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
+    and L2 -> step(rows, generator) for `fit`.
 
     generated (n, 2) and hidden (n, H): the generated vectors and their pairs; near (n, R): the real items nearest to each;
     mined (U, M) item ids; pairs (N, 2) train. e_j is the highest scored (DNS) of m uniform unseen items and `grounded` ones
@@ -546,6 +572,12 @@ def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, p
             align = alignment_loss(z, *(v.detach() for v in anchors), u[a], tau_c)
             loss = loss + lambda1 * align
             logs["align"] = align.item()
+        if lambda_s:
+            some = [ids[: 2 * align_rows].unique() for ids in (u, i)]
+            meaning = sum(semantic_alignment(take(vectors, ids), text, tau_c)
+                          for vectors, ids, text in zip((user_vectors, item_vectors), some, semantic(*some)))
+            loss = loss + lambda_s * meaning
+            logs["semantic"] = meaning.item()
         return loss, logs
 
     return step
@@ -553,15 +585,16 @@ def make_hnlmrec_step(model, projector, table, generated, hidden, near, mined, p
 
 def assemble(run, s, data, device):
     """Everything a step needs, from the run's files and the settings s (the flags of `train`, as a dict) -> dict."""
-    pairs, hidden, vector, digest = load_negatives(run, s["negatives"], data["digest"])
+    made = load_negatives(run, s["negatives"], data["digest"])
+    pairs, hidden, vector, text = (made[key] for key in ("pairs", "hidden", "vector", "text"))
     cf_model, _, cf = load_model(run / s["cf"], f"python backbones.py pretrain --run {run}", data)
     torch.manual_seed(s["seed"])
     generator = torch.Generator().manual_seed(s["seed"])
     if s["control"] == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
-        hidden, vector = (torch.randn(x.shape, generator=generator).half() for x in (hidden, vector))
+        hidden, vector, text = (torch.randn(x.shape, generator=generator).half() for x in (hidden, vector, text))
     elif s["control"] == "shuffled":  # … and on the LLM's vectors, each given to another pair
         order = torch.randperm(len(hidden), generator=generator)
-        hidden, vector = hidden[order], vector[order]
+        hidden, vector, text = hidden[order], vector[order], text[torch.randperm(len(text), generator=generator)]
     # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     near = nearest_items(vector, pairs[:, 0], cf["item"] - cf["item"].mean(0), pair_keys(data["train"], data["n_items"]), s["nearest"]).to(device)
     mined = mine_hard_negatives(cf_model, data["train"], s["mine_first"], s["mine_last"]).to(device)
@@ -569,10 +602,11 @@ def assemble(run, s, data, device):
     table = NegativeTable(pairs.to(device), data["train"], data["n_users"], data["n_items"])
     model = build_backbone(s["backbone"], data["n_users"], data["n_items"], s["dim"], data["train"], s["layers"])
     projector = Projector(hidden, model()[0].shape[1], s["projector_width"], s["attention"]).to(device)
-    step = make_hnlmrec_step(model, projector, table, pairs.to(device), hidden.to(device), near, mined, data["train"],
-                             **{name: s[name] for name in ("alpha", "lambda1", "tau_c", "reg", "k", "m", "grounded", "align_rows", "refresh", "bpr_into_projector")})
-    return {"data": data, "model": model, "projector": projector, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
-            "near": near, "mined": mined, "cf": cf, "negatives_digest": digest}
+    semantic = SemanticProjector(text.to(device), data["train"], data["n_users"], model()[0].shape[1]).to(device)
+    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), near, mined, data["train"],
+                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "m", "grounded", "align_rows", "refresh", "bpr_into_projector")})
+    return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
+            "near": near, "mined": mined, "cf": cf, "negatives_digest": made["digest"]}
 
 
 def restore(modules, state):
@@ -591,7 +625,7 @@ def train(args):
         return
     model, projector, own, n = p["model"], p["projector"], p["table"].own, len(data["train"])
     print(f"train: {own} of {n} train pairs have a generated negative of their own; the other {n - own} use their user's other ones", flush=True)
-    start, modules = time.time(), {"backbone": model, "projector": projector}
+    start, modules = time.time(), {"backbone": model, "projector": projector, "semantic": p["semantic"]}
     state, history = fit(modules, p["step"], n, lambda: validation_ndcg(model, p["data"]), epochs=args.epochs, batch_size=args.batch_size,
                          lr=args.lr, eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
     restore(modules, state)
@@ -628,7 +662,7 @@ def trace(args):
     tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
     p = assemble(run, meta["settings"], data, "cpu")
     model, projector, cf = p["model"], p["projector"], p["cf"]
-    restore({"backbone": model, "projector": projector}, tensors)
+    restore({"backbone": model, "projector": projector, "semantic": p["semantic"]}, tensors)
 
     print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: {title(i)}; train pair number {row} of {len(data['train'])}")
     print(f"2. profiles   item: {profiles['item', items[i]['raw']]}\n              user: {profiles['user', args.user]}")
@@ -682,8 +716,9 @@ def main(argv=None):
     add_training_flags(p)
     g = p.add_argument_group("HNLMRec")
     g.add_argument("--alpha", type=number(float, 0, 1), default=0.1, help="share of z in the negative")
-    g.add_argument("--lambda1", type=number(float, 0), default=1.0, help="weight of the alignment loss")
-    g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of the alignment loss")
+    g.add_argument("--lambda1", type=number(float, 0), default=1.0, help="weight of the alignment loss of z")
+    g.add_argument("--lambda-s", type=number(float, 0), default=0.02, help="weight of the semantic alignment: e_u, e_i and the LLM's reading of the items' texts; 0: none")
+    g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of both alignment losses")
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
     g.add_argument("--m", type=number(int, 1), default=8, help="uniform candidates of e_j; the highest scored of all candidates is taken")
     g.add_argument("--grounded", type=number(int, 0), default=4, help="further candidates of e_j, from the real items nearest to the generated vector; 0: none, as in the paper")

@@ -783,7 +783,8 @@ def choose_pairs(train, n_users, per_user, seed):
 
 @torch.no_grad()
 def generate(args):
-    """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) = head(h).
+    """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) = head(h); and
+    negatives-items.safetensors: text f16 (I, H), encode_items() of titles and metadata, for the semantic alignment.
 
     A shard holds whole users; finished shards are kept when the run goes on after a kill. Memory is flat in the number of
     pairs: a shard is written when its users are done."""
@@ -814,9 +815,9 @@ def generate(args):
     stale = [path for path in run.glob(f"{args.out}-?????.safetensors") if read_meta(path, maker).get("settings") != settings]
     for path in sorted(stale):
         up_to_date(path, settings, maker)  # ends here, naming what differs
-    todo = [(path, part) for path, part in zip(paths, shards) if not path.exists()]
-    if not todo:
-        return print(f"skip: {len(paths)} shards {args.out}-*.safetensors are up to date")
+    todo, items_path = [(path, part) for path, part in zip(paths, shards) if not path.exists()], run / f"{args.out}-items.safetensors"
+    if not todo and not args.force and items_path.exists() and read_meta(items_path, maker).get("settings") == settings:
+        return print(f"skip: {len(paths)} shards {args.out}-*.safetensors and {items_path.name} are up to date")
     if (tuned["cf_digest"], tuned["profiles_digest"], tuned["data"]) != (settings["cf"], settings["profiles"], data["digest"]):
         fail(f"{sft}: was fine-tuned on other CF vectors, profiles or another split; run `{sft_maker} --force`")
     rank, world, device = start_processes(args.device)
@@ -843,10 +844,31 @@ def generate(args):
             fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype fp32 in finetune")
         vector = head(hidden.to(device).float()).half()
         save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector}, {"settings": settings})
+    if rank == 0:
+        items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
+        text = encode_items(llm, prompt, [f"{row['title']}. {row['text']}" for row in items])
+        save_tensors(items_path, {"text": text.half()}, {"settings": settings})
     if world > 1:
         dist.barrier()
     print(f"generate: {made} pairs in {time.time() - begin:.0f} s, {prompt.tokens * world / (time.time() - begin):.0f} tokens/s; "
-          f"{len(paths)} shards {args.out}-*.safetensors are there")
+          f"{len(paths)} shards {args.out}-*.safetensors and {items_path.name} are there")
+
+
+@torch.no_grad()
+def encode_items(llm, prompt, texts, batch=64):
+    """What the LLM makes of each item's text alone: the mean of its last hidden states over the text's tokens -> (I, H) float32.
+    The first token is left out: it takes the attention that goes nowhere, and its state is a hundred times larger than the
+    rest (Xiao et al., attention sinks, ICLR 2024)."""
+    order, result = sorted(range(len(texts)), key=lambda k: len(texts[k])), None
+    for at in range(0, len(order), batch):
+        part = order[at:at + batch]
+        hidden, mask, _ = run_piece(llm, [prompt.ids(texts[k])[:64] for k in part])
+        weight = mask.float()
+        weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
+        if result is None:
+            result = hidden.new_zeros(len(texts), hidden.shape[-1], dtype=torch.float32)
+        result[part] = torch.einsum("bl,blh->bh", weight, hidden.float()) / weight.sum(1, keepdim=True)
+    return result
 
 
 def user_blocks(users, batch):

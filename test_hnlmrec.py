@@ -290,12 +290,33 @@ def test_alignment_against_direct_sum():
     assert hnlmrec.alignment_loss(z, i, m, torch.tensor(ids), tau).item() == pytest.approx(total / 4, rel=1e-5)
 
 
+def test_semantic_alignment_against_direct_sum():
+    generator = torch.Generator().manual_seed(0)
+    v, t = torch.randn(5, 3, generator=generator, requires_grad=True), torch.randn(5, 3, generator=generator, requires_grad=True)
+    ours, total = hnlmrec.semantic_alignment(v, t, 0.4), 0.0
+    for a in range(5):
+        e = [math.exp(F.cosine_similarity(v[a], t[b], 0).item() / 0.4) for b in range(5)]
+        total -= math.log(e[a] / sum(e))
+    assert ours.item() == pytest.approx(total / 5, rel=1e-5)
+    ours.backward()
+    assert v.grad.abs().sum() > 0 and t.grad.abs().sum() > 0
+
+
+def test_a_users_text_is_the_mean_of_the_train_items_texts():
+    text, train = torch.randn(4, 6), torch.tensor([[0, 1], [0, 3], [1, 2]])
+    semantic = hnlmrec.SemanticProjector(text, train, 2, 5)
+    x = F.normalize((text - text.mean(0)) / text.std(0), dim=1)
+    assert torch.allclose(semantic.user, F.normalize(torch.stack([x[1] + x[3], x[2]]), dim=1), atol=1e-6)
+    users, items = semantic(torch.tensor([1]), torch.tensor([0, 2]))
+    assert torch.allclose(users[0], items[1], atol=1e-6)  # a user with one item reads as that item
+
+
 def test_bpr_is_minus_log_sigmoid():
     p, n = torch.tensor([0.3, -2.0]), torch.tensor([0.1, 1.0])
     assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
 
 
-def hnlmrec_parts(alpha, lambda1, grounded=0, **more):
+def hnlmrec_parts(alpha, lambda1, grounded=0, lambda_s=0.0, **more):
     """A small model, its projector and a step."""
     torch.manual_seed(0)
     train = split_data()["train"]
@@ -303,8 +324,9 @@ def hnlmrec_parts(alpha, lambda1, grounded=0, **more):
     projector = hnlmrec.Projector(hidden, 8, width=8)
     mined = backbones.mine_hard_negatives(model, train, 1, 5)
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
-    step = hnlmrec.make_hnlmrec_step(model, projector, table, train, hidden, mined[train[:, 0]], mined, train, alpha=alpha, lambda1=lambda1,
-                                     tau_c=0.2, reg=0.0, k=2, m=1, grounded=grounded, align_rows=16, refresh=1, **more)
+    semantic = hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8)
+    step = hnlmrec.make_hnlmrec_step(model, projector, semantic, table, train, hidden, mined[train[:, 0]], mined, train, alpha=alpha, lambda1=lambda1,
+                                     lambda_s=lambda_s, tau_c=0.2, reg=0.0, k=2, m=1, grounded=grounded, align_rows=16, refresh=1, **more)
     return model, projector, step, train
 
 
@@ -631,6 +653,15 @@ def test_encode_equals_the_whole_prompt_run_alone(encoder):
         assert F.cosine_similarity(ours[row], alone, 0) > 0.99999 and torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
 
 
+def test_item_texts_are_means_over_their_own_tokens(encoder):
+    llm, prompt = encoder[:2]
+    ours = llm_negatives.encode_items(llm, prompt, ITEM_TEXTS, batch=3)
+    for row, text in enumerate(ITEM_TEXTS):
+        hidden = llm(torch.tensor([prompt.ids(text)])).last_hidden_state[0]
+        alone = hidden[1:].mean(0) if len(hidden) > 1 else hidden[0]
+        assert torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
+
+
 def test_soft_tokens_reach_their_own_rows_alone(encoder):
     users, items = encoder[3:]
     base, other_user, other_item = encode_all(encoder), users.clone(), items.clone()
@@ -778,7 +809,7 @@ def test_pipeline_makes_every_file(finished):
     assert set(metrics["methods"]) == {"hnlmrec", "rns"}
     assert all(0 <= row["NDCG@20"] <= 1 for row in metrics["methods"].values())
     assert "HNLMRec, generated" in (finished / "report.md").read_text()
-    assert len(list(finished.glob("negatives-*.safetensors"))) == 3
+    assert len(list(finished.glob("negatives-0*.safetensors"))) == 3
     tensors, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
     assert tensors["hidden"].dtype == torch.float16 and tensors["hidden"].shape == (len(tensors["pairs"]), 32)
     data = backbones.load_data(finished)
@@ -851,7 +882,7 @@ def test_a_finished_step_is_skipped_and_a_changed_one_refused(finished, raw):
 
 
 def test_generation_goes_on_where_it_was_killed(finished, tiny_llm):
-    shards = sorted(finished.glob("negatives-*.safetensors"))
+    shards = sorted(finished.glob("negatives-0*.safetensors"))
     whole = [path.read_bytes() for path in shards]
     shards[1].unlink()
     again = ["generate", "--run", finished, "--llm", tiny_llm, "--pairs-per-user", 3, "--shard-pairs", 40]
@@ -936,7 +967,7 @@ def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm):
     for name, flags in (("nocf", ["--soft-tokens", 0]), ("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", "profiles-template.jsonl"])):
         tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
         llm_negatives.main(list(map(str, ["generate", *run, "--sft", f"sft-{name}", "--out", f"negatives-{name}", "--pairs-per-user", 2])))
-        made[name] = backbones.load_negatives(copied, f"negatives-{name}", backbones.file_digest(copied / "data.safetensors"))[1]
+        made[name] = backbones.load_negatives(copied, f"negatives-{name}", backbones.file_digest(copied / "data.safetensors"))["hidden"]
     assert not torch.equal(made["nocf"], made["mixgcf"]) and not torch.equal(made["template"], made["mixgcf"])
     # without CF vectors the prompt is text alone: other vectors, the same hidden states
     (copied / "profiles.jsonl").rename(copied / "old.jsonl")
