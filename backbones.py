@@ -600,7 +600,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     return best_state, history
 
 
-def make_step(model, sampler, pairs, *, reg, m=12, n=1, beta=0.75):
+def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings.
 
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
@@ -768,7 +768,7 @@ def main(argv=None):
                             epilog="example: python backbones.py pretrain --run runs/demo --sampler dns --out model-dns.safetensors")
     add_training_flags(p)
     p.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="rns", help="negative sampler")
-    p.add_argument("--m", type=number(int, 1), default=12, help="candidates of dns, mixgcf and ahns, items")
+    p.add_argument("--m", type=number(int, 1), default=8, help="candidates of dns, mixgcf and ahns, items")
     p.add_argument("--n", type=number(int, 1), default=1, help="dns draws from the n highest of its m candidates")
     p.add_argument("--beta", type=number(float, 0), default=0.75, help="popularity exponent of pns")
     p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")

@@ -136,7 +136,7 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
 # ---------------------------------------------------------------------------------------------------------------------
 
 NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec",
-         "hnlmrec-alpha0": "HNLMRec, alpha 0 (grounded candidates alone)"}
+         "hnlmrec-candidates": "HNLMRec, candidates alone"}
 
 
 def markdown_table(header, rows):
@@ -145,7 +145,7 @@ def markdown_table(header, rows):
             *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
 
 
-def fhns_section(run, data, model, result, m=12, projected=None):
+def fhns_section(run, data, model, result, m=8, projected=None):
     """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
     and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
     fhns = fhns_of_samplers(model, data, m, 0)
@@ -219,12 +219,17 @@ def report(args):
 
 BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
-OURS = {"HNLMRec": "", "HNLMRec, as in the paper": "--grounded 0 --m 1 --alpha 0.1"}
+CANDIDATES = "--m 6 --grounded 2 --alpha 0 --lambda1 0 --lambda-s 0"  # the items nearest to the generated vectors join DNS's candidates, no more
+OURS = {"HNLMRec": "", "HNLMRec, candidates alone": CANDIDATES, "HNLMRec, as in the paper": "--grounded 0 --m 1 --alpha 0.1 --lambda-s 0"}
 ABLATIONS = {
     "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
+    "candidates alone, random vectors": f"{CANDIDATES} --control random", "candidates alone, shuffled": f"{CANDIDATES} --control shuffled",
+    "no semantic alignment": "--lambda-s 0", "no generated negative": "--alpha 0 --grounded 0 --lambda1 0",
+    "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0", "BPR gradient into the projector": "--bpr-into-projector",
+}
+LLM_ABLATIONS = {  # these fine-tune or generate anew: minutes each
     "LLM not fine-tuned": "--negatives negatives-zeroshot", "no CF tokens in the prompt": "--negatives negatives-nocf",
     "template profiles": "--negatives negatives-template", "targets mined by MixGCF": "--negatives negatives-mixgcf",
-    "no self-attention": "--no-attention", "no alignment": "--lambda1 0", "BPR gradient into the projector": "--bpr-into-projector",
 }
 # the steps of llm_negatives.py that make these negatives, when they are not there
 VARIANTS = {
@@ -371,7 +376,7 @@ def compare(args):
     """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
     run, data = Path(args.run), load_data(args.run)
     seeds, methods = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
-    methods |= {name: words.split() for name, words in OURS.items()}
+    methods |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in OURS.items()}
     if args.methods:
         unknown = set(args.methods.split(";")) - set(methods)
         if unknown:
@@ -379,7 +384,8 @@ def compare(args):
         methods = {name: methods[name] for name in args.methods.split(";")}
     plan = [(name, words, backbone) for backbone in args.backbones.split(",") for name, words in methods.items()]
     first = args.backbones.split(",")[0]
-    plan += [(name, words.split(), first) for name, words in ABLATIONS.items() if args.ablations]
+    more = (ABLATIONS if args.ablations or args.llm_ablations else {}) | (LLM_ABLATIONS if args.llm_ablations else {})
+    plan += [(name, f"{args.hnlmrec_flags} {words}".split(), first) for name, words in more.items()]
     jobs = [(name, words, backbone, seed) for name, words, backbone in plan for seed in seeds]
     make = lambda job: make_cell(run, *job, args.llm, args.pairs_per_user, args.flags.split())
     with ThreadPoolExecutor(args.jobs) as pool:  # each cell is a process of its own; two small ones at a time use two cores best
@@ -465,7 +471,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     p = commands.add_parser("report", help="evaluate all models of a run on its test pairs", epilog="example: python eval.py report --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
-    p.add_argument("--m", type=number(int, 1), default=12, help="candidates of DNS and MixGCF in the table of false hard negatives")
+    p.add_argument("--m", type=number(int, 1), default=8, help="candidates of DNS and MixGCF in the table of false hard negatives")
     for name, text, example in (("compare", "train methods x seeds and test the differences", "--seeds 5 --ablations"),
                                 ("sweep", "try values of one flag on validation", "--flag tau_c --values 0.05,0.1,0.2,0.5")):
         p = commands.add_parser(name, help=text, description=text, epilog=f"example: python eval.py {name} --run runs/ml-100k {example}")
@@ -478,7 +484,9 @@ def main(argv=None):
             p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")
             p.add_argument("--methods", default="", help="semicolon-separated names instead of all")
             p.add_argument("--baseline-flags", default="", help="further flags of the baselines, in one string")
-            p.add_argument("--ablations", action="store_true", help="also the ablations and controls")
+            p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
+            p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")
+            p.add_argument("--llm-ablations", action="store_true", help="these, and the ablations that fine-tune or generate anew")
             p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         else:
             p.add_argument("--flag", required=True, help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")

@@ -455,7 +455,14 @@ class Projector(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
 
     def forward(self, hidden):
-        x = self.inward((hidden.float() - self.mean) / self.std)  # (B, K, W)
+        return self.attend(self.read(hidden))
+
+    def read(self, hidden):
+        """(…, H) -> (…, W), one vector at a time."""
+        return self.inward((hidden.float() - self.mean) / self.std)
+
+    def attend(self, x):
+        """(B, K, W) -> (B, D): slot 0, informed by the others."""
         slot = x[:, 0]
         if self.query is not None:  # slot 0 asks, all K answer
             weight = torch.einsum("bw,bkw->bk", self.query(slot), self.key(x)) / x.shape[-1] ** 0.5
@@ -538,7 +545,8 @@ def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, near
     def all_z(generator):
         rows = torch.arange(len(hidden), device=hidden.device)
         sets = torch.cat([rows[:, None], table.others(generated[:, 0], k - 1, generator)], 1)  # (n, K)
-        return torch.cat([projector(hidden[part]) for part in sets.split(2048)])
+        x = torch.cat([projector.read(part) for part in hidden.split(4096)])  # (n, W): read once, though in many sets
+        return torch.cat([projector.attend(x[part]) for part in sets.split(4096)])
 
     def step(rows, generator):
         u, i = pairs[rows].T
@@ -715,13 +723,13 @@ def main(argv=None):
                             epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
     add_training_flags(p)
     g = p.add_argument_group("HNLMRec")
-    g.add_argument("--alpha", type=number(float, 0, 1), default=0.1, help="share of z in the negative")
+    g.add_argument("--alpha", type=number(float, 0, 1), default=0.05, help="share of z in the negative")
     g.add_argument("--lambda1", type=number(float, 0), default=1.0, help="weight of the alignment loss of z")
     g.add_argument("--lambda-s", type=number(float, 0), default=0.02, help="weight of the semantic alignment: e_u, e_i and the LLM's reading of the items' texts; 0: none")
     g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of both alignment losses")
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
     g.add_argument("--m", type=number(int, 1), default=8, help="uniform candidates of e_j; the highest scored of all candidates is taken")
-    g.add_argument("--grounded", type=number(int, 0), default=4, help="further candidates of e_j, from the real items nearest to the generated vector; 0: none, as in the paper")
+    g.add_argument("--grounded", type=number(int, 0), default=0, help="further candidates of e_j, from the real items nearest to the generated vector, which also stand for z in the mix")
     g.add_argument("--nearest", type=number(int, 1), default=5, help="real items nearest to a generated vector that they are drawn from")
     g.add_argument("--refresh", type=number(int, 1), default=20, help="steps between new values of z for BPR")
     g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")

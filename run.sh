@@ -118,12 +118,12 @@ trap 'rm -rf "$OUT/.lock"' EXIT
 step() { echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"; "$PY" "$@" ${FORCE:+$FORCE}; }
 start=$SECONDS
 step hnlmrec.py prepare --run "$OUT" "${SOURCE[@]}" --seed "$SEED"
-step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns
+step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns --m 12
 step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}"
-step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" --alpha 0 --out model-hnlmrec-alpha0.safetensors
+step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" --m 6 --grounded 2 --alpha 0 --lambda1 0 --lambda-s 0 --out model-hnlmrec-candidates.safetensors
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler --out model-$sampler.safetensors
 done
