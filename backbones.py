@@ -246,17 +246,15 @@ def dns(score, users, items, candidates, top=1, generator=None):
         return candidates.gather(1, ranked.gather(1, pick))[:, 0]
 
 
-def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=-2.0):
+def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=-2):
     """Adaptive hardness (Lai et al., AHNS, AAAI 2024, eq. 6): of M candidates the one whose score is nearest to
-    beta * (score(positive) + alpha) ** (power + 1), so a high scored positive gets an easy negative and the reverse.
+    beta * (score(positive) + alpha) ** (power + 1), so a high scored positive gets an easy negative and the reverse. The
+    defaults are the published constants; power is a whole number, since the base can be below zero.
 
-    users (B, D), items (I, D), positives (B,), candidates (B, M) -> item ids (B,). Scores pass a sigmoid first, since the
-    power needs a base above zero."""
+    users (B, D), items (I, D), positives (B,), candidates (B, M) -> item ids (B,)."""
     with torch.no_grad():
-        positive = torch.sigmoid(score(users, items[positives]))[:, None]  # (B, 1)
-        negative = torch.sigmoid(score(users[:, None], items[candidates]))  # (B, M)
-        target = beta * (positive + alpha) ** (power + 1)
-        return candidates.gather(1, (negative - target).abs().argmin(1, keepdim=True))[:, 0]
+        target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
+        return candidates.gather(1, (score(users[:, None], items[candidates]) - target).abs().argmin(1, keepdim=True))[:, 0]
 
 
 def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
