@@ -679,6 +679,8 @@ def trace(args):
     print(f"3. CF         e_u {show(cf['user'][u])}\n              e_i {show(cf['item'][i])}\n              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(items)}")
     print(f"4. mined      unseen ranks {meta['settings']['mine_first']}–{meta['settings']['mine_last']}: " + "; ".join(map(title, p["mined"][u, :5].tolist())) + "; …")
     _, sft = load_tensors(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
+    if "prompt" not in sft:
+        fail(f"{run / 'sft.safetensors'}: made by an older version, without its prompt; run `python llm_negatives.py finetune --run {run} --force`")
     prompt = sft["prompt"].replace("{user}", profiles["user", args.user]).replace("{item}", f"{title(i)}. {profiles['item', items[i]['raw']]}")
     print("5. prompt     " + prompt.replace("\n", "\n              "))
     at = int(p["table"](torch.tensor([row]), 1)[0, 0])
