@@ -96,7 +96,9 @@ else
   [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
-PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=()
+PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() HNLMREC=()
+# MovieLens' titles and genres bring nothing that behaviour lacks: validation prefers grounding to the semantic alignment there
+[[ -n ${DATA:-} ]] || HNLMREC=(--m 6 --grounded 2 --lambda-s 0)
 [[ $BACKBONE != mf ]] || TRAIN+=(--lr 5e-3)
 if [[ $FAST == 1 ]]; then
   PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
@@ -122,7 +124,7 @@ step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns --m 12
 step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
-step hnlmrec.py train --run "$OUT" "${BUDGET[@]}"
+step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" --m 6 --grounded 2 --alpha 0 --lambda1 0 --lambda-s 0 --out model-hnlmrec-candidates.safetensors
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler --out model-$sampler.safetensors
