@@ -102,6 +102,13 @@ def file_digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def require_digest(path, maker):
+    """The digest of an input file; one clear line when it is not there."""
+    if not Path(path).exists():
+        fail(f"{path}: no such file; make it with `{maker}`")
+    return file_digest(path)
+
+
 def read_meta(path, maker):
     """The metadata of one of our safetensors files, without its tensors."""
     try:
@@ -126,6 +133,22 @@ def up_to_date(path, settings, maker, force=False):
                  f"add --force to `{maker}` to remake it, or choose another folder")
     print(f"skip: {path} is up to date")
     return True
+
+
+def read_jsonl(path, maker):
+    """All rows of a JSON-lines file. A last line without its end (the program was killed while writing) is left out."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path}: no such file; make it with `{maker}`")
+    rows = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            fail(f"{path}: line {n} is not JSON; delete the file and run `{maker}` again")
+    return rows
 
 
 class Progress:
@@ -697,6 +720,12 @@ def add_training_flags(parser):
     parser.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
 
 
+def restore(modules, state):
+    """Load {prefix.name: tensor} into {prefix: module}."""
+    for prefix, module in modules.items():
+        module.load_state_dict({key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")})
+
+
 def load_model(path, maker, data):
     """Rebuild a trained backbone from its file -> (model, meta, all tensors).
 
@@ -706,8 +735,7 @@ def load_model(path, maker, data):
     if s["data"] != data["digest"]:
         fail(f"{path}: was trained on another data.safetensors; make it again with `{maker} --force`")
     model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"], s["layers"])
-    state = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
-    model.load_state_dict(state)
+    restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
 
 
@@ -751,7 +779,7 @@ def pretrain(args):
     state, history = fit({"backbone": model}, step, len(train), lambda: validation_ndcg(model, data), epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
                          seed=args.seed, label=f"{args.backbone} {args.sampler}")
-    model.load_state_dict({key.removeprefix("backbone."): value for key, value in state.items()})
+    restore({"backbone": model}, state)
     users, items = model.eval()()
     save_tensors(out, {**state, "user": users, "item": items},
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,

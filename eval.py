@@ -41,6 +41,7 @@ from backbones import (
     pair_keys,
     rank_unseen,
     ranking_hits,
+    read_jsonl,
     read_meta,
     run_cli,
     user_rows,
@@ -73,6 +74,7 @@ def mrr(hits, relevant, k):
     return (hits[:, :k] / rank).max(1).values
 
 
+COLUMNS = [f"{name}@{k}" for name in ("Recall", "NDCG") for k in (10, 20)]  # what the tables show
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
 
 
@@ -148,15 +150,15 @@ def markdown_table(header, rows):
 def fhns_section(run, data, model, result, m=8, projected=None):
     """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
     and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
-    fhns = fhns_of_samplers(model, data, m, 0)
-    for path in sorted(run.glob("negatives*-00000.safetensors")):
-        name, cf_path = path.name[: -len("-00000.safetensors")], run / "cf.safetensors"
+    fhns, paths = fhns_of_samplers(model, data, m, 0), sorted(run.glob("negatives*-00000.safetensors"))
+    items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"] if paths else None
+    for path in paths:
+        name = path.name[: -len("-00000.safetensors")]
         made = load_negatives(run, name, data["digest"])
-        items = load_tensors(cf_path, "python backbones.py pretrain")[0]["item"]
         # the head's space is that of the centred item vectors (llm_negatives.SftTask)
         fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(made["pairs"], made["vector"], items - items.mean(0), data, data["n_items"])
-    for name, (pairs, vectors, items) in (projected or {}).items():
-        fhns[name] = fhns_of_vectors(pairs, vectors, items, data, data["n_items"])
+    for name, (pairs, vectors, trained) in (projected or {}).items():
+        fhns[name] = fhns_of_vectors(pairs, vectors, trained, data, data["n_items"])
     result["fhns"] = fhns
     return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
             "vector, its nearest real items that the user has no train pair with."), "",
@@ -173,7 +175,6 @@ def report(args):
     order = list(NAMES)
     paths.sort(key=lambda p: (order.index(p.stem[6:]) if p.stem[6:] in order else len(order), p.name))
     metrics, models = {"data": data["digest"], "methods": {}}, {}
-    columns = [f"{name}@{k}" for name in ("Recall", "NDCG") for k in (10, 20)]
     for path in paths:
         model, meta, tensors = load_model(path, "python hnlmrec.py train", data)
         _, values, skipped = evaluate(model, data)
@@ -181,7 +182,7 @@ def report(args):
         row = {name: float(value.mean()) for name, value in values.items()}
         row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"], "seconds": meta["seconds"],
                 "backbone": meta["settings"]["backbone"], "seed": meta["settings"]["seed"]}
-        if not all(math.isfinite(row[name]) for name in columns):
+        if not all(math.isfinite(row[name]) for name in COLUMNS):
             fail(f"{path}: its metrics are not finite; train it again with --force")
         metrics["methods"][path.stem[6:]] = row
         models[path.stem[6:]] = (model, tensors)
@@ -190,8 +191,8 @@ def report(args):
     lines = [f"# Report: {run.name}", "", (f"{data['n_users']:,} users, {data['n_items']:,} items; train {len(data['train']):,}, "
              f"valid {len(data['valid']):,}, test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
              f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
-    lines += markdown_table(["method", "backbone", *columns, "valid NDCG@20", "best epoch", "seconds"], [
-        [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in columns), f"{row['valid NDCG@20']:.4f}",
+    lines += markdown_table(["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], [
+        [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
          row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
 
     reference = next((models[name] for name in ("rns", "dns") if name in models), next(iter(models.values())))[0]
@@ -331,7 +332,6 @@ def spread(values):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-COLUMNS = [f"{metric}@{k}" for metric in ("Recall", "NDCG") for k in (10, 20)]
 LIST_COLUMNS = ["valid", "seconds", "item_recall", "popularity", "coverage", "gini"]
 
 
@@ -440,8 +440,7 @@ def sweep(args):
 def recommend(args):
     """Print one user's best unseen items, and the items nearest to the negatives that the LLM made for that user."""
     run, data = Path(args.run), load_data(args.run)
-    users, items = ([json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
-                    for name in ("users.jsonl", "items.jsonl"))
+    users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
     row = next((n for n, user in enumerate(users) if user["raw"] == args.user), None)
     if row is None:
         fail(f"--user {args.user}: no such user in {run / 'users.jsonl'} (for example {users[0]['raw']})")

@@ -49,6 +49,9 @@ from backbones import (
     nearest_items,
     number,
     pair_keys,
+    read_jsonl,
+    require_digest,
+    restore,
     run_cli,
     save_tensors,
     take,
@@ -591,9 +594,9 @@ def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, near
     return step
 
 
-def assemble(run, s, data, device):
-    """Everything a step needs, from the run's files and the settings s (the flags of `train`, as a dict) -> dict."""
-    made = load_negatives(run, s["negatives"], data["digest"])
+def assemble(run, s, data, made, device):
+    """Everything a step needs, from the run's files, the settings s (the flags of `train`, as a dict) and `made`, the generated
+    negatives of load_negatives -> dict."""
     pairs, hidden, vector, text = (made[key] for key in ("pairs", "hidden", "vector", "text"))
     cf_model, _, cf = load_model(run / s["cf"], f"python backbones.py pretrain --run {run}", data)
     torch.manual_seed(s["seed"])
@@ -614,23 +617,19 @@ def assemble(run, s, data, device):
     step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), near, mined, data["train"],
                              **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "m", "grounded", "align_rows", "refresh", "bpr_into_projector")})
     return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
-            "near": near, "mined": mined, "cf": cf, "negatives_digest": made["digest"]}
-
-
-def restore(modules, state):
-    """Load {prefix.name: tensor} into {prefix: module}."""
-    for prefix, module in modules.items():
-        module.load_state_dict({key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")})
+            "near": near, "mined": mined, "cf": cf}
 
 
 def train(args):
     """Train backbone and projector together; write the state of the best validation."""
     run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
-    p = assemble(run, settings, data, args.device)
-    settings |= {"data": data["digest"], "negatives_digest": p["negatives_digest"], "cf_digest": file_digest(run / args.cf)}
+    made = load_negatives(run, args.negatives, data["digest"])
+    settings |= {"data": data["digest"], "negatives_digest": made["digest"],
+                 "cf_digest": require_digest(run / args.cf, f"python backbones.py pretrain --run {run}")}
     if up_to_date(out, settings, "python hnlmrec.py train", args.force):
         return
+    p = assemble(run, settings, data, made, args.device)
     model, projector, own, n = p["model"], p["projector"], p["table"].own, len(data["train"])
     print(f"train: {own} of {n} train pairs have a generated negative of their own; the other {n - own} use their user's other ones", flush=True)
     start, modules = time.time(), {"backbone": model, "projector": projector, "semantic": p["semantic"]}
@@ -654,9 +653,9 @@ def train(args):
 def trace(args):
     """Print how one train pair passes through the pipeline, with the real values of a finished run. Changes nothing."""
     run, data = Path(args.run), load_data(args.run)
-    read = lambda name: [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
-    users, items = read("users.jsonl"), read("items.jsonl")
-    profiles = {(row["kind"], row["raw"]): row["profile"] for row in read("profiles.jsonl")[1:]}
+    users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
+    made = read_jsonl(run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}")
+    profiles = {(row["kind"], row["raw"]): row["profile"] for row in made[1:]}
     numbers = [{row["raw"]: n for n, row in enumerate(rows)} for rows in (users, items)]
     own = [items[i]["raw"] for u, i in data["train"].tolist() if users[u]["raw"] == args.user]
     if args.user not in numbers[0]:
@@ -668,7 +667,7 @@ def trace(args):
     title = lambda n: items[n]["title"]
     show = lambda vector: f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"
     tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
-    p = assemble(run, meta["settings"], data, "cpu")
+    p = assemble(run, meta["settings"], data, load_negatives(run, meta["settings"]["negatives"], data["digest"]), "cpu")
     model, projector, cf = p["model"], p["projector"], p["cf"]
     restore({"backbone": model, "projector": projector, "semantic": p["semantic"]}, tensors)
 

@@ -42,7 +42,10 @@ from backbones import (
     mine_hard_negatives,
     mixgcf,
     number,
+    read_jsonl,
     read_meta,
+    require_digest,
+    restore,
     run_cli,
     save_tensors,
     up_to_date,
@@ -140,22 +143,6 @@ def llm_digest(llm):
 # ---------------------------------------------------------------------------------------------------------------------
 # Text files: JSON lines, keyed by raw id
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path, maker):
-    """All rows of a JSON-lines file. A last line without its end (the program was killed while writing) is left out."""
-    path = Path(path)
-    if not path.exists():
-        fail(f"{path}: no such file; make it with `{maker}`")
-    rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            fail(f"{path}: line {n} is not JSON; delete the file and run `{maker}` again")
-    return rows
 
 
 def load_profiles(run, name="profiles.jsonl"):
@@ -731,13 +718,6 @@ def finetune(args):
     print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
 
 
-def require_digest(path, maker):
-    """The digest of an input file; one clear line when it is not there."""
-    if not Path(path).exists():
-        fail(f"{path}: no such file; make it with `{maker}`")
-    return file_digest(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 3: generation, offline, in shards
 # ---------------------------------------------------------------------------------------------------------------------
@@ -766,8 +746,7 @@ def load_sft(run, name, llm, device, lora=True):
     d, hidden_size = meta["dim"], model.config.get_text_config().hidden_size
     soft_tokens = SoftTokens(torch.zeros(2, d), torch.zeros(2, d), hidden_size, 1.0, s["soft_tokens"]).to(device)
     head = Head(hidden_size, d).to(device)
-    for module, prefix in ((soft_tokens, "soft."), (head, "head.")):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    restore({"soft": soft_tokens, "head": head}, tensors)
     return model, Prompt(load_tokenizer(llm), s["soft_tokens"], s["max_tokens"]), soft_tokens.eval(), head.eval(), meta
 
 
@@ -816,7 +795,7 @@ def generate(args):
     for path in sorted(stale):
         up_to_date(path, settings, maker)  # ends here, naming what differs
     todo, items_path = [(path, part) for path, part in zip(paths, shards) if not path.exists()], run / f"{args.out}-items.safetensors"
-    if not todo and not args.force and items_path.exists() and read_meta(items_path, maker).get("settings") == settings:
+    if not todo and items_path.exists() and read_meta(items_path, maker).get("settings") == settings:
         return print(f"skip: {len(paths)} shards {args.out}-*.safetensors and {items_path.name} are up to date")
     if (tuned["cf_digest"], tuned["profiles_digest"], tuned["data"]) != (settings["cf"], settings["profiles"], data["digest"]):
         fail(f"{sft}: was fine-tuned on other CF vectors, profiles or another split; run `{sft_maker} --force`")

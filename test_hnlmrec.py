@@ -969,7 +969,6 @@ def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm):
         llm_negatives.main(list(map(str, ["generate", *run, "--sft", f"sft-{name}", "--out", f"negatives-{name}", "--pairs-per-user", 2])))
         made[name] = backbones.load_negatives(copied, f"negatives-{name}", backbones.file_digest(copied / "data.safetensors"))["hidden"]
     assert not torch.equal(made["nocf"], made["mixgcf"]) and not torch.equal(made["template"], made["mixgcf"])
-    # without CF vectors the prompt is text alone: other vectors, the same hidden states
     (copied / "profiles.jsonl").rename(copied / "old.jsonl")
     assert "profiles.jsonl: no such file" in refused("llm_negatives.py", "generate", *run, "--out", "negatives-new")
 
