@@ -202,8 +202,11 @@ def user_rows(pairs, n_users):
 
 
 def take(table, index):
-    """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that adds in a fixed order: the one
-    of plain indexing adds from many threads at once on a CPU, so two runs with one seed would drift apart."""
+    """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that adds in a fixed order: that of
+    plain indexing adds from many threads at once on a CPU, so two runs with one seed would drift apart. On a CPU index_select's
+    does so in half the time of embedding's; on a GPU only embedding's keeps the order."""
+    if table.device.type == "cpu":
+        return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
 
 
@@ -238,24 +241,24 @@ class UnseenSampler:
         popularity = torch.bincount(pairs[:, 1], minlength=n_items).double()
         # +1 keeps an item without a train interaction reachable; 2**20 steps keep popularity ** beta to six digits
         weight = ((popularity + 1) ** beta * 2**20).round().long() if beta else torch.ones_like(popularity).long()
-        self.cum = F.pad(weight.cumsum(0), (1, 0))  # (I+1,)
-        self.indptr, items = user_rows(pairs, n_users)
+        self.cum, self.uniform = F.pad(weight.cumsum(0), (1, 0)), not beta  # (I+1,)
+        indptr, items = user_rows(pairs, n_users)
         self.seen = F.pad(weight[items].cumsum(0), (1, 0))  # (N+1,) seen weight, over all users in row order
-        start = self.seen[self.indptr[:-1]]  # (U,) where each user's own seen weight begins
-        users = torch.repeat_interleave(torch.arange(n_users, device=pairs.device), self.indptr.diff())
+        self.start = start = self.seen[indptr[:-1]]  # (U,) where each user's own seen weight begins
+        users = torch.repeat_interleave(torch.arange(n_users, device=pairs.device), indptr.diff())
         self.stride = int(self.cum[-1]) + 1
         self.keys = users * self.stride + self.cum[items] - (self.seen[:-1] - start[users])
-        self.free = self.cum[-1] - (self.seen[self.indptr[1:]] - start)  # (U,) weight left to draw from
+        self.free = self.cum[-1] - (self.seen[indptr[1:]] - start)  # (U,) weight left to draw from
         if (self.free <= 0).any():
             fail(f"user row {int((self.free <= 0).nonzero()[0])}: has interacted with all {n_items} items, "
                  "so no negative exists; remove that user or add items")
 
     def __call__(self, users, n, generator=None):
         """users (B,) int64 -> items (B, n) int64, drawn independently."""
-        point = torch.randint(2**62, (len(users), n), generator=generator, device=users.device) % self.free[users, None]
+        point = torch.randint(2**62, (len(users), n), generator=generator, device=users.device) % self.free[users][:, None]
         before = torch.searchsorted(self.keys, users[:, None] * self.stride + point, right=True)  # (B, n)
-        point = point + self.seen[before] - self.seen[self.indptr[users]][:, None]
-        return torch.searchsorted(self.cum, point, right=True) - 1
+        point = point + self.seen[before] - self.start[users][:, None]
+        return point if self.uniform else torch.searchsorted(self.cum, point, right=True) - 1  # uniform: item n begins at n
 
 
 def dns(score, users, items, candidates, top=1, generator=None):
@@ -342,6 +345,8 @@ class Backbone(nn.Module):
     forward() -> (users (U, D), items (I, D)); layers() the same per hop, (U, K, d) and (I, K, d); ego() the parameters
     that the L2 term acts on. Scores are inner products unless a subclass says otherwise."""
 
+    propagates = False  # True when forward() is more than the parameters themselves
+
     def __init__(self, n_users, n_items, dim):
         super().__init__()
         self.n_users, self.n_items, self.dim = n_users, n_items, dim
@@ -382,6 +387,8 @@ class MF(Backbone):
 class LightGCN(Backbone):
     """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), and the mean over hops 0..K (eq. 4)."""
 
+    propagates = True
+
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3):
         super().__init__(n_users, n_items, dim)
         self.adjacency, self.n_layers = adjacency, n_layers
@@ -403,6 +410,8 @@ class LightGCN(Backbone):
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout
     (on E') and node dropout (on A's edges), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim."""
+
+    propagates = True
 
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3, message_dropout=0.1, node_dropout=0.0):
         super().__init__(n_users, n_items, dim)
@@ -487,7 +496,7 @@ def bpr_loss(positive_score, negative_score):
 
 def l2_loss(*vectors):
     """Half the squared norm, summed over the given (B, d) tensors and averaged over B: LightGCN's reg term."""
-    return sum(vector.pow(2).sum() for vector in vectors) / (2 * len(vectors[0]))
+    return sum((vector * vector).sum() for vector in vectors) / (2 * len(vectors[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,15 +507,25 @@ def l2_loss(*vectors):
 def top_k(scores, k):
     """Indices (B, k) of the k highest of scores (B, I), highest first; equal scores go by index, lowest first.
 
-    torch.topk alone leaves the order of ties open; only rows with a tie across the border pay for a full stable sort."""
-    k = min(k, scores.shape[1])
-    index = scores.topk(k, dim=1).indices.sort(1).values
-    index = index.gather(1, scores.gather(1, index).sort(dim=1, descending=True, stable=True).indices)
-    border = scores.gather(1, index[:, -1:])
-    tied = (scores >= border).sum(1) > k
+    torch.topk leaves the order of ties open, and looks at each score with care. So: cut a row into blocks, for the k highest
+    lie in the k blocks with the highest maxima, and only those are searched. One more than k are taken, to see a tie across
+    the border; rows with a tie pay for a full stable sort."""
+    n, more = scores.shape[1], min(k + 1, scores.shape[1])
+    width = round((n / more) ** 0.5)  # the fewest scores to search: n / width maxima, then more * width
+    if width < 2:
+        values, index = scores.topk(more, dim=1)
+    else:
+        blocks = n // width  # column c belongs to block c % blocks, so that maxima run along contiguous memory
+        best = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1).topk(min(more, blocks), dim=1).indices
+        columns = (best[:, None] + torch.arange(0, width * blocks, blocks, device=best.device)[:, None]).flatten(1)
+        rest = torch.arange(width * blocks, n, device=best.device).expand(len(best), -1)  # fewer than `width` columns
+        columns = torch.cat([columns, rest], 1)  # (B, about width * (k+1))
+        values, place = scores.gather(1, columns).topk(more, dim=1)
+        index = columns.gather(1, place)
+    tied = (values[:, 1:] == values[:, :-1]).any(1)  # -inf, what is left out of the ranking, ties too
     if tied.any():
-        index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return index
+        index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
+    return index[:, :k]
 
 
 @torch.no_grad()
@@ -545,14 +564,14 @@ def nearest_items(vectors, users, items, seen, k, chunk=2048):
     return torch.cat(result)
 
 
-def ranking_hits(model, pairs, seen_pairs, k):
+def ranking_hits(model, pairs, seen, k):
     """Full-ranking hits for every user who has a pair in `pairs`.
 
-    pairs (N, 2) to find; seen_pairs (M, 2) left out of the ranking -> users (n,), hits (n, k) bool in rank order,
+    pairs (N, 2) to find; seen: user_rows of the pairs left out of the ranking -> users (n,), hits (n, k) bool in rank order,
     relevant (n,) the number of pairs of each user. Users without a pair are not in the result: they have no metric."""
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)
     users = relevant.nonzero()[:, 0]
-    ranked = rank_unseen(model, users, user_rows(seen_pairs, model.n_users), k)  # (n, k)
+    ranked = rank_unseen(model, users, seen, k)  # (n, k)
     hits = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items) & (ranked >= 0)
     return users, hits, relevant[users]
 
@@ -566,10 +585,15 @@ def ndcg(hits, relevant, k):
     return (hits[:, :k] * discount[: hits.shape[1]]).sum(1) / ideal
 
 
-def validation_ndcg(model, data, k=20):
-    """Mean NDCG@k on the validation pairs, train pairs left out of the ranking."""
-    _, hits, relevant = ranking_hits(model, data["valid"], data["train"], k)
-    return float(ndcg(hits, relevant, k).mean())
+def validation(model, data, k=20):
+    """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs left out of the ranking."""
+    seen = user_rows(data["train"], model.n_users)
+
+    def validate():
+        _, hits, relevant = ranking_hits(model, data["valid"], seen, k)
+        return float(ndcg(hits, relevant, k).mean())
+
+    return validate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,7 +610,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
 
     Raises SystemExit2 when the loss is not finite, naming the step."""
     parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)  # one pass over each parameter instead of ten
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     best, best_state, history, done, start = -1.0, None, [], 0, time.time()
     progress = Progress(label, epochs, "epochs")
@@ -627,9 +651,10 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
     n best; beta: pns's popularity exponent. Returns step(rows, generator) for `fit`."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
+    users_of, items_of = pairs.T.contiguous()
 
     def step(rows, generator):
-        u, i = pairs[rows].T  # (B,), (B,)
+        u, i = users_of[rows], items_of[rows]  # (B,), (B,)
         candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
@@ -648,7 +673,11 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
             negatives = take(item_vectors, j)
         ego_users, ego_items = model.ego()
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
-        return bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j)), {"bpr": bpr.item()}
+        if model.propagates:
+            l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+        else:  # what was gathered for the scores are the parameters themselves
+            l2 = l2_loss(users, items, take(ego_items, j) if sampler == "mixgcf" else negatives)
+        return bpr + reg * l2, {"bpr": bpr.item()}
 
     return step
 
@@ -776,7 +805,7 @@ def pretrain(args):
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
     step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
     start = time.time()
-    state, history = fit({"backbone": model}, step, len(train), lambda: validation_ndcg(model, data), epochs=args.epochs,
+    state, history = fit({"backbone": model}, step, len(train), validation(model, data), epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
                          seed=args.seed, label=f"{args.backbone} {args.sampler}")
     restore({"backbone": model}, state)

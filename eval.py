@@ -83,7 +83,7 @@ def evaluate(model, data, split="test", ks=(10, 20)):
 
     Returns users (n,), {name@k: (n,) float64}, and the number of users without a pair there."""
     seen = data["train"] if split == "valid" else torch.cat([data["train"], data["valid"]])
-    users, hits, relevant = ranking_hits(model, data[split], seen, max(ks))
+    users, hits, relevant = ranking_hits(model, data[split], user_rows(seen, model.n_users), max(ks))
     values = {f"{name}@{k}": metric(hits, relevant, k) for name, metric in METRICS.items() for k in ks}
     return users, values, model.n_users - len(users)
 

@@ -56,7 +56,7 @@ from backbones import (
     save_tensors,
     take,
     up_to_date,
-    validation_ndcg,
+    validation,
     write_atomic,
 )
 
@@ -633,7 +633,7 @@ def train(args):
     model, projector, own, n = p["model"], p["projector"], p["table"].own, len(data["train"])
     print(f"train: {own} of {n} train pairs have a generated negative of their own; the other {n - own} use their user's other ones", flush=True)
     start, modules = time.time(), {"backbone": model, "projector": projector, "semantic": p["semantic"]}
-    state, history = fit(modules, p["step"], n, lambda: validation_ndcg(model, p["data"]), epochs=args.epochs, batch_size=args.batch_size,
+    state, history = fit(modules, p["step"], n, validation(model, p["data"]), epochs=args.epochs, batch_size=args.batch_size,
                          lr=args.lr, eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
     restore(modules, state)
     users, items = model.eval()()
