@@ -11,6 +11,7 @@ scores rank by item id, lowest first. Users without a test pair have no metric: 
 Alone:  python eval.py report --run runs/NAME
 """
 
+import hashlib
 import html
 import json
 import math
@@ -260,10 +261,11 @@ def make_cell(run, name, words, backbone, seed, llm, pairs_per_user, extra):
         for step in VARIANTS[words[words.index("--negatives") + 1]]:
             more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
             program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
-    out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}")) + ".safetensors")
+    words = [*TUNED[backbone].split(), *extra, *words]
+    flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
+    out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
     if not (run / out).exists():
-        program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed,
-                *TUNED[backbone].split(), *extra, *words, "--out", out)
+        program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed, *words, "--out", out)
     return run / out
 
 
@@ -391,10 +393,12 @@ def compare(args):
     with ThreadPoolExecutor(args.jobs) as pool:  # each cell is a process of its own; two small ones at a time use two cores best
         paths = dict(zip([(name, backbone, seed) for name, _, backbone, seed in jobs], pool.map(make, jobs)))
 
-    rows, progress = {}, Progress("evaluate", len(paths), "cells")  # (method, backbone) -> list over seeds
+    rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
         model, meta, _ = load_model(path, "python eval.py compare", data)
-        best = max(row["valid_ndcg@20"] for row in meta["history"])
+        best, source = max(row["valid_ndcg@20"] for row in meta["history"]), meta["settings"].get("negatives")
+        if digests.setdefault(source, meta["settings"].get("negatives_digest")) != meta["settings"].get("negatives_digest"):
+            fail(f"{path}: was trained with other {source}-*.safetensors than the cells before it; delete {run / 'compare'} and run again")
         rows.setdefault((name, backbone), []).append(list_statistics(model, data, 20) | {"valid": best, "seconds": meta["seconds"]})
         progress.update(n)
     # … -> arrays with seeds as the first axis: metrics per user (S, n), the rest (S,) or (S, 4)
