@@ -127,6 +127,14 @@ def load_llm(llm, cls, dtype, device, layers=0):
     return model.requires_grad_(False).eval().to(device)
 
 
+@torch.no_grad()
+def embedding_norm(llm):
+    """Mean norm of the vectors that enter the first layer, over the vocabulary. Not that of the weights: Gemma scales them."""
+    embed = llm.get_input_embeddings()
+    ids = torch.arange(embed.weight.shape[0], device=embed.weight.device)
+    return torch.cat([embed(part).float().norm(dim=1) for part in ids.split(4096)]).mean()
+
+
 def llm_digest(llm):
     """16 hex digits that tell one local model folder from another: its config, and the name, size and first MiB of each
     weight file (an 8B model is not read whole). A hub id stands for itself."""
@@ -631,9 +639,9 @@ def finetune(args):
     task = SftTask(data, model, cf["user"], cf["item"], load_profiles(run, args.profiles), args.mine_first, args.mine_last, args.seed, args.mine)
     dtype = pick_dtype(args.dtype, device)
     llm, prompt = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers), Prompt(load_tokenizer(args.llm), args.soft_tokens, args.max_tokens)
-    hidden_size, table = llm.config.get_text_config().hidden_size, llm.get_input_embeddings().weight
+    hidden_size = llm.config.get_text_config().hidden_size
     torch.manual_seed(args.seed)
-    soft_tokens = SoftTokens(task.user, task.item, hidden_size, table.float().norm(dim=1).mean(), args.soft_tokens).to(device)
+    soft_tokens = SoftTokens(task.user, task.item, hidden_size, embedding_norm(llm), args.soft_tokens).to(device)
     head = Head(hidden_size, task.item.shape[1]).to(device)
     encoder = encode
     if args.checkpointing:

@@ -19,10 +19,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 import backbones
@@ -603,13 +611,18 @@ def test_of_repeated_pairs_the_latest_counts_and_ids_do_not_depend_on_the_files_
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def byte_tokenizer(folder):
+    """Save a tokenizer of one token a byte."""
+    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory):
     """A folder with a random Llama of two layers and a byte tokenizer, built here from a config."""
     folder = tmp_path_factory.mktemp("tiny llm")  # a space in the name, on purpose
-    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder)
+    byte_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=0)
@@ -623,8 +636,8 @@ def encoder(tiny_llm):
     llm = llm_negatives.load_llm(tiny_llm, LlamaModel, torch.float32, "cpu")
     torch.manual_seed(0)
     user, item = torch.randn(5, 6), torch.randn(7, 6)
-    norm = llm.get_input_embeddings().weight.norm(dim=1).mean()
-    return llm, llm_negatives.Prompt(llm_negatives.load_tokenizer(tiny_llm), 2), llm_negatives.SoftTokens(user, item, 32, norm, 2), user, item
+    soft_tokens = llm_negatives.SoftTokens(user, item, 32, llm_negatives.embedding_norm(llm), 2)
+    return llm, llm_negatives.Prompt(llm_negatives.load_tokenizer(tiny_llm), 2), soft_tokens, user, item
 
 
 USER_TEXTS = ["likes films", "", "likes long slow films about the sea", "x", "comedies"]
@@ -651,6 +664,50 @@ def test_encode_equals_the_whole_prompt_run_alone(encoder):
         x[places[:2]], x[places[2:]] = soft_tokens(1, items[row]), soft_tokens(0, users[owner])
         alone = llm(inputs_embeds=x[None]).last_hidden_state[0, -1]
         assert F.cosine_similarity(ours[row], alone, 0) > 0.99999 and torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, MistralConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig])
+def test_other_families_of_llms(config, tmp_path):
+    """Each family loads with its first layers alone, encodes with a shared prefix as without, and takes LoRA's gradient and
+    soft tokens of the norm that its own tokens have where they enter the first layer."""
+    byte_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+                                            num_key_value_heads=2, head_dim=8, max_position_embeddings=1024)).save_pretrained(tmp_path)
+    llm = llm_negatives.load_llm(tmp_path, AutoModel, torch.float32, "cpu", layers=2)
+    assert len(llm.layers) == 2
+    prompt, users, items = llm_negatives.Prompt(llm_negatives.load_tokenizer(tmp_path)), torch.randn(5, 6), torch.randn(7, 6)
+    soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm))
+    entering = []
+    handle = llm.layers[0].register_forward_pre_hook(lambda module, args, kwargs: entering.append((args or (kwargs["hidden_states"],))[0]), with_kwargs=True)
+    llm(torch.arange(300)[None])
+    handle.remove()
+    assert float(soft_tokens.norm) == pytest.approx(entering[0][0].norm(dim=1).mean().item(), rel=1e-5)
+    ours, whole = (encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
+                   for encode in (llm_negatives.encode, llm_negatives.encode_whole))
+    assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
+    llm = llm_negatives.get_peft_model(llm, llm_negatives.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in llm.parameters() if p.requires_grad)
+    lm = llm_negatives.load_llm(tmp_path, AutoModelForCausalLM, torch.float32, "cpu")
+    together, _ = llm_negatives.write_texts(lm, llm_negatives.load_tokenizer(tmp_path), ["a longer request", "b"], 3)
+    assert together == [llm_negatives.write_texts(lm, llm_negatives.load_tokenizer(tmp_path), [text], 3)[0][0] for text in ("a longer request", "b")]
+
+
+DEFAULT_LLM = Path(os.environ.get("LLM", HERE / "assets" / "SmolLM2-135M-Instruct"))
+
+
+@pytest.mark.skipif(not DEFAULT_LLM.is_dir(), reason=f"{DEFAULT_LLM} is not there; `bash run.sh` makes it")
+def test_encode_equals_the_whole_prompt_on_the_default_llm():
+    llm = llm_negatives.load_llm(DEFAULT_LLM, AutoModel, torch.float32, "cpu", layers=8)
+    torch.manual_seed(0)
+    users, items, prompt = torch.randn(5, 64), torch.randn(7, 64), llm_negatives.Prompt(llm_negatives.load_tokenizer(DEFAULT_LLM))
+    soft_tokens = llm_negatives.SoftTokens(users, items, llm.config.hidden_size, llm_negatives.embedding_norm(llm))
+    with torch.no_grad():
+        ours, whole = (encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
+                       for encode in (llm_negatives.encode, llm_negatives.encode_whole))
+    assert F.cosine_similarity(ours, whole).min() > 0.999
+    assert ((ours - whole).abs().amax(1) / whole.abs().amax(1)).max() < 1e-3
 
 
 def test_item_texts_are_means_over_their_own_tokens(encoder):
