@@ -755,6 +755,14 @@ def restore(modules, state):
         module.load_state_dict({key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")})
 
 
+def row_of(rows, raw, flag, path):
+    """The number of the row with this raw id. Raises SystemExit2 naming the flag when there is none."""
+    row = next((n for n, row in enumerate(rows) if row["raw"] == raw), None)
+    if row is None:
+        fail(f"{flag} {raw}: no such id in {path} (for example {rows[0]['raw']})")
+    return row
+
+
 def load_model(path, maker, data):
     """Rebuild a trained backbone from its file -> (model, meta, all tensors).
 
@@ -793,12 +801,20 @@ def load_negatives(run, name, digest):
 
 def pretrain(args):
     """Train one backbone with one sampler; write its best state and its user/item vectors."""
-    out = Path(args.run) / args.out
-    data = load_data(args.run)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
+    out, data = Path(args.run) / args.out, load_data(args.run)
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command", "export")}
     settings["data"] = data["digest"]
-    if up_to_date(out, settings, "python backbones.py pretrain", args.force):
-        return
+    if not up_to_date(out, settings, "python backbones.py pretrain", args.force):
+        train_baseline(args, data, settings, out)
+    if args.export:
+        tensors, meta = load_tensors(out, "python backbones.py pretrain")
+        save_tensors(Path(args.run) / args.export, {name: tensors[name] for name in ("user", "item")}, {"settings": meta["settings"]})
+        print(f"wrote {Path(args.run) / args.export}: user {tuple(tensors['user'].shape)}, item {tuple(tensors['item'].shape)}, "
+              "rows as in users.jsonl and items.jsonl")
+
+
+def train_baseline(args, data, settings, out):
+    """The training of `pretrain`, from the data of load_data to the file `out`."""
     torch.manual_seed(args.seed)
     train = data["train"].to(args.device)
     data = {**data, "train": train, "valid": data["valid"].to(args.device)}
@@ -827,6 +843,7 @@ def main(argv=None):
     p.add_argument("--n", type=number(int, 1), default=1, help="dns draws from the n highest of its m candidates")
     p.add_argument("--beta", type=number(float, 0), default=0.75, help="popularity exponent of pns")
     p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")
+    p.add_argument("--export", metavar="FILE", help="also write the user and item vectors alone, to FILE inside the run folder")
     args = parser.parse_args(argv)
     if args.n > args.m:
         fail(f"--n {args.n}: larger than --m {args.m}; dns draws from the n highest of m candidates")

@@ -44,6 +44,7 @@ from backbones import (
     ranking_hits,
     read_jsonl,
     read_meta,
+    row_of,
     run_cli,
     user_rows,
     write_atomic,
@@ -142,6 +143,11 @@ NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "
          "hnlmrec-candidates": "HNLMRec, candidates alone"}
 
 
+def best_epoch(meta):
+    """The row of a model's history with the best validation: that of the state in its file."""
+    return max(meta["history"], key=lambda row: row["valid_ndcg@20"])
+
+
 def markdown_table(header, rows):
     """Rows of cells -> the lines of a Markdown table."""
     return ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header),
@@ -179,7 +185,7 @@ def report(args):
     for path in paths:
         model, meta, tensors = load_model(path, "python hnlmrec.py train", data)
         _, values, skipped = evaluate(model, data)
-        best = max(meta["history"], key=lambda row: row["valid_ndcg@20"])
+        best = best_epoch(meta)
         row = {name: float(value.mean()) for name, value in values.items()}
         row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"], "seconds": meta["seconds"],
                 "backbone": meta["settings"]["backbone"], "seed": meta["settings"]["seed"]}
@@ -396,7 +402,7 @@ def compare(args):
     rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
         model, meta, _ = load_model(path, "python eval.py compare", data)
-        best, source = max(row["valid_ndcg@20"] for row in meta["history"]), meta["settings"].get("negatives")
+        best, source = best_epoch(meta)["valid_ndcg@20"], meta["settings"].get("negatives")
         if digests.setdefault(source, meta["settings"].get("negatives_digest")) != meta["settings"].get("negatives_digest"):
             fail(f"{path}: was trained with other {source}-*.safetensors than the cells before it; delete {run / 'compare'} and run again")
         rows.setdefault((name, backbone), []).append(list_statistics(model, data, 20) | {"valid": best, "seconds": meta["seconds"]})
@@ -427,7 +433,7 @@ def sweep(args):
             VARIANTS[words[1]] = [f"finetune --{flag} {value} --name sft-{flag}-{value}", f"generate --sft sft-{flag}-{value} --out {words[1]}"]
         paths = [make_cell(run, f"sweep {flag} {value}", [*args.method.split(), *words], args.backbone, seed, args.llm, args.pairs_per_user, args.flags.split())
                  for seed in range(args.seeds)]
-        charts.append(spread([max(row["valid_ndcg@20"] for row in read_meta(path, "python eval.py sweep")["history"]) for path in paths]))
+        charts.append(spread([best_epoch(read_meta(path, "python eval.py sweep"))["valid_ndcg@20"] for path in paths]))
         rows.append([value, "{:.4f} ± {:.4f}".format(*charts[-1])])
         print(f"{flag} {rows[-1][0]}: valid NDCG@20 {rows[-1][1]}", flush=True)
     lines = [f"## {flag}", "", *markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows), "", f"![{flag}](sweep-{flag}.svg)"]
@@ -445,9 +451,9 @@ def recommend(args):
     """Print one user's best unseen items, and the items nearest to the negatives that the LLM made for that user."""
     run, data = Path(args.run), load_data(args.run)
     users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
-    row = next((n for n, user in enumerate(users) if user["raw"] == args.user), None)
-    if row is None:
-        fail(f"--user {args.user}: no such user in {run / 'users.jsonl'} (for example {users[0]['raw']})")
+    row = row_of(users, args.user, "--user", run / "users.jsonl")
+    if args.k > len(items):
+        fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
     model, _, tensors = load_model(run / args.model, "python hnlmrec.py train", data)
     title = lambda n: items[n]["title"]
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()

@@ -52,6 +52,7 @@ from backbones import (
     read_jsonl,
     require_digest,
     restore,
+    row_of,
     run_cli,
     save_tensors,
     take,
@@ -656,13 +657,11 @@ def trace(args):
     users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
     made = read_jsonl(run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}")
     profiles = {(row["kind"], row["raw"]): row["profile"] for row in made[1:]}
-    numbers = [{row["raw"]: n for n, row in enumerate(rows)} for rows in (users, items)]
-    own = [items[i]["raw"] for u, i in data["train"].tolist() if users[u]["raw"] == args.user]
-    if args.user not in numbers[0]:
-        fail(f"--user {args.user}: no such user in {run / 'users.jsonl'} (for example {users[0]['raw']})")
+    u = row_of(users, args.user, "--user", run / "users.jsonl")
+    own = [items[i]["raw"] for i in data["train"][data["train"][:, 0] == u, 1].tolist()]
     if args.item is not None and args.item not in own:
         fail(f"--item {args.item}: user {args.user} has no train pair with it (for example {', '.join(own[:5])})")
-    u, i = numbers[0][args.user], numbers[1][args.item or own[0]]
+    i = row_of(items, args.item or own[0], "--item", run / "items.jsonl")
     row = int(((data["train"] == torch.tensor([u, i])).all(1)).nonzero())
     title = lambda n: items[n]["title"]
     show = lambda vector: f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"

@@ -412,6 +412,19 @@ def test_fit_returns_the_best_state_not_the_last():
     assert torch.equal(state["backbone.embedding"], states[1]) and [h["valid_ndcg@20"] for h in history] == [0.1, 0.5, 0.3]
 
 
+def test_a_loss_that_is_not_finite_stops_training_at_its_step():
+    model, done = rigged(torch.ones(2, 2), torch.ones(3, 2)), []
+
+    def step(rows, generator):
+        done.append(rows)
+        return model.embedding.sum() * (float("nan") if len(done) == 4 else 1.0), {"bpr": 1.5}
+
+    with pytest.raises(backbones.SystemExit2) as error:
+        backbones.fit({"backbone": model}, step, 6, lambda: 0.0, epochs=9, batch_size=2, lr=0.1, eval_every=1, patience=9, seed=0, label="mf")
+    assert len(done) == 4 and "nan at step 4 (epoch 2, {'bpr': 1.5})" in str(error.value)
+    assert model.embedding.isfinite().all()
+
+
 def test_projector_attends_over_the_set():
     hidden = torch.randn(20, 16)
     projector = hnlmrec.Projector(hidden, 8, width=8)
@@ -904,7 +917,7 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
         assert first.count("$ ") == 4 and "| HNLMRec |" in first and "2 seeds of training" in first
         result = json.loads((copied / "compare.json").read_text())
         cell = result["cells"]["DNS | lightgcn"]
-        model, _, _ = backbones.load_model(copied / "compare" / "dns-lightgcn-seed1.safetensors", "", data := backbones.load_data(copied))
+        model, _, _ = backbones.load_model(next((copied / "compare").glob("dns-lightgcn-seed1-*.safetensors")), "", data := backbones.load_data(copied))
         assert cell["NDCG@20"][1] == pytest.approx(float(evaluation.evaluate(model, data)[1]["NDCG@20"].mean()))
         run("compare")
         assert "$ " not in capsys.readouterr().out
@@ -934,6 +947,9 @@ def test_a_finished_step_is_skipped_and_a_changed_one_refused(finished, raw):
     budget = ["--run", finished, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--sampler", "dns"]
     assert "skip:" in cli("backbones.py", "pretrain", *budget)
     assert "seed=0, now seed=1" in refused("backbones.py", "pretrain", *budget, "--seed", 1)
+    assert "wrote" in cli("backbones.py", "pretrain", *budget, "--export", "vectors.safetensors")
+    whole, alone = load_file(finished / "cf.safetensors"), load_file(finished / "vectors.safetensors")
+    assert set(alone) == {"user", "item"} and all(torch.equal(whole[name], alone[name]) for name in alone)
     assert "made with" in refused("hnlmrec.py", "prepare", "--run", finished, "--reviews", raw / "interactions.tsv", "--seed", 3)
     assert (finished / "cf.safetensors").read_bytes() == before
 
