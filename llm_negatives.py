@@ -410,19 +410,24 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
     return out.last_hidden_state, mask, (keys_values, full)
 
 
-def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner):
+def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner, batch=0):
     """h(u, i): the hidden state of the last prompt token. The one encoder of training and generation.
 
     user_texts G strings, user_vectors (G, d); item_texts R strings, item_vectors (R, d); owner (R,) int64: which of the G
-    users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair."""
+    users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair.
+    batch: suffixes a call, those of like length together, so that little of it is padding; 0: all in one call."""
     device = user_vectors.device
     _, _, past = run_piece(llm, [prompt.shared])
     _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], None, past,
                            torch.zeros(len(user_texts), dtype=torch.int64, device=device))
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)  # (R, 2 n_soft, H)
-    hidden, mask, _ = run_piece(llm, [prompt.item(text) for text in item_texts], soft, past, owner)
-    last = mask.sum(1) - 1  # the last real token of each row
-    return hidden[torch.arange(len(last), device=device), last].float()
+    pieces = [prompt.item(text) for text in item_texts]
+    order = torch.tensor(sorted(range(len(pieces)), key=lambda r: len(pieces[r])) if batch else range(len(pieces)), device=device)
+    result = []
+    for part in order.split(batch or len(order)):
+        hidden, mask, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
+        result.append(hidden[torch.arange(len(part), device=device), mask.sum(1) - 1].float())  # the last real token of each row
+    return torch.cat(result)[order.argsort()]
 
 
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner):
@@ -823,8 +828,8 @@ def generate(args):
     progress.update(done)
     for path, part in todo:
         hidden = torch.empty(len(part), head.mean.shape[0], dtype=torch.float16)
-        for at in user_blocks(train[part, 0].cpu(), args.batch_size):
-            hidden[at] = encode_pairs(llm, prompt, soft_tokens, tensors, texts, train[part[at]]).half().cpu()
+        for at in user_blocks(train[part, 0].cpu(), 8 * args.batch_size):  # many users' suffixes to sort by length
+            hidden[at] = encode_pairs(llm, prompt, soft_tokens, tensors, texts, train[part[at]], args.batch_size).half().cpu()
             done += len(at)
             progress.update(done, f"{prompt.tokens / (time.time() - begin):.0f} tokens/s")
         if not torch.isfinite(hidden).all():
@@ -870,11 +875,11 @@ def user_blocks(users, batch):
     return [*blocks, torch.arange(start, end)]
 
 
-def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs):
+def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, batch=0):
     """encode() for pairs (n, 2), with cf = {user, item vectors} and texts = (user profiles, item texts) -> (n, H)."""
     users, owner = pairs[:, 0].unique(return_inverse=True)
     return encode(llm, prompt, soft_tokens, [texts[0][k] for k in users], cf["user"][users],
-                  [texts[1][k] for k in pairs[:, 1]], cf["item"][pairs[:, 1]], owner)
+                  [texts[1][k] for k in pairs[:, 1]], cf["item"][pairs[:, 1]], owner, batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
