@@ -346,12 +346,13 @@ class Backbone(nn.Module):
     that the L2 term acts on. Scores are inner products unless a subclass says otherwise."""
 
     propagates = False  # True when forward() is more than the parameters themselves
+    std = 0.01  # of the initial vectors; propagation averages, so the graph backbones start larger
 
     def __init__(self, n_users, n_items, dim):
         super().__init__()
         self.n_users, self.n_items, self.dim = n_users, n_items, dim
         self.embedding = nn.Parameter(torch.empty(n_users + n_items, dim))  # users first, then items
-        nn.init.normal_(self.embedding, std=0.1)
+        nn.init.normal_(self.embedding, std=self.std)
 
     def ego(self):
         return self.embedding.split([self.n_users, self.n_items])
@@ -387,7 +388,7 @@ class MF(Backbone):
 class LightGCN(Backbone):
     """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), and the mean over hops 0..K (eq. 4)."""
 
-    propagates = True
+    propagates, std = True, 0.1
 
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3):
         super().__init__(n_users, n_items, dim)
@@ -411,7 +412,7 @@ class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout
     (on E') and node dropout (on A's edges), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim."""
 
-    propagates = True
+    propagates, std = True, 0.1
 
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3, message_dropout=0.1, node_dropout=0.0):
         super().__init__(n_users, n_items, dim)

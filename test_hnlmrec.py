@@ -319,6 +319,19 @@ def test_a_users_text_is_the_mean_of_the_train_items_texts():
     assert torch.allclose(users[0], items[1], atol=1e-6)  # a user with one item reads as that item
 
 
+def test_text_start_against_svd():
+    """The items' start is U S of their centred texts (signs are free), a user's the same projection; a narrow text is padded."""
+    torch.manual_seed(0)
+    users, items = torch.randn(4, 9), torch.randn(20, 9)
+    start = hnlmrec.text_start(users, items, 3, 0.1)
+    centred = (items - items.mean(0)).double()
+    u, s, v = torch.linalg.svd(centred, full_matrices=False)
+    for ours, whole in ((start[4:], u[:, :3] * s[:3]), (start[:4], (users - items.mean(0)).double() @ v[:3].T)):
+        whole = whole.flip(1) * 0.1 / whole.pow(2).mean().sqrt()
+        assert torch.allclose(ours.double().abs(), whole.abs(), atol=1e-5) and float(ours.pow(2).mean().sqrt()) == pytest.approx(0.1)
+    assert torch.allclose(hnlmrec.text_start(users, items, 12, 0.1)[:, 9:], torch.zeros(24, 3))
+
+
 def test_bpr_is_minus_log_sigmoid():
     p, n = torch.tensor([0.3, -2.0]), torch.tensor([0.1, 1.0])
     assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
