@@ -492,15 +492,15 @@ class SemanticProjector(nn.Module):
         return self.mlp(self.user[users]), self.mlp(self.item[items])
 
 
-def text_start(user_text, item_text, dim, std):
-    """Initial vectors that already say what the texts say: the first `dim` principal components of the items' texts, for users
-    and items alike, scaled to the mean square that random ones would have. Beyond the paper.
+def text_start(text, train, n_users, dim, std):
+    """Initial vectors that already say what the texts say: of an item the first `dim` principal components of the texts, of a
+    user the sum over the train items; both scaled to the mean square that random ones would have. Beyond the paper.
 
-    user_text (U, H), item_text (I, H), as in SemanticProjector -> (U + I, dim)."""
-    centred = item_text - item_text.mean(0)
-    components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]  # (H, min(dim, H))
-    start = [text @ components for text in (user_text - item_text.mean(0), centred)]
-    return torch.cat([F.pad(x * std / x.pow(2).mean() ** 0.5, (0, dim - x.shape[1])) for x in start])
+    text (I, H), train (N, 2) -> (U + I, dim)."""
+    centred = text - text.mean(0)
+    items = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]  # (I, min(dim, H))
+    users = items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+    return torch.cat([F.pad(x * std / x.pow(2).mean() ** 0.5, (0, dim - x.shape[1])) for x in (users, items)])
 
 
 def semantic_alignment(vectors, texts, tau):
@@ -628,7 +628,7 @@ def assemble(run, s, data, made, device):
     semantic = SemanticProjector(text.to(device), data["train"], data["n_users"], model()[0].shape[1]).to(device)
     if s["text_init"]:
         with torch.no_grad():
-            start = text_start(semantic.user, semantic.item, model.embedding.shape[1], model.std)
+            start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
             model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
     step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), near, mined, data["train"],
                              **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "m", "grounded", "align_rows", "refresh", "bpr_into_projector")})
@@ -738,9 +738,9 @@ def main(argv=None):
                             epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
     add_training_flags(p)
     g = p.add_argument_group("HNLMRec")
-    g.add_argument("--alpha", type=number(float, 0, 1), default=0.05, help="share of z in the negative")
+    g.add_argument("--alpha", type=number(float, 0, 1), default=0.02, help="share of z in the negative")
     g.add_argument("--lambda1", type=number(float, 0), default=1.0, help="weight of the alignment loss of z")
-    g.add_argument("--lambda-s", type=number(float, 0), default=0.02, help="weight of the semantic alignment: e_u, e_i and the LLM's reading of the items' texts; 0: none")
+    g.add_argument("--lambda-s", type=number(float, 0), default=0.01, help="weight of the semantic alignment: e_u, e_i and the LLM's reading of the items' texts; 0: none")
     g.add_argument("--text-init", type=number(float, 0, 1), default=1.0, help="share of the LLM's reading of the items' texts in the initial vectors; 0: random ones")
     g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of both alignment losses")
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")

@@ -320,16 +320,17 @@ def test_a_users_text_is_the_mean_of_the_train_items_texts():
 
 
 def test_text_start_against_svd():
-    """The items' start is U S of their centred texts (signs are free), a user's the same projection; a narrow text is padded."""
+    """The items' start is U S of their centred texts (signs are free), a user's the sum over the train items; a narrow text is padded."""
     torch.manual_seed(0)
-    users, items = torch.randn(4, 9), torch.randn(20, 9)
-    start = hnlmrec.text_start(users, items, 3, 0.1)
-    centred = (items - items.mean(0)).double()
-    u, s, v = torch.linalg.svd(centred, full_matrices=False)
-    for ours, whole in ((start[4:], u[:, :3] * s[:3]), (start[:4], (users - items.mean(0)).double() @ v[:3].T)):
+    text, train = torch.randn(20, 9), torch.tensor([[0, 3], [0, 7], [1, 3], [3, 1], [3, 2], [3, 19]])
+    start = hnlmrec.text_start(text, train, 4, 3, 0.1)
+    u, s, _ = torch.linalg.svd((text - text.mean(0)).double(), full_matrices=False)
+    items = u[:, :3] * s[:3]
+    users = torch.stack([items[[3, 7]].sum(0), items[3], 0 * items[0], items[[1, 2, 19]].sum(0)])
+    for ours, whole in ((start[4:], items), (start[:4], users)):
         whole = whole.flip(1) * 0.1 / whole.pow(2).mean().sqrt()
         assert torch.allclose(ours.double().abs(), whole.abs(), atol=1e-5) and float(ours.pow(2).mean().sqrt()) == pytest.approx(0.1)
-    assert torch.allclose(hnlmrec.text_start(users, items, 12, 0.1)[:, 9:], torch.zeros(24, 3))
+    assert torch.allclose(hnlmrec.text_start(text, train, 4, 12, 0.1)[:, 9:], torch.zeros(24, 3))
 
 
 def test_bpr_is_minus_log_sigmoid():
