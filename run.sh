@@ -97,9 +97,9 @@ else
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
 PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() HNLMREC=()
-# MovieLens' titles and genres bring nothing that behaviour lacks: validation prefers grounding to the semantic alignment there
-[[ -n ${DATA:-} ]] || HNLMREC=(--m 6 --grounded 2 --lambda-s 0)
-[[ $BACKBONE != mf ]] || TRAIN+=(--lr 5e-3)
+# on MovieLens the texts serve as initial vectors; validation wants no semantic alignment beside them
+[[ -n ${DATA:-} ]] || HNLMREC=(--lambda-s 0)
+[[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then
   PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
   TRAIN+=(--epochs 20 --eval-every 5)
