@@ -227,7 +227,7 @@ def report(args):
 
 BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
-CANDIDATES = "--m 6 --grounded 2 --alpha 0 --lambda1 0 --lambda-s 0"  # the items nearest to the generated vectors join DNS's candidates, no more
+CANDIDATES = "--m 6 --grounded 2 --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0"  # the items nearest to the generated vectors join DNS's candidates, no more
 OURS = {"HNLMRec": "", "HNLMRec, candidates alone": CANDIDATES, "HNLMRec, as in the paper": "--grounded 0 --m 1 --alpha 0.1 --lambda-s 0 --text-init 0"}
 ABLATIONS = {
     "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
@@ -248,7 +248,6 @@ VARIANTS = {
     "negatives-mixgcf": ["finetune --mine mixgcf --name sft-mixgcf", "generate --sft sft-mixgcf --out negatives-mixgcf"],
 }
 LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew for each value
-TUNED = {"mf": "--lr 5e-3", "lightgcn": "", "ngcf": "", "neumf": "--lr 5e-3"}  # a backbone's budget, chosen on validation
 
 
 def program(script, *words):
@@ -267,7 +266,7 @@ def make_cell(run, name, words, backbone, seed, llm, pairs_per_user, extra):
         for step in VARIANTS[words[words.index("--negatives") + 1]]:
             more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
             program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
-    words = [*TUNED[backbone].split(), *extra, *words]
+    words = [*extra, *words]
     flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
     out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
     if not (run / out).exists():
@@ -343,7 +342,7 @@ def spread(values):
 LIST_COLUMNS = ["valid", "seconds", "item_recall", "popularity", "coverage", "gini"]
 
 
-def backbone_section(run, backbone, table, data, tests):
+def backbone_section(run, out, backbone, table, data, tests):
     """Lines of one backbone's part of the comparison, and its picture. table {method: {column: array over seeds}}; what the
     paired tests find is also put into `tests`."""
     # the rival is named by validation, as every choice is
@@ -365,12 +364,12 @@ def backbone_section(run, backbone, table, data, tests):
         groups = [cell["NDCG@20"][:, quarter[cell["users"][0]] == q].mean() for q in range(4)]
         bias.append([name, *(f"{v:.4f}" for v in (*groups, *cell["item_recall"].mean(0))), f"{cell['popularity'].mean():.0f}",
                      f"{cell['coverage'].mean():.1%}", f"{cell['gini'].mean():.3f}"])
-    write_atomic(run / f"compare-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", list(table), *zip(*(
+    write_atomic(run / f"{out}-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", list(table), *zip(*(
         spread(cell["NDCG@20"].mean(1)) for cell in table.values()))).encode())
     lines = ["", f"## {backbone}", "",
              (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired bootstrap over "
              "users (each user's mean over seeds); seeds in which it is above."), "",
-             *markdown_table(["method", *COLUMNS, "valid NDCG@20", f"against {best}", "s"], main), "", f"![test NDCG@20](compare-{backbone}.svg)"]
+             *markdown_table(["method", *COLUMNS, "valid NDCG@20", f"against {best}", "s"], main), "", f"![test NDCG@20]({out}-{backbone}.svg)"]
     if "HNLMRec" in table:
         lines += ["", "HNLMRec minus each other row, NDCG@20:", "", *markdown_table(["row", "difference", "p"], [
             [name, f"{d[0]:+.4f} [{d[1]:+.4f}, {d[2]:+.4f}]", f"{d[3]:.3f}"] for name in table if name != "HNLMRec" for d in [against("HNLMRec", name)]])]
@@ -415,12 +414,12 @@ def compare(args):
              (f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one set of generated "
              f"negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch.")]
     for backbone in dict.fromkeys(backbone for _, _, backbone in plan):
-        lines += backbone_section(run, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
+        lines += backbone_section(run, args.out, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
     lines += fhns_section(run, data, load_model(next(iter(paths.values())), "", data)[0], result)
     print("\n".join(lines))
-    write_atomic(run / "compare.md", ("\n".join(lines) + "\n").encode())
-    write_atomic(run / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
-    print(f"\nwrote {run / 'compare.md'} and {run / 'compare.json'}")
+    write_atomic(run / f"{args.out}.md", ("\n".join(lines) + "\n").encode())
+    write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
+    print(f"\nwrote {run / args.out}.md and {args.out}.json")
 
 
 def sweep(args):
@@ -496,6 +495,7 @@ def main(argv=None):
             p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
             p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")
             p.add_argument("--llm-ablations", action="store_true", help="these, and the ablations that fine-tune or generate anew")
+            p.add_argument("--out", default="compare", help="first part of the report's names, inside the run folder")
             p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         else:
             p.add_argument("--flag", required=True, help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")
