@@ -382,17 +382,15 @@ def backbone_section(run, out, backbone, table, data, tests):
 def compare(args):
     """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
     run, data = Path(args.run), load_data(args.run)
-    seeds, methods = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
-    methods |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in OURS.items()}
-    if args.methods:
-        unknown = set(args.methods.split(";")) - set(methods)
-        if unknown:
-            fail(f"--methods {min(unknown)}: no such method; choose from {'; '.join(methods)}")
-        methods = {name: methods[name] for name in args.methods.split(";")}
-    plan = [(name, words, backbone) for backbone in args.backbones.split(",") for name, words in methods.items()]
-    first = args.backbones.split(",")[0]
-    more = (ABLATIONS if args.ablations or args.llm_ablations else {}) | (LLM_ABLATIONS if args.llm_ablations else {})
-    plan += [(name, f"{args.hnlmrec_flags} {words}".split(), first) for name, words in more.items()]
+    seeds, every = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
+    every |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in (OURS | ABLATIONS | LLM_ABLATIONS).items()}
+    methods = args.methods.split(";") if args.methods else [*BASELINES, *OURS]
+    for name in methods:
+        if name not in every:
+            fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
+    more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]
+    backbones = args.backbones.split(",")
+    plan = [(name, every[name], backbone) for backbone in backbones for name in methods] + [(name, every[name], backbones[0]) for name in more]
     jobs = [(name, words, backbone, seed) for name, words, backbone in plan for seed in seeds]
     make = lambda job: make_cell(run, *job, args.llm, args.pairs_per_user, args.flags.split())
     with ThreadPoolExecutor(args.jobs) as pool:  # each cell is a process of its own; two small ones at a time use two cores best
@@ -490,7 +488,7 @@ def main(argv=None):
         p.add_argument("--flags", default="", help="further flags of every training, in one string")
         if name == "compare":
             p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")
-            p.add_argument("--methods", default="", help="semicolon-separated names instead of all")
+            p.add_argument("--methods", default="", help="semicolon-separated names instead of all, ablations included")
             p.add_argument("--baseline-flags", default="", help="further flags of the baselines, in one string")
             p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
             p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")
