@@ -72,6 +72,9 @@ def write_atomic(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file of its own accord
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,19 +138,20 @@ def up_to_date(path, settings, maker, force=False):
     return True
 
 
-def read_jsonl(path, maker):
-    """All rows of a JSON-lines file. A last line without its end (the program was killed while writing) is left out."""
+def read_jsonl(path, maker, growing=False):
+    """All rows of a JSON-lines file. growing: the file is written line by line, so that a last line without its end, of a program
+    killed while writing, is left out; in any other file it is an error."""
     path = Path(path)
     if not path.exists():
         fail(f"{path}: no such file; make it with `{maker}`")
     rows = []
     for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+        if not line.endswith("\n") and growing:
             break
         try:
             rows.append(json.loads(line))
         except ValueError:
-            fail(f"{path}: line {n} is not JSON; delete the file and run `{maker}` again")
+            fail(f"{path}: line {n} is not whole; delete the file and run `{maker}` again")
     return rows
 
 

@@ -670,7 +670,7 @@ def trace(args):
     """Print how one train pair passes through the pipeline, with the real values of a finished run. Changes nothing."""
     run, data = Path(args.run), load_data(args.run)
     users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
-    made = read_jsonl(run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}")
+    made = read_jsonl(run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}", growing=True)
     profiles = {(row["kind"], row["raw"]): row["profile"] for row in made[1:]}
     u = row_of(users, args.user, "--user", run / "users.jsonl")
     own = [items[i]["raw"] for i in data["train"][data["train"][:, 0] == u, 1].tolist()]

@@ -160,7 +160,7 @@ def load_profiles(run, name="profiles.jsonl"):
     maker = f"python llm_negatives.py profile --run {run} --out {name}"
     users = read_jsonl(Path(run) / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
     items = read_jsonl(Path(run) / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
-    rows = read_jsonl(Path(run) / name, maker)
+    rows = read_jsonl(Path(run) / name, maker, growing=True)
     made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
     missing = [raw for kind, group in (("user", users), ("item", items)) for raw in
                (row["raw"] for row in group) if (kind, raw) not in made]
@@ -230,7 +230,7 @@ def profile(args):
                 "llm_rows": args.llm_rows, "llm": llm_digest(args.llm) if args.profiles == "llm" else "", "seed": args.seed}
     made = {}
     if path.exists() and not args.force:
-        rows = read_jsonl(path, "python llm_negatives.py profile")
+        rows = read_jsonl(path, "python llm_negatives.py profile", growing=True)
         old = rows[0].get("settings") if rows else settings
         if old != settings:
             differ = [name for name in settings if old.get(name) != settings[name]]

@@ -108,7 +108,7 @@ BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
 FORCE=$([[ ${FORCE:-0} == 1 ]] && echo --force || true)
 
 # ---- one run at a time in a folder ------------------------------------------------------------------------------------
-mkdir -p "$OUT"
+mkdir -p "$OUT" 2>/dev/null && [[ -w $OUT ]] || die "$OUT: cannot be written to; set OUT to a folder that can"
 if ! mkdir "$OUT/.lock" 2>/dev/null; then
   other=$(cat "$OUT/.lock/pid" 2>/dev/null || true)
   if [[ -n $other ]] && kill -0 "$other" 2>/dev/null; then die "$OUT: another run.sh (process $other) is at work there; wait for it or set OUT"; fi

@@ -1121,6 +1121,23 @@ def test_bad_ratings_files(tmp_path, lines, message):
     assert not (tmp_path / "run" / "data.safetensors").exists()
 
 
+def test_truncated_and_unwritable_files_are_named(copied, tmp_path):
+    """Every kind of file cut in half is refused by the step that reads it, in one line that names it; a failed write names its file
+    too and leaves nothing behind."""
+    for name, script, args in (("data.safetensors", "backbones.py", ["pretrain"]), ("cf.safetensors", "hnlmrec.py", ["train", "--out", "new.safetensors"]),
+                               ("negatives-00000.safetensors", "hnlmrec.py", ["train"]), ("negatives-items.safetensors", "hnlmrec.py", ["train"]),
+                               ("model-hnlmrec.safetensors", "eval.py", ["report"]), ("items.jsonl", "eval.py", ["recommend", "--user", "u1"]),
+                               ("sft.safetensors", "llm_negatives.py", ["generate"])):
+        whole = (copied / name).read_bytes()
+        (copied / name).write_bytes(whole[: len(whole) // 2])
+        assert name in refused(script, *args, "--run", copied)
+        (copied / name).write_bytes(whole)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError) as error:  # a folder stands where the file should go
+        backbones.write_atomic(tmp_path / "taken", b"x")
+    assert error.value.filename == str(tmp_path / "taken") and [p.name for p in tmp_path.iterdir() if p.name.endswith("tmp")] == []
+
+
 def test_a_cut_off_download_is_refused(tmp_path):
     path = write_lines(tmp_path / "r.json.gz", [{"reviewerID": f"u{n}", "asin": "x", "overall": 5.0} for n in range(500)])
     path.write_bytes(path.read_bytes()[:-200])
