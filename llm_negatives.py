@@ -129,7 +129,7 @@ def load_llm(llm, cls, dtype, device, layers=0):
 
 @torch.no_grad()
 def embedding_norm(llm):
-    """Mean norm of the vectors that enter the first layer, over the vocabulary. Not that of the weights: Gemma scales them."""
+    """Mean norm of what the embedding gives, over the vocabulary. Not that of its weights: Gemma's embedding scales them."""
     embed = llm.get_input_embeddings()
     ids = torch.arange(embed.weight.shape[0], device=embed.weight.device)
     return torch.cat([embed(part).float().norm(dim=1) for part in ids.split(4096)]).mean()

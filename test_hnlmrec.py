@@ -710,8 +710,10 @@ def test_other_families_of_llms(config, tmp_path):
     entering = []
     handle = llm.layers[0].register_forward_pre_hook(lambda module, args, kwargs: entering.append((args or (kwargs["hidden_states"],))[0]), with_kwargs=True)
     llm(torch.arange(300)[None])
+    llm(inputs_embeds=soft_tokens(0, users)[None, :, 0])
     handle.remove()
-    assert float(soft_tokens.norm) == pytest.approx(entering[0][0].norm(dim=1).mean().item(), rel=1e-5)
+    tokens, soft = (x[0].norm(dim=1).mean().item() for x in entering)
+    assert soft == pytest.approx(tokens, rel=1e-5)
     ours, whole = (encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
                    for encode in (llm_negatives.encode, llm_negatives.encode_whole))
     assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
