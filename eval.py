@@ -399,8 +399,9 @@ def compare(args):
     rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
         model, meta, _ = load_model(path, "python eval.py compare", data)
-        best, source = best_epoch(meta)["valid_ndcg@20"], meta["settings"].get("negatives")
-        if digests.setdefault(source, meta["settings"].get("negatives_digest")) != meta["settings"].get("negatives_digest"):
+        best = best_epoch(meta)["valid_ndcg@20"]
+        source, digest = (meta["settings"].get(name) for name in ("negatives", "negatives_digest"))  # None for the baselines
+        if digests.setdefault(source, digest) != digest:
             fail(f"{path}: was trained with other {source}-*.safetensors than the cells before it; delete {run / 'compare'} and run again")
         rows.setdefault((name, backbone), []).append(list_statistics(model, data, 20) | {"valid": best, "seconds": meta["seconds"]})
         progress.update(n)
