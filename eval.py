@@ -139,8 +139,7 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
 # Report
 # ---------------------------------------------------------------------------------------------------------------------
 
-NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec",
-         "hnlmrec-candidates": "HNLMRec, candidates alone"}
+NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec"}
 
 
 def best_epoch(meta):
@@ -227,12 +226,10 @@ def report(args):
 
 BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
-CANDIDATES = "--m 6 --grounded 2 --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0"  # the items nearest to the generated vectors join DNS's candidates, no more
-OURS = {"HNLMRec": "", "HNLMRec, candidates alone": CANDIDATES, "HNLMRec, as in the paper": "--grounded 0 --m 1 --alpha 0.1 --lambda-s 0 --text-init 0"}
+OURS = {"HNLMRec": "", "HNLMRec, as in the paper": "--m 1 --alpha 0.1 --lambda-s 0 --text-init 0"}
 ABLATIONS = {
     "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
-    "candidates alone, random vectors": f"{CANDIDATES} --control random", "candidates alone, shuffled": f"{CANDIDATES} --control shuffled",
-    "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --grounded 0 --lambda1 0",
+    "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
     "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0", "BPR gradient into the projector": "--bpr-into-projector",
 }
 LLM_ABLATIONS = {  # these fine-tune or generate anew: minutes each

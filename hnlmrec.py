@@ -510,16 +510,6 @@ def semantic_alignment(vectors, texts, tau):
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
-def ground(z, near, tau):
-    """z expressed in real items: their vectors averaged with weights softmax(cos(z, e_r) / tau). Beyond the paper.
-
-    z (B, D), near (B, R, D) the vectors of the R real items nearest to the generated vector -> (B, D). The items get the
-    gradient. Without it BPR has a way out that ranks nothing: turn all users away from what all z share,
-    which no item's score pays for (ML-100K, alpha .1: BPR loss .08, valid NDCG@20 .236; with it .249)."""
-    weight = (F.cosine_similarity(z[:, None], near.detach(), dim=-1) / tau).softmax(-1)  # (B, R)
-    return torch.einsum("br,brd->bd", weight, near)
-
-
 def mix(z, sampled, alpha):
     """e⁻ = alpha z + (1 - alpha) e_j (B, D), as in the paper. z is first given the norm of e_j, since alignment, which trains
     it, sees directions only."""
@@ -545,15 +535,15 @@ def alignment_loss(z, positives, mined, user_ids, tau):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, near, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
-                      k, m, grounded, align_rows, refresh, bpr_into_projector=False):
+def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
+                      k, m, align_rows, refresh, bpr_into_projector=False):
     """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
     and L2 -> step(rows, generator) for `fit`.
 
-    generated (n, 2) and hidden (n, H): the generated vectors and their pairs; near (n, R): the real items nearest to each;
-    mined (U, M) item ids; pairs (N, 2) train. e_j is the highest scored (DNS) of m uniform unseen items and `grounded` ones
-    drawn from near. BPR's gradient stops at z, or it would teach the projector to make easy negatives; so z of all generated
-    vectors is computed at once, anew every `refresh` steps. bpr_into_projector lets it through (an ablation)."""
+    generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
+    e_j is the highest scored (DNS) of m uniform unseen items. BPR's gradient stops at z, or it would teach the projector to
+    make easy negatives; so z of all generated vectors is computed at once, anew every `refresh` steps. bpr_into_projector
+    lets it through (an ablation)."""
     draw, state = UnseenSampler(pairs, model.n_users, model.n_items), {"steps": 0, "z": None}
 
     @torch.no_grad()
@@ -568,21 +558,13 @@ def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, near
         user_vectors, item_vectors = model()
         users, items = take(user_vectors, u), take(item_vectors, i)
         own = table(rows, 1, generator)[:, 0]  # (B,)
-        candidates = draw(u, m, generator)  # (B, M)
-        if grounded:
-            pick = torch.randint(near.shape[1], (len(u), grounded), generator=generator, device=u.device)
-            candidates = torch.cat([candidates, near[own].gather(1, pick)], 1)  # (B, M + G)
-        j = dns(model.score, users, item_vectors, candidates, 1, generator)
+        j = dns(model.score, users, item_vectors, draw(u, m, generator), 1, generator)
         negatives = take(item_vectors, j)
         if alpha:
             if state["steps"] % refresh == 0:
                 state["z"] = all_z(generator)
             state["steps"] += 1
-            z = projector(hidden[table(rows, k, generator)]) if bpr_into_projector else state["z"][own]
-            if grounded:
-                negatives = alpha * ground(z, take(item_vectors, near[own]), tau_c) + (1 - alpha) * negatives
-            else:
-                negatives = mix(z, negatives, alpha)
+            negatives = mix(projector(hidden[table(rows, k, generator)]) if bpr_into_projector else state["z"][own], negatives, alpha)
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
         ego_users, ego_items = model.ego()
         loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
@@ -618,8 +600,6 @@ def assemble(run, s, data, made, device):
     elif s["control"] == "shuffled":  # … and on the LLM's vectors, each given to another pair
         order = torch.randperm(len(hidden), generator=generator)
         hidden, vector, text = hidden[order], vector[order], text[torch.randperm(len(text), generator=generator)]
-    # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
-    near = nearest_items(vector, pairs[:, 0], cf["item"] - cf["item"].mean(0), pair_keys(data["train"], data["n_items"]), s["nearest"]).to(device)
     mined = mine_hard_negatives(cf_model, data["train"], s["mine_first"], s["mine_last"]).to(device)
     data = {**data, "train": data["train"].to(device), "valid": data["valid"].to(device)}
     table = NegativeTable(pairs.to(device), data["train"], data["n_users"], data["n_items"])
@@ -630,10 +610,10 @@ def assemble(run, s, data, made, device):
         with torch.no_grad():
             start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
             model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
-    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), near, mined, data["train"],
-                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "m", "grounded", "align_rows", "refresh", "bpr_into_projector")})
+    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"],
+                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "m", "align_rows", "refresh", "bpr_into_projector")})
     return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
-            "near": near, "mined": mined, "cf": cf}
+            "vector": vector, "mined": mined, "cf": cf}
 
 
 def train(args):
@@ -692,14 +672,14 @@ def trace(args):
     print(f"3. CF         e_u {show(cf['user'][u])}\n              e_i {show(cf['item'][i])}\n              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(items)}")
     print(f"4. mined      unseen ranks {meta['settings']['mine_first']}–{meta['settings']['mine_last']}: " + "; ".join(map(title, p["mined"][u, :5].tolist())) + "; …")
     _, sft = load_tensors(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
-    if "prompt" not in sft:
-        fail(f"{run / 'sft.safetensors'}: made by an older version, without its prompt; run `python llm_negatives.py finetune --run {run} --force`")
     prompt = sft["prompt"].replace("{user}", profiles["user", args.user]).replace("{item}", f"{title(i)}. {profiles['item', items[i]['raw']]}")
     print("5. prompt     " + prompt.replace("\n", "\n              "))
     at = int(p["table"](torch.tensor([row]), 1)[0, 0])
     of = "" if p["pairs"][at].tolist() == [u, i] else f" (it has none of its own: that of the user's pair with {title(int(p['pairs'][at, 1]))})"
+    # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
+    near = nearest_items(p["vector"][at][None], torch.tensor([u]), cf["item"] - cf["item"].mean(0), pair_keys(data["train"], len(items)), 5)[0]
     print(f"6. generated  h {show(p['hidden'][at].float())}{of}\n              nearest real items: " + "; ".join(
-        title(n) + (" (mined)" if n in p["mined"][u] else "") for n in p["near"][at].tolist()))
+        title(n) + (" (mined)" if n in p["mined"][u] else "") for n in near.tolist()))
     with torch.no_grad():
         z = projector(p["hidden"][p["table"](torch.tensor([row]), meta["settings"]["k"], torch.Generator().manual_seed(0))])[0]
         e_u, e_i = (v[n] for v, n in zip(model.eval()(), (u, i)))
@@ -744,9 +724,7 @@ def main(argv=None):
     g.add_argument("--text-init", type=number(float, 0, 1), default=1.0, help="share of the LLM's reading of the items' texts in the initial vectors; 0: random ones")
     g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of both alignment losses")
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
-    g.add_argument("--m", type=number(int, 1), default=8, help="uniform candidates of e_j; the highest scored of all candidates is taken")
-    g.add_argument("--grounded", type=number(int, 0), default=0, help="further candidates of e_j, from the real items nearest to the generated vector, which also stand for z in the mix")
-    g.add_argument("--nearest", type=number(int, 1), default=5, help="real items nearest to a generated vector that they are drawn from")
+    g.add_argument("--m", type=number(int, 1), default=8, help="uniform candidates of e_j, of which the highest scored is taken")
     g.add_argument("--refresh", type=number(int, 1), default=20, help="steps between new values of z for BPR")
     g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")

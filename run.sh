@@ -125,7 +125,6 @@ step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFIL
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
-step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" --m 6 --grounded 2 --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --out model-hnlmrec-candidates.safetensors
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler --out model-$sampler.safetensors
 done
