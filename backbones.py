@@ -726,11 +726,22 @@ def number(kind, low, high=float("inf"), open_low=False):
     return parse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with a flag, its meaning and its default on one line where the terminal is wide enough; no default where there is
+    none, or where the flag is a switch."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=40)
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") or isinstance(action.default, bool) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help and one line, no usage dump, on a bad flag (exit status 2)."""
+    """argparse with Help, and with one line, no usage dump, on a bad flag (exit status 2)."""
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(**kwargs, formatter_class=Help)
 
     def error(self, message):
         fail(f"{message} (see `python {self.prog} --help`)")

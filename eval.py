@@ -256,19 +256,27 @@ def program(script, *words):
         fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
 
-def make_cell(run, name, words, backbone, seed, llm, pairs_per_user, extra):
-    """Train one cell unless its file is there, and the negatives it needs unless they are -> the path of the model."""
+def make_negatives(run, name, steps, llm, pairs_per_user):
+    """Fine-tune and generate a variant's negatives, unless they are there: their items file is written last."""
+    for step in () if (run / f"{name}-items.safetensors").exists() else steps:
+        more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
+        program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
+
+
+def make_cell(run, name, words, backbone, seed):
+    """Train one cell unless its file is there -> the path of the model."""
     script = "backbones.py" if "--sampler" in words else "hnlmrec.py"
-    if "--negatives" in words and not list(run.glob(words[words.index("--negatives") + 1] + "-?????.safetensors")):
-        for step in VARIANTS[words[words.index("--negatives") + 1]]:
-            more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
-            program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
-    words = [*extra, *words]
     flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
     out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
     if not (run / out).exists():
         program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed, *words, "--out", out)
     return run / out
+
+
+def make_cells(run, cells, jobs):
+    """Cells (name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda cell: make_cell(run, *cell), cells))
 
 
 def list_statistics(model, data, k=20):
@@ -388,10 +396,12 @@ def compare(args):
     more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]
     backbones = args.backbones.split(",")
     plan = [(name, every[name], backbone) for backbone in backbones for name in methods] + [(name, every[name], backbones[0]) for name in more]
-    jobs = [(name, words, backbone, seed) for name, words, backbone in plan for seed in seeds]
-    make = lambda job: make_cell(run, *job, args.llm, args.pairs_per_user, args.flags.split())
-    with ThreadPoolExecutor(args.jobs) as pool:  # each cell is a process of its own; two small ones at a time use two cores best
-        paths = dict(zip([(name, backbone, seed) for name, _, backbone, seed in jobs], pool.map(make, jobs)))
+    for name, words, _ in plan:  # one after the other, on all cores
+        if name in LLM_ABLATIONS:
+            variant = words[words.index("--negatives") + 1]
+            make_negatives(run, variant, VARIANTS[variant], args.llm, args.pairs_per_user)
+    cells = [(name, [*args.flags.split(), *words], backbone, seed) for name, words, backbone in plan for seed in seeds]
+    paths = dict(zip([(name, backbone, seed) for name, _, backbone, seed in cells], make_cells(run, cells, args.jobs)))
 
     rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
@@ -420,21 +430,23 @@ def compare(args):
 
 def sweep(args):
     """Train HNLMRec with each value of one flag, seeds each, and rank the values on validation. Reads no test pair."""
-    run, flag = Path(args.run), args.flag.replace("_", "-")
-    rows, charts = [], []
-    for value in args.values.split(","):
-        words = ["--negatives", f"negatives-{flag}-{value}"] if flag in LLM_FLAGS else [f"--{flag}", value]
+    run, flag, values, cells = Path(args.run), args.flag.replace("_", "-"), args.values.split(","), []
+    for value in values:
+        words = [f"--{flag}", value]
         if flag in LLM_FLAGS:
-            VARIANTS[words[1]] = [f"finetune --{flag} {value} --name sft-{flag}-{value}", f"generate --sft sft-{flag}-{value} --out {words[1]}"]
-        paths = [make_cell(run, f"sweep {flag} {value}", [*args.method.split(), *words], args.backbone, seed, args.llm, args.pairs_per_user, args.flags.split())
-                 for seed in range(args.seeds)]
-        charts.append(spread([best_epoch(read_meta(path, "python eval.py sweep"))["valid_ndcg@20"] for path in paths]))
-        rows.append([value, "{:.4f} ± {:.4f}".format(*charts[-1])])
-        print(f"{flag} {rows[-1][0]}: valid NDCG@20 {rows[-1][1]}", flush=True)
-    lines = [f"## {flag}", "", *markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows), "", f"![{flag}](sweep-{flag}.svg)"]
-    write_atomic(run / f"sweep-{flag}.svg", svg_chart(f"valid NDCG@20 by {flag}", args.values.split(","), *zip(*charts), line=True).encode())
-    write_atomic(run / f"sweep-{flag}.md", ("\n".join(lines) + "\n").encode())
-    print(f"wrote {run / f'sweep-{flag}.md'}")
+            words, sft = ["--negatives", f"negatives-{flag}-{value}"], f"sft-{flag}-{value}"
+            make_negatives(run, words[1], [f"finetune --{flag} {value} --name {sft}", f"generate --sft {sft} --out {words[1]}"], args.llm, args.pairs_per_user)
+        words = [*args.flags.split(), *args.method.split(), *words]
+        cells += [(f"sweep {flag} {value}", words, args.backbone, seed) for seed in range(args.seeds)]
+    best = [best_epoch(read_meta(path, "python eval.py sweep"))["valid_ndcg@20"] for path in make_cells(run, cells, args.jobs)]
+    charts = [spread(best[at:at + args.seeds]) for at in range(0, len(best), args.seeds)]
+    rows = [[value, "{:.4f} ± {:.4f}".format(*chart)] for value, chart in zip(values, charts)]
+    out = args.out or f"sweep-{flag}"
+    lines = [f"## {flag}", "", *markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows), "", f"![{flag}]({out}.svg)"]
+    print("\n".join(lines))
+    write_atomic(run / f"{out}.svg", svg_chart(f"valid NDCG@20 by {flag}", values, *zip(*charts), line=True).encode())
+    write_atomic(run / f"{out}.md", ("\n".join(lines) + "\n").encode())
+    print(f"wrote {run / out}.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,6 +496,8 @@ def main(argv=None):
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct", help="LLM of the variants that have to be fine-tuned")
         p.add_argument("--pairs-per-user", type=number(int, 0), default=8, help="as `llm_negatives.py generate`, for the variants")
         p.add_argument("--flags", default="", help="further flags of every training, in one string")
+        p.add_argument("--out", default="compare" if name == "compare" else "", help="first part of the report's names, inside the run folder (a sweep's: sweep-FLAG)")
+        p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         if name == "compare":
             p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")
             p.add_argument("--methods", default="", help="semicolon-separated names instead of all, ablations included")
@@ -491,8 +505,6 @@ def main(argv=None):
             p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
             p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")
             p.add_argument("--llm-ablations", action="store_true", help="these, and the ablations that fine-tune or generate anew")
-            p.add_argument("--out", default="compare", help="first part of the report's names, inside the run folder")
-            p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         else:
             p.add_argument("--flag", required=True, help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")
             p.add_argument("--values", required=True, help="comma-separated values")

@@ -1,4 +1,4 @@
-"""llm_negatives.py: the LLM makes the hard negatives. Three steps, each a subcommand, in the order of the data:
+"""llm_negatives.py: the LLM makes the hard negatives, in three steps, each a subcommand.
 
 profile   items.jsonl, users.jsonl, data.safetensors (train pairs) -> profiles.jsonl: a sentence on who would enjoy an item, and
           a sentence on what a user enjoys, written by the LLM (or built from metadata: --profiles template).
@@ -12,6 +12,7 @@ Alone:  python llm_negatives.py finetune --run runs/NAME --llm assets/SmolLM2-13
 More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune … (also profile and generate)
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -443,6 +444,21 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     return hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1].float()
 
 
+def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0, encoder=encode):
+    """h(u, i) for pairs (n, 2), with cf {"user": (U, d), "item": (I, d)} and texts (user profiles, item texts) -> (n, H).
+    Training and generation both come through here.
+
+    drop: '', 'user vector', 'user profile', 'item vector': what the prompt goes without (a vector is replaced by the mean of
+    all, a profile by nothing). profile_dropout: share of the users whose profile is left out at random, so that the LLM
+    cannot lean on recognising a known user's text alone. encoder: encode or encode_whole."""
+    users, owner = pairs[:, 0].unique(return_inverse=True)
+    blank = torch.rand(len(users)) < profile_dropout
+    vectors = [table.mean(0).expand(len(ids), -1) if drop == f"{side} vector" else table[ids]
+               for side, table, ids in (("user", cf["user"], users), ("item", cf["item"], pairs[:, 1]))]
+    profiles = ["" if drop == "user profile" or blank[n] else texts[0][k] for n, k in enumerate(users)]
+    return encoder(llm, prompt, soft_tokens, profiles, vectors[0], [texts[1][k] for k in pairs[:, 1]], vectors[1], owner)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 2: supervised fine-tuning with InfoNCE against CF-mined hard negatives
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,16 +479,15 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 class SftTask:
     """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was mined, the candidates."""
 
-    def __init__(self, data, cf_model, user, item, texts, first, last, seed, mine="dns"):
-        self.user, self.item, (self.user_texts, self.item_texts) = user, item, texts
-        self.train, self.mine, self.cf_model = data["train"], mine, cf_model
+    def __init__(self, data, cf_model, cf, texts, first, last, seed, mine="dns"):
+        self.cf, self.texts, self.train, self.mine, self.cf_model = cf, texts, data["train"], mine, cf_model
         self.item_layers = cf_model.layers()[1].detach()  # (I, K, d), for mixgcf
         self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, M)
         # centred, so that cosine compares what tells items apart and not the direction that all popular items share
-        self.candidates = item - item.mean(0)
+        self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=generator)
-        new_user = torch.rand(len(user), generator=generator) < 0.1
+        new_user = torch.rand(data["n_users"], generator=generator) < 0.1
         is_new = new_user[self.train[order, 0].cpu()]
         known = order[~is_new]
         n_held = min(256, max(1, len(known) // 10))
@@ -484,22 +499,7 @@ class SftTask:
     def is_mined(self, rows):
         """(R, I) bool: the mined hard negatives of each row's user; made for a batch, never for all users at once."""
         users = self.train[rows, 0]
-        return torch.zeros(len(rows), len(self.item), dtype=torch.bool, device=users.device).scatter_(1, self.mined[users], True)
-
-    def encode(self, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, encoder=encode):
-        """h for rows (R,) of train. drop: '', 'user vector', 'user profile', 'item vector': what the prompt goes without
-        (a vector is replaced by the mean of all, a profile by nothing). profile_dropout: share of the users whose profile
-        is left out at random, so that the LLM cannot lean on recognising a known user's text alone."""
-        u, i = self.train[rows].T
-        users, owner = u.unique(return_inverse=True)
-        blank = torch.rand(len(users)) < profile_dropout
-        user, item = self.user[users], self.item[i]
-        if drop == "user vector":
-            user = self.user.mean(0) + 0 * user
-        if drop == "item vector":
-            item = self.item.mean(0) + 0 * item
-        return encoder(llm, prompt, soft_tokens, ["" if drop == "user profile" or blank[n] else self.user_texts[k] for n, k in enumerate(users)],
-                      user, [self.item_texts[k] for k in i], item, owner)
+        return torch.zeros(len(rows), len(self.candidates), dtype=torch.bool, device=users.device).scatter_(1, self.mined[users], True)
 
     def loss(self, z, rows, tau):
         """InfoNCE over the whole catalogue: positives are u's mined items, everything else pushes away, the item i and u's
@@ -510,7 +510,7 @@ class SftTask:
             return info_nce(z, self.candidates, mined, tau)
         u, i = self.train[rows].T
         some = self.mined[u].gather(1, torch.randint(self.mined.shape[1], (len(u), 8), device=u.device))
-        synthetic = mixgcf(self.user[u], self.item_layers, i, some, self.cf_model.pool) - self.item.mean(0)  # (R, d)
+        synthetic = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool) - self.cf["item"].mean(0)  # (R, d)
         own = torch.eye(len(z), dtype=torch.bool, device=z.device)
         return info_nce(z, torch.cat([self.candidates, synthetic]), torch.cat([torch.zeros_like(mined), own], 1), tau,
                         torch.cat([mined, torch.zeros_like(own)], 1))
@@ -544,14 +544,14 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
 
 @torch.no_grad()
 def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, batch=64, label="", rank=0, world=1):
-    """task.encode over many rows, grouped by user -> h (R, H) in the order of `rows`. Each process encodes its share."""
+    """encode_pairs over many rows of train, grouped by user -> h (R, H) in the order of `rows`. Each process encodes its share."""
     order = task.train[rows, 0].argsort(stable=True)
     progress = Progress(label, len(order), "pairs") if label else None
     result = torch.zeros(len(rows), llm.config.get_text_config().hidden_size, device=task.train.device)
     for n, at in enumerate(order.split(batch)):
         if n % world == rank:
             torch.manual_seed(n)  # what is left out does not depend on which process encodes it
-            result[at] = task.encode(llm, prompt, soft_tokens, rows[at], drop, profile_dropout)
+            result[at] = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows[at]], drop, profile_dropout)
         if progress:
             progress.update(min(len(order), (n + 1) * batch))
     sum_over([result], world)
@@ -641,13 +641,13 @@ def finetune(args):
     rank, world, device = start_processes(args.device)
     data["train"] = data["train"].to(device)
     model, _, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data)
-    task = SftTask(data, model, cf["user"], cf["item"], load_profiles(run, args.profiles), args.mine_first, args.mine_last, args.seed, args.mine)
+    task = SftTask(data, model, cf, load_profiles(run, args.profiles), args.mine_first, args.mine_last, args.seed, args.mine)
     dtype = pick_dtype(args.dtype, device)
     llm, prompt = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers), Prompt(load_tokenizer(args.llm), args.soft_tokens, args.max_tokens)
     hidden_size = llm.config.get_text_config().hidden_size
     torch.manual_seed(args.seed)
-    soft_tokens = SoftTokens(task.user, task.item, hidden_size, embedding_norm(llm), args.soft_tokens).to(device)
-    head = Head(hidden_size, task.item.shape[1]).to(device)
+    soft_tokens = SoftTokens(cf["user"], cf["item"], hidden_size, embedding_norm(llm), args.soft_tokens).to(device)
+    head = Head(hidden_size, cf["item"].shape[1]).to(device)
     encoder = encode
     if args.checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -666,7 +666,7 @@ def finetune(args):
     # the order of the data, the same whoever asks: passes over the train pairs, the first pairs for the head alone
     size = args.users_per_step * args.items_per_user
     steps = math.ceil(args.epochs * len(task.rows) / size) if args.epochs else args.steps
-    lengths, order = torch.tensor([len(text) for text in task.item_texts])[data["train"][:, 1].cpu()], []
+    lengths, order = torch.tensor([len(text) for text in task.texts[1]])[data["train"][:, 1].cpu()], []
     while sum(map(len, order)) < args.warmup_pairs + steps * size:
         order += grouped_batches(data["train"][:, 0].cpu(), task.rows.cpu(), args.items_per_user, args.users_per_step, task.generator, lengths)
     order = torch.cat(order).to(device)
@@ -677,9 +677,9 @@ def finetune(args):
     if log is None:
         chance, popular = task.floors(torch.cat(list(task.held.values())))
         n_mined = task.mined.shape[1]
-        log = {"dtype": str(dtype), "steps": [], "chance_loss": math.log(len(task.item) / n_mined), "uniform_floor": chance, "popularity_floor": popular}
+        log = {"dtype": str(dtype), "steps": [], "chance_loss": math.log(data["n_items"] / n_mined), "uniform_floor": chance, "popularity_floor": popular}
         print(f"finetune: {len(task.rows)} train pairs, {sum(map(len, task.held.values()))} held back; loss at chance "
-              f"ln({len(task.item)}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform {chance:.3f}, popularity {popular:.3f}", flush=True)
+              f"ln({data['n_items']}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform {chance:.3f}, popularity {popular:.3f}", flush=True)
         log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "before", **share)
         if len(warm):
             hidden = encode_rows(task, llm, prompt, soft_tokens, warm, profile_dropout=args.profile_dropout, label="warm-up", **share)
@@ -701,7 +701,7 @@ def finetune(args):
         for n, part in enumerate(rows.split(args.micro_pairs)):  # gradients add up over parts and processes to the step's
             if n % world == rank:
                 torch.manual_seed((args.seed * 1_000_003 + k) * 1009 + n)  # dropout is the part's own: a resumed run repeats it
-                hidden = task.encode(llm, prompt, soft_tokens, part, "", args.profile_dropout, encoder)
+                hidden = encode_pairs(llm, prompt, soft_tokens, cf, task.texts, data["train"][part], "", args.profile_dropout, encoder)
                 part_loss = task.loss(head(hidden), part, args.tau_s) * len(part) / len(rows)
                 part_loss.backward()
                 loss += part_loss.detach()
@@ -726,7 +726,7 @@ def finetune(args):
     os.replace(temporary, adapter)
     save_tensors(out, {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()}, **{f"head.{k}": v for k, v in head.state_dict().items()}},
                  {"settings": settings, "adapter": file_digest(adapter / "adapter_model.safetensors"),
-                  "dim": task.item.shape[1], "dtype": str(dtype).removeprefix("torch."), "prompt": prompt.template, "log": log, "seconds": time.time() - start})
+                  "dim": cf["item"].shape[1], "dtype": str(dtype).removeprefix("torch."), "prompt": prompt.template, "log": log, "seconds": time.time() - start})
     partial.unlink(missing_ok=True)
     print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
 
@@ -824,12 +824,13 @@ def generate(args):
     texts, train = load_profiles(run, tuned["profiles"]), data["train"].to(device)
     made = sum(len(part) for _, part in todo)
     done, todo = len(rows) - made, todo[rank::world]  # each process makes shards of its own
+    in_batches = functools.partial(encode, batch=args.batch_size)
     progress, begin = Progress("generate", done + sum(len(part) for _, part in todo), "pairs"), time.time()
     progress.update(done)
     for path, part in todo:
         hidden = torch.empty(len(part), head.mean.shape[0], dtype=torch.float16)
         for at in user_blocks(train[part, 0].cpu(), 8 * args.batch_size):  # many users' suffixes to sort by length
-            hidden[at] = encode_pairs(llm, prompt, soft_tokens, tensors, texts, train[part[at]], args.batch_size).half().cpu()
+            hidden[at] = encode_pairs(llm, prompt, soft_tokens, tensors, texts, train[part[at]], encoder=in_batches).half().cpu()
             done += len(at)
             progress.update(done, f"{prompt.tokens / (time.time() - begin):.0f} tokens/s")
         if not torch.isfinite(hidden).all():
@@ -875,13 +876,6 @@ def user_blocks(users, batch):
     return [*blocks, torch.arange(start, end)]
 
 
-def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, batch=0):
-    """encode() for pairs (n, 2), with cf = {user, item vectors} and texts = (user profiles, item texts) -> (n, H)."""
-    users, owner = pairs[:, 0].unique(return_inverse=True)
-    return encode(llm, prompt, soft_tokens, [texts[0][k] for k in users], cf["user"][users],
-                  [texts[1][k] for k in pairs[:, 1]], cf["item"][pairs[:, 1]], owner, batch)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -909,8 +903,8 @@ def main(argv=None):
     p.add_argument("--profiles", choices=["llm", "template"], default="llm", help="who writes them; template uses metadata alone")
     p.add_argument("--history", type=number(int, 1), default=4, help="train items quoted in a user's prompt")
     p.add_argument("--new-tokens", type=number(int, 1), default=40, help="tokens written at most")
-    p.add_argument("--llm-rows", type=number(int, 0), default=0, help="users and items that the LLM writes for, most popular items first; 0: all")
-    p.add_argument("--batch-size", type=number(int, 1), default=32, help="prompts a call; 64 takes 4.3 GiB with the default LLM, 32 takes 2.9")
+    p.add_argument("--llm-rows", type=number(int, 0), default=0, help="users and items that the LLM writes for; 0: all")
+    p.add_argument("--batch-size", type=number(int, 1), default=32, help="prompts a call (64 takes 4.3 GiB, 32 takes 2.9)")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM")
     p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
@@ -919,15 +913,15 @@ def main(argv=None):
     p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
     p.add_argument("--name", default="sft", help="first part of the output's name: NAME.safetensors, and adapter/ or adapter-…/")
     g = p.add_argument_group("what is learned")
-    g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns", help="targets: the items of the mined band, or MixGCF's mixture of them")
+    g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns", help="targets: the mined items, or MixGCF's mixture of them")
     g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
     g.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
     g.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
-    g.add_argument("--soft-tokens", type=number(int, 0), default=1, help="soft tokens for each CF vector; 0: no CF vectors in the prompt (an ablation)")
+    g.add_argument("--soft-tokens", type=number(int, 0), default=1, help="soft tokens for each CF vector; 0: none (an ablation)")
     g.add_argument("--max-tokens", type=number(int, 1), default=48, help="tokens of a profile at most; longer ones are cut")
     g.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.2, help="share of users trained without their profile")
     g = p.add_argument_group("the LLM and LoRA")
-    g.add_argument("--llm-layers", type=number(int, 0), default=8, help="keep the first N layers; 0: all")
+    g.add_argument("--llm-layers", type=number(int, 0), default=8, help="first layers that are kept; 0: all")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM; LoRA's own are fp32")
     g.add_argument("--lora-rank", type=number(int, 1), default=8, help="LoRA r")
     g.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16, help="LoRA alpha")
@@ -939,7 +933,7 @@ def main(argv=None):
     g.add_argument("--epochs", type=number(float, 0), default=0, help="passes over the train pairs instead of --steps; 0: --steps counts")
     g.add_argument("--users-per-step", type=number(int, 1), default=16, help="users a step")
     g.add_argument("--items-per-user", type=number(int, 1), default=2, help="pairs of each user in a step, at most")
-    g.add_argument("--micro-pairs", type=number(int, 1), default=8, help="pairs whose activations are held at once; their gradients add up to the step's")
+    g.add_argument("--micro-pairs", type=number(int, 1), default=8, help="pairs whose activations are held at once")
     g.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, more time, no shared prefix")
     g.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate of LoRA")
     g.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=3e-4, help="learning rate of soft-token maps and head")

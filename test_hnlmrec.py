@@ -1,6 +1,7 @@
 """Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases. `bash run.sh test` runs them."""
 
 import calendar
+import functools
 import gzip
 import json
 import math
@@ -756,7 +757,7 @@ def sft_task(encoder):
     model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 6, data["train"])
     users, items = model.ego()
     texts = ([f"user {u}" for u in range(N_USERS)], [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)])
-    return llm_negatives.SftTask(data, model, users.detach(), items.detach(), texts, 2, 6, 0), texts, data
+    return llm_negatives.SftTask(data, model, {"user": users.detach(), "item": items.detach()}, texts, 2, 6, 0), texts, data
 
 
 def test_mixgcf_targets_against_direct_sum(encoder):
@@ -764,7 +765,7 @@ def test_mixgcf_targets_against_direct_sum(encoder):
     torch.manual_seed(1)
     model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 6, data["train"])
     users, items = (v.detach() for v in model())
-    task = llm_negatives.SftTask(data, model, users, items, ([""] * N_USERS, [""] * N_ITEMS), 2, 6, 0, "mixgcf")
+    task = llm_negatives.SftTask(data, model, {"user": users, "item": items}, ([""] * N_USERS, [""] * N_ITEMS), 2, 6, 0, "mixgcf")
     rows, z = torch.tensor([0, 1, 20]), torch.randn(3, 6)
     torch.manual_seed(4)
     ours = task.loss(z, rows, 0.3)
@@ -784,10 +785,17 @@ def test_training_and_generation_encode_alike(encoder):
     llm, prompt, soft_tokens = encoder[:3]
     task, texts, data = sft_task(encoder)
     rows = torch.tensor([50, 3, 4, 17, 51])
-    in_training = task.encode(llm, prompt, soft_tokens, rows)
-    in_order = llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows, batch=2)
-    generated = llm_negatives.encode_pairs(llm, prompt, soft_tokens, {"user": task.user, "item": task.item}, texts, data["train"][rows])
-    assert torch.allclose(in_training, generated, atol=1e-5) and torch.allclose(in_order, generated, atol=1e-5)
+    together, in_order = (encode(task, llm, prompt, soft_tokens, rows) for encode in (llm_negatives.encode_rows, functools.partial(llm_negatives.encode_rows, batch=2)))
+    u, i = data["train"][rows].T
+    alone = torch.cat([llm_negatives.encode_whole(llm, prompt, soft_tokens, [texts[0][u[r]]], task.cf["user"][u[r]][None], [texts[1][i[r]]], task.cf["item"][i[r]][None],
+                                                  torch.tensor([0])) for r in range(5)])  # each pair by itself
+    generated = llm_negatives.encode_pairs(llm, prompt, soft_tokens, task.cf, texts, data["train"][rows], encoder=functools.partial(llm_negatives.encode, batch=2))
+    assert all(torch.allclose(alone, other, rtol=1e-3, atol=1e-5) for other in (together, in_order, generated))
+    # what the ablations take away: the mean instead of a vector, an empty profile
+    for drop, texts_of, cf in (("user vector", texts, {**task.cf, "user": task.cf["user"].mean(0).expand(N_USERS, -1)}), ("user profile", ([""] * N_USERS, texts[1]), task.cf)):
+        without = llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows, drop)
+        assert torch.allclose(without, llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts_of, data["train"][rows]), atol=1e-5)
+        assert not torch.allclose(without, together, atol=1e-3)
 
 
 def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair(encoder):
@@ -1088,7 +1096,7 @@ def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
     texts = llm_negatives.load_profiles(finished)
     other = {**data, "valid": data["valid"][:1], "test": data["test"][:1]}
     users, items = (v.detach() for v in model())
-    one, two = (llm_negatives.SftTask(d, model, users, items, texts, 1, 5, 0) for d in (data, other))
+    one, two = (llm_negatives.SftTask(d, model, {"user": users, "item": items}, texts, 1, 5, 0) for d in (data, other))
     assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
 
 
