@@ -411,14 +411,15 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
     return out.last_hidden_state, mask, (keys_values, full)
 
 
-def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner, batch=0):
+def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner, batch=0, instruction=None):
     """h(u, i): the hidden state of the last prompt token. The one encoder of training and generation.
 
     user_texts G strings, user_vectors (G, d); item_texts R strings, item_vectors (R, d); owner (R,) int64: which of the G
     users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair.
-    batch: suffixes a call, those of like length together, so that little of it is padding; 0: all in one call."""
+    batch: suffixes a call, those of like length together, so that little of it is padding; 0: all in one call. instruction:
+    the past of an earlier call's run_piece(llm, [prompt.shared]), where no gradient is wanted; None: it is run here."""
     device = user_vectors.device
-    _, _, past = run_piece(llm, [prompt.shared])
+    past = instruction or run_piece(llm, [prompt.shared])[2]
     _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], None, past,
                            torch.zeros(len(user_texts), dtype=torch.int64, device=device))
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)  # (R, 2 n_soft, H)
@@ -628,6 +629,24 @@ def learning_rate(step, steps):
     return min((step + 1) / max(1, steps // 10), 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
 
 
+def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed, profile_dropout=0.0, encoder=encode, rank=0, world=1):
+    """Loss of one step on rows (B,) of train, its gradient left in .grad of the parameters `trained`. Parts of `micro_pairs`
+    pairs go one after the other, so that few activations are held at once, and every process takes each world-th part; the
+    gradients add up to those of the whole batch."""
+    loss = torch.zeros((), device=rows.device)
+    for p in trained:  # zeros, not None: every process brings a gradient for every parameter
+        p.grad = torch.zeros_like(p)
+    for n, part in enumerate(rows.split(micro_pairs)):
+        if n % world == rank:
+            torch.manual_seed(seed * 1009 + n)  # dropout is the part's own: a resumed run repeats it
+            hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "", profile_dropout, encoder)
+            part_loss = task.loss(head(hidden), part, tau) * len(part) / len(rows)
+            part_loss.backward()
+            loss += part_loss.detach()
+    sum_over([loss, *(p.grad for p in trained)], world)
+    return loss.item()
+
+
 def finetune(args):
     """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors. Resumes after a kill."""
     run, data = Path(args.run), load_data(args.run)
@@ -693,24 +712,15 @@ def finetune(args):
     progress, prompt.tokens, begin = Progress("finetune", steps, "steps"), 0, time.time()
     llm.train()
     for k in range(done, steps):
-        rows, loss = batches[k], torch.zeros((), device=device)
         for group, rate in zip(optimizer.param_groups, (args.lr, args.lr_maps)):
             group["lr"] = rate * learning_rate(k, steps)
-        for p in trained:  # zeros, not None: every process brings a gradient for every parameter
-            p.grad = torch.zeros_like(p)
-        for n, part in enumerate(rows.split(args.micro_pairs)):  # gradients add up over parts and processes to the step's
-            if n % world == rank:
-                torch.manual_seed((args.seed * 1_000_003 + k) * 1009 + n)  # dropout is the part's own: a resumed run repeats it
-                hidden = encode_pairs(llm, prompt, soft_tokens, cf, task.texts, data["train"][part], "", args.profile_dropout, encoder)
-                part_loss = task.loss(head(hidden), part, args.tau_s) * len(part) / len(rows)
-                part_loss.backward()
-                loss += part_loss.detach()
-        sum_over([loss, *(p.grad for p in trained)], world)
-        if not torch.isfinite(loss):
-            fail(f"finetune: the loss is {loss.item()} at step {k + 1}; lower --lr (now {args.lr}) or use --dtype fp32")
+        loss = sft_gradients(task, llm, prompt, soft_tokens, head, trained, batches[k], args.tau_s, micro_pairs=args.micro_pairs,
+                             seed=args.seed * 1_000_003 + k, profile_dropout=args.profile_dropout, encoder=encoder, **share)
+        if not math.isfinite(loss):
+            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr (now {args.lr}) or use --dtype fp32")
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        log["steps"].append(round(loss.item(), 4))
+        log["steps"].append(round(loss, 4))
         recent = log["steps"][-10:]
         progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}  {prompt.tokens * world / (time.time() - begin):.0f} tokens/s")
         if rank == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
@@ -824,7 +834,7 @@ def generate(args):
     texts, train = load_profiles(run, tuned["profiles"]), data["train"].to(device)
     made = sum(len(part) for _, part in todo)
     done, todo = len(rows) - made, todo[rank::world]  # each process makes shards of its own
-    in_batches = functools.partial(encode, batch=args.batch_size)
+    in_batches = functools.partial(encode, batch=args.batch_size, instruction=run_piece(llm, [prompt.shared])[2])
     progress, begin = Progress("generate", done + sum(len(part) for _, part in todo), "pairs"), time.time()
     progress.update(done)
     for path, part in todo:

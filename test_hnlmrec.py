@@ -667,7 +667,8 @@ def test_encode_equals_the_whole_prompt_run_alone(encoder):
     ours = encode_all(encoder)
     whole = llm_negatives.encode_whole(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
     assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
-    in_parts = llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER, batch=2)
+    in_parts = llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER, batch=2,
+                                    instruction=llm_negatives.run_piece(llm, [prompt.shared])[2])
     assert torch.allclose(ours, in_parts, rtol=1e-3, atol=1e-5)
     for row, owner in enumerate(OWNER.tolist()):
         ids = prompt.shared + prompt.user(USER_TEXTS[owner]) + prompt.item(ITEM_TEXTS[row])
