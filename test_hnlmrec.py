@@ -1042,12 +1042,16 @@ def test_two_processes_do_what_one_does(copied, tiny_llm):
         assert torch.equal(a["pairs"], b["pairs"]) and torch.allclose(a["hidden"], b["hidden"], atol=2e-3)
 
 
-def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm):
+def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm, capsys):
     """No CF vectors in the prompt; MixGCF's targets; template profiles: each makes negatives of its own."""
     run = ["--run", copied, "--llm", tiny_llm]
     cli("llm_negatives.py", "profile", *run, "--profiles", "template", "--out", "profiles-template.jsonl")
-    made = {}
-    for name, flags in (("nocf", ["--soft-tokens", 0]), ("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", "profiles-template.jsonl"])):
+    made, steps = {}, ["finetune --soft-tokens 0 --name sft-nocf " + " ".join(map(str, [*TUNE, "--steps", 1])), "generate --sft sft-nocf --out negatives-nocf"]
+    for count in (2, 0):  # as `eval.py compare` makes them: once
+        evaluation.make_negatives(copied, "negatives-nocf", steps, tiny_llm, 2)
+        assert capsys.readouterr().out.count("$ ") == count
+    made["nocf"] = backbones.load_negatives(copied, "negatives-nocf", backbones.file_digest(copied / "data.safetensors"))["hidden"]
+    for name, flags in (("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", "profiles-template.jsonl"])):
         tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
         llm_negatives.main(list(map(str, ["generate", *run, "--sft", f"sft-{name}", "--out", f"negatives-{name}", "--pairs-per-user", 2])))
         made[name] = backbones.load_negatives(copied, f"negatives-{name}", backbones.file_digest(copied / "data.safetensors"))["hidden"]
