@@ -650,32 +650,42 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     return best_state, history
 
 
-def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
-    """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings.
+def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75):
+    """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
+    batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
+    no items, that of its first candidate, for the L2 term).
 
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
-    n best; beta: pns's popularity exponent. Returns step(rows, generator) for `fit`."""
+    n best; beta: pns's popularity exponent."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
-    users_of, items_of = pairs.T.contiguous()
+
+    def sample(u, i, generator):
+        candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
+        j = candidates[:, 0]
+        if sampler == "mixgcf":
+            user_layers, item_layers = model.layers()
+            user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
+        else:
+            user_vectors, item_vectors = model()
+        users, items = take(user_vectors, u), take(item_vectors, i)
+        if sampler == "dns":
+            j = dns(model.score, users, item_vectors, candidates, n, generator)
+        elif sampler == "ahns":
+            j = ahns(model.score, users, item_vectors, i, candidates)
+        negatives = mixgcf(users, item_layers, i, candidates, model.pool, generator) if sampler == "mixgcf" else take(item_vectors, j)
+        return user_vectors, item_vectors, users, items, negatives, j
+
+    return sample
+
+
+def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
+    """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings. Arguments as
+    make_sampler's. Returns step(rows, generator) for `fit`."""
+    sample, (users_of, items_of) = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta), pairs.T.contiguous()
 
     def step(rows, generator):
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
-        candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
-        if sampler == "mixgcf":
-            user_layers, item_layers = model.layers()
-            users, items = take(model.pool(user_layers), u), take(model.pool(item_layers), i)
-            negatives = mixgcf(users, item_layers, i, candidates, model.pool, generator)
-            j = candidates[:, 0]
-        else:
-            user_vectors, item_vectors = model()
-            users, items = take(user_vectors, u), take(item_vectors, i)
-            if sampler == "dns":
-                j = dns(model.score, users, item_vectors, candidates, n, generator)
-            elif sampler == "ahns":
-                j = ahns(model.score, users, item_vectors, i, candidates)
-            else:
-                j = candidates[:, 0]
-            negatives = take(item_vectors, j)
+        _, _, users, items, negatives, j = sample(u, i, generator)
         ego_users, ego_items = model.ego()
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
         if model.propagates:

@@ -250,7 +250,7 @@ LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew 
 def program(script, *words):
     """Run one of our scripts as a command of its own. Raises SystemExit2 with its own last line when it fails."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, words)]
-    print("$ " + " ".join([script, *map(str, words)]), flush=True)
+    print("$ " + " ".join([script, *map(str, words)]) + "\n", end="", flush=True)  # one write: threads may print at once
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
@@ -389,10 +389,13 @@ def compare(args):
     run, data = Path(args.run), load_data(args.run)
     seeds, every = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
     every |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in (OURS | ABLATIONS | LLM_ABLATIONS).items()}
-    methods = args.methods.split(";") if args.methods else [*BASELINES, *OURS]
-    for name in methods:
+    methods = []
+    for entry in args.methods.split(";") if args.methods else [*BASELINES, *OURS]:
+        name, *words = entry.strip().partition(" --")  # "MixGCF --lr 2e-3": a method with flags of its own
         if name not in every:
             fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
+        every[name] += "".join(words).split()
+        methods.append(name)
     more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]
     backbones = args.backbones.split(",")
     plan = [(name, every[name], backbone) for backbone in backbones for name in methods] + [(name, every[name], backbones[0]) for name in more]
@@ -500,7 +503,7 @@ def main(argv=None):
         p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         if name == "compare":
             p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")
-            p.add_argument("--methods", default="", help="semicolon-separated names instead of all, ablations included")
+            p.add_argument("--methods", default="", help="semicolon-separated names instead of all, ablations included, each with flags of its own if wanted")
             p.add_argument("--baseline-flags", default="", help="further flags of the baselines, in one string")
             p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
             p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")

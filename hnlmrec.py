@@ -32,11 +32,9 @@ from torch import nn
 
 from backbones import (
     Parser,
-    UnseenSampler,
     add_training_flags,
     bpr_loss,
     build_backbone,
-    dns,
     fail,
     file_digest,
     fit,
@@ -45,6 +43,7 @@ from backbones import (
     load_model,
     load_negatives,
     load_tensors,
+    make_sampler,
     mine_hard_negatives,
     nearest_items,
     number,
@@ -536,15 +535,15 @@ def alignment_loss(z, positives, mined, user_ids, tau):
 
 
 def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
-                      k, m, align_rows, refresh, bpr_into_projector=False):
+                      k, sampler, m, align_rows, refresh, bpr_into_projector=False):
     """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
     and L2 -> step(rows, generator) for `fit`.
 
     generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
-    e_j is the highest scored (DNS) of m uniform unseen items. BPR's gradient stops at z, or it would teach the projector to
+    e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it would teach the projector to
     make easy negatives; so z of all generated vectors is computed at once, anew every `refresh` steps. bpr_into_projector
     lets it through (an ablation)."""
-    draw, state = UnseenSampler(pairs, model.n_users, model.n_items), {"steps": 0, "z": None}
+    sample, state = make_sampler(model, sampler, pairs, m=m), {"steps": 0, "z": None}
 
     @torch.no_grad()
     def all_z(generator):
@@ -555,11 +554,8 @@ def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mine
 
     def step(rows, generator):
         u, i = pairs[rows].T
-        user_vectors, item_vectors = model()
-        users, items = take(user_vectors, u), take(item_vectors, i)
         own = table(rows, 1, generator)[:, 0]  # (B,)
-        j = dns(model.score, users, item_vectors, draw(u, m, generator), 1, generator)
-        negatives = take(item_vectors, j)
+        user_vectors, item_vectors, users, items, negatives, j = sample(u, i, generator)
         if alpha:
             if state["steps"] % refresh == 0:
                 state["z"] = all_z(generator)
@@ -611,7 +607,7 @@ def assemble(run, s, data, made, device):
             start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
             model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
     step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"],
-                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "m", "align_rows", "refresh", "bpr_into_projector")})
+                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "sampler", "m", "align_rows", "refresh", "bpr_into_projector")})
     return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
             "vector": vector, "mined": mined, "cf": cf}
 
@@ -727,7 +723,8 @@ def main(argv=None):
     g.add_argument("--text-init", type=number(float, 0, 1), default=1.0, help="share of the items' texts in the initial vectors; the rest is random")
     g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of both alignment losses")
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
-    g.add_argument("--m", type=number(int, 1), default=8, help="uniform candidates, of which e_j is the highest scored")
+    g.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="dns", help="negative sampler of e_j")
+    g.add_argument("--m", type=number(int, 1), default=8, help="its uniform candidates")
     g.add_argument("--refresh", type=number(int, 1), default=20, help="steps between new values of z for BPR")
     g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")

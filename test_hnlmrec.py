@@ -339,7 +339,7 @@ def test_bpr_is_minus_log_sigmoid():
     assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
 
 
-def hnlmrec_parts(alpha, lambda1, **more):
+def hnlmrec_parts(alpha, lambda1, sampler="dns", **more):
     """A small model, its projector and a step."""
     torch.manual_seed(0)
     train = split_data()["train"]
@@ -349,7 +349,7 @@ def hnlmrec_parts(alpha, lambda1, **more):
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
     semantic = hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8)
     step = hnlmrec.make_hnlmrec_step(model, projector, semantic, table, train, hidden, mined, train, alpha=alpha, lambda1=lambda1,
-                                     lambda_s=0.0, tau_c=0.2, reg=0.0, k=2, m=1, align_rows=16, refresh=1, **more)
+                                     lambda_s=0.0, tau_c=0.2, reg=0.0, k=2, sampler=sampler, m=1, align_rows=16, refresh=1, **more)
     return model, projector, step, train
 
 
@@ -381,6 +381,21 @@ def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
     users, items = model()
     s = users @ items.T
     assert ours.item() == pytest.approx(backbones.bpr_loss(s[train[:, 0], train[:, 1]], s[train[:, 0], j]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["rns", "pns", "dns", "mixgcf", "ahns"])
+def test_without_z_the_step_is_that_of_its_sampler(sampler):
+    """alpha 0 and no alignment: the same loss and gradient as the baseline's, with each sampler."""
+    model, _, step, train = hnlmrec_parts(alpha=0.0, lambda1=0.0, sampler=sampler)
+    rows, generator = torch.arange(len(train)), torch.Generator().manual_seed(5)
+    loss = step(rows, generator)[0]
+    loss.backward()
+    ours, model.embedding.grad = model.embedding.grad, None
+    generator.manual_seed(5)
+    hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)(rows, 1, generator)  # the step draws the pair's z first
+    baseline = backbones.make_step(model, sampler, train, reg=0.0, m=1)(rows, generator)[0]
+    baseline.backward()
+    assert loss.item() == pytest.approx(baseline.item(), rel=1e-6) and torch.allclose(ours, model.embedding.grad, atol=1e-7)
 
 
 def test_nearest_items_are_the_nearest_unseen_ones():
@@ -931,6 +946,8 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
         assert cell["NDCG@20"][1] == pytest.approx(float(evaluation.evaluate(model, data)[1]["NDCG@20"].mean()))
         run("compare")
         assert "$ " not in capsys.readouterr().out
+        run("compare", "--methods", "DNS --m 2;HNLMRec", "--out", "other")
+        assert capsys.readouterr().out.count("$ ") == 2  # DNS alone, with flags of its own
         run("sweep", "--flag", "alpha", "--values", "0,0.5", "--method", monkey["HNLMRec"])
         assert (copied / "sweep-alpha.md").exists()
     finally:
