@@ -226,7 +226,7 @@ def report(args):
 
 BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
-OURS = {"HNLMRec": "", "HNLMRec, as in the paper": "--m 1 --alpha 0.1 --lambda-s 0 --text-init 0"}
+OURS = {"HNLMRec": "", "HNLMRec, as in the paper": "--sampler rns --alpha 0.1 --lambda-s 0 --text-init 0"}
 ABLATIONS = {
     "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
     "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
@@ -263,9 +263,8 @@ def make_negatives(run, name, steps, llm, pairs_per_user):
         program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
 
 
-def make_cell(run, name, words, backbone, seed):
-    """Train one cell unless its file is there -> the path of the model."""
-    script = "backbones.py" if "--sampler" in words else "hnlmrec.py"
+def make_cell(run, script, name, words, backbone, seed):
+    """Train one cell, by backbones.py or hnlmrec.py, unless its file is there -> the path of the model."""
     flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
     out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
     if not (run / out).exists():
@@ -274,7 +273,7 @@ def make_cell(run, name, words, backbone, seed):
 
 
 def make_cells(run, cells, jobs):
-    """Cells (name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
+    """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(lambda cell: make_cell(run, *cell), cells))
 
@@ -403,8 +402,9 @@ def compare(args):
         if name in LLM_ABLATIONS:
             variant = words[words.index("--negatives") + 1]
             make_negatives(run, variant, VARIANTS[variant], args.llm, args.pairs_per_user)
-    cells = [(name, [*args.flags.split(), *words], backbone, seed) for name, words, backbone in plan for seed in seeds]
-    paths = dict(zip([(name, backbone, seed) for name, _, backbone, seed in cells], make_cells(run, cells, args.jobs)))
+    cells = [("backbones.py" if name in BASELINES else "hnlmrec.py", name, [*args.flags.split(), *words], backbone, seed)
+             for name, words, backbone in plan for seed in seeds]
+    paths = dict(zip([(name, backbone, seed) for _, name, _, backbone, seed in cells], make_cells(run, cells, args.jobs)))
 
     rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
@@ -432,7 +432,7 @@ def compare(args):
 
 
 def sweep(args):
-    """Train HNLMRec with each value of one flag, seeds each, and rank the values on validation. Reads no test pair."""
+    """Train HNLMRec (or the baseline of --method) with each value of one flag, and rank the values on validation. Reads no test pair."""
     run, flag, values, cells = Path(args.run), args.flag.replace("_", "-"), args.values.split(","), []
     for value in values:
         words = [f"--{flag}", value]
@@ -440,7 +440,7 @@ def sweep(args):
             words, sft = ["--negatives", f"negatives-{flag}-{value}"], f"sft-{flag}-{value}"
             make_negatives(run, words[1], [f"finetune --{flag} {value} --name {sft}", f"generate --sft {sft} --out {words[1]}"], args.llm, args.pairs_per_user)
         words = [*args.flags.split(), *args.method.split(), *words]
-        cells += [(f"sweep {flag} {value}", words, args.backbone, seed) for seed in range(args.seeds)]
+        cells += [("backbones.py" if args.method else "hnlmrec.py", f"sweep {flag} {value}", words, args.backbone, seed) for seed in range(args.seeds)]
     best = [best_epoch(read_meta(path, "python eval.py sweep"))["valid_ndcg@20"] for path in make_cells(run, cells, args.jobs)]
     charts = [spread(best[at:at + args.seeds]) for at in range(0, len(best), args.seeds)]
     rows = [[value, "{:.4f} ± {:.4f}".format(*chart)] for value, chart in zip(values, charts)]
