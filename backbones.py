@@ -661,19 +661,21 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75):
 
     def sample(u, i, generator):
         candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
-        j = candidates[:, 0]
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
             user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
         else:
             user_vectors, item_vectors = model()
         users, items = take(user_vectors, u), take(item_vectors, i)
+        if sampler == "mixgcf":
+            return user_vectors, item_vectors, users, items, mixgcf(users, item_layers, i, candidates, model.pool, generator), candidates[:, 0]
         if sampler == "dns":
             j = dns(model.score, users, item_vectors, candidates, n, generator)
         elif sampler == "ahns":
             j = ahns(model.score, users, item_vectors, i, candidates)
-        negatives = mixgcf(users, item_layers, i, candidates, model.pool, generator) if sampler == "mixgcf" else take(item_vectors, j)
-        return user_vectors, item_vectors, users, items, negatives, j
+        else:
+            j = candidates[:, 0]
+        return user_vectors, item_vectors, users, items, take(item_vectors, j), j
 
     return sample
 

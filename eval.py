@@ -232,17 +232,13 @@ ABLATIONS = {
     "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
     "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0", "BPR gradient into the projector": "--bpr-into-projector",
 }
-LLM_ABLATIONS = {  # these fine-tune or generate anew: minutes each
-    "LLM not fine-tuned": "--negatives negatives-zeroshot", "no CF tokens in the prompt": "--negatives negatives-nocf",
-    "template profiles": "--negatives negatives-template", "targets mined by MixGCF": "--negatives negatives-mixgcf",
-}
-# the steps of llm_negatives.py that make these negatives, when they are not there
-VARIANTS = {
-    "negatives-zeroshot": ["generate --no-finetune --out negatives-zeroshot"],
-    "negatives-nocf": ["finetune --soft-tokens 0 --name sft-nocf", "generate --sft sft-nocf --out negatives-nocf"],
-    "negatives-template": ["profile --profiles template --out profiles-template.jsonl",
-                           "finetune --profiles profiles-template.jsonl --name sft-template", "generate --sft sft-template --out negatives-template"],
-    "negatives-mixgcf": ["finetune --mine mixgcf --name sft-mixgcf", "generate --sft sft-mixgcf --out negatives-mixgcf"],
+LLM_ABLATIONS = {  # name -> the negatives it trains with, and the steps of llm_negatives.py that make them: minutes each
+    "LLM not fine-tuned": ("negatives-zeroshot", ["generate --no-finetune --out negatives-zeroshot"]),
+    "no CF tokens in the prompt": ("negatives-nocf", ["finetune --soft-tokens 0 --name sft-nocf", "generate --sft sft-nocf --out negatives-nocf"]),
+    "template profiles": ("negatives-template", [
+        "profile --profiles template --out profiles-template.jsonl", "finetune --profiles profiles-template.jsonl --name sft-template",
+        "generate --sft sft-template --out negatives-template"]),
+    "targets mined by MixGCF": ("negatives-mixgcf", ["finetune --mine mixgcf --name sft-mixgcf", "generate --sft sft-mixgcf --out negatives-mixgcf"]),
 }
 LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew for each value
 
@@ -387,7 +383,8 @@ def compare(args):
     """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
     run, data = Path(args.run), load_data(args.run)
     seeds, every = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
-    every |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in (OURS | ABLATIONS | LLM_ABLATIONS).items()}
+    ours = OURS | ABLATIONS | {name: f"--negatives {negatives}" for name, (negatives, _) in LLM_ABLATIONS.items()}
+    every |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in ours.items()}
     methods = []
     for entry in args.methods.split(";") if args.methods else [*BASELINES, *OURS]:
         name, *words = entry.strip().partition(" --")  # "MixGCF --lr 2e-3": a method with flags of its own
@@ -397,13 +394,12 @@ def compare(args):
         methods.append(name)
     more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]
     backbones = args.backbones.split(",")
-    plan = [(name, every[name], backbone) for backbone in backbones for name in methods] + [(name, every[name], backbones[0]) for name in more]
-    for name, words, _ in plan:  # one after the other, on all cores
+    plan = dict.fromkeys([(name, backbone) for backbone in backbones for name in methods] + [(name, backbones[0]) for name in more])
+    for name, _ in plan:  # one after the other, on all cores
         if name in LLM_ABLATIONS:
-            variant = words[words.index("--negatives") + 1]
-            make_negatives(run, variant, VARIANTS[variant], args.llm, args.pairs_per_user)
-    cells = [("backbones.py" if name in BASELINES else "hnlmrec.py", name, [*args.flags.split(), *words], backbone, seed)
-             for name, words, backbone in plan for seed in seeds]
+            make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user)
+    cells = [("backbones.py" if name in BASELINES else "hnlmrec.py", name, [*args.flags.split(), *every[name]], backbone, seed)
+             for name, backbone in plan for seed in seeds]
     paths = dict(zip([(name, backbone, seed) for _, name, _, backbone, seed in cells], make_cells(run, cells, args.jobs)))
 
     rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
@@ -422,7 +418,7 @@ def compare(args):
     lines = [f"# Comparison: {run.name}", "",
              (f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one set of generated "
              f"negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch.")]
-    for backbone in dict.fromkeys(backbone for _, _, backbone in plan):
+    for backbone in dict.fromkeys(backbone for _, backbone in plan):
         lines += backbone_section(run, args.out, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
     lines += fhns_section(run, data, load_model(next(iter(paths.values())), "", data)[0], result)
     print("\n".join(lines))

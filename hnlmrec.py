@@ -540,9 +540,9 @@ def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mine
     and L2 -> step(rows, generator) for `fit`.
 
     generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
-    e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it would teach the projector to
-    make easy negatives; so z of all generated vectors is computed at once, anew every `refresh` steps. bpr_into_projector
-    lets it through (an ablation)."""
+    e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it
+    would teach the projector to make easy negatives; so z of all generated vectors is computed at once, anew every `refresh`
+    steps. bpr_into_projector lets it through (an ablation)."""
     sample, state = make_sampler(model, sampler, pairs, m=m), {"steps": 0, "z": None}
 
     @torch.no_grad()
