@@ -521,7 +521,7 @@ def top_k(scores, k):
         values, index = scores.topk(more, dim=1)
     else:
         blocks = n // width  # column c belongs to block c % blocks, so that maxima run along contiguous memory
-        best = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1).topk(min(more, blocks), dim=1).indices
+        best = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1).topk(min(more, blocks), dim=1, sorted=False).indices
         columns = (best[:, None] + torch.arange(0, width * blocks, blocks, device=best.device)[:, None]).flatten(1)
         rest = torch.arange(width * blocks, n, device=best.device).expand(len(best), -1)  # fewer than `width` columns
         columns = torch.cat([columns, rest], 1)  # (B, about width * (k+1))
@@ -549,7 +549,8 @@ def rank_unseen(model, users, seen, k, chunk=1024):
         start, count = indptr[part], indptr[part + 1] - indptr[part]
         row = torch.repeat_interleave(torch.arange(len(part), device=part.device), count)
         offset = torch.arange(len(row), device=part.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        scores[row, items[torch.repeat_interleave(start, count) + offset]] = -torch.inf
+        seen_items = items[torch.repeat_interleave(start, count) + offset]
+        scores.view(-1).index_fill_(0, row * scores.shape[1] + seen_items, -torch.inf)
         index = top_k(scores, k)
         result.append(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
     return torch.cat(result)
@@ -688,8 +689,10 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     def step(rows, generator):
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
         _, _, users, items, negatives, j = sample(u, i, generator)
-        ego_users, ego_items = model.ego()
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
+        if not reg:
+            return bpr, {"bpr": bpr.item()}
+        ego_users, ego_items = model.ego()
         if model.propagates:
             l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         else:  # what was gathered for the scores are the parameters themselves

@@ -390,6 +390,8 @@ def compare(args):
         name, *words = entry.strip().partition(" --")  # "MixGCF --lr 2e-3": a method with flags of its own
         if name not in every:
             fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
+        if name in methods:
+            fail(f"--methods: {name} is there twice, and a method is one row; compare the second one's flags in another --out")
         every[name] += "".join(words).split()
         methods.append(name)
     more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]

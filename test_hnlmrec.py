@@ -948,6 +948,7 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
         assert "$ " not in capsys.readouterr().out
         run("compare", "--methods", "DNS --m 2;HNLMRec", "--out", "other")
         assert capsys.readouterr().out.count("$ ") == 2  # DNS alone, with flags of its own
+        assert "DNS is there twice" in refused("eval.py", "compare", *flags, "--methods", "DNS;DNS --m 2")
         run("sweep", "--flag", "alpha", "--values", "0,0.5", "--flags", f"--dim 8 --epochs 2 --eval-every 1 --sampler rns {monkey['HNLMRec']}")
         assert capsys.readouterr().out.count("$ hnlmrec.py train") == 4
         run("sweep", "--flag", "m", "--values", "2", "--method", monkey["DNS"])
