@@ -234,6 +234,7 @@ ABLATIONS = {
 }
 LLM_ABLATIONS = {  # name -> the negatives it trains with, and the steps of llm_negatives.py that make them: minutes each
     "LLM not fine-tuned": ("negatives-zeroshot", ["generate --no-finetune --out negatives-zeroshot"]),
+    "item texts as bags of words": ("negatives-words", ["generate --bag-of-words --out negatives-words"]),
     "no CF tokens in the prompt": ("negatives-nocf", ["finetune --soft-tokens 0 --name sft-nocf", "generate --sft sft-nocf --out negatives-nocf"]),
     "template profiles": ("negatives-template", [
         "profile --profiles template --out profiles-template.jsonl", "finetune --profiles profiles-template.jsonl --name sft-template",

@@ -809,7 +809,8 @@ def generate(args):
     cf_path, profiles = run / tuned["cf"], run / tuned["profiles"]
     settings = {"data": data["digest"], "cf": require_digest(cf_path, "python backbones.py pretrain"), "sft": digest,
                 "profiles": require_digest(profiles, "python llm_negatives.py profile"),
-                "pairs_per_user": args.pairs_per_user, "seed": args.seed, "finetune": args.finetune, "shard_pairs": args.shard_pairs,
+                "pairs_per_user": args.pairs_per_user, "seed": args.seed, "finetune": args.finetune, "read_items": args.read_items,
+                "shard_pairs": args.shard_pairs,
                 "llm": llm_digest(args.llm)}
     rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.seed)
     # shard borders fall between users
@@ -861,7 +862,7 @@ def generate(args):
         save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector}, {"settings": settings})
     if rank == 0:
         items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
-        text = encode_items(llm, prompt, [f"{row['title']}. {row['text']}" for row in items])
+        text = encode_items(llm, prompt, [f"{row['title']}. {row['text']}" for row in items], args.read_items)
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
     if world > 1:
         dist.barrier()
@@ -870,14 +871,17 @@ def generate(args):
 
 
 @torch.no_grad()
-def encode_items(llm, prompt, texts, batch=64):
+def encode_items(llm, prompt, texts, read=True, batch=64):
     """What the LLM makes of each item's text alone: the mean of its last hidden states over the text's tokens -> (I, H) float32.
+    Without read, the mean of its token embeddings: a bag of words, the control for what the layers add.
     The first token is left out: it takes the attention that goes nowhere, and its state is a hundred times larger than the
     rest (Xiao et al., attention sinks, ICLR 2024)."""
-    order, result = sorted(range(len(texts)), key=lambda k: len(texts[k])), None
+    order, result, embedding = sorted(range(len(texts)), key=lambda k: len(texts[k])), None, llm.get_input_embeddings()
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
-        hidden, mask, _ = run_piece(llm, [prompt.ids(texts[k])[:64] for k in part])
+        pieces = [prompt.ids(texts[k])[:64] for k in part]
+        ids, mask = pad(pieces, embedding.weight.device)
+        hidden = run_piece(llm, pieces)[0] if read else embedding(ids)  # (B, L, H)
         weight = mask.float()
         weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
         if result is None:
@@ -965,6 +969,7 @@ def main(argv=None):
     p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
     p.add_argument("--pairs-per-user", type=number(int, 0), default=0, help="train pairs of each user; 0: all")
     p.add_argument("--no-finetune", dest="finetune", action="store_false", help="zero-shot ablation: the LLM and maps before fine-tuning")
+    p.add_argument("--bag-of-words", dest="read_items", action="store_false", help="ablation: items' texts as means of token embeddings, no layer run")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
     p.add_argument("--batch-size", type=number(int, 1), default=96, help="pairs a call")
     p.add_argument("--shard-pairs", type=number(int, 1), default=2048, help="pairs a shard, at least")

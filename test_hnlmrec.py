@@ -741,11 +741,13 @@ def test_encode_equals_the_whole_prompt_on_the_default_llm():
     assert ((ours - whole).abs().amax(1) / whole.abs().amax(1)).max() < 1e-3
 
 
-def test_item_texts_are_means_over_their_own_tokens(encoder):
+@pytest.mark.parametrize("read", [True, False])
+def test_item_texts_are_means_over_their_own_tokens(encoder, read):
     llm, prompt = encoder[:2]
-    ours = llm_negatives.encode_items(llm, prompt, ITEM_TEXTS, batch=3)
+    ours = llm_negatives.encode_items(llm, prompt, ITEM_TEXTS, read, batch=3)
     for row, text in enumerate(ITEM_TEXTS):
-        hidden = llm(torch.tensor([prompt.ids(text)])).last_hidden_state[0]
+        ids = torch.tensor([prompt.ids(text)])
+        hidden = (llm(ids).last_hidden_state if read else llm.get_input_embeddings().weight[ids])[0]
         alone = hidden[1:].mean(0) if len(hidden) > 1 else hidden[0]
         assert torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
 
