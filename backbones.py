@@ -265,13 +265,17 @@ class UnseenSampler:
         return point if self.uniform else torch.searchsorted(self.cum, point, right=True) - 1  # uniform: item n begins at n
 
 
-def dns(score, users, items, candidates, top=1, generator=None):
+def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
     """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for top = N > 1, one drawn
     uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023).
 
-    score: the backbone's score function; users (B, D), items (I, D), candidates (B, M) -> item ids (B,)."""
+    score: the backbone's score function; users (B, D), items (I, D), candidates (B, M) -> item ids (B,). penalty (B, M), in
+    standard deviations of the row's scores, is taken off first: it keeps the choice clear of likely false negatives."""
     with torch.no_grad():
-        ranked = score(users[:, None], items[candidates]).topk(top, dim=1).indices  # (B, N)
+        scores = score(users[:, None], items[candidates])  # (B, M)
+        if penalty is not None:
+            scores = scores / scores.std(1, keepdim=True).clamp(min=1e-12) - penalty
+        ranked = scores.topk(top, dim=1).indices  # (B, N)
         pick = torch.randint(top, (len(ranked), 1), generator=generator, device=ranked.device)
         return candidates.gather(1, ranked.gather(1, pick))[:, 0]
 
@@ -651,13 +655,13 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     return best_state, history
 
 
-def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75):
+def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
     batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
     no items, that of its first candidate, for the L2 term).
 
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
-    n best; beta: pns's popularity exponent."""
+    n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
 
     def sample(u, i, generator):
@@ -671,7 +675,7 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75):
         if sampler == "mixgcf":
             return user_vectors, item_vectors, users, items, mixgcf(users, item_layers, i, candidates, model.pool, generator), candidates[:, 0]
         if sampler == "dns":
-            j = dns(model.score, users, item_vectors, candidates, n, generator)
+            j = dns(model.score, users, item_vectors, candidates, n, generator, penalty and penalty(u, candidates))
         elif sampler == "ahns":
             j = ahns(model.score, users, item_vectors, i, candidates)
         else:

@@ -226,9 +226,11 @@ def report(args):
 
 BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
-OURS = {"HNLMRec": "", "HNLMRec, as in the paper": "--sampler rns --alpha 0.1 --lambda-s 0 --text-init 0"}
+OURS = {"HNLMRec": "", "HNLMRec, cleared negatives": "--clear 0.3",
+        "HNLMRec, as in the paper": "--sampler rns --alpha 0.1 --lambda-s 0 --text-init 0"}
 ABLATIONS = {
     "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
+    "cleared by shuffled texts": "--clear 0.3 --control cleared",
     "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
     "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0", "BPR gradient into the projector": "--bpr-into-projector",
 }

@@ -502,6 +502,23 @@ def text_start(text, train, n_users, dim, std):
     return torch.cat([F.pad(x * std / x.pow(2).mean() ** 0.5, (0, dim - x.shape[1])) for x in (users, items)])
 
 
+def text_relevance(text, train, n_users):
+    """How well each item's text fits a user's train items: cosines of whitened texts (unwhitened, what all texts share would
+    decide), summed over the train items, then in standard deviations of that user's items. What the texts say the user
+    would like is a likely false negative, and DNS can be kept clear of it. Beyond the paper.
+
+    text (I, H), train (N, 2) -> (U, I) float16, 2 bytes a user and item."""
+    centred = text - text.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    items = F.normalize(centred @ vectors * values.clamp(min=values[-1] * 1e-4) ** -0.5, dim=1)  # (I, H)
+    users = items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+    relevance = torch.empty(n_users, len(items), dtype=torch.float16, device=text.device)
+    for begin in range(0, n_users, 1024):
+        fit = users[begin : begin + 1024] @ items.T
+        relevance[begin : begin + 1024] = (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True).clamp(min=1e-12)
+    return relevance
+
+
 def semantic_alignment(vectors, texts, tau):
     """InfoNCE between rows: vectors (A, D), the backbone's of A users or items, against texts (A, D), their projected texts.
     Both sides get the gradient, so that what the LLM reads shapes e_u and e_i (the form of RLMRec-Con, Ren et al., WWW 2024)."""
@@ -535,15 +552,15 @@ def alignment_loss(z, positives, mined, user_ids, tau):
 
 
 def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
-                      k, sampler, m, align_rows, refresh, bpr_into_projector=False):
+                      k, sampler, m, align_rows, refresh, bpr_into_projector=False, penalty=None):
     """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
     and L2 -> step(rows, generator) for `fit`.
 
     generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
     e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it
     would teach the projector to make easy negatives; so z of all generated vectors is computed at once, anew every `refresh`
-    steps. bpr_into_projector lets it through (an ablation)."""
-    sample, state = make_sampler(model, sampler, pairs, m=m), {"steps": 0, "z": None}
+    steps. bpr_into_projector lets it through (an ablation). penalty: as make_sampler's."""
+    sample, state = make_sampler(model, sampler, pairs, m=m, penalty=penalty), {"steps": 0, "z": None}
 
     @torch.no_grad()
     def all_z(generator):
@@ -606,7 +623,12 @@ def assemble(run, s, data, made, device):
         with torch.no_grad():
             start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
             model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
-    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"],
+    penalty = None
+    if s["clear"]:
+        texts = semantic.item[torch.randperm(len(text), generator=generator).to(device)] if s["control"] == "cleared" else semantic.item
+        relevance = text_relevance(texts, data["train"], data["n_users"])
+        penalty = lambda u, candidates: s["clear"] * relevance[u[:, None], candidates].float()  # (B,), (B, M) -> (B, M)
+    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"], penalty=penalty,
                              **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "sampler", "m", "align_rows", "refresh", "bpr_into_projector")})
     return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
             "vector": vector, "mined": mined, "cf": cf}
@@ -614,6 +636,10 @@ def assemble(run, s, data, made, device):
 
 def train(args):
     """Train backbone and projector together; write the state of the best validation."""
+    if args.clear and args.sampler != "dns":
+        fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, not {args.sampler}")
+    if args.control == "cleared" and not args.clear:
+        fail("--control cleared: shuffles the texts that --clear uses, so it needs --clear above 0")
     run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
     made = load_negatives(run, args.negatives, data["digest"])
@@ -725,12 +751,15 @@ def main(argv=None):
     g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
     g.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="dns", help="negative sampler of e_j")
     g.add_argument("--m", type=number(int, 1), default=8, help="its uniform candidates")
+    g.add_argument("--clear", type=number(float, 0), default=0.0, metavar="G",
+                   help="dns takes the candidate of highest score - G x relevance of its text to the user, both in standard deviations")
     g.add_argument("--refresh", type=number(int, 1), default=20, help="steps between new values of z for BPR")
     g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")
     g.add_argument("--no-attention", dest="attention", action="store_false", help="ablation: projector without self-attention")
     g.add_argument("--bpr-into-projector", action="store_true", help="ablation: let BPR's gradient train the projector too")
-    g.add_argument("--control", choices=["none", "random", "shuffled"], default="none", help="replace the LLM's vectors, to see what they are worth")
+    g.add_argument("--control", choices=["none", "random", "shuffled", "cleared"], default="none",
+                   help="replace the LLM's vectors, to see what they are worth; cleared: shuffle the texts of --clear alone")
     g.add_argument("--negatives", default="negatives", help="first part of the shards' names")
     g.add_argument("--cf", default="cf.safetensors", help="CF vectors that the alignment's hard negatives are mined with")
     g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")

@@ -232,6 +232,12 @@ def test_dns_and_ahns_against_brute_force():
     for _ in range(5):
         for b, j in enumerate(backbones.dns(score, users, items, candidates, top=2).tolist()):
             assert j in sorted(candidates[b].tolist(), key=lambda c: -s[b, c])[:2]
+    penalty = torch.randn(6, 5, generator=generator)
+    cleared = backbones.dns(score, users, items, candidates, penalty=penalty).tolist()
+    for b, j in enumerate(cleared):  # the best of the scores in their own standard deviations, less the penalty
+        own = s[b, candidates[b]].numpy() / np.std(s[b, candidates[b]].numpy(), ddof=1) - penalty[b].numpy()
+        assert j == candidates[b, own.argmax()]
+    assert cleared != backbones.dns(score, users, items, candidates).tolist()
     for b, j in enumerate(backbones.ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.5, power=-2).tolist()):
         target = 0.5 / (s[b, positives[b]] + 1)
         assert j == min(candidates[b].tolist(), key=lambda c: abs(s[b, c] - target))
@@ -332,6 +338,31 @@ def test_text_start_against_svd():
         whole = whole.flip(1) * 0.1 / whole.pow(2).mean().sqrt()
         assert torch.allclose(ours.double().abs(), whole.abs(), atol=1e-5) and float(ours.pow(2).mean().sqrt()) == pytest.approx(0.1)
     assert torch.allclose(hnlmrec.text_start(text, train, 4, 12, 0.1)[:, 9:], torch.zeros(24, 3))
+
+
+def test_text_relevance_against_the_inverse_root_of_the_covariance():
+    """Whitening by C^-1/2 turns the texts but keeps their cosines; here user by user and item by item, with numpy."""
+    torch.manual_seed(0)
+    text, train = torch.randn(20, 5) * torch.tensor([5, 1, 1, 1, 0.2]) + 3, torch.tensor([[0, 3], [0, 7], [1, 3], [2, 1], [2, 2], [2, 19]])
+    centred = (text - text.mean(0)).double().numpy()
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    white = centred @ (vectors * values**-0.5) @ vectors.T
+    unit = white / np.linalg.norm(white, axis=1, keepdims=True)
+    relevance = hnlmrec.text_relevance(text, train, 3)
+    for u in range(3):
+        fit = np.array([sum(unit[i] @ unit[j] for v, j in train.tolist() if v == u) for i in range(20)])
+        assert relevance[u].float().numpy() == pytest.approx((fit - fit.mean()) / fit.std(ddof=1), abs=3e-3)  # float16
+
+
+def test_clearing_changes_which_item_is_the_negative():
+    """With a penalty far above any score the step takes, of the candidates, the one whose text fits the user least."""
+    model, _, _, train = hnlmrec_parts(alpha=0.0, lambda1=0.0, sampler="dns")
+    relevance = torch.randn(N_USERS, N_ITEMS, generator=torch.Generator().manual_seed(1))
+    u, i = train.T
+    draw = lambda: backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 6, torch.Generator().manual_seed(2))
+    sample = backbones.make_sampler(model, "dns", train, m=6, penalty=lambda users, candidates: 1e6 * relevance[users[:, None], candidates])
+    chosen = sample(u, i, torch.Generator().manual_seed(2))[-1]
+    assert chosen.tolist() == [min(c, key=lambda j: float(relevance[user, j])) for user, c in zip(u.tolist(), draw().tolist())]
 
 
 def test_bpr_is_minus_log_sigmoid():
@@ -1174,6 +1205,7 @@ def test_a_user_with_two_items_is_refused(tmp_path):
 
 @pytest.mark.parametrize("script, args", [
     ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]), ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--clear", "0.3", "--sampler", "rns"]), ("hnlmrec.py", ["train", "--run", "x", "--control", "cleared"]),
     ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
     ("backbones.py", ["pretrain", "--run", "x", "--n", "20"]), ("eval.py", ["report", "--run", "no such folder"]),
     ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]), ("llm_negatives.py", ["profile", "--run", "no such folder"]),
