@@ -624,7 +624,7 @@ def assemble(run, s, data, made, device):
             start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
             model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
     penalty = None
-    if s["clear"]:
+    if s.get("clear"):
         texts = semantic.item[torch.randperm(len(text), generator=generator).to(device)] if s["control"] == "cleared" else semantic.item
         relevance = text_relevance(texts, data["train"], data["n_users"])
         penalty = lambda u, candidates: s["clear"] * relevance[u[:, None], candidates].float()  # (B,), (B, M) -> (B, M)
