@@ -968,7 +968,7 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
     flags = ["--run", str(copied), "--llm", str(tiny_llm), "--seeds", "2", "--flags", "--dim 8 --epochs 2 --eval-every 1"]
     run = lambda *words: evaluation.main([words[0], *flags, *words[1:]])
     monkey = {"DNS": "--sampler dns", "HNLMRec": "--mine-first 1 --mine-last 5"}
-    evaluation.BASELINES, evaluation.OURS, old = {"DNS": monkey["DNS"]}, {"HNLMRec": monkey["HNLMRec"]}, (evaluation.BASELINES, evaluation.OURS)
+    evaluation.BASELINES, evaluation.OURS, old = {"DNS": monkey["DNS"]}, {"HNLMRec": monkey["HNLMRec"] + " --clear 0.3 --control cleared"}, (evaluation.BASELINES, evaluation.OURS)
     try:
         run("compare")
         first = capsys.readouterr().out
