@@ -963,6 +963,25 @@ def test_trace_follows_a_pair(finished):
     assert "no train pair" in refused("hnlmrec.py", "trace", "--run", finished, "--user", users[u]["raw"], "--item", items[held]["raw"])
 
 
+def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, monkeypatch):
+    """assemble hands text_relevance the LLM's texts, or with `--control cleared` the same rows in another order, and its table to dns."""
+    data, seen = backbones.load_data(finished), []
+    settings = backbones.load_tensors(finished / "model-hnlmrec.safetensors", "train")[1]["settings"]
+    made = backbones.load_negatives(finished, settings["negatives"], data["digest"])
+    table = torch.randn(data["n_users"], data["n_items"], generator=torch.Generator().manual_seed(0)).half()
+    monkeypatch.setattr(hnlmrec, "text_relevance", lambda text, train, n_users: seen.append(text) or table)
+    make, penalties = hnlmrec.make_sampler, []
+    monkeypatch.setattr(hnlmrec, "make_sampler", lambda *words, **more: penalties.append(more["penalty"]) or make(*words, **more))
+    for control in ("none", "cleared"):
+        parts = hnlmrec.assemble(finished, settings | {"clear": 2.0, "control": control}, data, made, "cpu")
+    u, candidates = torch.tensor([0, 2]), torch.tensor([[1, 3, 0], [2, 2, 4]])
+    assert torch.equal(penalties[0](u, candidates), 2 * table[u[:, None], candidates].float())
+    assert torch.equal(seen[0], parts["semantic"].item) and not torch.equal(seen[1], seen[0])
+    assert torch.equal(seen[1].sort(0).values, seen[0].sort(0).values)
+    hnlmrec.assemble(finished, settings | {"clear": 0.0}, data, made, "cpu")
+    assert len(seen) == 2 and penalties[2] is None
+
+
 def test_compare_and_sweep(copied, tiny_llm, capsys):
     """Cells by real commands; a second call keeps them; the tables hold every method; the pictures are XML."""
     flags = ["--run", str(copied), "--llm", str(tiny_llm), "--seeds", "2", "--flags", "--dim 8 --epochs 2 --eval-every 1"]
