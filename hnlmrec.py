@@ -473,6 +473,11 @@ class Projector(nn.Module):
         return self.mlp(slot)
 
 
+def sum_of_train_items(items, train, n_users):
+    """Each user's sum of the vectors of the user's train items: items (I, H), train (N, 2) -> (U, H)."""
+    return items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+
+
 class SemanticProjector(nn.Module):
     """The LLM's text vectors in the recommender's space: text (I, H) standardised, then an MLP -> (…, D). A user is the mean of
     the texts of the user's train items."""
@@ -481,9 +486,8 @@ class SemanticProjector(nn.Module):
         super().__init__()
         text = text.float()
         text = F.normalize((text - text.mean(0)) / text.std(0).clamp(min=1e-3), dim=1)
-        user = text.new_zeros(n_users, text.shape[1]).index_add_(0, train[:, 0], text[train[:, 1]])
         self.register_buffer("item", text, persistent=False)  # (I, H)
-        self.register_buffer("user", F.normalize(user, dim=1), persistent=False)  # (U, H)
+        self.register_buffer("user", F.normalize(sum_of_train_items(text, train, n_users), dim=1), persistent=False)  # (U, H)
         self.mlp = nn.Sequential(nn.Linear(text.shape[1], width), nn.LeakyReLU(), nn.Linear(width, dim))
 
     def forward(self, users, items):
@@ -498,7 +502,7 @@ def text_start(text, train, n_users, dim, std):
     text (I, H), train (N, 2) -> (U + I, dim)."""
     centred = text - text.mean(0)
     items = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]  # (I, min(dim, H))
-    users = items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+    users = sum_of_train_items(items, train, n_users)
     return torch.cat([F.pad(x * std / x.pow(2).mean() ** 0.5, (0, dim - x.shape[1])) for x in (users, items)])
 
 
@@ -511,7 +515,7 @@ def text_relevance(text, train, n_users):
     centred = text - text.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred)
     items = F.normalize(centred @ vectors * values.clamp(min=values[-1] * 1e-4) ** -0.5, dim=1)  # (I, H)
-    users = items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+    users = sum_of_train_items(items, train, n_users)
     relevance = torch.empty(n_users, len(items), dtype=torch.float16, device=text.device)
     for begin in range(0, n_users, 1024):
         fit = users[begin : begin + 1024] @ items.T

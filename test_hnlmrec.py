@@ -359,10 +359,10 @@ def test_clearing_changes_which_item_is_the_negative():
     model, _, _, train = hnlmrec_parts(alpha=0.0, lambda1=0.0, sampler="dns")
     relevance = torch.randn(N_USERS, N_ITEMS, generator=torch.Generator().manual_seed(1))
     u, i = train.T
-    draw = lambda: backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 6, torch.Generator().manual_seed(2))
+    candidates = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 6, torch.Generator().manual_seed(2))  # as sample draws them
     sample = backbones.make_sampler(model, "dns", train, m=6, penalty=lambda users, candidates: 1e6 * relevance[users[:, None], candidates])
     chosen = sample(u, i, torch.Generator().manual_seed(2))[-1]
-    assert chosen.tolist() == [min(c, key=lambda j: float(relevance[user, j])) for user, c in zip(u.tolist(), draw().tolist())]
+    assert chosen.tolist() == [min(c, key=lambda j: float(relevance[user, j])) for user, c in zip(u.tolist(), candidates.tolist())]
 
 
 def test_bpr_is_minus_log_sigmoid():
