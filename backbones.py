@@ -4,8 +4,9 @@ In:   runs/NAME/data.safetensors (train, valid, test pairs), written by `python 
 Out:  runs/NAME/cf.safetensors (user (U, D), item (I, D)), the collaborative-filtering vectors the LLM step starts from,
       or runs/NAME/model-METHOD.safetensors, a trained baseline for the report.
 
-Read it top to bottom: files and errors, interactions, negative samplers, backbones, losses, full ranking, the loop, mining,
-the command line. Nothing here imports the other scripts, so that this file can be copied on its own.
+Read it top to bottom: interactions, negative samplers, backbones, losses, mining, full ranking, metrics, the training loop;
+then the files of a run, errors and progress, the command line. Nothing here imports the other scripts, so
+that this file can be copied on its own.
 
 Alone:  python backbones.py pretrain --run runs/NAME --backbone lightgcn --sampler dns --out model-dns.safetensors
 """
@@ -25,164 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files, errors, progress: what every step of the pipeline needs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fail(message):
-    """End the program with one line on standard error and exit status 2."""
-    raise SystemExit2(message)
-
-
-class SystemExit2(SystemExit):
-    """A SystemExit with status 2 that keeps its one-line message, so that tests can read it."""
-
-    def __init__(self, message):
-        super().__init__(2)
-        self.message = " ".join(str(message).split())
-
-    def __str__(self):
-        return self.message
-
-
-def run_cli(main):
-    """Run `main()` as a program: our errors become one line and status 2, Ctrl-C ends quietly with status 130."""
-    try:
-        main()
-    except SystemExit2 as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; finished steps are kept, run the same command to go on", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:  # a full disk or an unwritable folder: the temporary file is gone, the old file untouched
-        print(f"error: {error.filename or 'output'}: {error.strerror or error}; mend that and run again", file=sys.stderr)
-        sys.exit(2)
-
-
-def write_atomic(path, data):
-    """Write bytes to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk names no file of its own accord
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_tensors(path, tensors, meta):
-    """Save {name: tensor} with a JSON-able dict `meta` (settings, digests of the inputs) as safetensors metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(tensors, metadata={"hnlmrec": json.dumps(meta, sort_keys=True)}))
-
-
-def load_tensors(path, maker, device="cpu"):
-    """Read ({name: tensor}, meta) back. `maker` is the command that writes the file, for the error message.
-
-    Raises SystemExit2 when the file is missing, truncated or not ours."""
-    path = Path(path)
-    if not path.exists():
-        fail(f"{path}: no such file; make it with `{maker}`")
-    try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            meta, names = json.loads((file.metadata() or {})["hnlmrec"]), file.keys()
-            return {name: file.get_tensor(name) for name in names}, meta
-    except (SafetensorError, KeyError, ValueError) as error:
-        fail(f"{path}: not a readable file of this program ({type(error).__name__}: {error}); delete it and run `{maker}` again")
-
-
-def file_digest(path):
-    """The first 16 hex digits of a file's sha256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def require_digest(path, maker):
-    """The digest of an input file; one clear line when it is not there."""
-    if not Path(path).exists():
-        fail(f"{path}: no such file; make it with `{maker}`")
-    return file_digest(path)
-
-
-def read_meta(path, maker):
-    """The metadata of one of our safetensors files, without its tensors."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {})["hnlmrec"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        fail(f"{path}: not a readable file of this program ({type(error).__name__}); delete it and run `{maker}` again")
-
-
-def up_to_date(path, settings, maker, force=False):
-    """True when `path` was made with exactly these settings (inputs' digests included): the step can be skipped.
-
-    Raises SystemExit2 when it was made with others, so that nothing stale is used and nothing is overwritten unasked."""
-    path = Path(path)
-    if force or not path.exists():
-        return False
-    old = read_meta(path, maker).get("settings", {})
-    settings = json.loads(json.dumps(settings))
-    for name in sorted(set(old) | set(settings)):
-        if old.get(name) != settings.get(name):
-            fail(f"{path}: made with {name}={old.get(name)}, now {name}={settings.get(name)}; "
-                 f"add --force to `{maker}` to remake it, or choose another folder")
-    print(f"skip: {path} is up to date")
-    return True
-
-
-def read_jsonl(path, maker, growing=False):
-    """All rows of a JSON-lines file. growing: the file is written line by line, so that a last line without its end, of a program
-    killed while writing, is left out; in any other file it is an error."""
-    path = Path(path)
-    if not path.exists():
-        fail(f"{path}: no such file; make it with `{maker}`")
-    rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n") and growing:
-            break
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            fail(f"{path}: line {n} is not whole; delete the file and run `{maker}` again")
-    return rows
-
-
-class Progress:
-    """Rate and time left: one rewritten line on a terminal, at most one plain line each 20 seconds in a file."""
-
-    def __init__(self, label, total, unit):
-        self.label, self.total, self.unit = label, total, unit
-        self.start = self.shown = time.time()
-        self.first = None
-        self.tty = sys.stdout.isatty()
-
-    def update(self, done, extra=""):
-        now = time.time()
-        if self.first is None:
-            self.first = (done, now)  # what a resumed run found finished says nothing about speed
-            return
-        if done < self.total and now - self.shown < (0.2 if self.tty else 20):
-            return
-        self.shown = now
-        rate = (done - self.first[0]) / max(now - self.first[1], 1e-9)
-        left = (self.total - done) / rate if rate else float("inf")
-        line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  {extra}".rstrip()
-        end = "\n" if not self.tty or done >= self.total else ""
-        print(f"\r\033[K{line}" if self.tty else line, end=end, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Interactions: sorted keys instead of a dense users x items mask
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 def pair_keys(pairs, n_items):
     """(N, 2) pairs -> (N,) sorted int64 keys user * n_items + item, for membership by binary search."""
@@ -213,21 +59,9 @@ def take(table, index):
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
 
-
-def load_data(run):
-    """Read runs/NAME/data.safetensors.
-
-    Returns a dict: train, valid, test int64 (N, 2); n_users, n_items; digest (of the file); settings."""
-    path = Path(run) / "data.safetensors"
-    tensors, meta = load_tensors(path, f"python hnlmrec.py prepare --run {run}")
-    return {**tensors, "n_users": meta["n_users"], "n_items": meta["n_items"], "digest": file_digest(path),
-            "settings": meta["settings"]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Negative samplers. Each takes a batch of (user, positive) and returns negatives; none has a Python loop over pairs.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 class UnseenSampler:
     """Draw items a user has not interacted with, with probability proportional to an item weight: exact, no rejection.
@@ -313,10 +147,38 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     return pool(torch.stack(hops, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbones: layers() gives every hop, pool() joins the hops, forward() = pool(layers())
-# ---------------------------------------------------------------------------------------------------------------------
+def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
+    """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
+    batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
+    no items, that of its first candidate, for the L2 term).
 
+    sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
+    n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
+    draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
+
+    def sample(u, i, generator):
+        candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
+        if sampler == "mixgcf":
+            user_layers, item_layers = model.layers()
+            user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
+        else:
+            user_vectors, item_vectors = model()
+        users, items = take(user_vectors, u), take(item_vectors, i)
+        if sampler == "mixgcf":
+            return user_vectors, item_vectors, users, items, mixgcf(users, item_layers, i, candidates, model.pool, generator), candidates[:, 0]
+        if sampler == "dns":
+            j = dns(model.score, users, item_vectors, candidates, n, generator, penalty and penalty(u, candidates))
+        elif sampler == "ahns":
+            j = ahns(model.score, users, item_vectors, i, candidates)
+        else:
+            j = candidates[:, 0]
+        return user_vectors, item_vectors, users, items, take(item_vectors, j), j
+
+    return sample
+
+# --------------------------------------------------------------------------------------------------
+# Backbones: layers() gives every hop, pool() joins the hops, forward() = pool(layers())
+# --------------------------------------------------------------------------------------------------
 
 def normalized_adjacency(pairs, n_users, n_items):
     """D^-1/2 A D^-1/2 of the bipartite graph (LightGCN eq. 3, NGCF eq. 8 without self loops) as a sparse CSR (U+I, U+I).
@@ -492,11 +354,9 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3):
         model = {"lightgcn": LightGCN, "ngcf": NGCF}[name](n_users, n_items, dim, adjacency, n_layers)
     return model.to(train.device)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
+# Losses, and the step that every baseline trains with
+# --------------------------------------------------------------------------------------------------
 
 def bpr_loss(positive_score, negative_score):
     """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that it cannot overflow."""
@@ -508,10 +368,46 @@ def l2_loss(*vectors):
     return sum((vector * vector).sum() for vector in vectors) / (2 * len(vectors[0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Full ranking: top-k of all unseen items, and the one metric the loop needs to choose its best epoch
-# ---------------------------------------------------------------------------------------------------------------------
+def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
+    """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings. Arguments as
+    make_sampler's. Returns step(rows, generator) for `fit`."""
+    sample, (users_of, items_of) = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta), pairs.T.contiguous()
 
+    def step(rows, generator):
+        u, i = users_of[rows], items_of[rows]  # (B,), (B,)
+        _, _, users, items, negatives, j = sample(u, i, generator)
+        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
+        if not reg:
+            return bpr, {"bpr": bpr.item()}
+        ego_users, ego_items = model.ego()
+        if model.propagates:
+            l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+        else:  # what was gathered for the scores are the parameters themselves
+            l2 = l2_loss(users, items, take(ego_items, j) if sampler == "mixgcf" else negatives)
+        return bpr + reg * l2, {"bpr": bpr.item()}
+
+    return step
+
+# --------------------------------------------------------------------------------------------------
+# CF-mined hard negatives: what the LLM learns to imitate
+# --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def mine_hard_negatives(model, train, first=5, last=60):
+    """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
+    where held-out positives are densest. Reads train pairs alone.
+
+    train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises SystemExit2 when a user has too few unseen
+    items for the band."""
+    users = torch.arange(model.n_users, device=train.device)
+    ranked = rank_unseen(model, users, user_rows(train, model.n_users), last)[:, first - 1:]
+    if ranked.shape[1] < last - first + 1 or (ranked < 0).any():
+        fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
+    return ranked
+
+# --------------------------------------------------------------------------------------------------
+# Full ranking: top-k of all unseen items
+# --------------------------------------------------------------------------------------------------
 
 def top_k(scores, k):
     """Indices (B, k) of the k highest of scores (B, I), highest first; equal scores go by index, lowest first.
@@ -585,6 +481,9 @@ def ranking_hits(model, pairs, seen, k):
     hits = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items) & (ranked >= 0)
     return users, hits, relevant[users]
 
+# --------------------------------------------------------------------------------------------------
+# Ranking metrics: hits (n, K) bool in rank order and relevant (n,) -> one number a user, (n,) float64
+# --------------------------------------------------------------------------------------------------
 
 def ndcg(hits, relevant, k):
     """NDCG@k per user with binary gains (Järvelin and Kekäläinen, 2002); the ideal list is cut at k too.
@@ -593,6 +492,27 @@ def ndcg(hits, relevant, k):
     discount = 1 / torch.log2(torch.arange(2, k + 2, device=hits.device).double())  # (k,)
     ideal = discount.cumsum(0)[relevant.clamp(max=k) - 1]
     return (hits[:, :k] * discount[: hits.shape[1]]).sum(1) / ideal
+
+
+def recall(hits, relevant, k):
+    """Share of a user's held-out items among the first k."""
+    return hits[:, :k].double().sum(1) / relevant
+
+
+def precision(hits, relevant, k):
+    """Share of the first k that are held-out items."""
+    return hits[:, :k].double().sum(1) / k
+
+
+def hit_rate(hits, relevant, k):
+    """1 when any of the first k is a held-out item."""
+    return hits[:, :k].any(1).double()
+
+
+def mrr(hits, relevant, k):
+    """1 / rank of the first held-out item, 0 when it is not among the first k."""
+    rank = torch.arange(1, hits[:, :k].shape[1] + 1, device=hits.device).double()
+    return (hits[:, :k] / rank).max(1).values
 
 
 def validation(model, data, k=20):
@@ -605,11 +525,9 @@ def validation(model, data, k=20):
 
     return validate
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The training loop: baselines and HNLMRec differ in `step` alone
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed, label="train"):
     """Train all parameters of `modules` with Adam and keep the state of the best validation.
@@ -655,80 +573,256 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     return best_state, history
 
 
-def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
-    """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
-    batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
-    no items, that of its first candidate, for the L2 term).
-
-    sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
-    n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
-    draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
-
-    def sample(u, i, generator):
-        candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
-        if sampler == "mixgcf":
-            user_layers, item_layers = model.layers()
-            user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
-        else:
-            user_vectors, item_vectors = model()
-        users, items = take(user_vectors, u), take(item_vectors, i)
-        if sampler == "mixgcf":
-            return user_vectors, item_vectors, users, items, mixgcf(users, item_layers, i, candidates, model.pool, generator), candidates[:, 0]
-        if sampler == "dns":
-            j = dns(model.score, users, item_vectors, candidates, n, generator, penalty and penalty(u, candidates))
-        elif sampler == "ahns":
-            j = ahns(model.score, users, item_vectors, i, candidates)
-        else:
-            j = candidates[:, 0]
-        return user_vectors, item_vectors, users, items, take(item_vectors, j), j
-
-    return sample
+def pretrain(args):
+    """Train one backbone with one sampler; write its best state and its user/item vectors."""
+    out, data = Path(args.run) / args.out, load_data(args.run)
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command", "export")}
+    settings["data"] = data["digest"]
+    if not up_to_date(out, settings, "python backbones.py pretrain", args.force):
+        train_baseline(args, data, settings, out)
+    if args.export:
+        tensors, meta = load_tensors(out, "python backbones.py pretrain")
+        save_tensors(Path(args.run) / args.export, {name: tensors[name] for name in ("user", "item")}, {"settings": meta["settings"]})
+        print(f"wrote {Path(args.run) / args.export}: user {tuple(tensors['user'].shape)}, item {tuple(tensors['item'].shape)}, "
+              "rows as in users.jsonl and items.jsonl")
 
 
-def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
-    """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings. Arguments as
-    make_sampler's. Returns step(rows, generator) for `fit`."""
-    sample, (users_of, items_of) = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta), pairs.T.contiguous()
+def train_baseline(args, data, settings, out):
+    """The training of `pretrain`, from the data of load_data to the file `out`."""
+    torch.manual_seed(args.seed)
+    train = data["train"].to(args.device)
+    data = {**data, "train": train, "valid": data["valid"].to(args.device)}
+    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
+    step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
+    start = time.time()
+    state, history = fit({"backbone": model}, step, len(train), validation(model, data), epochs=args.epochs,
+                         batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
+                         seed=args.seed, label=f"{args.backbone} {args.sampler}")
+    restore({"backbone": model}, state)
+    users, items = model.eval()()
+    save_tensors(out, {**state, "user": users, "item": items},
+                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
+                  "seconds": time.time() - start})
+    print(f"wrote {out}")
 
-    def step(rows, generator):
-        u, i = users_of[rows], items_of[rows]  # (B,), (B,)
-        _, _, users, items, negatives, j = sample(u, i, generator)
-        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
-        if not reg:
-            return bpr, {"bpr": bpr.item()}
-        ego_users, ego_items = model.ego()
-        if model.propagates:
-            l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
-        else:  # what was gathered for the scores are the parameters themselves
-            l2 = l2_loss(users, items, take(ego_items, j) if sampler == "mixgcf" else negatives)
-        return bpr + reg * l2, {"bpr": bpr.item()}
+# --------------------------------------------------------------------------------------------------
+# The files of a run: data, models, generated negatives
+# --------------------------------------------------------------------------------------------------
 
-    return step
+def load_data(run):
+    """Read runs/NAME/data.safetensors.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CF-mined hard negatives: what the LLM learns to imitate
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def mine_hard_negatives(model, train, first=5, last=60):
-    """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
-    where held-out positives are densest. Reads train pairs alone.
-
-    train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises SystemExit2 when a user has too few unseen
-    items for the band."""
-    users = torch.arange(model.n_users, device=train.device)
-    ranked = rank_unseen(model, users, user_rows(train, model.n_users), last)[:, first - 1:]
-    if ranked.shape[1] < last - first + 1 or (ranked < 0).any():
-        fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
-    return ranked
+    Returns a dict: train, valid, test int64 (N, 2); n_users, n_items; digest (of the file); settings."""
+    path = Path(run) / "data.safetensors"
+    tensors, meta = load_tensors(path, f"python hnlmrec.py prepare --run {run}")
+    return {**tensors, "n_users": meta["n_users"], "n_items": meta["n_items"], "digest": file_digest(path),
+            "settings": meta["settings"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def load_model(path, maker, data):
+    """Rebuild a trained backbone from its file -> (model, meta, all tensors).
+
+    Raises SystemExit2 when it was trained on another split than `data` (a dict of load_data)."""
+    tensors, meta = load_tensors(path, maker, data["train"].device)
+    s = meta["settings"]
+    if s["data"] != data["digest"]:
+        fail(f"{path}: was trained on another data.safetensors; make it again with `{maker} --force`")
+    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"], s["layers"])
+    restore({"backbone": model}, tensors)
+    return model.eval(), meta, tensors
+
+
+def load_negatives(run, name, digest):
+    """Join the shards NAME-00000.safetensors … and NAME-items.safetensors -> dict: pairs (n, 2), hidden (n, H) f16, vector (n, d)
+    f16, text (I, H) f16, digest of them all.
+
+    Raises SystemExit2 when a shard is missing, or was made for another split."""
+    paths = [path for path in sorted(Path(run).glob(f"{name}-?????.safetensors")) if path.stem[-5:].isdigit()]
+    maker = f"python llm_negatives.py generate --run {run}"
+    if not paths:
+        fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
+    n_shards, paths = len(paths), [*paths, Path(run) / f"{name}-items.safetensors"]
+    parts, metas = zip(*(load_tensors(path, maker) for path in paths))
+    for path, meta in zip(paths, metas):
+        if meta["settings"]["data"] != digest:
+            fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
+        if meta["settings"] != metas[0]["settings"]:
+            fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
+    if n_shards != metas[0]["settings"]["shards"]:
+        fail(f"{Path(run) / name}: {n_shards} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
+    joined = {key: torch.cat([part[key] for part in parts[:-1]]) for key in ("pairs", "hidden", "vector")}
+    digest = hashlib.sha256("+".join(file_digest(path) for path in paths).encode()).hexdigest()[:16]
+    return {**joined, "text": parts[-1]["text"], "digest": digest}
+
+
+def restore(modules, state):
+    """Load {prefix.name: tensor} into {prefix: module}."""
+    for prefix, module in modules.items():
+        module.load_state_dict({key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")})
+
+
+def row_of(rows, raw, flag, path):
+    """The number of the row with this raw id. Raises SystemExit2 naming the flag when there is none."""
+    row = next((n for n, row in enumerate(rows) if row["raw"] == raw), None)
+    if row is None:
+        fail(f"{flag} {raw}: no such id in {path} (for example {rows[0]['raw']})")
+    return row
+
+# --------------------------------------------------------------------------------------------------
+# Files, errors, progress: what every step of the pipeline needs
+# --------------------------------------------------------------------------------------------------
+
+def fail(message):
+    """End the program with one line on standard error and exit status 2."""
+    raise SystemExit2(message)
+
+
+class SystemExit2(SystemExit):
+    """A SystemExit with status 2 that keeps its one-line message, so that tests can read it."""
+
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = " ".join(str(message).split())
+
+    def __str__(self):
+        return self.message
+
+
+def run_cli(main):
+    """Run `main()` as a program: our errors become one line and status 2, Ctrl-C ends quietly with status 130."""
+    try:
+        main()
+    except SystemExit2 as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; finished steps are kept, run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # a full disk or an unwritable folder: the temporary file is gone, the old file untouched
+        print(f"error: {error.filename or 'output'}: {error.strerror or error}; mend that and run again", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_atomic(path, data):
+    """Write bytes to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file of its own accord
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path, tensors, meta):
+    """Save {name: tensor} with a JSON-able dict `meta` (settings, digests of the inputs) as safetensors metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(tensors, metadata={"hnlmrec": json.dumps(meta, sort_keys=True)}))
+
+
+def load_tensors(path, maker, device="cpu"):
+    """Read ({name: tensor}, meta) back. `maker` is the command that writes the file, for the error message.
+
+    Raises SystemExit2 when the file is missing, truncated or not ours."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path}: no such file; make it with `{maker}`")
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            meta, names = json.loads((file.metadata() or {})["hnlmrec"]), file.keys()
+            return {name: file.get_tensor(name) for name in names}, meta
+    except (SafetensorError, KeyError, ValueError) as error:
+        fail(f"{path}: not a readable file of this program ({type(error).__name__}: {error}); delete it and run `{maker}` again")
+
+
+def file_digest(path):
+    """The first 16 hex digits of a file's sha256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def require_digest(path, maker):
+    """The digest of an input file; one clear line when it is not there."""
+    if not Path(path).exists():
+        fail(f"{path}: no such file; make it with `{maker}`")
+    return file_digest(path)
+
+
+def read_meta(path, maker):
+    """The metadata of one of our safetensors files, without its tensors."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return json.loads((file.metadata() or {})["hnlmrec"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        fail(f"{path}: not a readable file of this program ({type(error).__name__}); delete it and run `{maker}` again")
+
+
+def up_to_date(path, settings, maker, force=False):
+    """True when `path` was made with exactly these settings (inputs' digests included): the step can be skipped.
+
+    Raises SystemExit2 when it was made with others, so that nothing stale is used and nothing is overwritten unasked."""
+    path = Path(path)
+    if force or not path.exists():
+        return False
+    old = read_meta(path, maker).get("settings", {})
+    settings = json.loads(json.dumps(settings))
+    for name in sorted(set(old) | set(settings)):
+        if old.get(name) != settings.get(name):
+            fail(f"{path}: made with {name}={old.get(name)}, now {name}={settings.get(name)}; "
+                 f"add --force to `{maker}` to remake it, or choose another folder")
+    print(f"skip: {path} is up to date")
+    return True
+
+
+def read_jsonl(path, maker, growing=False):
+    """All rows of a JSON-lines file. growing: the file is written line by line, so that a last line without its end, of a program
+    killed while writing, is left out; in any other file it is an error."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path}: no such file; make it with `{maker}`")
+    rows = []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n") and growing:
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            fail(f"{path}: line {n} is not whole; delete the file and run `{maker}` again")
+    return rows
+
+
+class Progress:
+    """Rate and time left: one rewritten line on a terminal, at most one plain line each 20 seconds in a file."""
+
+    def __init__(self, label, total, unit):
+        self.label, self.total, self.unit = label, total, unit
+        self.start = self.shown = time.time()
+        self.first = None
+        self.tty = sys.stdout.isatty()
+
+    def update(self, done, extra=""):
+        now = time.time()
+        if self.first is None:
+            self.first = (done, now)  # what a resumed run found finished says nothing about speed
+            return
+        if done < self.total and now - self.shown < (0.2 if self.tty else 20):
+            return
+        self.shown = now
+        rate = (done - self.first[0]) / max(now - self.first[1], 1e-9)
+        left = (self.total - done) / rate if rate else float("inf")
+        line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  {extra}".rstrip()
+        end = "\n" if not self.tty or done >= self.total else ""
+        print(f"\r\033[K{line}" if self.tty else line, end=end, flush=True)
+
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 def number(kind, low, high=float("inf"), open_low=False):
     """An argparse type: a number of `kind` in [low, high] (or (low, high]), with a message that names the range."""
@@ -782,89 +876,6 @@ def add_training_flags(parser):
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
-
-
-def restore(modules, state):
-    """Load {prefix.name: tensor} into {prefix: module}."""
-    for prefix, module in modules.items():
-        module.load_state_dict({key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")})
-
-
-def row_of(rows, raw, flag, path):
-    """The number of the row with this raw id. Raises SystemExit2 naming the flag when there is none."""
-    row = next((n for n, row in enumerate(rows) if row["raw"] == raw), None)
-    if row is None:
-        fail(f"{flag} {raw}: no such id in {path} (for example {rows[0]['raw']})")
-    return row
-
-
-def load_model(path, maker, data):
-    """Rebuild a trained backbone from its file -> (model, meta, all tensors).
-
-    Raises SystemExit2 when it was trained on another split than `data` (a dict of load_data)."""
-    tensors, meta = load_tensors(path, maker, data["train"].device)
-    s = meta["settings"]
-    if s["data"] != data["digest"]:
-        fail(f"{path}: was trained on another data.safetensors; make it again with `{maker} --force`")
-    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"], s["layers"])
-    restore({"backbone": model}, tensors)
-    return model.eval(), meta, tensors
-
-
-def load_negatives(run, name, digest):
-    """Join the shards NAME-00000.safetensors … and NAME-items.safetensors -> dict: pairs (n, 2), hidden (n, H) f16, vector (n, d)
-    f16, text (I, H) f16, digest of them all.
-
-    Raises SystemExit2 when a shard is missing, or was made for another split."""
-    paths = [path for path in sorted(Path(run).glob(f"{name}-?????.safetensors")) if path.stem[-5:].isdigit()]
-    maker = f"python llm_negatives.py generate --run {run}"
-    if not paths:
-        fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
-    n_shards, paths = len(paths), [*paths, Path(run) / f"{name}-items.safetensors"]
-    parts, metas = zip(*(load_tensors(path, maker) for path in paths))
-    for path, meta in zip(paths, metas):
-        if meta["settings"]["data"] != digest:
-            fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
-        if meta["settings"] != metas[0]["settings"]:
-            fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
-    if n_shards != metas[0]["settings"]["shards"]:
-        fail(f"{Path(run) / name}: {n_shards} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
-    joined = {key: torch.cat([part[key] for part in parts[:-1]]) for key in ("pairs", "hidden", "vector")}
-    digest = hashlib.sha256("+".join(file_digest(path) for path in paths).encode()).hexdigest()[:16]
-    return {**joined, "text": parts[-1]["text"], "digest": digest}
-
-
-def pretrain(args):
-    """Train one backbone with one sampler; write its best state and its user/item vectors."""
-    out, data = Path(args.run) / args.out, load_data(args.run)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command", "export")}
-    settings["data"] = data["digest"]
-    if not up_to_date(out, settings, "python backbones.py pretrain", args.force):
-        train_baseline(args, data, settings, out)
-    if args.export:
-        tensors, meta = load_tensors(out, "python backbones.py pretrain")
-        save_tensors(Path(args.run) / args.export, {name: tensors[name] for name in ("user", "item")}, {"settings": meta["settings"]})
-        print(f"wrote {Path(args.run) / args.export}: user {tuple(tensors['user'].shape)}, item {tuple(tensors['item'].shape)}, "
-              "rows as in users.jsonl and items.jsonl")
-
-
-def train_baseline(args, data, settings, out):
-    """The training of `pretrain`, from the data of load_data to the file `out`."""
-    torch.manual_seed(args.seed)
-    train = data["train"].to(args.device)
-    data = {**data, "train": train, "valid": data["valid"].to(args.device)}
-    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
-    step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
-    start = time.time()
-    state, history = fit({"backbone": model}, step, len(train), validation(model, data), epochs=args.epochs,
-                         batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
-                         seed=args.seed, label=f"{args.backbone} {args.sampler}")
-    restore({"backbone": model}, state)
-    users, items = model.eval()()
-    save_tensors(out, {**state, "user": users, "item": items},
-                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
-                  "seconds": time.time() - start})
-    print(f"wrote {out}")
 
 
 def main(argv=None):

@@ -31,50 +31,32 @@ from backbones import (
     contains,
     dns,
     fail,
+    hit_rate,
     load_data,
     load_model,
     load_negatives,
     load_tensors,
     mixgcf,
+    mrr,
     ndcg,
     nearest_items,
     number,
     pair_keys,
+    precision,
     rank_unseen,
     ranking_hits,
     read_jsonl,
     read_meta,
+    recall,
     row_of,
     run_cli,
     user_rows,
     write_atomic,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranking metrics: hits (n, K) bool in rank order and relevant (n,) -> one number a user, (n,) float64
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def recall(hits, relevant, k):
-    """Share of a user's held-out items among the first k."""
-    return hits[:, :k].double().sum(1) / relevant
-
-
-def precision(hits, relevant, k):
-    """Share of the first k that are held-out items."""
-    return hits[:, :k].double().sum(1) / k
-
-
-def hit_rate(hits, relevant, k):
-    """1 when any of the first k is a held-out item."""
-    return hits[:, :k].any(1).double()
-
-
-def mrr(hits, relevant, k):
-    """1 / rank of the first held-out item, 0 when it is not among the first k."""
-    rank = torch.arange(1, hits[:, :k].shape[1] + 1, device=hits.device).double()
-    return (hits[:, :k] / rank).max(1).values
-
+# --------------------------------------------------------------------------------------------------
+# Metrics of a model
+# --------------------------------------------------------------------------------------------------
 
 COLUMNS = [f"{name}@{k}" for name in ("Recall", "NDCG") for k in (10, 20)]  # what the tables show
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
@@ -90,10 +72,50 @@ def evaluate(model, data, split="test", ks=(10, 20)):
     return users, values, model.n_users - len(users)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# False hard negatives: negatives that are held-out positives
-# ---------------------------------------------------------------------------------------------------------------------
+def list_statistics(model, data, k=20):
+    """What a model recommends and to whom it is right, on the test pairs -> dict.
 
+    Recall@k and the other metrics: per user (n,), with `users`; item_recall: Recall@k over the test pairs of each quarter of the items by train
+    popularity; popularity: mean train count of a recommended item; coverage: share of the catalogue that is recommended to
+    anybody; gini: inequality of how often items are recommended, 0 (all alike) to 1."""
+    users, values, _ = evaluate(model, data, "test", (10, k))
+    seen = torch.cat([data["train"], data["valid"]])
+    ranked = rank_unseen(model, users, user_rows(seen, model.n_users), k)  # (n, k)
+    count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
+    quarter = quartiles(count)
+    recommended = pair_keys(torch.stack([users[:, None].expand_as(ranked)[ranked >= 0], ranked[ranked >= 0]], 1), model.n_items)
+    hit = contains(recommended, *data["test"].T, model.n_items)
+    shown = torch.bincount(ranked[ranked >= 0], minlength=model.n_items).double().sort().values
+    rank = torch.arange(1, model.n_items + 1).double()
+    return {"users": users, **values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
+            "popularity": float(count[ranked[ranked >= 0]].double().mean()), "coverage": float((shown > 0).double().mean()),
+            "gini": float((2 * rank - model.n_items - 1) @ shown / (model.n_items * shown.sum()))}
+
+
+def quartiles(count):
+    """Counts (n,) -> quarter 0 (lowest) … 3 of each; equal counts may fall on both sides of a border, by index."""
+    place = torch.empty_like(count)
+    place[count.argsort(stable=True)] = torch.arange(len(count))
+    return place * 4 // len(count)
+
+
+def paired_bootstrap(difference, draws=10_000, seed=0):
+    """Two-sided p that the mean of paired per-user differences (n,) is zero: users drawn with replacement (Efron, 1979; for
+    rankings, Sakai, SIGIR 2006) -> (mean, low and high end of the 95 % interval, p)."""
+    difference = np.asarray(difference, np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.array([difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(draws)])
+    below = (np.sum(means <= 0) + 1) / (draws + 1)
+    return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * min(below, (np.sum(means >= 0) + 1) / (draws + 1)))
+
+
+def spread(values):
+    """mean and standard deviation over seeds (n - 1), as numbers."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+# --------------------------------------------------------------------------------------------------
+# False hard negatives: negatives that are held-out positives
+# --------------------------------------------------------------------------------------------------
 
 def fhns_rate(users, items, held_keys, n_items):
     """Share of negatives that are held-out positives of their user: users (n,), items (n, k), held_keys from pair_keys of
@@ -134,42 +156,11 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
     nearest = nearest_items(vectors, pairs[:, 0], items, pair_keys(data["train"], n_items), 10)
     return {"FHNS@1": fhns_rate(pairs[:, 0], nearest[:, :1], held, n_items), "FHNS@10": fhns_rate(pairs[:, 0], nearest, held, n_items)}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Report
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec"}
-
-
-def best_epoch(meta):
-    """The row of a model's history with the best validation: that of the state in its file."""
-    return max(meta["history"], key=lambda row: row["valid_ndcg@20"])
-
-
-def markdown_table(header, rows):
-    """Rows of cells -> the lines of a Markdown table."""
-    return ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header),
-            *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
-
-
-def fhns_section(run, data, model, result, m=8, projected=None):
-    """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
-    and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
-    fhns, paths = fhns_of_samplers(model, data, m, 0), sorted(run.glob("negatives*-00000.safetensors"))
-    items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"] if paths else None
-    for path in paths:
-        name = path.name[: -len("-00000.safetensors")]
-        made = load_negatives(run, name, data["digest"])
-        # the head's space is that of the centred item vectors (llm_negatives.SftTask)
-        fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(made["pairs"], made["vector"], items - items.mean(0), data, data["n_items"])
-    for name, (pairs, vectors, trained) in (projected or {}).items():
-        fhns[name] = fhns_of_vectors(pairs, vectors, trained, data, data["n_items"])
-    result["fhns"] = fhns
-    return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
-            "vector, its nearest real items that the user has no train pair with."), "",
-            *markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
-                [name, *(f"{row[c]:.2%}" if c in row else "" for c in ("FHNS@1", "FHNS@10"))] for name, row in fhns.items()])]
 
 
 def report(args):
@@ -220,9 +211,32 @@ def report(args):
     print(f"\nwrote {run / 'report.md'} and {run / 'metrics.json'}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def fhns_section(run, data, model, result, m=8, projected=None):
+    """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
+    and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
+    fhns, paths = fhns_of_samplers(model, data, m, 0), sorted(run.glob("negatives*-00000.safetensors"))
+    items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"] if paths else None
+    for path in paths:
+        name = path.name[: -len("-00000.safetensors")]
+        made = load_negatives(run, name, data["digest"])
+        # the head's space is that of the centred item vectors (llm_negatives.SftTask)
+        fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(made["pairs"], made["vector"], items - items.mean(0), data, data["n_items"])
+    for name, (pairs, vectors, trained) in (projected or {}).items():
+        fhns[name] = fhns_of_vectors(pairs, vectors, trained, data, data["n_items"])
+    result["fhns"] = fhns
+    return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
+            "vector, its nearest real items that the user has no train pair with."), "",
+            *markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
+                [name, *(f"{row[c]:.2%}" if c in row else "" for c in ("FHNS@1", "FHNS@10"))] for name, row in fhns.items()])]
+
+
+def best_epoch(meta):
+    """The row of a model's history with the best validation: that of the state in its file."""
+    return max(meta["history"], key=lambda row: row["valid_ndcg@20"])
+
+# --------------------------------------------------------------------------------------------------
 # Compare: methods x backbones x seeds on one split. A cell is one command, echoed, that trains one model
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
@@ -244,142 +258,6 @@ LLM_ABLATIONS = {  # name -> the negatives it trains with, and the steps of llm_
     "targets mined by MixGCF": ("negatives-mixgcf", ["finetune --mine mixgcf --name sft-mixgcf", "generate --sft sft-mixgcf --out negatives-mixgcf"]),
 }
 LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew for each value
-
-
-def program(script, *words):
-    """Run one of our scripts as a command of its own. Raises SystemExit2 with its own last line when it fails."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, words)]
-    print("$ " + " ".join([script, *map(str, words)]) + "\n", end="", flush=True)  # one write: threads may print at once
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-
-
-def make_negatives(run, name, steps, llm, pairs_per_user):
-    """Fine-tune and generate a variant's negatives, unless they are there: their items file is written last."""
-    for step in () if (run / f"{name}-items.safetensors").exists() else steps:
-        more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
-        program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
-
-
-def make_cell(run, script, name, words, backbone, seed):
-    """Train one cell, by backbones.py or hnlmrec.py, unless its file is there -> the path of the model."""
-    flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
-    out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
-    if not (run / out).exists():
-        program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed, *words, "--out", out)
-    return run / out
-
-
-def make_cells(run, cells, jobs):
-    """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda cell: make_cell(run, *cell), cells))
-
-
-def list_statistics(model, data, k=20):
-    """What a model recommends and to whom it is right, on the test pairs -> dict.
-
-    Recall@k and the other metrics: per user (n,), with `users`; item_recall: Recall@k over the test pairs of each quarter of the items by train
-    popularity; popularity: mean train count of a recommended item; coverage: share of the catalogue that is recommended to
-    anybody; gini: inequality of how often items are recommended, 0 (all alike) to 1."""
-    users, values, _ = evaluate(model, data, "test", (10, k))
-    seen = torch.cat([data["train"], data["valid"]])
-    ranked = rank_unseen(model, users, user_rows(seen, model.n_users), k)  # (n, k)
-    count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
-    quarter = quartiles(count)
-    recommended = pair_keys(torch.stack([users[:, None].expand_as(ranked)[ranked >= 0], ranked[ranked >= 0]], 1), model.n_items)
-    hit = contains(recommended, *data["test"].T, model.n_items)
-    shown = torch.bincount(ranked[ranked >= 0], minlength=model.n_items).double().sort().values
-    rank = torch.arange(1, model.n_items + 1).double()
-    return {"users": users, **values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
-            "popularity": float(count[ranked[ranked >= 0]].double().mean()), "coverage": float((shown > 0).double().mean()),
-            "gini": float((2 * rank - model.n_items - 1) @ shown / (model.n_items * shown.sum()))}
-
-
-def quartiles(count):
-    """Counts (n,) -> quarter 0 (lowest) … 3 of each; equal counts may fall on both sides of a border, by index."""
-    place = torch.empty_like(count)
-    place[count.argsort(stable=True)] = torch.arange(len(count))
-    return place * 4 // len(count)
-
-
-def paired_bootstrap(difference, draws=10_000, seed=0):
-    """Two-sided p that the mean of paired per-user differences (n,) is zero: users drawn with replacement (Efron, 1979; for
-    rankings, Sakai, SIGIR 2006) -> (mean, low and high end of the 95 % interval, p)."""
-    difference = np.asarray(difference, np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.array([difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(draws)])
-    below = (np.sum(means <= 0) + 1) / (draws + 1)
-    return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * min(below, (np.sum(means >= 0) + 1) / (draws + 1)))
-
-
-def svg_chart(title, labels, means, spreads, line=False):
-    """One small picture: bars (or a line) of means with error bars of one spread, as SVG text. No plotting package."""
-    low, high = min(m - s for m, s in zip(means, spreads)), max(m + s for m, s in zip(means, spreads))
-    low, high = (low - 0.5 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
-    width, left, top, height = 90 * len(labels) + 80, 60, 30, 200
-    y = lambda v: top + height * (1 - (v - low) / (high - low))
-    x = [left + 90 * n + 45 for n in range(len(labels))]
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 60}" font-family="sans-serif" font-size="11">',
-             f'<rect width="100%" height="100%" fill="white"/><text x="{left}" y="16" font-size="13">{html.escape(title)}</text>']
-    for k in range(5):
-        v = low + (high - low) * k / 4
-        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/><text x="4" y="{y(v) + 4:.1f}">{v:.4f}</text>')
-    if line:
-        parts.append('<polyline fill="none" stroke="#36c" stroke-width="2" points="' + " ".join(f"{a},{y(m):.1f}" for a, m in zip(x, means)) + '"/>')
-    for n, (a, m, s) in enumerate(zip(x, means, spreads)):
-        if not line:
-            parts.append(f'<rect x="{a - 28}" width="56" y="{y(m):.1f}" height="{top + height - y(m):.1f}" fill="#8ab4e8"/>')
-        parts.append(f'<line x1="{a}" x2="{a}" y1="{y(m - s):.1f}" y2="{y(m + s):.1f}" stroke="black" stroke-width="1.5"/>')
-        for k, word in enumerate(str(labels[n]).split(" ", 2)):
-            parts.append(f'<text x="{a}" y="{top + height + 15 + 13 * k}" text-anchor="middle">{html.escape(word[:16])}</text>')
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def spread(values):
-    """mean and standard deviation over seeds (n - 1), as numbers."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-LIST_COLUMNS = ["valid", "seconds", "item_recall", "popularity", "coverage", "gini"]
-
-
-def backbone_section(run, out, backbone, table, data, tests):
-    """Lines of one backbone's part of the comparison, and its picture. table {method: {column: array over seeds}}; what the
-    paired tests find is also put into `tests`."""
-    # the rival is named by validation, as every choice is
-    best = max((name for name in table if name in BASELINES), key=lambda name: table[name]["valid"].mean(), default=next(iter(table)))
-
-    def against(name, other):
-        """[mean, interval, p] of per-user NDCG@20 (each user's mean over seeds), and the difference seed by seed."""
-        difference = table[name]["NDCG@20"] - table[other]["NDCG@20"]  # (S, n)
-        return (*paired_bootstrap(difference.mean(0)), difference.mean(1).tolist())
-
-    main, bias = [], []
-    quarter = quartiles(torch.bincount(data["train"][:, 0], minlength=data["n_users"])).numpy()
-    for name, cell in table.items():
-        mean, low, high, p, by_seed = against(name, best)
-        tests[f"{name} | {backbone}"] = {"against": best, "mean": mean, "low": low, "high": high, "p": p, "by seed": by_seed}
-        verdict = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.3f}, {sum(d > 0 for d in by_seed)}/{len(by_seed)} seeds"
-        main.append([name, *("{:.4f} ± {:.4f}".format(*spread(cell[column].mean(1))) for column in COLUMNS), f"{cell['valid'].mean():.4f}",
-                     "" if name == best else verdict, f"{cell['seconds'].mean():.0f}"])
-        groups = [cell["NDCG@20"][:, quarter[cell["users"][0]] == q].mean() for q in range(4)]
-        bias.append([name, *(f"{v:.4f}" for v in (*groups, *cell["item_recall"].mean(0))), f"{cell['popularity'].mean():.0f}",
-                     f"{cell['coverage'].mean():.1%}", f"{cell['gini'].mean():.3f}"])
-    write_atomic(run / f"{out}-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", list(table), *zip(*(
-        spread(cell["NDCG@20"].mean(1)) for cell in table.values()))).encode())
-    lines = ["", f"## {backbone}", "",
-             (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired bootstrap over "
-             "users (each user's mean over seeds); seeds in which it is above."), "",
-             *markdown_table(["method", *COLUMNS, "valid NDCG@20", f"against {best}", "s"], main), "", f"![test NDCG@20]({out}-{backbone}.svg)"]
-    if "HNLMRec" in table:
-        lines += ["", "HNLMRec minus each other row, NDCG@20:", "", *markdown_table(["row", "difference", "p"], [
-            [name, f"{d[0]:+.4f} [{d[1]:+.4f}, {d[2]:+.4f}]", f"{d[3]:.3f}"] for name in table if name != "HNLMRec" for d in [against("HNLMRec", name)]])]
-    return [*lines, "", f"### Sparse users, unpopular items, popularity bias ({backbone})", "",
-            ("NDCG@20 of users by quarter of their train count (Q1 fewest); Recall@20 of test pairs by quarter of their item's train "
-            "popularity (I1 least popular); mean train count of a recommended item, share of the catalogue recommended, Gini index; means over seeds."), "",
-            *markdown_table(["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage", "Gini"], bias)]
 
 
 def compare(args):
@@ -432,6 +310,46 @@ def compare(args):
     print(f"\nwrote {run / args.out}.md and {args.out}.json")
 
 
+LIST_COLUMNS = ["valid", "seconds", "item_recall", "popularity", "coverage", "gini"]
+
+
+def backbone_section(run, out, backbone, table, data, tests):
+    """Lines of one backbone's part of the comparison, and its picture. table {method: {column: array over seeds}}; what the
+    paired tests find is also put into `tests`."""
+    # the rival is named by validation, as every choice is
+    best = max((name for name in table if name in BASELINES), key=lambda name: table[name]["valid"].mean(), default=next(iter(table)))
+
+    def against(name, other):
+        """[mean, interval, p] of per-user NDCG@20 (each user's mean over seeds), and the difference seed by seed."""
+        difference = table[name]["NDCG@20"] - table[other]["NDCG@20"]  # (S, n)
+        return (*paired_bootstrap(difference.mean(0)), difference.mean(1).tolist())
+
+    main, bias = [], []
+    quarter = quartiles(torch.bincount(data["train"][:, 0], minlength=data["n_users"])).numpy()
+    for name, cell in table.items():
+        mean, low, high, p, by_seed = against(name, best)
+        tests[f"{name} | {backbone}"] = {"against": best, "mean": mean, "low": low, "high": high, "p": p, "by seed": by_seed}
+        verdict = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.3f}, {sum(d > 0 for d in by_seed)}/{len(by_seed)} seeds"
+        main.append([name, *("{:.4f} ± {:.4f}".format(*spread(cell[column].mean(1))) for column in COLUMNS), f"{cell['valid'].mean():.4f}",
+                     "" if name == best else verdict, f"{cell['seconds'].mean():.0f}"])
+        groups = [cell["NDCG@20"][:, quarter[cell["users"][0]] == q].mean() for q in range(4)]
+        bias.append([name, *(f"{v:.4f}" for v in (*groups, *cell["item_recall"].mean(0))), f"{cell['popularity'].mean():.0f}",
+                     f"{cell['coverage'].mean():.1%}", f"{cell['gini'].mean():.3f}"])
+    write_atomic(run / f"{out}-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", list(table), *zip(*(
+        spread(cell["NDCG@20"].mean(1)) for cell in table.values()))).encode())
+    lines = ["", f"## {backbone}", "",
+             (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired bootstrap over "
+             "users (each user's mean over seeds); seeds in which it is above."), "",
+             *markdown_table(["method", *COLUMNS, "valid NDCG@20", f"against {best}", "s"], main), "", f"![test NDCG@20]({out}-{backbone}.svg)"]
+    if "HNLMRec" in table:
+        lines += ["", "HNLMRec minus each other row, NDCG@20:", "", *markdown_table(["row", "difference", "p"], [
+            [name, f"{d[0]:+.4f} [{d[1]:+.4f}, {d[2]:+.4f}]", f"{d[3]:.3f}"] for name in table if name != "HNLMRec" for d in [against("HNLMRec", name)]])]
+    return [*lines, "", f"### Sparse users, unpopular items, popularity bias ({backbone})", "",
+            ("NDCG@20 of users by quarter of their train count (Q1 fewest); Recall@20 of test pairs by quarter of their item's train "
+            "popularity (I1 least popular); mean train count of a recommended item, share of the catalogue recommended, Gini index; means over seeds."), "",
+            *markdown_table(["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage", "Gini"], bias)]
+
+
 def sweep(args):
     """Train HNLMRec (or the baseline of --method) with each value of one flag, and rank the values on validation. Reads no test pair."""
     run, flag, values, cells = Path(args.run), args.flag.replace("_", "-"), args.values.split(","), []
@@ -453,10 +371,39 @@ def sweep(args):
     print(f"wrote {run / out}.md")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recommend
-# ---------------------------------------------------------------------------------------------------------------------
+def program(script, *words):
+    """Run one of our scripts as a command of its own. Raises SystemExit2 with its own last line when it fails."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, words)]
+    print("$ " + " ".join([script, *map(str, words)]) + "\n", end="", flush=True)  # one write: threads may print at once
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
+
+def make_negatives(run, name, steps, llm, pairs_per_user):
+    """Fine-tune and generate a variant's negatives, unless they are there: their items file is written last."""
+    for step in () if (run / f"{name}-items.safetensors").exists() else steps:
+        more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
+        program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
+
+
+def make_cell(run, script, name, words, backbone, seed):
+    """Train one cell, by backbones.py or hnlmrec.py, unless its file is there -> the path of the model."""
+    flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
+    out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
+    if not (run / out).exists():
+        program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed, *words, "--out", out)
+    return run / out
+
+
+def make_cells(run, cells, jobs):
+    """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda cell: make_cell(run, *cell), cells))
+
+# --------------------------------------------------------------------------------------------------
+# Recommend
+# --------------------------------------------------------------------------------------------------
 
 def recommend(args):
     """Print one user's best unseen items, and the items nearest to the negatives that the LLM made for that user."""
@@ -485,6 +432,41 @@ def recommend(args):
         for (_, item), group in zip(pairs.tolist(), near.tolist()):
             print(f"       {title(item)} -> " + "; ".join(map(title, group)))
 
+# --------------------------------------------------------------------------------------------------
+# Tables and pictures
+# --------------------------------------------------------------------------------------------------
+
+def markdown_table(header, rows):
+    """Rows of cells -> the lines of a Markdown table."""
+    return ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header),
+            *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
+
+
+def svg_chart(title, labels, means, spreads, line=False):
+    """One small picture: bars (or a line) of means with error bars of one spread, as SVG text. No plotting package."""
+    low, high = min(m - s for m, s in zip(means, spreads)), max(m + s for m, s in zip(means, spreads))
+    low, high = (low - 0.5 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
+    width, left, top, height = 90 * len(labels) + 80, 60, 30, 200
+    y = lambda v: top + height * (1 - (v - low) / (high - low))
+    x = [left + 90 * n + 45 for n in range(len(labels))]
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 60}" font-family="sans-serif" font-size="11">',
+             f'<rect width="100%" height="100%" fill="white"/><text x="{left}" y="16" font-size="13">{html.escape(title)}</text>']
+    for k in range(5):
+        v = low + (high - low) * k / 4
+        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/><text x="4" y="{y(v) + 4:.1f}">{v:.4f}</text>')
+    if line:
+        parts.append('<polyline fill="none" stroke="#36c" stroke-width="2" points="' + " ".join(f"{a},{y(m):.1f}" for a, m in zip(x, means)) + '"/>')
+    for n, (a, m, s) in enumerate(zip(x, means, spreads)):
+        if not line:
+            parts.append(f'<rect x="{a - 28}" width="56" y="{y(m):.1f}" height="{top + height - y(m):.1f}" fill="#8ab4e8"/>')
+        parts.append(f'<line x1="{a}" x2="{a}" y1="{y(m - s):.1f}" y2="{y(m + s):.1f}" stroke="black" stroke-width="1.5"/>')
+        for k, word in enumerate(str(labels[n]).split(" ", 2)):
+            parts.append(f'<text x="{a}" y="{top + height + 15 + 13 * k}" text-anchor="middle">{html.escape(word[:16])}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])

@@ -60,10 +60,538 @@ from backbones import (
     write_atomic,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# prepare, part 1: readers. Each yields rows as they stand in the file; nothing is held.
-#   interactions: (user, item, rating or None, seconds since 1970 or None, text)      items: (item, title, text)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The method: a projector brings what the LLM generated into the recommender's space; mixing and alignment train with it
+# --------------------------------------------------------------------------------------------------
+
+class Projector(nn.Module):
+    """Self-attention over the K generated vectors of one user, then an MLP into the recommender's space (paper, stage 2).
+
+    hidden (B, K, H) -> z (B, D), the projection of slot 0, informed by the other K - 1. mean and std standardise the LLM's
+    hidden states, of which a few dimensions dwarf the rest. attention=False leaves the MLP alone (an ablation)."""
+
+    def __init__(self, hidden, dim, width=128, attention=True):
+        super().__init__()
+        self.register_buffer("mean", hidden.float().mean(0))
+        self.register_buffer("std", hidden.float().std(0).clamp(min=1e-3))
+        self.inward = nn.Linear(hidden.shape[1], width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3)) if attention else (None,) * 3
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
+
+    def forward(self, hidden):
+        return self.attend(self.read(hidden))
+
+    def read(self, hidden):
+        """(…, H) -> (…, W), one vector at a time."""
+        return self.inward((hidden.float() - self.mean) / self.std)
+
+    def attend(self, x):
+        """(B, K, W) -> (B, D): slot 0, informed by the others."""
+        slot = x[:, 0]
+        if self.query is not None:  # slot 0 asks, all K answer
+            weight = torch.einsum("bw,bkw->bk", self.query(slot), self.key(x)) / x.shape[-1] ** 0.5
+            slot = slot + torch.einsum("bk,bkw->bw", weight.softmax(-1), self.value(x))  # (B, W)
+        return self.mlp(slot)
+
+
+def mix(z, sampled, alpha):
+    """e⁻ = alpha z + (1 - alpha) e_j (B, D), as in the paper. z is first given the norm of e_j, since alignment, which trains
+    it, sees directions only."""
+    z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
+    return alpha * z + (1 - alpha) * sampled
+
+
+def alignment_loss(z, positives, mined, user_ids, tau):
+    """L_align, the only loss that trains the projector: z must lie near a CF-mined hard negative of its user, not near those
+    of other users nor near the positive: InfoNCE(z; e_m against the batch's other e_m' and e_i), cosine, temperature tau_c.
+
+    All (B, D); user_ids (B,): rows of one user are no negatives of each other -> scalar."""
+    z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
+    same = user_ids[:, None] == user_ids[None]
+    same.fill_diagonal_(False)
+    scores = (z @ mined.T).masked_fill(same, -torch.inf)  # (B, B)
+    own = (z * positives).sum(-1, keepdim=True)  # (B, 1)
+    return F.cross_entropy(torch.cat([scores, own], 1) / tau, torch.arange(len(z), device=z.device))
+
+
+def semantic_alignment(vectors, texts, tau):
+    """InfoNCE between rows: vectors (A, D), the backbone's of A users or items, against texts (A, D), their projected texts.
+    Both sides get the gradient, so that what the LLM reads shapes e_u and e_i (the form of RLMRec-Con, Ren et al., WWW 2024)."""
+    scores = F.normalize(vectors, dim=-1) @ F.normalize(texts, dim=-1).T / tau  # (A, A)
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+
+
+class SemanticProjector(nn.Module):
+    """The LLM's text vectors in the recommender's space: text (I, H) standardised, then an MLP -> (…, D). A user is the mean of
+    the texts of the user's train items."""
+
+    def __init__(self, text, train, n_users, dim, width=128):
+        super().__init__()
+        text = text.float()
+        text = F.normalize((text - text.mean(0)) / text.std(0).clamp(min=1e-3), dim=1)
+        self.register_buffer("item", text, persistent=False)  # (I, H)
+        self.register_buffer("user", F.normalize(sum_of_train_items(text, train, n_users), dim=1), persistent=False)  # (U, H)
+        self.mlp = nn.Sequential(nn.Linear(text.shape[1], width), nn.LeakyReLU(), nn.Linear(width, dim))
+
+    def forward(self, users, items):
+        """ids (A,), (B,) -> (A, D), (B, D)."""
+        return self.mlp(self.user[users]), self.mlp(self.item[items])
+
+
+def sum_of_train_items(items, train, n_users):
+    """Each user's sum of the vectors of the user's train items: items (I, H), train (N, 2) -> (U, H)."""
+    return items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+
+
+def text_start(text, train, n_users, dim, std):
+    """Initial vectors that already say what the texts say: of an item the first `dim` principal components of the texts, of a
+    user the sum over the train items; both scaled to the mean square that random ones would have. Beyond the paper.
+
+    text (I, H), train (N, 2) -> (U + I, dim)."""
+    centred = text - text.mean(0)
+    items = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]  # (I, min(dim, H))
+    users = sum_of_train_items(items, train, n_users)
+    return torch.cat([F.pad(x * std / x.pow(2).mean() ** 0.5, (0, dim - x.shape[1])) for x in (users, items)])
+
+
+def text_relevance(text, train, n_users):
+    """How well each item's text fits a user's train items: cosines of whitened texts (unwhitened, what all texts share would
+    decide), summed over the train items, then in standard deviations of that user's items. What the texts say the user
+    would like is a likely false negative, and DNS can be kept clear of it. Beyond the paper.
+
+    text (I, H), train (N, 2) -> (U, I) float16, 2 bytes a user and item."""
+    centred = text - text.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    items = F.normalize(centred @ vectors * values.clamp(min=values[-1] * 1e-4) ** -0.5, dim=1)  # (I, H)
+    users = sum_of_train_items(items, train, n_users)
+    relevance = torch.empty(n_users, len(items), dtype=torch.float16, device=text.device)
+    for begin in range(0, n_users, 1024):
+        fit = users[begin : begin + 1024] @ items.T
+        relevance[begin : begin + 1024] = (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True).clamp(min=1e-12)
+    return relevance
+
+
+class NegativeTable:
+    """Which K generated vectors belong to a train pair: its own first, then others of the same user.
+
+    generated (n, 2) pairs sorted by user. `own` is the number of train pairs with a vector of their own; the others use their
+    user's other vectors instead: a counted fallback. A user without any is an error, since noise in its place would look
+    like a result."""
+
+    def __init__(self, generated, train, n_users, n_items):
+        count = torch.bincount(generated[:, 0], minlength=n_users)
+        empty = (count[train[:, 0]] == 0).nonzero()
+        if len(empty):
+            fail(f"negatives: user row {int(train[empty[0], 0])} has train pairs but no generated negative; "
+                 "run `python llm_negatives.py generate` with --pairs-per-user 1 or more")
+        self.start, self.count = count.cumsum(0) - count, count
+        keys, order = (generated[:, 0] * n_items + generated[:, 1]).sort()
+        query = train[:, 0] * n_items + train[:, 1]
+        at = torch.searchsorted(keys, query).clamp(max=len(keys) - 1)
+        self.row = torch.where(keys[at] == query, order[at], -1)  # (N,) each train pair's own row, -1: none
+        self.own = int((self.row >= 0).sum())
+        self.train_users = train[:, 0]
+
+    def __call__(self, rows, k, generator=None):
+        """Train rows (B,) -> rows of the generated vectors (B, K), the pair's own (or its stand-in) first. A user with
+        fewer than K vectors has some of them more than once."""
+        chosen, own = self.others(self.train_users[rows], k, generator), self.row[rows]
+        chosen[:, 0] = torch.where(own >= 0, own, chosen[:, 0])
+        return chosen
+
+    def others(self, users, k, generator=None):
+        """Users (B,) -> k rows of each one's generated vectors, drawn at random (B, k)."""
+        pick = torch.randint(2**31, (len(users), k), generator=generator, device=users.device) % self.count[users][:, None]
+        return self.start[users][:, None] + pick
+
+
+def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
+                      k, sampler, m, align_rows, refresh, bpr_into_projector=False, penalty=None):
+    """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
+    and L2 -> step(rows, generator) for `fit`.
+
+    generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
+    e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it
+    would teach the projector to make easy negatives; so z of all generated vectors is computed at once, anew every `refresh`
+    steps. bpr_into_projector lets it through (an ablation). penalty: as make_sampler's."""
+    sample, state = make_sampler(model, sampler, pairs, m=m, penalty=penalty), {"steps": 0, "z": None}
+
+    @torch.no_grad()
+    def all_z(generator):
+        rows = torch.arange(len(hidden), device=hidden.device)
+        sets = torch.cat([rows[:, None], table.others(generated[:, 0], k - 1, generator)], 1)  # (n, K)
+        x = torch.cat([projector.read(part) for part in hidden.split(4096)])  # (n, W): read once, though in many sets
+        return torch.cat([projector.attend(x[part]) for part in sets.split(4096)])
+
+    def step(rows, generator):
+        u, i = pairs[rows].T
+        own = table(rows, 1, generator)[:, 0]  # (B,)
+        user_vectors, item_vectors, users, items, negatives, j = sample(u, i, generator)
+        if alpha:
+            if state["steps"] % refresh == 0:
+                state["z"] = all_z(generator)
+            state["steps"] += 1
+            negatives = mix(projector(hidden[table(rows, k, generator)]) if bpr_into_projector else state["z"][own], negatives, alpha)
+        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
+        ego_users, ego_items = model.ego()
+        loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+        logs = {"bpr": bpr.item()}
+        if lambda1:
+            a = slice(0, align_rows)
+            z = projector(hidden[table(rows[a], k, generator)])  # (B', D)
+            pick = torch.randint(mined.shape[1], (len(z),), generator=generator, device=u.device)
+            anchors = [items[a], take(item_vectors, mined[u[a], pick])]
+            align = alignment_loss(z, *(v.detach() for v in anchors), u[a], tau_c)
+            loss = loss + lambda1 * align
+            logs["align"] = align.item()
+        if lambda_s:
+            some = [ids[: 2 * align_rows].unique() for ids in (u, i)]
+            meaning = sum(semantic_alignment(take(vectors, ids), text, tau_c)
+                          for vectors, ids, text in zip((user_vectors, item_vectors), some, semantic(*some)))
+            loss = loss + lambda_s * meaning
+            logs["semantic"] = meaning.item()
+        return loss, logs
+
+    return step
+
+# --------------------------------------------------------------------------------------------------
+# train: the program around the step
+# --------------------------------------------------------------------------------------------------
+
+def assemble(run, s, data, made, device):
+    """Everything a step needs, from the run's files, the settings s (the flags of `train`, as a dict) and `made`, the generated
+    negatives of load_negatives -> dict."""
+    pairs, hidden, vector, text = (made[key] for key in ("pairs", "hidden", "vector", "text"))
+    cf_model, _, cf = load_model(run / s["cf"], f"python backbones.py pretrain --run {run}", data)
+    torch.manual_seed(s["seed"])
+    generator = torch.Generator().manual_seed(s["seed"])
+    if s["control"] == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
+        hidden, vector, text = (torch.randn(x.shape, generator=generator).half() for x in (hidden, vector, text))
+    elif s["control"] == "shuffled":  # … and on the LLM's vectors, each given to another pair
+        order = torch.randperm(len(hidden), generator=generator)
+        hidden, vector, text = hidden[order], vector[order], text[torch.randperm(len(text), generator=generator)]
+    mined = mine_hard_negatives(cf_model, data["train"], s["mine_first"], s["mine_last"]).to(device)
+    data = {**data, "train": data["train"].to(device), "valid": data["valid"].to(device)}
+    table = NegativeTable(pairs.to(device), data["train"], data["n_users"], data["n_items"])
+    model = build_backbone(s["backbone"], data["n_users"], data["n_items"], s["dim"], data["train"], s["layers"])
+    projector = Projector(hidden, model()[0].shape[1], s["projector_width"], s["attention"]).to(device)
+    semantic = SemanticProjector(text.to(device), data["train"], data["n_users"], model()[0].shape[1]).to(device)
+    if s["text_init"]:
+        with torch.no_grad():
+            start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
+            model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
+    penalty = None
+    if s.get("clear"):
+        texts = semantic.item[torch.randperm(len(text), generator=generator).to(device)] if s["control"] == "cleared" else semantic.item
+        relevance = text_relevance(texts, data["train"], data["n_users"])
+        penalty = lambda u, candidates: s["clear"] * relevance[u[:, None], candidates].float()  # (B,), (B, M) -> (B, M)
+    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"], penalty=penalty,
+                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "sampler", "m", "align_rows", "refresh", "bpr_into_projector")})
+    return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
+            "vector": vector, "mined": mined, "cf": cf}
+
+
+def train(args):
+    """Train backbone and projector together; write the state of the best validation."""
+    if args.clear and args.sampler != "dns":
+        fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, not {args.sampler}")
+    if args.control == "cleared" and not args.clear:
+        fail("--control cleared: shuffles the texts that --clear uses, so it needs --clear above 0")
+    run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
+    made = load_negatives(run, args.negatives, data["digest"])
+    settings |= {"data": data["digest"], "negatives_digest": made["digest"],
+                 "cf_digest": require_digest(run / args.cf, f"python backbones.py pretrain --run {run}")}
+    if up_to_date(out, settings, "python hnlmrec.py train", args.force):
+        return
+    p = assemble(run, settings, data, made, args.device)
+    model, projector, own, n = p["model"], p["projector"], p["table"].own, len(data["train"])
+    print(f"train: {own} of {n} train pairs have a generated negative of their own; the other {n - own} use their user's other ones", flush=True)
+    start, modules = time.time(), {"backbone": model, "projector": projector, "semantic": p["semantic"]}
+    state, history = fit(modules, p["step"], n, validation(model, p["data"]), epochs=args.epochs, batch_size=args.batch_size,
+                         lr=args.lr, eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
+    restore(modules, state)
+    users, items = model.eval()()
+    with torch.no_grad():  # z of each generated pair as trained, for the report; K is the pair alone, so that it is repeatable
+        z = torch.cat([projector(part[:, None]) for part in p["hidden"].split(4096)])
+    save_tensors(out, {**state, "user": users, "item": items, "z": z.half(), "z_pairs": p["pairs"]},
+                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
+                  "own_negatives": own, "seconds": time.time() - start})
+    print(f"wrote {out}")
+
+# --------------------------------------------------------------------------------------------------
+# trace: one (user, item) pair from the raw line to the gradient
+# --------------------------------------------------------------------------------------------------
+
+def trace(args):
+    """Print how one train pair passes through the pipeline, with the real values of a finished run. Changes nothing."""
+    run, data = Path(args.run), load_data(args.run)
+    users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
+    made = read_jsonl(run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}", growing=True)
+    profiles = {(row["kind"], row["raw"]): row["profile"] for row in made[1:]}
+    u = row_of(users, args.user, "--user", run / "users.jsonl")
+    own = [items[i]["raw"] for i in data["train"][data["train"][:, 0] == u, 1].tolist()]
+    if args.item is not None and args.item not in own:
+        fail(f"--item {args.item}: user {args.user} has no train pair with it (for example {', '.join(own[:5])})")
+    i = row_of(items, args.item or own[0], "--item", run / "items.jsonl")
+    row = int(((data["train"] == torch.tensor([u, i])).all(1)).nonzero())
+    title = lambda n: items[n]["title"]
+    show = lambda vector: f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"
+    tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
+    p = assemble(run, meta["settings"], data, load_negatives(run, meta["settings"]["negatives"], data["digest"]), "cpu")
+    model, projector, cf = p["model"], p["projector"], p["cf"]
+    restore({"backbone": model, "projector": projector, "semantic": p["semantic"]}, tensors)
+
+    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: {title(i)}; train pair number {row} of {len(data['train'])}")
+    print(f"2. profiles   item: {profiles['item', items[i]['raw']]}\n              user: {profiles['user', args.user]}")
+    scores = cf["item"] @ cf["user"][u]
+    rank = int((scores > scores[i]).sum()) + 1
+    print(f"3. CF         e_u {show(cf['user'][u])}\n              e_i {show(cf['item'][i])}\n              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(items)}")
+    print(f"4. mined      unseen ranks {meta['settings']['mine_first']}–{meta['settings']['mine_last']}: " + "; ".join(map(title, p["mined"][u, :5].tolist())) + "; …")
+    _, sft = load_tensors(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
+    prompt = sft["prompt"].replace("{user}", profiles["user", args.user]).replace("{item}", f"{title(i)}. {profiles['item', items[i]['raw']]}")
+    print("5. prompt     " + prompt.replace("\n", "\n              "))
+    at = int(p["table"](torch.tensor([row]), 1)[0, 0])
+    of = "" if p["pairs"][at].tolist() == [u, i] else f" (it has none of its own: that of the user's pair with {title(int(p['pairs'][at, 1]))})"
+    # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
+    near = nearest_items(p["vector"][at][None], torch.tensor([u]), cf["item"] - cf["item"].mean(0), pair_keys(data["train"], len(items)), 5)[0]
+    print(f"6. generated  h {show(p['hidden'][at].float())}{of}\n              nearest real items: " + "; ".join(
+        title(n) + (" (mined)" if n in p["mined"][u] else "") for n in near.tolist()))
+    with torch.no_grad():
+        z = projector(p["hidden"][p["table"](torch.tensor([row]), meta["settings"]["k"], torch.Generator().manual_seed(0))])[0]
+        e_u, e_i = (v[n] for v, n in zip(model.eval()(), (u, i)))
+    print(f"7. projector  z {show(z)}; cos(z, e_u) {F.cosine_similarity(z, e_u, 0):.3f}, cos(z, e_i) {F.cosine_similarity(z, e_i, 0):.3f}")
+    model.train()
+    loss, logs = p["step"](torch.tensor([row]), torch.Generator().manual_seed(0))
+    loss.backward()
+    norm = lambda module: sum(float(q.grad.pow(2).sum()) for q in module.parameters() if q.grad is not None) ** 0.5
+    print(f"8. step       e_u·e_i {float((e_u * e_i).sum()):.3f}; loss {loss.item():.4f} = " + ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
+          + f" and L2\n9. gradient   norm: backbone {norm(model):.4f}, projector {norm(projector):.4f}")
+
+# --------------------------------------------------------------------------------------------------
+# prepare, part 1: the program; filter, core, split
+# --------------------------------------------------------------------------------------------------
+
+def prepare(args):
+    """Raw files -> data.safetensors, items.jsonl, users.jsonl."""
+    run, out = Path(args.run), Path(args.run) / "data.safetensors"
+    preset = PRESETS.get(args.preset, {})
+    for name in ("format", "min_rating", "since", "until", "k_core"):
+        if getattr(args, name) is None:
+            setattr(args, name, preset.get(name, {"format": "table", "min_rating": "4", "k_core": 5}.get(name)))
+    own = {"train": args.train_file, "valid": args.valid_file, "test": args.test_file}
+    own = {name: path for name, path in own.items() if path}
+    if own and len(own) < 3:
+        fail("--train-file, --valid-file and --test-file go together; give all three")
+    if not own and not args.reviews:
+        fail("--reviews: give the interactions file (or --train-file, --valid-file and --test-file)")
+    sources = list(own.values()) or [args.reviews]
+    for path in [*sources, *filter(None, [args.meta])]:
+        if not Path(path).is_file():
+            fail(f"{path}: no such file; check --reviews, --meta and the three split files")
+    settings = {name: getattr(args, name) for name in ("format", "min_rating", "since", "until", "k_core", "split", "seed", "reviews_per_user")}
+    settings["files"] = {Path(path).name: Path(path).stat().st_size for path in [*sources, *filter(None, [args.meta])]}
+    if up_to_date(out, settings, "python hnlmrec.py prepare", args.force):
+        return
+
+    min_rating = -np.inf if str(args.min_rating) == "none" else number(float, -1e9)(str(args.min_rating))
+    since, until = (parse_day(day, flag) if day else default
+                    for day, flag, default in ((args.since, "--since", -np.inf), (args.until, "--until", np.inf)))
+    if own:
+        user, item, part, names_u, names_i, total = read_own_split(own, args.format)
+    else:
+        user, item, seconds, names_u, names_i, total = read_interactions(args.reviews, args.format, min_rating, since, until)
+        order = np.lexsort((-np.nan_to_num(seconds), item, user))  # of repeated pairs keep the latest
+        first = np.append(True, (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)) if len(order) else np.zeros(0, bool)
+        keep = order[first]
+        user, item, seconds = user[keep], item[keep], seconds[keep]
+        core = k_core(user, item, args.k_core)
+        if not core.any():
+            fail(f"{args.reviews}: nothing is left of {len(user)} interactions after --min-rating {args.min_rating} and "
+                 f"--k-core {args.k_core}; lower one of them")
+        user, item, seconds = user[core], item[core], seconds[core]
+        if args.split == "last" and np.isnan(seconds).any():
+            fail(f"{args.reviews}: --split last needs a timestamp in each row; use --split random")
+        part = None
+
+    # contiguous ids, in order of the raw id, so that they do not depend on the order of the file
+    kept_u, kept_i = np.unique(user), np.unique(item)
+    kept_u, kept_i = (np.array(sorted(kept, key=lambda code: natural(names[code]))) for kept, names in ((kept_u, names_u), (kept_i, names_i)))
+    to_u, to_i = np.full(len(names_u), -1), np.full(len(names_i), -1)
+    to_u[kept_u], to_i[kept_i] = np.arange(len(kept_u)), np.arange(len(kept_i))
+    user, item = to_u[user], to_i[item]
+    if part is None:
+        part = split_pairs(user, item, seconds, args.split, args.seed)
+    raw_u, raw_i = [names_u[code] for code in kept_u], [names_i[code] for code in kept_i]
+
+    pairs = np.stack([user, item], 1)
+    parts = {name: pairs[part == code] for code, name in enumerate(("train", "valid", "test"))}
+    parts = {name: p[np.lexsort((p[:, 1], p[:, 0]))] for name, p in parts.items()}
+    items = read_items(args.meta, args.format, raw_i)
+    reviews = read_reviews(sources[0], args.format, raw_u, raw_i, parts["train"], args.reviews_per_user)
+    users = [{"raw": raw, "reviews": reviews.get(code, [])} for code, raw in enumerate(raw_u)]
+
+    lines = summarize(parts, len(raw_u), len(raw_i), items)
+    print(f"prepare: {total:,} rows read")
+    if preset.get("published"):
+        print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*preset["published"]))
+    print("\n".join(lines))
+    for name, rows in (("items.jsonl", items), ("users.jsonl", users)):
+        write_atomic(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    save_tensors(out, {name: torch.from_numpy(p) for name, p in parts.items()},
+                 {"settings": settings, "n_users": len(raw_u), "n_items": len(raw_i), "seed": args.seed,
+                  "items": file_digest(run / "items.jsonl"), "users": file_digest(run / "users.jsonl")})
+    print(f"wrote {out}, items.jsonl, users.jsonl")
+
+
+def k_core(user, item, k):
+    """Drop users and items with fewer than k interactions until none is left. int (N,), (N,) -> bool (N,) kept."""
+    keep = np.ones(len(user), bool)
+    while k > 1:
+        ok = (np.bincount(user, keep)[user] >= k) & (np.bincount(item, keep)[item] >= k) & keep
+        if ok.sum() == keep.sum():
+            break
+        keep = ok
+    return keep
+
+
+def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
+    """Give each interaction to a part: 0 train, 1 valid, 2 test, user by user.
+
+    how: 'random' (a seeded share of each user's items, at least one each) or 'last' (the last in time is test, the one
+    before it valid). user, item, seconds (N,) -> int (N,). Raises SystemExit2 for a user with fewer than 3."""
+    count = np.bincount(user)
+    if (count[user] < 3).any():
+        row = int(np.argmax(count[user] < 3))
+        fail(f"user code {user[row]} has {count[user[row]]} interaction(s) after filtering, and a split needs 3; use --k-core 3 or more")
+    key = np.random.default_rng(seed).random(len(user)) if how == "random" else -seconds
+    order = np.lexsort((item, key, user))  # by user, then key; the item breaks ties in time the same way each run
+    place = np.empty(len(user), np.int64)
+    place[order] = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+    if how == "random":
+        n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user] for share in (test, valid))
+    else:
+        n_test = n_valid = 1
+    return np.where(place < n_test, 2, np.where(place < n_test + n_valid, 1, 0))
+
+
+def read_interactions(path, fmt, min_rating, since, until):
+    """Stream a file into three arrays; memory grows with the rows kept and the distinct ids, never with the text.
+
+    Returns user (N,), item (N,) int64 codes, seconds (N,) float64, user names, item names, rows read."""
+    users, items, seen_rating, seen_time, total = {}, {}, False, False, 0
+    u, i, t = array("q"), array("q"), array("d")
+    start = time.time()
+    for user, item, rating, seconds, _ in interactions(path, fmt):
+        total += 1
+        if total % 1_000_000 == 0:
+            print(f"  read {total:,} rows, kept {len(u):,}, {total / (time.time() - start):,.0f} rows/s", flush=True)
+        seen_rating |= not math.isnan(rating)
+        seen_time |= not math.isnan(seconds)
+        if rating < min_rating or seconds < since or seconds >= until:  # NaN compares false: no rating, no filter
+            continue
+        u.append(users.setdefault(user, len(users)))
+        i.append(items.setdefault(item, len(items)))
+        t.append(seconds)
+    if not total:
+        fail(f"{path}: no rows; is --format {fmt} right?")
+    if min_rating > -np.inf and not seen_rating:
+        fail(f"{path}: no rating column, so --min-rating {min_rating} cannot be applied; give --min-rating none")
+    if (since > -np.inf or until < np.inf) and not seen_time:
+        fail(f"{path}: no timestamp column, so --since and --until cannot be applied; leave them out")
+    return np.array(u), np.array(i), np.array(t), list(users), list(items), total
+
+
+def read_own_split(own, fmt):
+    """The user's own three files, taken as they are: no rating filter, no core. A pair in two parts is an error."""
+    users, items, rows = {}, {}, {}
+    for code, (name, path) in enumerate(own.items()):
+        for user, item, *_ in interactions(path, fmt):
+            pair = (users.setdefault(user, len(users)), items.setdefault(item, len(items)))
+            if rows.setdefault(pair, code) != code:
+                fail(f"{path}: user {user}, item {item} is in another part too; each pair belongs to one of train, valid, test")
+    pairs = np.array(list(rows))
+    return pairs[:, 0], pairs[:, 1], np.array(list(rows.values())), list(users), list(items), len(rows)
+
+
+def natural(name):
+    """Sort key: whole numbers by value, before everything else by text."""
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+
+
+def parse_day(day, flag):
+    """2015-01-01 -> seconds since 1970, UTC."""
+    try:
+        return calendar.timegm(datetime.fromisoformat(day).timetuple())
+    except ValueError:
+        fail(f"{flag} {day}: not a date; write it as 2015-01-01")
+
+
+def summarize(parts, n_users, n_items, items):
+    """The printed statistics, one list of lines."""
+    pairs = np.concatenate(list(parts.values()))
+    lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   density {len(pairs) / n_users / n_items:.3%}   "
+             + "   ".join(f"{name} {len(part):,}" for name, part in parts.items())]
+    for axis, name in ((0, "user"), (1, "item")):
+        q = np.quantile(np.bincount(pairs[:, axis], minlength=(n_users, n_items)[axis]), [0, 0.25, 0.5, 0.75, 1])
+        lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} {q[3]:.0f}, max {q[4]:.0f}")
+    lines.append(f"  items with a title {np.mean([bool(r['known']) for r in items]):.1%}, with further text "
+                 f"{np.mean([bool(r['text']) for r in items]):.1%}; for example:")
+    lines += [f"    {row['raw']}: {row['title']} | {row['text'][:90]}" for row in items[:: max(1, len(items) // 3)][:3]]
+    return lines
+
+
+def read_items(path, fmt, raw_items):
+    """Metadata of the kept items, in id order -> rows {raw, title, text, known}. An item without a title gets its raw id."""
+    found, form, wanted = {}, FORMATS[fmt], set(raw_items)
+    for n, row in form["meta"](path) if path else ():
+        raw = str(row.get(form["item"], ""))
+        if raw in wanted and raw not in found:
+            try:
+                found[raw] = form["fields"](row)
+            except KeyError as error:
+                fail(f"{path}: line {n} has no column {error} (found: {', '.join(list(row)[:8])}); --format {fmt} needs it")
+    return [{"raw": raw, "title": found.get(raw, ("", ""))[0] or f"Item {raw}", "text": found.get(raw, ("", ""))[1],
+             "known": bool(found.get(raw, ("", ""))[0])} for raw in raw_items]
+
+
+def read_reviews(path, fmt, raw_users, raw_items, train, per_user, limit=200):
+    """A second pass over the file for review texts: up to `per_user` of each user, of train pairs alone, so that no word
+    about a validation or test item reaches a profile -> {user id: [text]}."""
+    if not per_user or not FORMATS[fmt]["columns"][4]:
+        return {}
+    u, i = {raw: n for n, raw in enumerate(raw_users)}, {raw: n for n, raw in enumerate(raw_items)}
+    keys, texts = set((train[:, 0] * len(raw_items) + train[:, 1]).tolist()), {}
+    for user, item, _, _, text in interactions(path, fmt):
+        if text and user in u and item in i and u[user] * len(raw_items) + i[item] in keys:
+            own = texts.setdefault(u[user], [])
+            if len(own) < per_user:
+                own.append(clean(text)[:limit])
+    return texts
+
+# --------------------------------------------------------------------------------------------------
+# prepare, part 2: readers. Each yields rows as they stand in the file; nothing is held.
+# interactions: (user, item, rating or None, seconds since 1970 or None, text)      items: (item, title, text)
+# --------------------------------------------------------------------------------------------------
+
+def interactions(path, fmt):
+    """(user, item, rating, seconds, text) of each row; rating and seconds are NaN, text None, where the file has none.
+
+    Raises SystemExit2 for a missing column or a value that is no number, naming the file and the line."""
+    form = FORMATS[fmt]
+    user_c, item_c, rating_c, time_c, text_c = form["columns"]
+    for n, row in form["rows"](path):
+        if user_c not in row or item_c not in row:
+            missing = user_c if user_c not in row else item_c
+            fail(f"{path}: line {n} has no column {missing!r} (found: {', '.join(list(row)[:8])}); "
+                 f"--format {fmt} needs {user_c} and {item_c}")
+        try:
+            rating = float(row[rating_c]) if row.get(rating_c) not in (None, "") else float("nan")
+            seconds = form["time"](row[time_c]) if row.get(time_c) not in (None, "") else float("nan")
+        except (ValueError, TypeError):
+            fail(f"{path}: line {n}: {rating_c} {row.get(rating_c)!r} or {time_c} {row.get(time_c)!r} is not a value; "
+                 "mend that line")
+        yield str(row[user_c]), str(row[item_c]), rating, seconds, row.get(text_c)
 
 
 @contextmanager
@@ -163,7 +691,6 @@ FORMATS = {
 ML100K_GENRES = [
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
-
 # the paper's filters; published: users, items, interactions as the paper prints them
 PRESETS = {
     "toys": {"format": "amazon2018", "min_rating": 4.0, "since": "2015-01-01", "until": "2018-01-01", "k_core": 10, "published": (22338, 9023, 200511)},
@@ -175,548 +702,9 @@ PRESETS = {
     "ml-1m": {"format": "ml-1m", "min_rating": 4.0, "k_core": 5, "published": None},
 }
 
-
-def interactions(path, fmt):
-    """(user, item, rating, seconds, text) of each row; rating and seconds are NaN, text None, where the file has none.
-
-    Raises SystemExit2 for a missing column or a value that is no number, naming the file and the line."""
-    form = FORMATS[fmt]
-    user_c, item_c, rating_c, time_c, text_c = form["columns"]
-    for n, row in form["rows"](path):
-        if user_c not in row or item_c not in row:
-            missing = user_c if user_c not in row else item_c
-            fail(f"{path}: line {n} has no column {missing!r} (found: {', '.join(list(row)[:8])}); "
-                 f"--format {fmt} needs {user_c} and {item_c}")
-        try:
-            rating = float(row[rating_c]) if row.get(rating_c) not in (None, "") else float("nan")
-            seconds = form["time"](row[time_c]) if row.get(time_c) not in (None, "") else float("nan")
-        except (ValueError, TypeError):
-            fail(f"{path}: line {n}: {rating_c} {row.get(rating_c)!r} or {time_c} {row.get(time_c)!r} is not a value; "
-                 "mend that line")
-        yield str(row[user_c]), str(row[item_c]), rating, seconds, row.get(text_c)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# prepare, part 2: filter, core, split
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_interactions(path, fmt, min_rating, since, until):
-    """Stream a file into three arrays; memory grows with the rows kept and the distinct ids, never with the text.
-
-    Returns user (N,), item (N,) int64 codes, seconds (N,) float64, user names, item names, rows read."""
-    users, items, seen_rating, seen_time, total = {}, {}, False, False, 0
-    u, i, t = array("q"), array("q"), array("d")
-    start = time.time()
-    for user, item, rating, seconds, _ in interactions(path, fmt):
-        total += 1
-        if total % 1_000_000 == 0:
-            print(f"  read {total:,} rows, kept {len(u):,}, {total / (time.time() - start):,.0f} rows/s", flush=True)
-        seen_rating |= not math.isnan(rating)
-        seen_time |= not math.isnan(seconds)
-        if rating < min_rating or seconds < since or seconds >= until:  # NaN compares false: no rating, no filter
-            continue
-        u.append(users.setdefault(user, len(users)))
-        i.append(items.setdefault(item, len(items)))
-        t.append(seconds)
-    if not total:
-        fail(f"{path}: no rows; is --format {fmt} right?")
-    if min_rating > -np.inf and not seen_rating:
-        fail(f"{path}: no rating column, so --min-rating {min_rating} cannot be applied; give --min-rating none")
-    if (since > -np.inf or until < np.inf) and not seen_time:
-        fail(f"{path}: no timestamp column, so --since and --until cannot be applied; leave them out")
-    return np.array(u), np.array(i), np.array(t), list(users), list(items), total
-
-
-def k_core(user, item, k):
-    """Drop users and items with fewer than k interactions until none is left. int (N,), (N,) -> bool (N,) kept."""
-    keep = np.ones(len(user), bool)
-    while k > 1:
-        ok = (np.bincount(user, keep)[user] >= k) & (np.bincount(item, keep)[item] >= k) & keep
-        if ok.sum() == keep.sum():
-            break
-        keep = ok
-    return keep
-
-
-def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
-    """Give each interaction to a part: 0 train, 1 valid, 2 test, user by user.
-
-    how: 'random' (a seeded share of each user's items, at least one each) or 'last' (the last in time is test, the one
-    before it valid). user, item, seconds (N,) -> int (N,). Raises SystemExit2 for a user with fewer than 3."""
-    count = np.bincount(user)
-    if (count[user] < 3).any():
-        row = int(np.argmax(count[user] < 3))
-        fail(f"user code {user[row]} has {count[user[row]]} interaction(s) after filtering, and a split needs 3; use --k-core 3 or more")
-    key = np.random.default_rng(seed).random(len(user)) if how == "random" else -seconds
-    order = np.lexsort((item, key, user))  # by user, then key; the item breaks ties in time the same way each run
-    place = np.empty(len(user), np.int64)
-    place[order] = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
-    if how == "random":
-        n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user] for share in (test, valid))
-    else:
-        n_test = n_valid = 1
-    return np.where(place < n_test, 2, np.where(place < n_test + n_valid, 1, 0))
-
-
-def summarize(parts, n_users, n_items, items):
-    """The printed statistics, one list of lines."""
-    pairs = np.concatenate(list(parts.values()))
-    lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   density {len(pairs) / n_users / n_items:.3%}   "
-             + "   ".join(f"{name} {len(part):,}" for name, part in parts.items())]
-    for axis, name in ((0, "user"), (1, "item")):
-        q = np.quantile(np.bincount(pairs[:, axis], minlength=(n_users, n_items)[axis]), [0, 0.25, 0.5, 0.75, 1])
-        lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} {q[3]:.0f}, max {q[4]:.0f}")
-    lines.append(f"  items with a title {np.mean([bool(r['known']) for r in items]):.1%}, with further text "
-                 f"{np.mean([bool(r['text']) for r in items]):.1%}; for example:")
-    lines += [f"    {row['raw']}: {row['title']} | {row['text'][:90]}" for row in items[:: max(1, len(items) // 3)][:3]]
-    return lines
-
-
-def prepare(args):
-    """Raw files -> data.safetensors, items.jsonl, users.jsonl."""
-    run, out = Path(args.run), Path(args.run) / "data.safetensors"
-    preset = PRESETS.get(args.preset, {})
-    for name in ("format", "min_rating", "since", "until", "k_core"):
-        if getattr(args, name) is None:
-            setattr(args, name, preset.get(name, {"format": "table", "min_rating": "4", "k_core": 5}.get(name)))
-    own = {"train": args.train_file, "valid": args.valid_file, "test": args.test_file}
-    own = {name: path for name, path in own.items() if path}
-    if own and len(own) < 3:
-        fail("--train-file, --valid-file and --test-file go together; give all three")
-    if not own and not args.reviews:
-        fail("--reviews: give the interactions file (or --train-file, --valid-file and --test-file)")
-    sources = list(own.values()) or [args.reviews]
-    for path in [*sources, *filter(None, [args.meta])]:
-        if not Path(path).is_file():
-            fail(f"{path}: no such file; check --reviews, --meta and the three split files")
-    settings = {name: getattr(args, name) for name in ("format", "min_rating", "since", "until", "k_core", "split", "seed", "reviews_per_user")}
-    settings["files"] = {Path(path).name: Path(path).stat().st_size for path in [*sources, *filter(None, [args.meta])]}
-    if up_to_date(out, settings, "python hnlmrec.py prepare", args.force):
-        return
-
-    min_rating = -np.inf if str(args.min_rating) == "none" else number(float, -1e9)(str(args.min_rating))
-    since, until = (parse_day(day, flag) if day else default
-                    for day, flag, default in ((args.since, "--since", -np.inf), (args.until, "--until", np.inf)))
-    if own:
-        user, item, part, names_u, names_i, total = read_own_split(own, args.format)
-    else:
-        user, item, seconds, names_u, names_i, total = read_interactions(args.reviews, args.format, min_rating, since, until)
-        order = np.lexsort((-np.nan_to_num(seconds), item, user))  # of repeated pairs keep the latest
-        first = np.append(True, (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)) if len(order) else np.zeros(0, bool)
-        keep = order[first]
-        user, item, seconds = user[keep], item[keep], seconds[keep]
-        core = k_core(user, item, args.k_core)
-        if not core.any():
-            fail(f"{args.reviews}: nothing is left of {len(user)} interactions after --min-rating {args.min_rating} and "
-                 f"--k-core {args.k_core}; lower one of them")
-        user, item, seconds = user[core], item[core], seconds[core]
-        if args.split == "last" and np.isnan(seconds).any():
-            fail(f"{args.reviews}: --split last needs a timestamp in each row; use --split random")
-        part = None
-
-    # contiguous ids, in order of the raw id, so that they do not depend on the order of the file
-    kept_u, kept_i = np.unique(user), np.unique(item)
-    kept_u, kept_i = (np.array(sorted(kept, key=lambda code: natural(names[code]))) for kept, names in ((kept_u, names_u), (kept_i, names_i)))
-    to_u, to_i = np.full(len(names_u), -1), np.full(len(names_i), -1)
-    to_u[kept_u], to_i[kept_i] = np.arange(len(kept_u)), np.arange(len(kept_i))
-    user, item = to_u[user], to_i[item]
-    if part is None:
-        part = split_pairs(user, item, seconds, args.split, args.seed)
-    raw_u, raw_i = [names_u[code] for code in kept_u], [names_i[code] for code in kept_i]
-
-    pairs = np.stack([user, item], 1)
-    parts = {name: pairs[part == code] for code, name in enumerate(("train", "valid", "test"))}
-    parts = {name: p[np.lexsort((p[:, 1], p[:, 0]))] for name, p in parts.items()}
-    items = read_items(args.meta, args.format, raw_i)
-    reviews = read_reviews(sources[0], args.format, raw_u, raw_i, parts["train"], args.reviews_per_user)
-    users = [{"raw": raw, "reviews": reviews.get(code, [])} for code, raw in enumerate(raw_u)]
-
-    lines = summarize(parts, len(raw_u), len(raw_i), items)
-    print(f"prepare: {total:,} rows read")
-    if preset.get("published"):
-        print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*preset["published"]))
-    print("\n".join(lines))
-    for name, rows in (("items.jsonl", items), ("users.jsonl", users)):
-        write_atomic(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    save_tensors(out, {name: torch.from_numpy(p) for name, p in parts.items()},
-                 {"settings": settings, "n_users": len(raw_u), "n_items": len(raw_i), "seed": args.seed,
-                  "items": file_digest(run / "items.jsonl"), "users": file_digest(run / "users.jsonl")})
-    print(f"wrote {out}, items.jsonl, users.jsonl")
-
-
-def natural(name):
-    """Sort key: whole numbers by value, before everything else by text."""
-    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
-
-
-def parse_day(day, flag):
-    """2015-01-01 -> seconds since 1970, UTC."""
-    try:
-        return calendar.timegm(datetime.fromisoformat(day).timetuple())
-    except ValueError:
-        fail(f"{flag} {day}: not a date; write it as 2015-01-01")
-
-
-def read_own_split(own, fmt):
-    """The user's own three files, taken as they are: no rating filter, no core. A pair in two parts is an error."""
-    users, items, rows = {}, {}, {}
-    for code, (name, path) in enumerate(own.items()):
-        for user, item, *_ in interactions(path, fmt):
-            pair = (users.setdefault(user, len(users)), items.setdefault(item, len(items)))
-            if rows.setdefault(pair, code) != code:
-                fail(f"{path}: user {user}, item {item} is in another part too; each pair belongs to one of train, valid, test")
-    pairs = np.array(list(rows))
-    return pairs[:, 0], pairs[:, 1], np.array(list(rows.values())), list(users), list(items), len(rows)
-
-
-def read_items(path, fmt, raw_items):
-    """Metadata of the kept items, in id order -> rows {raw, title, text, known}. An item without a title gets its raw id."""
-    found, form, wanted = {}, FORMATS[fmt], set(raw_items)
-    for n, row in form["meta"](path) if path else ():
-        raw = str(row.get(form["item"], ""))
-        if raw in wanted and raw not in found:
-            try:
-                found[raw] = form["fields"](row)
-            except KeyError as error:
-                fail(f"{path}: line {n} has no column {error} (found: {', '.join(list(row)[:8])}); --format {fmt} needs it")
-    return [{"raw": raw, "title": found.get(raw, ("", ""))[0] or f"Item {raw}", "text": found.get(raw, ("", ""))[1],
-             "known": bool(found.get(raw, ("", ""))[0])} for raw in raw_items]
-
-
-def read_reviews(path, fmt, raw_users, raw_items, train, per_user, limit=200):
-    """A second pass over the file for review texts: up to `per_user` of each user, of train pairs alone, so that no word
-    about a validation or test item reaches a profile -> {user id: [text]}."""
-    if not per_user or not FORMATS[fmt]["columns"][4]:
-        return {}
-    u, i = {raw: n for n, raw in enumerate(raw_users)}, {raw: n for n, raw in enumerate(raw_items)}
-    keys, texts = set((train[:, 0] * len(raw_items) + train[:, 1]).tolist()), {}
-    for user, item, _, _, text in interactions(path, fmt):
-        if text and user in u and item in i and u[user] * len(raw_items) + i[item] in keys:
-            own = texts.setdefault(u[user], [])
-            if len(own) < per_user:
-                own.append(clean(text)[:limit])
-    return texts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train, part 1: which of the generated negatives a train pair gets
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class NegativeTable:
-    """Which K generated vectors belong to a train pair: its own first, then others of the same user.
-
-    generated (n, 2) pairs sorted by user. `own` is the number of train pairs with a vector of their own; the others use their
-    user's other vectors instead: a counted fallback. A user without any is an error, since noise in its place would look
-    like a result."""
-
-    def __init__(self, generated, train, n_users, n_items):
-        count = torch.bincount(generated[:, 0], minlength=n_users)
-        empty = (count[train[:, 0]] == 0).nonzero()
-        if len(empty):
-            fail(f"negatives: user row {int(train[empty[0], 0])} has train pairs but no generated negative; "
-                 "run `python llm_negatives.py generate` with --pairs-per-user 1 or more")
-        self.start, self.count = count.cumsum(0) - count, count
-        keys, order = (generated[:, 0] * n_items + generated[:, 1]).sort()
-        query = train[:, 0] * n_items + train[:, 1]
-        at = torch.searchsorted(keys, query).clamp(max=len(keys) - 1)
-        self.row = torch.where(keys[at] == query, order[at], -1)  # (N,) each train pair's own row, -1: none
-        self.own = int((self.row >= 0).sum())
-        self.train_users = train[:, 0]
-
-    def __call__(self, rows, k, generator=None):
-        """Train rows (B,) -> rows of the generated vectors (B, K), the pair's own (or its stand-in) first. A user with
-        fewer than K vectors has some of them more than once."""
-        chosen, own = self.others(self.train_users[rows], k, generator), self.row[rows]
-        chosen[:, 0] = torch.where(own >= 0, own, chosen[:, 0])
-        return chosen
-
-    def others(self, users, k, generator=None):
-        """Users (B,) -> k rows of each one's generated vectors, drawn at random (B, k)."""
-        pick = torch.randint(2**31, (len(users), k), generator=generator, device=users.device) % self.count[users][:, None]
-        return self.start[users][:, None] + pick
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train, part 2: projector, mixing, alignment
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Projector(nn.Module):
-    """Self-attention over the K generated vectors of one user, then an MLP into the recommender's space (paper, stage 2).
-
-    hidden (B, K, H) -> z (B, D), the projection of slot 0, informed by the other K - 1. mean and std standardise the LLM's
-    hidden states, of which a few dimensions dwarf the rest. attention=False leaves the MLP alone (an ablation)."""
-
-    def __init__(self, hidden, dim, width=128, attention=True):
-        super().__init__()
-        self.register_buffer("mean", hidden.float().mean(0))
-        self.register_buffer("std", hidden.float().std(0).clamp(min=1e-3))
-        self.inward = nn.Linear(hidden.shape[1], width)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3)) if attention else (None,) * 3
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
-
-    def forward(self, hidden):
-        return self.attend(self.read(hidden))
-
-    def read(self, hidden):
-        """(…, H) -> (…, W), one vector at a time."""
-        return self.inward((hidden.float() - self.mean) / self.std)
-
-    def attend(self, x):
-        """(B, K, W) -> (B, D): slot 0, informed by the others."""
-        slot = x[:, 0]
-        if self.query is not None:  # slot 0 asks, all K answer
-            weight = torch.einsum("bw,bkw->bk", self.query(slot), self.key(x)) / x.shape[-1] ** 0.5
-            slot = slot + torch.einsum("bk,bkw->bw", weight.softmax(-1), self.value(x))  # (B, W)
-        return self.mlp(slot)
-
-
-def sum_of_train_items(items, train, n_users):
-    """Each user's sum of the vectors of the user's train items: items (I, H), train (N, 2) -> (U, H)."""
-    return items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
-
-
-class SemanticProjector(nn.Module):
-    """The LLM's text vectors in the recommender's space: text (I, H) standardised, then an MLP -> (…, D). A user is the mean of
-    the texts of the user's train items."""
-
-    def __init__(self, text, train, n_users, dim, width=128):
-        super().__init__()
-        text = text.float()
-        text = F.normalize((text - text.mean(0)) / text.std(0).clamp(min=1e-3), dim=1)
-        self.register_buffer("item", text, persistent=False)  # (I, H)
-        self.register_buffer("user", F.normalize(sum_of_train_items(text, train, n_users), dim=1), persistent=False)  # (U, H)
-        self.mlp = nn.Sequential(nn.Linear(text.shape[1], width), nn.LeakyReLU(), nn.Linear(width, dim))
-
-    def forward(self, users, items):
-        """ids (A,), (B,) -> (A, D), (B, D)."""
-        return self.mlp(self.user[users]), self.mlp(self.item[items])
-
-
-def text_start(text, train, n_users, dim, std):
-    """Initial vectors that already say what the texts say: of an item the first `dim` principal components of the texts, of a
-    user the sum over the train items; both scaled to the mean square that random ones would have. Beyond the paper.
-
-    text (I, H), train (N, 2) -> (U + I, dim)."""
-    centred = text - text.mean(0)
-    items = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]  # (I, min(dim, H))
-    users = sum_of_train_items(items, train, n_users)
-    return torch.cat([F.pad(x * std / x.pow(2).mean() ** 0.5, (0, dim - x.shape[1])) for x in (users, items)])
-
-
-def text_relevance(text, train, n_users):
-    """How well each item's text fits a user's train items: cosines of whitened texts (unwhitened, what all texts share would
-    decide), summed over the train items, then in standard deviations of that user's items. What the texts say the user
-    would like is a likely false negative, and DNS can be kept clear of it. Beyond the paper.
-
-    text (I, H), train (N, 2) -> (U, I) float16, 2 bytes a user and item."""
-    centred = text - text.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    items = F.normalize(centred @ vectors * values.clamp(min=values[-1] * 1e-4) ** -0.5, dim=1)  # (I, H)
-    users = sum_of_train_items(items, train, n_users)
-    relevance = torch.empty(n_users, len(items), dtype=torch.float16, device=text.device)
-    for begin in range(0, n_users, 1024):
-        fit = users[begin : begin + 1024] @ items.T
-        relevance[begin : begin + 1024] = (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True).clamp(min=1e-12)
-    return relevance
-
-
-def semantic_alignment(vectors, texts, tau):
-    """InfoNCE between rows: vectors (A, D), the backbone's of A users or items, against texts (A, D), their projected texts.
-    Both sides get the gradient, so that what the LLM reads shapes e_u and e_i (the form of RLMRec-Con, Ren et al., WWW 2024)."""
-    scores = F.normalize(vectors, dim=-1) @ F.normalize(texts, dim=-1).T / tau  # (A, A)
-    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
-
-
-def mix(z, sampled, alpha):
-    """e⁻ = alpha z + (1 - alpha) e_j (B, D), as in the paper. z is first given the norm of e_j, since alignment, which trains
-    it, sees directions only."""
-    z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
-    return alpha * z + (1 - alpha) * sampled
-
-
-def alignment_loss(z, positives, mined, user_ids, tau):
-    """L_align, the only loss that trains the projector: z must lie near a CF-mined hard negative of its user, not near those
-    of other users nor near the positive: InfoNCE(z; e_m against the batch's other e_m' and e_i), cosine, temperature tau_c.
-
-    All (B, D); user_ids (B,): rows of one user are no negatives of each other -> scalar."""
-    z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
-    same = user_ids[:, None] == user_ids[None]
-    same.fill_diagonal_(False)
-    scores = (z @ mined.T).masked_fill(same, -torch.inf)  # (B, B)
-    own = (z * positives).sum(-1, keepdim=True)  # (B, 1)
-    return F.cross_entropy(torch.cat([scores, own], 1) / tau, torch.arange(len(z), device=z.device))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train, part 3: the step and the program
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
-                      k, sampler, m, align_rows, refresh, bpr_into_projector=False, penalty=None):
-    """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
-    and L2 -> step(rows, generator) for `fit`.
-
-    generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
-    e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it
-    would teach the projector to make easy negatives; so z of all generated vectors is computed at once, anew every `refresh`
-    steps. bpr_into_projector lets it through (an ablation). penalty: as make_sampler's."""
-    sample, state = make_sampler(model, sampler, pairs, m=m, penalty=penalty), {"steps": 0, "z": None}
-
-    @torch.no_grad()
-    def all_z(generator):
-        rows = torch.arange(len(hidden), device=hidden.device)
-        sets = torch.cat([rows[:, None], table.others(generated[:, 0], k - 1, generator)], 1)  # (n, K)
-        x = torch.cat([projector.read(part) for part in hidden.split(4096)])  # (n, W): read once, though in many sets
-        return torch.cat([projector.attend(x[part]) for part in sets.split(4096)])
-
-    def step(rows, generator):
-        u, i = pairs[rows].T
-        own = table(rows, 1, generator)[:, 0]  # (B,)
-        user_vectors, item_vectors, users, items, negatives, j = sample(u, i, generator)
-        if alpha:
-            if state["steps"] % refresh == 0:
-                state["z"] = all_z(generator)
-            state["steps"] += 1
-            negatives = mix(projector(hidden[table(rows, k, generator)]) if bpr_into_projector else state["z"][own], negatives, alpha)
-        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
-        ego_users, ego_items = model.ego()
-        loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
-        logs = {"bpr": bpr.item()}
-        if lambda1:
-            a = slice(0, align_rows)
-            z = projector(hidden[table(rows[a], k, generator)])  # (B', D)
-            pick = torch.randint(mined.shape[1], (len(z),), generator=generator, device=u.device)
-            anchors = [items[a], take(item_vectors, mined[u[a], pick])]
-            align = alignment_loss(z, *(v.detach() for v in anchors), u[a], tau_c)
-            loss = loss + lambda1 * align
-            logs["align"] = align.item()
-        if lambda_s:
-            some = [ids[: 2 * align_rows].unique() for ids in (u, i)]
-            meaning = sum(semantic_alignment(take(vectors, ids), text, tau_c)
-                          for vectors, ids, text in zip((user_vectors, item_vectors), some, semantic(*some)))
-            loss = loss + lambda_s * meaning
-            logs["semantic"] = meaning.item()
-        return loss, logs
-
-    return step
-
-
-def assemble(run, s, data, made, device):
-    """Everything a step needs, from the run's files, the settings s (the flags of `train`, as a dict) and `made`, the generated
-    negatives of load_negatives -> dict."""
-    pairs, hidden, vector, text = (made[key] for key in ("pairs", "hidden", "vector", "text"))
-    cf_model, _, cf = load_model(run / s["cf"], f"python backbones.py pretrain --run {run}", data)
-    torch.manual_seed(s["seed"])
-    generator = torch.Generator().manual_seed(s["seed"])
-    if s["control"] == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
-        hidden, vector, text = (torch.randn(x.shape, generator=generator).half() for x in (hidden, vector, text))
-    elif s["control"] == "shuffled":  # … and on the LLM's vectors, each given to another pair
-        order = torch.randperm(len(hidden), generator=generator)
-        hidden, vector, text = hidden[order], vector[order], text[torch.randperm(len(text), generator=generator)]
-    mined = mine_hard_negatives(cf_model, data["train"], s["mine_first"], s["mine_last"]).to(device)
-    data = {**data, "train": data["train"].to(device), "valid": data["valid"].to(device)}
-    table = NegativeTable(pairs.to(device), data["train"], data["n_users"], data["n_items"])
-    model = build_backbone(s["backbone"], data["n_users"], data["n_items"], s["dim"], data["train"], s["layers"])
-    projector = Projector(hidden, model()[0].shape[1], s["projector_width"], s["attention"]).to(device)
-    semantic = SemanticProjector(text.to(device), data["train"], data["n_users"], model()[0].shape[1]).to(device)
-    if s["text_init"]:
-        with torch.no_grad():
-            start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
-            model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
-    penalty = None
-    if s.get("clear"):
-        texts = semantic.item[torch.randperm(len(text), generator=generator).to(device)] if s["control"] == "cleared" else semantic.item
-        relevance = text_relevance(texts, data["train"], data["n_users"])
-        penalty = lambda u, candidates: s["clear"] * relevance[u[:, None], candidates].float()  # (B,), (B, M) -> (B, M)
-    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"], penalty=penalty,
-                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "sampler", "m", "align_rows", "refresh", "bpr_into_projector")})
-    return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
-            "vector": vector, "mined": mined, "cf": cf}
-
-
-def train(args):
-    """Train backbone and projector together; write the state of the best validation."""
-    if args.clear and args.sampler != "dns":
-        fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, not {args.sampler}")
-    if args.control == "cleared" and not args.clear:
-        fail("--control cleared: shuffles the texts that --clear uses, so it needs --clear above 0")
-    run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
-    made = load_negatives(run, args.negatives, data["digest"])
-    settings |= {"data": data["digest"], "negatives_digest": made["digest"],
-                 "cf_digest": require_digest(run / args.cf, f"python backbones.py pretrain --run {run}")}
-    if up_to_date(out, settings, "python hnlmrec.py train", args.force):
-        return
-    p = assemble(run, settings, data, made, args.device)
-    model, projector, own, n = p["model"], p["projector"], p["table"].own, len(data["train"])
-    print(f"train: {own} of {n} train pairs have a generated negative of their own; the other {n - own} use their user's other ones", flush=True)
-    start, modules = time.time(), {"backbone": model, "projector": projector, "semantic": p["semantic"]}
-    state, history = fit(modules, p["step"], n, validation(model, p["data"]), epochs=args.epochs, batch_size=args.batch_size,
-                         lr=args.lr, eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
-    restore(modules, state)
-    users, items = model.eval()()
-    with torch.no_grad():  # z of each generated pair as trained, for the report; K is the pair alone, so that it is repeatable
-        z = torch.cat([projector(part[:, None]) for part in p["hidden"].split(4096)])
-    save_tensors(out, {**state, "user": users, "item": items, "z": z.half(), "z_pairs": p["pairs"]},
-                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
-                  "own_negatives": own, "seconds": time.time() - start})
-    print(f"wrote {out}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# trace: one (user, item) pair from the raw line to the gradient
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def trace(args):
-    """Print how one train pair passes through the pipeline, with the real values of a finished run. Changes nothing."""
-    run, data = Path(args.run), load_data(args.run)
-    users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
-    made = read_jsonl(run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}", growing=True)
-    profiles = {(row["kind"], row["raw"]): row["profile"] for row in made[1:]}
-    u = row_of(users, args.user, "--user", run / "users.jsonl")
-    own = [items[i]["raw"] for i in data["train"][data["train"][:, 0] == u, 1].tolist()]
-    if args.item is not None and args.item not in own:
-        fail(f"--item {args.item}: user {args.user} has no train pair with it (for example {', '.join(own[:5])})")
-    i = row_of(items, args.item or own[0], "--item", run / "items.jsonl")
-    row = int(((data["train"] == torch.tensor([u, i])).all(1)).nonzero())
-    title = lambda n: items[n]["title"]
-    show = lambda vector: f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"
-    tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
-    p = assemble(run, meta["settings"], data, load_negatives(run, meta["settings"]["negatives"], data["digest"]), "cpu")
-    model, projector, cf = p["model"], p["projector"], p["cf"]
-    restore({"backbone": model, "projector": projector, "semantic": p["semantic"]}, tensors)
-
-    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: {title(i)}; train pair number {row} of {len(data['train'])}")
-    print(f"2. profiles   item: {profiles['item', items[i]['raw']]}\n              user: {profiles['user', args.user]}")
-    scores = cf["item"] @ cf["user"][u]
-    rank = int((scores > scores[i]).sum()) + 1
-    print(f"3. CF         e_u {show(cf['user'][u])}\n              e_i {show(cf['item'][i])}\n              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(items)}")
-    print(f"4. mined      unseen ranks {meta['settings']['mine_first']}–{meta['settings']['mine_last']}: " + "; ".join(map(title, p["mined"][u, :5].tolist())) + "; …")
-    _, sft = load_tensors(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
-    prompt = sft["prompt"].replace("{user}", profiles["user", args.user]).replace("{item}", f"{title(i)}. {profiles['item', items[i]['raw']]}")
-    print("5. prompt     " + prompt.replace("\n", "\n              "))
-    at = int(p["table"](torch.tensor([row]), 1)[0, 0])
-    of = "" if p["pairs"][at].tolist() == [u, i] else f" (it has none of its own: that of the user's pair with {title(int(p['pairs'][at, 1]))})"
-    # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
-    near = nearest_items(p["vector"][at][None], torch.tensor([u]), cf["item"] - cf["item"].mean(0), pair_keys(data["train"], len(items)), 5)[0]
-    print(f"6. generated  h {show(p['hidden'][at].float())}{of}\n              nearest real items: " + "; ".join(
-        title(n) + (" (mined)" if n in p["mined"][u] else "") for n in near.tolist()))
-    with torch.no_grad():
-        z = projector(p["hidden"][p["table"](torch.tensor([row]), meta["settings"]["k"], torch.Generator().manual_seed(0))])[0]
-        e_u, e_i = (v[n] for v, n in zip(model.eval()(), (u, i)))
-    print(f"7. projector  z {show(z)}; cos(z, e_u) {F.cosine_similarity(z, e_u, 0):.3f}, cos(z, e_i) {F.cosine_similarity(z, e_i, 0):.3f}")
-    model.train()
-    loss, logs = p["step"](torch.tensor([row]), torch.Generator().manual_seed(0))
-    loss.backward()
-    norm = lambda module: sum(float(q.grad.pow(2).sum()) for q in module.parameters() if q.grad is not None) ** 0.5
-    print(f"8. step       e_u·e_i {float((e_u * e_i).sum()):.3f}; loss {loss.item():.4f} = " + ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-          + f" and L2\n9. gradient   norm: backbone {norm(model):.4f}, projector {norm(projector):.4f}")
-
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = Parser(prog="hnlmrec.py", description=__doc__.split("\n")[0])

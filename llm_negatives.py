@@ -54,273 +54,16 @@ from backbones import (
     write_atomic,
 )
 
-SOFT = -1  # in a list of token ids: "a soft token goes here"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes (torchrun): each does every WORLD-th part of the work, process 0 does the talking and the writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def start_processes(device):
-    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process takes its own GPU."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if rank:
-            sys.stdout = io.StringIO()
-    return rank, world, device
-
-
-def end_processes():
-    """End a process of torchrun's once all have done their work. Gloo's threads race the interpreter's end: in one run of ten
-    torch 2.13 aborts there, and with destroy_process_group torch 2.6 hangs. All files are written, so leave without that end."""
-    if dist.is_initialized():
-        dist.barrier()
-        if dist.get_backend() == "nccl":
-            dist.destroy_process_group()
-        else:
-            sys.__stdout__.flush()
-            os._exit(0)
-
-
-def sum_over(tensors, world):
-    """Add each tensor up over all processes, in place."""
-    for tensor in tensors if world > 1 else ():
-        dist.all_reduce(tensor)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The LLM
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def pick_dtype(name, device):
-    """auto, fp32, bf16 or fp16 -> torch dtype. auto is bf16 where the device multiplies bf16 matrices clearly faster than
-    fp32 ones (most GPUs; CPUs with AVX512-BF16 or AMX), found by timing both for a few milliseconds."""
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype, device=device)
-        laps = []
-        for _ in range(6):
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            laps.append(time.perf_counter() - start)
-        seconds[dtype] = min(laps[1:])
-    return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
-
-
-def load_tokenizer(llm):
-    """The tokenizer of a Hugging Face id or a local folder; a missing pad token becomes the end-of-text token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(llm)
-    except Exception as error:  # noqa: BLE001 the library raises many kinds; all mean the same to the user
-        fail(f"--llm {llm}: no tokenizer can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
-             "give a local folder or a Hugging Face id that this machine can reach")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
-
-
-def load_llm(llm, cls, dtype, device, layers=0):
-    """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers > 0 keeps only the first layers;
-    the rest is neither loaded nor run. cls: AutoModel (hidden states, no logits) or AutoModelForCausalLM."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments inside the libraries, not the user's to mend
-    try:
-        model = cls.from_pretrained(llm, dtype=dtype, **({"num_hidden_layers": layers} if layers else {}))
-    except Exception as error:  # noqa: BLE001 as above
-        fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
-             "give a local folder with config.json and safetensors weights, or a Hugging Face id that this machine can reach")
-    return model.requires_grad_(False).eval().to(device)
-
-
-@torch.no_grad()
-def embedding_norm(llm):
-    """Mean norm of what the embedding gives, over the vocabulary. Not that of its weights: Gemma's embedding scales them."""
-    embed = llm.get_input_embeddings()
-    ids = torch.arange(embed.weight.shape[0], device=embed.weight.device)
-    return torch.cat([embed(part).float().norm(dim=1) for part in ids.split(4096)]).mean()
-
-
-def llm_digest(llm):
-    """16 hex digits that tell one local model folder from another: its config, and the name, size and first MiB of each
-    weight file (an 8B model is not read whole). A hub id stands for itself."""
-    folder = Path(llm)
-    if not folder.is_dir():
-        return llm
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text files: JSON lines, keyed by raw id
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_profiles(run, name="profiles.jsonl"):
-    """Profiles in the order of the contiguous ids -> (user profiles list[str], item texts list[str]).
-
-    An item's text is its title, then its profile. Raises SystemExit2 when profiles are missing."""
-    maker = f"python llm_negatives.py profile --run {run} --out {name}"
-    users = read_jsonl(Path(run) / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
-    items = read_jsonl(Path(run) / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
-    rows = read_jsonl(Path(run) / name, maker, growing=True)
-    made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
-    missing = [raw for kind, group in (("user", users), ("item", items)) for raw in
-               (row["raw"] for row in group) if (kind, raw) not in made]
-    if missing:
-        fail(f"{Path(run) / name}: {len(missing)} profiles are missing, the first for {missing[0]!r}; run `{maker}` again")
-    return ([made["user", row["raw"]] for row in users],
-            [f"{row['title']}. {made['item', row['raw']]}" for row in items])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Step 1: profiles (the paper's system prompt, item metadata -> item profile, sampled history -> user profile)
-# ---------------------------------------------------------------------------------------------------------------------
-
-ITEM_SYSTEM = "You describe, in one short sentence, what an item is like and who would enjoy it."
-USER_SYSTEM = "You describe, in one short sentence, the taste of a person from the items they liked."
-
-
-def item_request(item):
-    """The user turn for one row of items.jsonl."""
-    return f"Item: {item['title']}. {item['text']}".strip()
-
-
-def user_request(history, reviews):
-    """The user turn for one user: history is a list of (title, profile), reviews a list of the user's own texts."""
-    lines = [f"- {title}: {profile}" for title, profile in history] + [f"They wrote: {text}" for text in reviews]
-    return "Liked items:\n" + "\n".join(lines)
-
-
-def first_sentence(text):
-    """One line, cut after the last full sentence end if there is one, so that a token limit leaves no half sentence."""
-    text = " ".join(text.split())
-    end = max(text.rfind(mark) for mark in ".!?")
-    return text[: end + 1] if end > 0 else text
-
-
-def chat(tokenizer, system, user):
-    """One system and one user turn, ready for the answer, in the model's chat format; plain text where it has none.
-    Models whose template knows no system role get both in the user turn."""
-    if not tokenizer.chat_template:
-        return f"{tokenizer.bos_token or ''}{system}\n{user}\n"
-    try:
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
-        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n{user}"}], tokenize=False,
-                                             add_generation_prompt=True)
-
-
-@torch.no_grad()
-def write_texts(model, tokenizer, requests, new_tokens):
-    """Greedy, batched, left-padded decoding with the model's key/value cache: list of prompts -> (list of sentences, number of
-    tokens read and written). The same on each run."""
-    tokenizer.padding_side = "left"
-    batch = tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
-    return [first_sentence(text) for text in texts], int(batch.attention_mask.sum()) + out[:, batch.input_ids.shape[1]:].numel()
-
-
-def profile(args):
-    """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Resumes after a kill."""
-    data, run = load_data(args.run), Path(args.run)
-    items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
-    users = read_jsonl(run / "users.jsonl", "python hnlmrec.py prepare")
-    path, (rank, world, device) = run / args.out, start_processes(args.device)
-    settings = {"data": data["digest"], "profiles": args.profiles, "history": args.history, "new_tokens": args.new_tokens,
-                "llm_rows": args.llm_rows, "llm": llm_digest(args.llm) if args.profiles == "llm" else "", "seed": args.seed}
-    made = {}
-    if path.exists() and not args.force:
-        rows = read_jsonl(path, "python llm_negatives.py profile", growing=True)
-        old = rows[0].get("settings") if rows else settings
-        if old != settings:
-            differ = [name for name in settings if old.get(name) != settings[name]]
-            fail(f"{path}: made with other settings ({', '.join(differ)}); add --force to `python llm_negatives.py profile` "
-                 "to remake it, or choose another folder")
-        made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
-    total = len(items) + len(users)
-    if len(made) == total:
-        return print(f"skip: {path} is up to date")
-
-    indptr, rows = user_rows(data["train"], data["n_users"])
-    generator = torch.Generator().manual_seed(args.seed)
-    histories = []  # drawn for all users in order, so that a resumed run asks for the same items
-    for u in range(data["n_users"]):
-        own = rows[indptr[u]:indptr[u + 1]]
-        histories.append(own[torch.randperm(len(own), generator=generator)[: args.history]].tolist())
-    model = tokenizer = None
-    if args.profiles == "llm":
-        tokenizer = load_tokenizer(args.llm)
-        model = load_llm(args.llm, AutoModelForCausalLM, pick_dtype(args.dtype, device), device)
-
-    popularity = torch.bincount(data["train"][:, 1], minlength=data["n_items"])
-    limit = args.llm_rows or total
-    chosen_items = set(popularity.argsort(descending=True, stable=True)[:limit].tolist())
-    kept = [{"settings": settings}] + [{"kind": kind, "raw": raw, "profile": text} for (kind, raw), text in made.items()]
-    if rank == 0:  # whole lines alone; new ones are appended below
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    progress, written, tokens, start = Progress("profile", total, "profiles"), 0, 0, time.time()
-    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file:
-
-        def write(kind, raws, texts):
-            for raw, text in zip(raws, texts):
-                made[kind, raw] = text
-                file.write(json.dumps({"kind": kind, "raw": raw, "profile": text}) + "\n")
-            file.flush()
-            progress.update(len(made), f"{tokens / (time.time() - start):.0f} tokens/s" if tokens else "")
-
-        for kind, group in (("item", items), ("user", users)):
-            todo = [n for n, row in enumerate(group) if (kind, row["raw"]) not in made]
-            by_llm = [n for n in todo if args.profiles == "llm" and (n in chosen_items if kind == "item" else n < limit)]
-            by_template = sorted(set(todo) - set(by_llm))
-            if kind == "item":
-                write(kind, [items[n]["raw"] for n in by_template], [items[n]["text"] for n in by_template])
-                prompts = {n: item_request(items[n]) for n in by_llm}
-            else:
-                titles = [[items[i]["title"] for i in histories[n]] for n in by_template]
-                write(kind, [users[n]["raw"] for n in by_template], ["Likes " + "; ".join(names) + "." for names in titles])
-                prompts = {n: user_request([(items[i]["title"], made["item", items[i]["raw"]]) for i in histories[n]],
-                                           users[n].get("reviews", [])[:2]) for n in by_llm}
-            by_llm.sort(key=lambda n: len(prompts[n]))  # like lengths together: less padding
-            system = ITEM_SYSTEM if kind == "item" else USER_SYSTEM
-            for at in range(0, len(by_llm), args.batch_size * world):
-                parts = [by_llm[b:b + args.batch_size] for b in range(at, min(at + args.batch_size * world, len(by_llm)), args.batch_size)]
-                texts, count = ([], 0) if rank >= len(parts) else write_texts(
-                    model, tokenizer, [chat(tokenizer, system, prompts[n]) for n in parts[rank]], args.new_tokens)
-                results = [(texts, count)]
-                if world > 1:  # everybody needs the items' profiles for the users' prompts
-                    results = [None] * world
-                    dist.all_gather_object(results, (texts, count))
-                for part, (texts, count) in zip(parts, results):
-                    tokens, written = tokens + count, written + len(part)
-                    write(kind, [group[n]["raw"] for n in part], [text or group[n].get("text", "") for n, text in zip(part, texts)])
-    seconds = time.time() - start
-    print(f"profile: {written} written by the LLM, {total - written} from metadata or an earlier run, {seconds:.0f} s, "
-          f"{tokens / seconds:.0f} tokens/s, read and written")
-    print(f"wrote {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The hybrid prompt: text plus soft tokens, in four pieces so that what is shared is computed once
-#   shared instruction | user: profile | item: title and profile | ask, with the item vector and the user vector
+# shared instruction | user: profile | item: title and profile | ask, with the item vector and the user vector
 # The user vector comes last, so that the hidden state that is read, of the last token, starts from e_u itself and gathers the
 # item and the texts by attention. Measured on ML-100K, frozen LLM of 8 layers, a head fitted on 3,000 pairs: e_u of users
 # unseen in fitting is read back linearly from h with R2 .39, and the nearest item is a mined one for .93 of held-back pairs;
 # with each vector after its own text, as in "User: … [vector] Item: … [vector]", R2 .03 and .78.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
+SOFT = -1  # in a list of token ids: "a soft token goes here"
 INSTRUCTION = "Name a hard negative: an item close to this user's taste that the user would still not choose."
 
 
@@ -399,6 +142,40 @@ def pad(pieces, device):
     return ids, mask
 
 
+def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner):
+    """The same h(u, i), each pair's whole prompt in one plain forward pass without a cache: slower, but the only form that
+    gradient checkpointing allows, and the oracle that encode() is tested against. Arguments and result as encode()."""
+    device = user_vectors.device
+    prefixes = [prompt.user(text) for text in user_texts]
+    ids, mask = pad([prompt.shared + prefixes[own] + prompt.item(text) for own, text in zip(owner.tolist(), item_texts)], device)
+    x = llm.get_input_embeddings()(ids.clamp(min=0))
+    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
+    x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
+    hidden = llm(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1].float()
+
+
+def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner, batch=0, instruction=None):
+    """h(u, i): the hidden state of the last prompt token. The one encoder of training and generation.
+
+    user_texts G strings, user_vectors (G, d); item_texts R strings, item_vectors (R, d); owner (R,) int64: which of the G
+    users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair.
+    batch: suffixes a call, those of like length together, so that little of it is padding; 0: all in one call. instruction:
+    the past of an earlier call's run_piece(llm, [prompt.shared]), where no gradient is wanted; None: it is run here."""
+    device = user_vectors.device
+    past = instruction or run_piece(llm, [prompt.shared])[2]
+    _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], None, past,
+                           torch.zeros(len(user_texts), dtype=torch.int64, device=device))
+    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)  # (R, 2 n_soft, H)
+    pieces = [prompt.item(text) for text in item_texts]
+    order = torch.tensor(sorted(range(len(pieces)), key=lambda r: len(pieces[r])) if batch else range(len(pieces)), device=device)
+    result = []
+    for part in order.split(batch or len(order)):
+        hidden, mask, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
+        result.append(hidden[torch.arange(len(part), device=device), mask.sum(1) - 1].float())  # the last real token of each row
+    return torch.cat(result)[order.argsort()]
+
+
 def run_piece(llm, pieces, soft=None, past=None, owner=None):
     """Run one piece of the prompt on top of what is cached.
 
@@ -423,40 +200,6 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
     return out.last_hidden_state, mask, (keys_values, full)
 
 
-def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner, batch=0, instruction=None):
-    """h(u, i): the hidden state of the last prompt token. The one encoder of training and generation.
-
-    user_texts G strings, user_vectors (G, d); item_texts R strings, item_vectors (R, d); owner (R,) int64: which of the G
-    users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair.
-    batch: suffixes a call, those of like length together, so that little of it is padding; 0: all in one call. instruction:
-    the past of an earlier call's run_piece(llm, [prompt.shared]), where no gradient is wanted; None: it is run here."""
-    device = user_vectors.device
-    past = instruction or run_piece(llm, [prompt.shared])[2]
-    _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], None, past,
-                           torch.zeros(len(user_texts), dtype=torch.int64, device=device))
-    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)  # (R, 2 n_soft, H)
-    pieces = [prompt.item(text) for text in item_texts]
-    order = torch.tensor(sorted(range(len(pieces)), key=lambda r: len(pieces[r])) if batch else range(len(pieces)), device=device)
-    result = []
-    for part in order.split(batch or len(order)):
-        hidden, mask, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
-        result.append(hidden[torch.arange(len(part), device=device), mask.sum(1) - 1].float())  # the last real token of each row
-    return torch.cat(result)[order.argsort()]
-
-
-def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner):
-    """The same h(u, i), each pair's whole prompt in one plain forward pass without a cache: slower, but the only form that
-    gradient checkpointing allows, and the oracle that encode() is tested against. Arguments and result as encode()."""
-    device = user_vectors.device
-    prefixes = [prompt.user(text) for text in user_texts]
-    ids, mask = pad([prompt.shared + prefixes[own] + prompt.item(text) for own, text in zip(owner.tolist(), item_texts)], device)
-    x = llm.get_input_embeddings()(ids.clamp(min=0))
-    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
-    x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
-    hidden = llm(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-    return hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1].float()
-
-
 def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0, encoder=encode):
     """h(u, i) for pairs (n, 2), with cf {"user": (U, d), "item": (I, d)} and texts (user profiles, item texts) -> (n, H).
     Training and generation both come through here.
@@ -471,11 +214,9 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dr
     profiles = ["" if drop == "user profile" or blank[n] else texts[0][k] for n, k in enumerate(users)]
     return encoder(llm, prompt, soft_tokens, profiles, vectors[0], [texts[1][k] for k in pairs[:, 1]], vectors[1], owner)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Step 2: supervised fine-tuning with InfoNCE against CF-mined hard negatives
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 def info_nce(z, candidates, positive, tau, ignore=None):
     """InfoNCE with one or more positives a row (van den Oord et al., 2018; MIL-NCE, Miech et al., CVPR 2020):
@@ -604,38 +345,6 @@ def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",), rank=0
     return result
 
 
-def adapter_folder(name):
-    """sft -> adapter, sft-template -> adapter-template: LoRA's folder beside NAME.safetensors."""
-    return "adapter" + name.removeprefix("sft")
-
-
-def save_partial(path, settings, step, modules, optimizer, log):
-    """Everything that training needs to go on after `step` steps: weights, Adam's moments, the log."""
-    tensors = {key: p for key, p in modules.items()}
-    for n, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{n}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    save_tensors(path, tensors, {"settings": settings, "step": step, "log": log})
-
-
-def load_partial(path, settings, modules, optimizer):
-    """Undo save_partial -> (step, log), or (0, None) when there is nothing to go on from."""
-    if not path.exists():
-        return 0, None
-    tensors, meta = load_tensors(path, "python llm_negatives.py finetune")
-    if meta["settings"] != json.loads(json.dumps(settings)):
-        print(f"{path}: half-finished with other settings; starting anew")
-        return 0, None
-    for key, p in modules.items():
-        p.data.copy_(tensors[key])
-    state = optimizer.state_dict()
-    for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, n, name = key.split(".")
-            state["state"].setdefault(int(n), {})[name] = value
-    optimizer.load_state_dict(state)
-    return meta["step"], meta["log"]
-
-
 def learning_rate(step, steps):
     """Share of the full rate: linear warm-up over a tenth of the steps, then cosine decay to a tenth of the rate."""
     return min((step + 1) / max(1, steps // 10), 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
@@ -752,37 +461,28 @@ def finetune(args):
     partial.unlink(missing_ok=True)
     print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Step 3: generation, offline, in shards
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-
-def load_sft(run, name, llm, device, lora=True):
-    """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). Refuses an adapter of another LLM or CF width, and
-    one that does not belong to sft.safetensors; an adapter that cannot be loaded is an error, never skipped.
-    lora=False leaves the LLM as it came (with the maps and head of `name`)."""
-    maker = f"python llm_negatives.py finetune --run {run}"
-    path, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
-    tensors, meta = load_tensors(path, maker, device)
-    s = meta["settings"]
-    if s["llm"] != llm_digest(llm):
-        fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run `{maker} --force`")
-    dtype = getattr(torch, meta["dtype"])
-    model = load_llm(llm, AutoModel, dtype, device, s["llm_layers"])
-    if lora:
-        weights = adapter / "adapter_model.safetensors"
-        if not weights.exists() or file_digest(weights) != meta["adapter"]:
-            fail(f"{adapter}: missing, or not the adapter that {path.name} was saved with; run `{maker} --force`")
-        try:
-            model = PeftModel.from_pretrained(model, adapter).eval()
-        except Exception as error:  # noqa: BLE001 as above
-            fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: {str(error)[:200]}); run `{maker} --force`")
-    d, hidden_size = meta["dim"], model.config.get_text_config().hidden_size
-    soft_tokens = SoftTokens(torch.zeros(2, d), torch.zeros(2, d), hidden_size, 1.0, s["soft_tokens"]).to(device)
-    head = Head(hidden_size, d).to(device)
-    restore({"soft": soft_tokens, "head": head}, tensors)
-    return model, Prompt(load_tokenizer(llm), s["soft_tokens"], s["max_tokens"]), soft_tokens.eval(), head.eval(), meta
+@torch.no_grad()
+def encode_items(llm, prompt, texts, read=True, batch=64):
+    """What the LLM makes of each item's text alone: the mean of its last hidden states over the text's tokens -> (I, H) float32.
+    Without read, the mean of its token embeddings: a bag of words, the control for what the layers add.
+    The first token is left out: it takes the attention that goes nowhere, and its state is a hundred times larger than the
+    rest (Xiao et al., attention sinks, ICLR 2024)."""
+    order, result, embedding = sorted(range(len(texts)), key=lambda k: len(texts[k])), None, llm.get_input_embeddings()
+    for at in range(0, len(order), batch):
+        part = order[at:at + batch]
+        pieces = [prompt.ids(texts[k])[:64] for k in part]
+        ids, mask = pad(pieces, embedding.weight.device)
+        hidden = run_piece(llm, pieces)[0] if read else embedding(ids)  # (B, L, H)
+        weight = mask.float()
+        weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
+        if result is None:
+            result = hidden.new_zeros(len(texts), hidden.shape[-1], dtype=torch.float32)
+        result[part] = torch.einsum("bl,blh->bh", weight, hidden.float()) / weight.sum(1, keepdim=True)
+    return result
 
 
 def choose_pairs(train, n_users, per_user, seed):
@@ -793,6 +493,18 @@ def choose_pairs(train, n_users, per_user, seed):
     place = torch.arange(len(train)) - indptr[train[order, 0]]
     chosen = order[place < per_user] if per_user else order
     return chosen[torch.argsort(train[chosen, 0] * (int(train[:, 1].max()) + 1) + train[chosen, 1])]
+
+
+def user_blocks(users, batch):
+    """Cut rows that are sorted by user into blocks of whole users of about `batch` rows -> list of index tensors."""
+    counts = users.unique_consecutive(return_counts=True)[1].tolist()
+    blocks, start, end = [], 0, 0
+    for count in counts:
+        if end - start and end - start + count > batch:
+            blocks.append(torch.arange(start, end))
+            start = end
+        end += count
+    return [*blocks, torch.arange(start, end)]
 
 
 @torch.no_grad()
@@ -869,43 +581,317 @@ def generate(args):
     print(f"generate: {made} pairs in {time.time() - begin:.0f} s, {prompt.tokens * world / (time.time() - begin):.0f} tokens/s; "
           f"{len(paths)} shards {args.out}-*.safetensors and {items_path.name} are there")
 
+# --------------------------------------------------------------------------------------------------
+# Step 1: profiles (the paper's system prompt, item metadata -> item profile, sampled history -> user profile)
+# --------------------------------------------------------------------------------------------------
+
+ITEM_SYSTEM = "You describe, in one short sentence, what an item is like and who would enjoy it."
+USER_SYSTEM = "You describe, in one short sentence, the taste of a person from the items they liked."
+
+
+def item_request(item):
+    """The user turn for one row of items.jsonl."""
+    return f"Item: {item['title']}. {item['text']}".strip()
+
+
+def user_request(history, reviews):
+    """The user turn for one user: history is a list of (title, profile), reviews a list of the user's own texts."""
+    lines = [f"- {title}: {profile}" for title, profile in history] + [f"They wrote: {text}" for text in reviews]
+    return "Liked items:\n" + "\n".join(lines)
+
+
+def first_sentence(text):
+    """One line, cut after the last full sentence end if there is one, so that a token limit leaves no half sentence."""
+    text = " ".join(text.split())
+    end = max(text.rfind(mark) for mark in ".!?")
+    return text[: end + 1] if end > 0 else text
+
+
+def chat(tokenizer, system, user):
+    """One system and one user turn, ready for the answer, in the model's chat format; plain text where it has none.
+    Models whose template knows no system role get both in the user turn."""
+    if not tokenizer.chat_template:
+        return f"{tokenizer.bos_token or ''}{system}\n{user}\n"
+    try:
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
+        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n{user}"}], tokenize=False,
+                                             add_generation_prompt=True)
+
 
 @torch.no_grad()
-def encode_items(llm, prompt, texts, read=True, batch=64):
-    """What the LLM makes of each item's text alone: the mean of its last hidden states over the text's tokens -> (I, H) float32.
-    Without read, the mean of its token embeddings: a bag of words, the control for what the layers add.
-    The first token is left out: it takes the attention that goes nowhere, and its state is a hundred times larger than the
-    rest (Xiao et al., attention sinks, ICLR 2024)."""
-    order, result, embedding = sorted(range(len(texts)), key=lambda k: len(texts[k])), None, llm.get_input_embeddings()
-    for at in range(0, len(order), batch):
-        part = order[at:at + batch]
-        pieces = [prompt.ids(texts[k])[:64] for k in part]
-        ids, mask = pad(pieces, embedding.weight.device)
-        hidden = run_piece(llm, pieces)[0] if read else embedding(ids)  # (B, L, H)
-        weight = mask.float()
-        weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
-        if result is None:
-            result = hidden.new_zeros(len(texts), hidden.shape[-1], dtype=torch.float32)
-        result[part] = torch.einsum("bl,blh->bh", weight, hidden.float()) / weight.sum(1, keepdim=True)
-    return result
+def write_texts(model, tokenizer, requests, new_tokens):
+    """Greedy, batched, left-padded decoding with the model's key/value cache: list of prompts -> (list of sentences, number of
+    tokens read and written). The same on each run."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
+    return [first_sentence(text) for text in texts], int(batch.attention_mask.sum()) + out[:, batch.input_ids.shape[1]:].numel()
 
 
-def user_blocks(users, batch):
-    """Cut rows that are sorted by user into blocks of whole users of about `batch` rows -> list of index tensors."""
-    counts = users.unique_consecutive(return_counts=True)[1].tolist()
-    blocks, start, end = [], 0, 0
-    for count in counts:
-        if end - start and end - start + count > batch:
-            blocks.append(torch.arange(start, end))
-            start = end
-        end += count
-    return [*blocks, torch.arange(start, end)]
+def profile(args):
+    """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Resumes after a kill."""
+    data, run = load_data(args.run), Path(args.run)
+    items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
+    users = read_jsonl(run / "users.jsonl", "python hnlmrec.py prepare")
+    path, (rank, world, device) = run / args.out, start_processes(args.device)
+    settings = {"data": data["digest"], "profiles": args.profiles, "history": args.history, "new_tokens": args.new_tokens,
+                "llm_rows": args.llm_rows, "llm": llm_digest(args.llm) if args.profiles == "llm" else "", "seed": args.seed}
+    made = {}
+    if path.exists() and not args.force:
+        rows = read_jsonl(path, "python llm_negatives.py profile", growing=True)
+        old = rows[0].get("settings") if rows else settings
+        if old != settings:
+            differ = [name for name in settings if old.get(name) != settings[name]]
+            fail(f"{path}: made with other settings ({', '.join(differ)}); add --force to `python llm_negatives.py profile` "
+                 "to remake it, or choose another folder")
+        made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+    total = len(items) + len(users)
+    if len(made) == total:
+        return print(f"skip: {path} is up to date")
+
+    indptr, rows = user_rows(data["train"], data["n_users"])
+    generator = torch.Generator().manual_seed(args.seed)
+    histories = []  # drawn for all users in order, so that a resumed run asks for the same items
+    for u in range(data["n_users"]):
+        own = rows[indptr[u]:indptr[u + 1]]
+        histories.append(own[torch.randperm(len(own), generator=generator)[: args.history]].tolist())
+    model = tokenizer = None
+    if args.profiles == "llm":
+        tokenizer = load_tokenizer(args.llm)
+        model = load_llm(args.llm, AutoModelForCausalLM, pick_dtype(args.dtype, device), device)
+
+    popularity = torch.bincount(data["train"][:, 1], minlength=data["n_items"])
+    limit = args.llm_rows or total
+    chosen_items = set(popularity.argsort(descending=True, stable=True)[:limit].tolist())
+    kept = [{"settings": settings}] + [{"kind": kind, "raw": raw, "profile": text} for (kind, raw), text in made.items()]
+    if rank == 0:  # whole lines alone; new ones are appended below
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    progress, written, tokens, start = Progress("profile", total, "profiles"), 0, 0, time.time()
+    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file:
+
+        def write(kind, raws, texts):
+            for raw, text in zip(raws, texts):
+                made[kind, raw] = text
+                file.write(json.dumps({"kind": kind, "raw": raw, "profile": text}) + "\n")
+            file.flush()
+            progress.update(len(made), f"{tokens / (time.time() - start):.0f} tokens/s" if tokens else "")
+
+        for kind, group in (("item", items), ("user", users)):
+            todo = [n for n, row in enumerate(group) if (kind, row["raw"]) not in made]
+            by_llm = [n for n in todo if args.profiles == "llm" and (n in chosen_items if kind == "item" else n < limit)]
+            by_template = sorted(set(todo) - set(by_llm))
+            if kind == "item":
+                write(kind, [items[n]["raw"] for n in by_template], [items[n]["text"] for n in by_template])
+                prompts = {n: item_request(items[n]) for n in by_llm}
+            else:
+                titles = [[items[i]["title"] for i in histories[n]] for n in by_template]
+                write(kind, [users[n]["raw"] for n in by_template], ["Likes " + "; ".join(names) + "." for names in titles])
+                prompts = {n: user_request([(items[i]["title"], made["item", items[i]["raw"]]) for i in histories[n]],
+                                           users[n].get("reviews", [])[:2]) for n in by_llm}
+            by_llm.sort(key=lambda n: len(prompts[n]))  # like lengths together: less padding
+            system = ITEM_SYSTEM if kind == "item" else USER_SYSTEM
+            for at in range(0, len(by_llm), args.batch_size * world):
+                parts = [by_llm[b:b + args.batch_size] for b in range(at, min(at + args.batch_size * world, len(by_llm)), args.batch_size)]
+                texts, count = ([], 0) if rank >= len(parts) else write_texts(
+                    model, tokenizer, [chat(tokenizer, system, prompts[n]) for n in parts[rank]], args.new_tokens)
+                results = [(texts, count)]
+                if world > 1:  # everybody needs the items' profiles for the users' prompts
+                    results = [None] * world
+                    dist.all_gather_object(results, (texts, count))
+                for part, (texts, count) in zip(parts, results):
+                    tokens, written = tokens + count, written + len(part)
+                    write(kind, [group[n]["raw"] for n in part], [text or group[n].get("text", "") for n, text in zip(part, texts)])
+    seconds = time.time() - start
+    print(f"profile: {written} written by the LLM, {total - written} from metadata or an earlier run, {seconds:.0f} s, "
+          f"{tokens / seconds:.0f} tokens/s, read and written")
+    print(f"wrote {path}")
+
+# --------------------------------------------------------------------------------------------------
+# The LLM: loading, digest, number format
+# --------------------------------------------------------------------------------------------------
+
+def pick_dtype(name, device):
+    """auto, fp32, bf16 or fp16 -> torch dtype. auto is bf16 where the device multiplies bf16 matrices clearly faster than
+    fp32 ones (most GPUs; CPUs with AVX512-BF16 or AMX), found by timing both for a few milliseconds."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype, device=device)
+        laps = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            laps.append(time.perf_counter() - start)
+        seconds[dtype] = min(laps[1:])
+    return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def load_tokenizer(llm):
+    """The tokenizer of a Hugging Face id or a local folder; a missing pad token becomes the end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm)
+    except Exception as error:  # noqa: BLE001 the library raises many kinds; all mean the same to the user
+        fail(f"--llm {llm}: no tokenizer can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
+             "give a local folder or a Hugging Face id that this machine can reach")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_llm(llm, cls, dtype, device, layers=0):
+    """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers > 0 keeps only the first layers;
+    the rest is neither loaded nor run. cls: AutoModel (hidden states, no logits) or AutoModelForCausalLM."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments inside the libraries, not the user's to mend
+    try:
+        model = cls.from_pretrained(llm, dtype=dtype, **({"num_hidden_layers": layers} if layers else {}))
+    except Exception as error:  # noqa: BLE001 as above
+        fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
+             "give a local folder with config.json and safetensors weights, or a Hugging Face id that this machine can reach")
+    return model.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def embedding_norm(llm):
+    """Mean norm of what the embedding gives, over the vocabulary. Not that of its weights: Gemma's embedding scales them."""
+    embed = llm.get_input_embeddings()
+    ids = torch.arange(embed.weight.shape[0], device=embed.weight.device)
+    return torch.cat([embed(part).float().norm(dim=1) for part in ids.split(4096)]).mean()
+
+
+def llm_digest(llm):
+    """16 hex digits that tell one local model folder from another: its config, and the name, size and first MiB of each
+    weight file (an 8B model is not read whole). A hub id stands for itself."""
+    folder = Path(llm)
+    if not folder.is_dir():
+        return llm
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+    return digest.hexdigest()[:16]
+
+# --------------------------------------------------------------------------------------------------
+# Files: profiles in, adapter and fine-tuned maps out, half-finished states
+# --------------------------------------------------------------------------------------------------
+
+def load_profiles(run, name="profiles.jsonl"):
+    """Profiles in the order of the contiguous ids -> (user profiles list[str], item texts list[str]).
+
+    An item's text is its title, then its profile. Raises SystemExit2 when profiles are missing."""
+    maker = f"python llm_negatives.py profile --run {run} --out {name}"
+    users = read_jsonl(Path(run) / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
+    items = read_jsonl(Path(run) / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
+    rows = read_jsonl(Path(run) / name, maker, growing=True)
+    made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+    missing = [raw for kind, group in (("user", users), ("item", items)) for raw in
+               (row["raw"] for row in group) if (kind, raw) not in made]
+    if missing:
+        fail(f"{Path(run) / name}: {len(missing)} profiles are missing, the first for {missing[0]!r}; run `{maker}` again")
+    return ([made["user", row["raw"]] for row in users],
+            [f"{row['title']}. {made['item', row['raw']]}" for row in items])
+
+
+def adapter_folder(name):
+    """sft -> adapter, sft-template -> adapter-template: LoRA's folder beside NAME.safetensors."""
+    return "adapter" + name.removeprefix("sft")
+
+
+def load_sft(run, name, llm, device, lora=True):
+    """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). Refuses an adapter of another LLM or CF width, and
+    one that does not belong to sft.safetensors; an adapter that cannot be loaded is an error, never skipped.
+    lora=False leaves the LLM as it came (with the maps and head of `name`)."""
+    maker = f"python llm_negatives.py finetune --run {run}"
+    path, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
+    tensors, meta = load_tensors(path, maker, device)
+    s = meta["settings"]
+    if s["llm"] != llm_digest(llm):
+        fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run `{maker} --force`")
+    dtype = getattr(torch, meta["dtype"])
+    model = load_llm(llm, AutoModel, dtype, device, s["llm_layers"])
+    if lora:
+        weights = adapter / "adapter_model.safetensors"
+        if not weights.exists() or file_digest(weights) != meta["adapter"]:
+            fail(f"{adapter}: missing, or not the adapter that {path.name} was saved with; run `{maker} --force`")
+        try:
+            model = PeftModel.from_pretrained(model, adapter).eval()
+        except Exception as error:  # noqa: BLE001 as above
+            fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: {str(error)[:200]}); run `{maker} --force`")
+    d, hidden_size = meta["dim"], model.config.get_text_config().hidden_size
+    soft_tokens = SoftTokens(torch.zeros(2, d), torch.zeros(2, d), hidden_size, 1.0, s["soft_tokens"]).to(device)
+    head = Head(hidden_size, d).to(device)
+    restore({"soft": soft_tokens, "head": head}, tensors)
+    return model, Prompt(load_tokenizer(llm), s["soft_tokens"], s["max_tokens"]), soft_tokens.eval(), head.eval(), meta
+
+
+def save_partial(path, settings, step, modules, optimizer, log):
+    """Everything that training needs to go on after `step` steps: weights, Adam's moments, the log."""
+    tensors = {key: p for key, p in modules.items()}
+    for n, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{n}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    save_tensors(path, tensors, {"settings": settings, "step": step, "log": log})
+
+
+def load_partial(path, settings, modules, optimizer):
+    """Undo save_partial -> (step, log), or (0, None) when there is nothing to go on from."""
+    if not path.exists():
+        return 0, None
+    tensors, meta = load_tensors(path, "python llm_negatives.py finetune")
+    if meta["settings"] != json.loads(json.dumps(settings)):
+        print(f"{path}: half-finished with other settings; starting anew")
+        return 0, None
+    for key, p in modules.items():
+        p.data.copy_(tensors[key])
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("adam."):
+            _, n, name = key.split(".")
+            state["state"].setdefault(int(n), {})[name] = value
+    optimizer.load_state_dict(state)
+    return meta["step"], meta["log"]
+
+# --------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each does every WORLD-th part of the work, process 0 does the talking and the writing
+# --------------------------------------------------------------------------------------------------
+
+def start_processes(device):
+    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process takes its own GPU."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank:
+            sys.stdout = io.StringIO()
+    return rank, world, device
+
+
+def end_processes():
+    """End a process of torchrun's once all have done their work. Gloo's threads race the interpreter's end: in one run of ten
+    torch 2.13 aborts there, and with destroy_process_group torch 2.6 hangs. All files are written, so leave without that end."""
+    if dist.is_initialized():
+        dist.barrier()
+        if dist.get_backend() == "nccl":
+            dist.destroy_process_group()
+        else:
+            sys.__stdout__.flush()
+            os._exit(0)
+
+
+def sum_over(tensors, world):
+    """Add each tensor up over all processes, in place."""
+    for tensor in tensors if world > 1 else ():
+        dist.all_reduce(tensor)
+
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------------
 
 PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "lora_rank": 32, "lora_alpha": 64.0, "lora_dropout": 0.05, "lr": 2e-5, "tau_s": 0.05,
              "epochs": 5.0, "dtype": "bf16"}  # what the paper states; its alpha of LoRA is not stated

@@ -70,15 +70,15 @@ def rigged(users, items):
 
 def test_metrics_hand_worked():
     hits, relevant = torch.tensor([[True, False, True, False], [False, False, False, False]]), torch.tensor([3, 1])
-    assert evaluation.recall(hits, relevant, 4).tolist() == [2 / 3, 0]
-    assert evaluation.precision(hits, relevant, 4).tolist() == [0.5, 0]
-    assert evaluation.hit_rate(hits, relevant, 4).tolist() == [1, 0]
-    assert evaluation.mrr(hits, relevant, 4).tolist() == [1, 0]
+    assert backbones.recall(hits, relevant, 4).tolist() == [2 / 3, 0]
+    assert backbones.precision(hits, relevant, 4).tolist() == [0.5, 0]
+    assert backbones.hit_rate(hits, relevant, 4).tolist() == [1, 0]
+    assert backbones.mrr(hits, relevant, 4).tolist() == [1, 0]
     dcg, ideal = 1 + 1 / 2, 1 + 1 / math.log2(3) + 1 / 2
     assert backbones.ndcg(hits, relevant, 4).tolist() == pytest.approx([dcg / ideal, 0])
     # the ideal list is cut at k: with 3 relevant and k = 2 it holds two
     assert backbones.ndcg(hits, relevant, 2).tolist() == pytest.approx([1 / (1 + 1 / math.log2(3)), 0])
-    assert evaluation.mrr(torch.tensor([[False, False, True]]), torch.tensor([1]), 3).item() == pytest.approx(1 / 3)
+    assert backbones.mrr(torch.tensor([[False, False, True]]), torch.tensor([1]), 3).item() == pytest.approx(1 / 3)
 
 
 def brute_force_metrics(scores, data, k):
