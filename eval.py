@@ -246,7 +246,7 @@ ABLATIONS = {
     "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
     "cleared by shuffled texts": "--clear 0.3 --control cleared",
     "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
-    "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0", "BPR gradient into the projector": "--bpr-into-projector",
+    "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0",
 }
 LLM_ABLATIONS = {  # name -> the negatives it trains with, and the steps of llm_negatives.py that make them: minutes each
     "LLM not fine-tuned": ("negatives-zeroshot", ["generate --no-finetune --out negatives-zeroshot"]),

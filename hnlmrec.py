@@ -206,14 +206,14 @@ class NegativeTable:
 
 
 def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
-                      k, sampler, m, align_rows, refresh, bpr_into_projector=False, penalty=None):
+                      k, sampler, m, align_rows, refresh, penalty=None):
     """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
     and L2 -> step(rows, generator) for `fit`.
 
     generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
     e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it
     would teach the projector to make easy negatives; so z of all generated vectors is computed at once, anew every `refresh`
-    steps. bpr_into_projector lets it through (an ablation). penalty: as make_sampler's."""
+    steps. penalty: as make_sampler's."""
     sample, state = make_sampler(model, sampler, pairs, m=m, penalty=penalty), {"steps": 0, "z": None}
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mine
             if state["steps"] % refresh == 0:
                 state["z"] = all_z(generator)
             state["steps"] += 1
-            negatives = mix(projector(hidden[table(rows, k, generator)]) if bpr_into_projector else state["z"][own], negatives, alpha)
+            negatives = mix(state["z"][own], negatives, alpha)
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
         ego_users, ego_items = model.ego()
         loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
@@ -286,7 +286,7 @@ def assemble(run, s, data, made, device):
         relevance = text_relevance(texts, data["train"], data["n_users"])
         penalty = lambda u, candidates: s["clear"] * relevance[u[:, None], candidates].float()  # (B,), (B, M) -> (B, M)
     step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"], penalty=penalty,
-                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "sampler", "m", "align_rows", "refresh", "bpr_into_projector")})
+                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "sampler", "m", "align_rows", "refresh")})
     return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
             "vector": vector, "mined": mined, "cf": cf}
 
@@ -749,7 +749,6 @@ def main(argv=None):
     g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")
     g.add_argument("--no-attention", dest="attention", action="store_false", help="ablation: projector without self-attention")
-    g.add_argument("--bpr-into-projector", action="store_true", help="ablation: let BPR's gradient train the projector too")
     g.add_argument("--control", choices=["none", "random", "shuffled", "cleared"], default="none",
                    help="replace the LLM's vectors, to see what they are worth; cleared: shuffle the texts of --clear alone")
     g.add_argument("--negatives", default="negatives", help="first part of the shards' names")
