@@ -20,6 +20,7 @@ import math
 import re
 import time
 import zlib
+from argparse import Namespace
 from array import array
 from contextlib import contextmanager
 from datetime import datetime
@@ -61,22 +62,32 @@ from backbones import (
 )
 
 # --------------------------------------------------------------------------------------------------
-# The method: a projector brings what the LLM generated into the recommender's space; mixing and alignment train with it
+# The method: a projector brings what the LLM generated into the recommender's space; mixing and
+# alignment train with it
 # --------------------------------------------------------------------------------------------------
 
 class Projector(nn.Module):
-    """Self-attention over the K generated vectors of one user, then an MLP into the recommender's space (paper, stage 2).
+    """Self-attention over the K generated vectors of one user, then an MLP into the recommender's
+    space (paper, stage 2).
 
-    hidden (B, K, H) -> z (B, D), the projection of slot 0, informed by the other K - 1. mean and std standardise the LLM's
-    hidden states, of which a few dimensions dwarf the rest. attention=False leaves the MLP alone (an ablation)."""
+    forward: generated vectors (B, K, H) -> z (B, D), the projection of slot 0, informed by the
+    other K - 1.
 
-    def __init__(self, hidden, dim, width=128, attention=True):
+    sample_hidden (n, H): any generated vectors of the kind that forward will see, n at least 2.
+    Only their mean and standard deviation are kept, with which the LLM's hidden states, of which a
+    few dimensions dwarf the rest, are standardised. dim: D. attention=False leaves the MLP alone (an
+    ablation)."""
+
+    def __init__(self, sample_hidden, dim, width=128, attention=True):
         super().__init__()
-        self.register_buffer("mean", hidden.float().mean(0))
-        self.register_buffer("std", hidden.float().std(0).clamp(min=1e-3))
-        self.inward = nn.Linear(hidden.shape[1], width)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3)) if attention else (None,) * 3
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
+        self.register_buffer("mean", sample_hidden.float().mean(0))
+        self.register_buffer("std", sample_hidden.float().std(0).clamp(min=1e-3))
+        self.inward = nn.Linear(sample_hidden.shape[1], width)
+        self.query = self.key = self.value = None
+        if attention:
+            self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
 
     def forward(self, hidden):
         return self.attend(self.read(hidden))
@@ -95,63 +106,75 @@ class Projector(nn.Module):
 
 
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z + (1 - alpha) e_j (B, D), as in the paper. z is first given the norm of e_j, since alignment, which trains
-    it, sees directions only."""
+    """e⁻ = alpha z + (1 - alpha) e_j, as in the paper, with z first given the norm of e_j, since
+    alignment, which trains it, sees directions only. z, sampled (B, D) -> (B, D)."""
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
 
 
 def alignment_loss(z, positives, mined, user_ids, tau):
-    """L_align, the only loss that trains the projector: z must lie near a CF-mined hard negative of its user, not near those
-    of other users nor near the positive: InfoNCE(z; e_m against the batch's other e_m' and e_i), cosine, temperature tau_c.
+    """L_align, the only loss that trains the projector: z must lie near a CF-mined hard negative of
+    its user, not near those of other users nor near the positive: InfoNCE(z; e_m against the
+    batch's other e_m' and e_i), cosine, temperature tau_c.
 
-    All (B, D); user_ids (B,): rows of one user are no negatives of each other -> scalar."""
+    z, positives, mined (B, D); user_ids (B,): rows of one user are no negatives of each other
+    -> scalar."""
     z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
     same = user_ids[:, None] == user_ids[None]
     same.fill_diagonal_(False)
     scores = (z @ mined.T).masked_fill(same, -torch.inf)  # (B, B)
     own = (z * positives).sum(-1, keepdim=True)  # (B, 1)
-    return F.cross_entropy(torch.cat([scores, own], 1) / tau, torch.arange(len(z), device=z.device))
+    target = torch.arange(len(z), device=z.device)
+    return F.cross_entropy(torch.cat([scores, own], 1) / tau, target)
 
 
 def semantic_alignment(vectors, texts, tau):
-    """InfoNCE between rows: vectors (A, D), the backbone's of A users or items, against texts (A, D), their projected texts.
-    Both sides get the gradient, so that what the LLM reads shapes e_u and e_i (the form of RLMRec-Con, Ren et al., WWW 2024)."""
+    """InfoNCE between rows: vectors (A, D), the backbone's of A users or items, against texts
+    (A, D), their projected texts -> scalar. Both sides get the gradient, so that what the LLM reads
+    shapes e_u and e_i (the form of RLMRec-Con, Ren et al., WWW 2024)."""
     scores = F.normalize(vectors, dim=-1) @ F.normalize(texts, dim=-1).T / tau  # (A, A)
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 class SemanticProjector(nn.Module):
-    """The LLM's text vectors in the recommender's space: text (I, H) standardised, then an MLP -> (…, D). A user is the mean of
-    the texts of the user's train items."""
+    """The LLM's text vectors in the recommender's space. A user is the mean of the texts of the
+    user's train items.
+
+    forward: user ids (A,), item ids (B,) -> (A, D), (B, D), an MLP of the standardised texts.
+    text (I, H), row i of item i, any float type; train (N, 2), on the same device; dim: D."""
 
     def __init__(self, text, train, n_users, dim, width=128):
         super().__init__()
         text = text.float()
         text = F.normalize((text - text.mean(0)) / text.std(0).clamp(min=1e-3), dim=1)
+        user_text = F.normalize(sum_of_train_items(text, train, n_users), dim=1)
         self.register_buffer("item", text, persistent=False)  # (I, H)
-        self.register_buffer("user", F.normalize(sum_of_train_items(text, train, n_users), dim=1), persistent=False)  # (U, H)
-        self.mlp = nn.Sequential(nn.Linear(text.shape[1], width), nn.LeakyReLU(), nn.Linear(width, dim))
+        self.register_buffer("user", user_text, persistent=False)  # (U, H)
+        self.mlp = nn.Sequential(
+            nn.Linear(text.shape[1], width), nn.LeakyReLU(), nn.Linear(width, dim))
 
     def forward(self, users, items):
-        """ids (A,), (B,) -> (A, D), (B, D)."""
         return self.mlp(self.user[users]), self.mlp(self.item[items])
 
 
 def sum_of_train_items(items, train, n_users):
-    """Each user's sum of the vectors of the user's train items: items (I, H), train (N, 2) -> (U, H)."""
-    return items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+    """The sum of each user's train items: items (I, H), train (N, 2) -> (U, H)."""
+    total = items.new_zeros(n_users, items.shape[1])
+    return total.index_add_(0, train[:, 0], items[train[:, 1]])
 
 
 def text_start(text, train, n_users, dim, std):
-    """Initial vectors that already say what the texts say: of an item the first `dim` principal components of the texts, of a
-    user the sum over the train items; both scaled to the mean square that random ones would have. Beyond the paper.
+    """Initial vectors that already say what the texts say: of an item the first `dim` principal
+    components of the texts, of a user the sum over the train items; both scaled to the mean square
+    that random ones would have, std squared. Beyond the paper.
 
-    text (I, H), train (N, 2) -> (U + I, dim)."""
+    text (I, H), train (N, 2) -> (U + I, dim), users first; zeros where a text is narrower."""
     centred = text - text.mean(0)
-    items = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]  # (I, min(dim, H))
+    components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
+    items = centred @ components  # (I, min(dim, H))
     users = sum_of_train_items(items, train, n_users)
-    return torch.cat([F.pad(x * std / x.pow(2).mean() ** 0.5, (0, dim - x.shape[1])) for x in (users, items)])
+    scaled = [x * std / x.pow(2).mean() ** 0.5 for x in (users, items)]
+    return F.pad(torch.cat(scaled), (0, dim - items.shape[1]))
 
 
 def text_relevance(text, train, n_users):
@@ -172,87 +195,125 @@ def text_relevance(text, train, n_users):
 
 
 class NegativeTable:
-    """Which K generated vectors belong to a train pair: its own first, then others of the same user.
+    """Which K generated vectors belong to a train pair: its own first, then others of its user.
 
-    generated (n, 2) pairs sorted by user. `own` is the number of train pairs with a vector of their own; the others use their
-    user's other vectors instead: a counted fallback. A user without any is an error, since noise in its place would look
-    like a result."""
+    generated (n, 2): the (user, item) pair of each generated vector, none twice, users ascending;
+    train (N, 2): the pairs that are trained on, on the same device. `own` is the number of train
+    pairs with a vector of their own; the others use their user's other vectors instead: a counted
+    fallback.
+
+    Raises SystemExit2 for a user without any, since noise in its place would look like a result,
+    and for pairs whose users are not in ascending order."""
 
     def __init__(self, generated, train, n_users, n_items):
-        count = torch.bincount(generated[:, 0], minlength=n_users)
-        empty = (count[train[:, 0]] == 0).nonzero()
+        self.users, self.train_users = generated[:, 0], train[:, 0]
+        if (self.users.diff() < 0).any():
+            fail("negatives: their pairs are not in ascending order of the user; "
+                 "run `python llm_negatives.py generate` with --force")
+        # user u's vectors are rows start[u] … start[u] + count[u] - 1
+        self.count = torch.bincount(self.users, minlength=n_users)
+        self.start = self.count.cumsum(0) - self.count
+        empty = (self.count[self.train_users] == 0).nonzero()
         if len(empty):
-            fail(f"negatives: user row {int(train[empty[0], 0])} has train pairs but no generated negative; "
-                 "run `python llm_negatives.py generate` with --pairs-per-user 1 or more")
-        self.start, self.count = count.cumsum(0) - count, count
+            fail(f"negatives: user row {int(train[empty[0], 0])} has train pairs but no generated "
+                 "negative; run `python llm_negatives.py generate` with --pairs-per-user 1 or more")
         keys, order = (generated[:, 0] * n_items + generated[:, 1]).sort()
         query = train[:, 0] * n_items + train[:, 1]
         at = torch.searchsorted(keys, query).clamp(max=len(keys) - 1)
-        self.row = torch.where(keys[at] == query, order[at], -1)  # (N,) each train pair's own row, -1: none
+        self.row = torch.where(keys[at] == query, order[at], -1)  # (N,) each pair's own, -1: none
         self.own = int((self.row >= 0).sum())
-        self.train_users = train[:, 0]
 
     def __call__(self, rows, k, generator=None):
-        """Train rows (B,) -> rows of the generated vectors (B, K), the pair's own (or its stand-in) first. A user with
-        fewer than K vectors has some of them more than once."""
+        """Train rows (B,) -> rows of the generated vectors (B, K), the pair's own (or its stand-in)
+        first. A user with fewer than K vectors has some of them more than once."""
         chosen, own = self.others(self.train_users[rows], k, generator), self.row[rows]
         chosen[:, 0] = torch.where(own >= 0, own, chosen[:, 0])
         return chosen
 
     def others(self, users, k, generator=None):
         """Users (B,) -> k rows of each one's generated vectors, drawn at random (B, k)."""
-        pick = torch.randint(2**31, (len(users), k), generator=generator, device=users.device) % self.count[users][:, None]
-        return self.start[users][:, None] + pick
+        point = torch.randint(2**31, (len(users), k), generator=generator, device=users.device)
+        return self.start[users][:, None] + point % self.count[users][:, None]
 
 
-def make_hnlmrec_step(model, projector, semantic, table, generated, hidden, mined, pairs, *, alpha, lambda1, lambda_s, tau_c, reg,
-                      k, sampler, m, align_rows, refresh, penalty=None):
-    """One training step: BPR with e⁻, L_align on the first `align_rows` rows, L_sem on the users and items of twice as many,
-    and L2 -> step(rows, generator) for `fit`.
+class HNLMRec(nn.Module):
+    """Backbone, projector and semantic projector, trained together: `loss` is one step of
 
-    generated (n, 2) and hidden (n, H): the generated vectors and their pairs; mined (U, M) item ids; pairs (N, 2) train.
-    e_j is what `sampler` makes of m uniform unseen items: with dns, the highest scored. BPR's gradient stops at z, or it
-    would teach the projector to make easy negatives; so z of all generated vectors is computed at once, anew every `refresh`
-    steps. penalty: as make_sampler's."""
-    sample, state = make_sampler(model, sampler, pairs, m=m, penalty=penalty), {"steps": 0, "z": None}
+        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda2 ‖Θ‖².
 
-    @torch.no_grad()
-    def all_z(generator):
-        rows = torch.arange(len(hidden), device=hidden.device)
-        sets = torch.cat([rows[:, None], table.others(generated[:, 0], k - 1, generator)], 1)  # (n, K)
-        x = torch.cat([projector.read(part) for part in hidden.split(4096)])  # (n, W): read once, though in many sets
-        return torch.cat([projector.attend(x[part]) for part in sets.split(4096)])
+    backbone: has forward() -> users (U, D), items (I, D), score() and ego(), as backbones.Backbone.
+    projector, semantic: a Projector and a SemanticProjector into the same D.
+    sample: draws e_j, as backbones.make_sampler returns it; with dns, the highest scored of a few.
+    table: a NegativeTable; hidden (n, H): the generated vectors that its rows number.
+    mined (U, M): item ids, each user's CF-mined hard negatives. pairs (N, 2): the train pairs.
+    settings: a Namespace with
+        alpha       share of z in e⁻                  tau_c       temperature of L_align and L_sem
+        lambda1     weight of L_align                 align_rows  pairs that L_align sees, a step
+        lambda_s    weight of L_sem                   k           generated vectors in a set
+        reg         lambda2, weight of the L2 term    refresh     steps between new values of z
+    All tensors on one device."""
 
-    def step(rows, generator):
-        u, i = pairs[rows].T
-        own = table(rows, 1, generator)[:, 0]  # (B,)
-        user_vectors, item_vectors, users, items, negatives, j = sample(u, i, generator)
-        if alpha:
-            if state["steps"] % refresh == 0:
-                state["z"] = all_z(generator)
-            state["steps"] += 1
-            negatives = mix(state["z"][own], negatives, alpha)
-        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
-        ego_users, ego_items = model.ego()
-        loss = bpr + reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+    def __init__(
+            self, backbone, projector, semantic, sample, table, hidden, mined, pairs, settings):
+        super().__init__()
+        self.backbone, self.projector, self.semantic = backbone, projector, semantic
+        self.sample, self.table, self.settings = sample, table, settings
+        self.hidden, self.mined, self.pairs = hidden, mined, pairs
+        self.z, self.steps = None, 0  # see z_of_all
+
+    def loss(self, rows, generator):
+        """Rows (B,) of the train pairs -> (scalar, {term: float}). A step for backbones.fit."""
+        s = self.settings
+        u, i = self.pairs[rows].T  # (B,), (B,)
+        own = self.table(rows, 1, generator)[:, 0]  # (B,) each pair's generated vector
+        user_vectors, item_vectors, users, items, negatives, j = self.sample(u, i, generator)
+
+        # BPR: the positive e_i above e⁻. Its gradient stops at z: it would teach the projector to
+        # make easy negatives
+        if s.alpha:
+            negatives = mix(self.z_of_all(generator)[own], negatives, s.alpha)
+        bpr = bpr_loss(self.backbone.score(users, items), self.backbone.score(users, negatives))
         logs = {"bpr": bpr.item()}
-        if lambda1:
-            a = slice(0, align_rows)
-            z = projector(hidden[table(rows[a], k, generator)])  # (B', D)
-            pick = torch.randint(mined.shape[1], (len(z),), generator=generator, device=u.device)
-            anchors = [items[a], take(item_vectors, mined[u[a], pick])]
-            align = alignment_loss(z, *(v.detach() for v in anchors), u[a], tau_c)
-            loss = loss + lambda1 * align
+
+        # L2, of the parameters behind the batch's users, positives and sampled items
+        ego_users, ego_items = self.backbone.ego()
+        loss = bpr + s.reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+
+        # L_align, on the first rows: z near one of the user's mined items. It trains the projector
+        # alone, towards where the backbone has these items now
+        if s.lambda1:
+            a = slice(0, s.align_rows)
+            z = self.projector(self.hidden[self.table(rows[a], s.k, generator)])  # (A, D)
+            pick = torch.randint(
+                self.mined.shape[1], (len(z),), generator=generator, device=u.device)
+            mined = take(item_vectors, self.mined[u[a], pick])  # (A, D)
+            align = alignment_loss(z, items[a].detach(), mined.detach(), u[a], s.tau_c)
+            loss = loss + s.lambda1 * align
             logs["align"] = align.item()
-        if lambda_s:
-            some = [ids[: 2 * align_rows].unique() for ids in (u, i)]
-            meaning = sum(semantic_alignment(take(vectors, ids), text, tau_c)
-                          for vectors, ids, text in zip((user_vectors, item_vectors), some, semantic(*some)))
-            loss = loss + lambda_s * meaning
+
+        # L_sem, on twice as many rows: e_u and e_i near their projected texts
+        if s.lambda_s:
+            some_users, some_items = (ids[: 2 * s.align_rows].unique() for ids in (u, i))
+            user_texts, item_texts = self.semantic(some_users, some_items)
+            meaning = (semantic_alignment(take(user_vectors, some_users), user_texts, s.tau_c)
+                       + semantic_alignment(take(item_vectors, some_items), item_texts, s.tau_c))
+            loss = loss + s.lambda_s * meaning
             logs["semantic"] = meaning.item()
         return loss, logs
 
-    return step
+    @torch.no_grad()
+    def z_of_all(self, generator):
+        """z of every generated vector (n, D), without gradient, made anew every `refresh` steps:
+        between two of them a z hardly moves."""
+        if self.steps % self.settings.refresh == 0:
+            rows = torch.arange(len(self.hidden), device=self.hidden.device)
+            others = self.table.others(self.table.users, self.settings.k - 1, generator)
+            sets = torch.cat([rows[:, None], others], 1)  # (n, K)
+            # each vector is read once, though it stands in many sets
+            x = torch.cat([self.projector.read(part) for part in self.hidden.split(4096)])  # (n, W)
+            self.z = torch.cat([self.projector.attend(x[part]) for part in sets.split(4096)])
+        self.steps += 1
+        return self.z
 
 # --------------------------------------------------------------------------------------------------
 # train: the program around the step
@@ -285,8 +346,8 @@ def assemble(run, s, data, made, device):
         texts = semantic.item[torch.randperm(len(text), generator=generator).to(device)] if s["control"] == "cleared" else semantic.item
         relevance = text_relevance(texts, data["train"], data["n_users"])
         penalty = lambda u, candidates: s["clear"] * relevance[u[:, None], candidates].float()  # (B,), (B, M) -> (B, M)
-    step = make_hnlmrec_step(model, projector, semantic, table, pairs.to(device), hidden.to(device), mined, data["train"], penalty=penalty,
-                             **{name: s[name] for name in ("alpha", "lambda1", "lambda_s", "tau_c", "reg", "k", "sampler", "m", "align_rows", "refresh")})
+    sample = make_sampler(model, s["sampler"], data["train"], m=s["m"], penalty=penalty)
+    step = HNLMRec(model, projector, semantic, sample, table, hidden.to(device), mined, data["train"], Namespace(**s)).loss
     return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
             "vector": vector, "mined": mined, "cf": cf}
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
 
@@ -370,7 +371,7 @@ def test_bpr_is_minus_log_sigmoid():
     assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
 
 
-def hnlmrec_parts(alpha, lambda1, sampler="dns", **more):
+def hnlmrec_parts(alpha, lambda1, sampler="dns"):
     """A small model, its projector and a step."""
     torch.manual_seed(0)
     train = split_data()["train"]
@@ -379,8 +380,9 @@ def hnlmrec_parts(alpha, lambda1, sampler="dns", **more):
     mined = backbones.mine_hard_negatives(model, train, 1, 5)
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
     semantic = hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8)
-    step = hnlmrec.make_hnlmrec_step(model, projector, semantic, table, train, hidden, mined, train, alpha=alpha, lambda1=lambda1,
-                                     lambda_s=0.0, tau_c=0.2, reg=0.0, k=2, sampler=sampler, m=1, align_rows=16, refresh=1, **more)
+    settings = Namespace(alpha=alpha, lambda1=lambda1, lambda_s=0.0, tau_c=0.2, reg=0.0, k=2, align_rows=16, refresh=1)
+    sample = backbones.make_sampler(model, sampler, train, m=1)
+    step = hnlmrec.HNLMRec(model, projector, semantic, sample, table, hidden, mined, train, settings).loss
     return model, projector, step, train
 
 
