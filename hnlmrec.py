@@ -177,21 +177,44 @@ def text_start(text, train, n_users, dim, std):
     return F.pad(torch.cat(scaled), (0, dim - items.shape[1]))
 
 
-def text_relevance(text, train, n_users):
-    """How well each item's text fits a user's train items: cosines of whitened texts (unwhitened, what all texts share would
-    decide), summed over the train items, then in standard deviations of that user's items. What the texts say the user
-    would like is a likely false negative, and DNS can be kept clear of it. Beyond the paper.
+def text_factors(text, train, n_users):
+    """What the texts say of each pair of a user and an item, as an inner product: of an item its
+    text, whitened (otherwise what all texts share would decide) and of length 1, of a user the sum
+    over the train items, so that the product is a sum of cosines. Beyond the paper.
 
-    text (I, H), train (N, 2) -> (U, I) float16, 2 bytes a user and item."""
+    text (I, H) float32, train (N, 2) -> users (U, H), items (I, H)."""
     centred = text - text.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred)
-    items = F.normalize(centred @ vectors * values.clamp(min=values[-1] * 1e-4) ** -0.5, dim=1)  # (I, H)
-    users = sum_of_train_items(items, train, n_users)
-    relevance = torch.empty(n_users, len(items), dtype=torch.float16, device=text.device)
-    for begin in range(0, n_users, 1024):
-        fit = users[begin : begin + 1024] @ items.T
-        relevance[begin : begin + 1024] = (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True).clamp(min=1e-12)
-    return relevance
+    scale = values.clamp(min=values[-1] * 1e-4) ** -0.5  # directions that hardly vary stay small
+    items = F.normalize(centred @ vectors * scale, dim=1)
+    return sum_of_train_items(items, train, n_users), items
+
+
+class Relevance:
+    """How well an item fits a user by two tables of factors, in standard deviations of that user's
+    fit over all items: (x - mean) / std with x = users[u] · items[j]. What should fit the user is a
+    likely false negative, and `backbones.dns` can be kept clear of it. Beyond the paper.
+
+    users (U, k), items (I, k), float32, on one device: those of text_factors, or of any judge whose
+    score is an inner product. Memory: 4 k (U + I) bytes, never users x items.
+    Called with user ids (B,) and candidates' item ids (B, M) -> gain * relevance (B, M), float32,
+    which is what `dns` and `make_sampler` take as `penalty`."""
+
+    @torch.no_grad()
+    def __init__(self, users, items, gain=1.0):
+        # once the items are centred, a user's mean over all of them is 0 and the variance is u C u',
+        # with C the covariance of the items; so both can be put into the factors
+        self.items = items - items.mean(0)
+        covariance = self.items.T @ self.items / (len(items) - 1)  # (k, k)
+        variance = (users @ covariance * users).sum(1, keepdim=True)  # (U, 1)
+        self.users = users * (gain / variance.clamp(min=1e-24).sqrt())
+
+    @torch.no_grad()
+    def __call__(self, users, candidates):
+        parts = []
+        for u, c in zip(users.split(128), candidates.split(128)):  # so that (128, M, k) is gathered
+            parts.append(torch.einsum("bk,bmk->bm", self.users[u], self.items[c]))
+        return torch.cat(parts)
 
 
 class NegativeTable:
@@ -344,8 +367,7 @@ def assemble(run, s, data, made, device):
     penalty = None
     if s.get("clear"):
         texts = semantic.item[torch.randperm(len(text), generator=generator).to(device)] if s["control"] == "cleared" else semantic.item
-        relevance = text_relevance(texts, data["train"], data["n_users"])
-        penalty = lambda u, candidates: s["clear"] * relevance[u[:, None], candidates].float()  # (B,), (B, M) -> (B, M)
+        penalty = Relevance(*text_factors(texts, data["train"], data["n_users"]), gain=s["clear"])
     sample = make_sampler(model, s["sampler"], data["train"], m=s["m"], penalty=penalty)
     step = HNLMRec(model, projector, semantic, sample, table, hidden.to(device), mined, data["train"], Namespace(**s)).loss
     return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),

@@ -349,10 +349,26 @@ def test_text_relevance_against_the_inverse_root_of_the_covariance():
     values, vectors = np.linalg.eigh(centred.T @ centred)
     white = centred @ (vectors * values**-0.5) @ vectors.T
     unit = white / np.linalg.norm(white, axis=1, keepdims=True)
-    relevance = hnlmrec.text_relevance(text, train, 3)
+    everything = torch.arange(20).expand(3, -1)
+    relevance = hnlmrec.Relevance(*hnlmrec.text_factors(text, train, 3))(torch.arange(3), everything)
     for u in range(3):
         fit = np.array([sum(unit[i] @ unit[j] for v, j in train.tolist() if v == u) for i in range(20)])
-        assert relevance[u].float().numpy() == pytest.approx((fit - fit.mean()) / fit.std(ddof=1), abs=3e-3)  # float16
+        assert relevance[u].numpy() == pytest.approx((fit - fit.mean()) / fit.std(ddof=1), abs=2e-5)
+
+
+def test_relevance_of_any_factors_against_the_dense_table():
+    """The candidates' relevance is that of the whole table of users x items; a user who fits all items alike has none."""
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randn(300, 7, generator=generator).requires_grad_()  # a learned judge's
+    items = torch.randn(40, 7, generator=generator) + 5
+    users.data[11] = 0
+    u, candidates = torch.randint(300, (290,), generator=generator), torch.randint(40, (290, 6), generator=generator)
+    relevance = hnlmrec.Relevance(users, items, gain=0.3)
+    ours, fit = relevance(u, candidates), (users @ items.T).detach().double()
+    dense = 0.3 * (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True).clamp(min=1e-12)
+    assert torch.allclose(ours.double(), dense[u[:, None], candidates], atol=1e-5) and not ours.requires_grad
+    assert relevance(torch.tensor([11]), candidates[:1]).tolist() == [[0.0] * 6]
+    assert sum(x.numel() for x in vars(relevance).values()) == (300 + 40) * 7  # no table of users x items
 
 
 def test_clearing_changes_which_item_is_the_negative():
@@ -963,18 +979,18 @@ def test_trace_follows_a_pair(finished):
 
 
 def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, monkeypatch):
-    """assemble hands text_relevance the LLM's texts, or with `--control cleared` the same rows in another order, and its table to dns."""
-    data, seen = backbones.load_data(finished), []
+    """assemble hands dns the relevance of the LLM's texts, times --clear; with `--control cleared` that of the same rows in another order."""
+    data, seen, penalties = backbones.load_data(finished), [], []
     settings = backbones.load_tensors(finished / "model-hnlmrec.safetensors", "train")[1]["settings"]
     made = backbones.load_negatives(finished, settings["negatives"], data["digest"])
-    table = torch.randn(data["n_users"], data["n_items"], generator=torch.Generator().manual_seed(0)).half()
-    monkeypatch.setattr(hnlmrec, "text_relevance", lambda text, train, n_users: seen.append(text) or table)
-    make, penalties = hnlmrec.make_sampler, []
+    factors, make = hnlmrec.text_factors, hnlmrec.make_sampler
+    monkeypatch.setattr(hnlmrec, "text_factors", lambda text, *rest: seen.append(text) or factors(text, *rest))
     monkeypatch.setattr(hnlmrec, "make_sampler", lambda *words, **more: penalties.append(more["penalty"]) or make(*words, **more))
     for control in ("none", "cleared"):
         parts = hnlmrec.assemble(finished, settings | {"clear": 2.0, "control": control}, data, made, "cpu")
     u, candidates = torch.tensor([0, 2]), torch.tensor([[1, 3, 0], [2, 2, 4]])
-    assert torch.equal(penalties[0](u, candidates), 2 * table[u[:, None], candidates].float())
+    alone = hnlmrec.Relevance(*factors(seen[0], data["train"], data["n_users"]))
+    assert torch.allclose(penalties[0](u, candidates), 2 * alone(u, candidates))
     assert torch.equal(seen[0], parts["semantic"].item) and not torch.equal(seen[1], seen[0])
     assert torch.equal(seen[1].sort(0).values, seen[0].sort(0).values)
     hnlmrec.assemble(finished, settings | {"clear": 0.0}, data, made, "cpu")
