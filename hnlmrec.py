@@ -1,14 +1,19 @@
-"""hnlmrec.py: the first and the last step of the pipeline: the data, and the recommender trained with the LLM's negatives.
+"""hnlmrec.py: the first and the last step of the pipeline: the data, and the recommender trained
+with the LLM's negatives.
 
-prepare   raw ratings and item metadata -> data.safetensors (train, valid, test), items.jsonl, users.jsonl
-train     data + cf.safetensors + negatives-*.safetensors -> model-hnlmrec.safetensors: backbone and projector, trained with
-              z   = MLP(self-attention over K generated vectors of the user)            the projector
-              e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                         mixing, z detached
-              L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_i, mined) + lambda_s L_sem(e_u, e_i; LLM texts) + lambda2 ‖Θ‖²
+prepare   raw ratings and item metadata -> data.safetensors (train, valid, test), items.jsonl,
+          users.jsonl
+train     data + cf.safetensors + negatives-*.safetensors -> model-hnlmrec.safetensors: backbone
+          and projector, trained with
+              z   = MLP(self-attention over K generated vectors of the user)   the projector
+              e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                mixing, z detached
+              L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_i, mined)
+                    + lambda_s L_sem(e_u, e_i; LLM texts) + lambda2 ‖Θ‖²       HNLMRec
+          and with --paper as the paper has it: PaperHNLMRec
+trace     prints one (user, item) pair's way from the raw line to the gradient, with the values of a
+          finished run
 
-trace     prints one (user, item) pair's way from the raw line to the gradient, with the values of a finished run
-
-Alone:  python hnlmrec.py prepare --run runs/NAME --format recbole --reviews ml-100k.inter --meta ml-100k.item
+Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta items.tsv
         python hnlmrec.py train --run runs/NAME
 """
 
@@ -75,8 +80,8 @@ class Projector(nn.Module):
 
     sample_hidden (n, H): any generated vectors of the kind that forward will see, n at least 2.
     Only their mean and standard deviation are kept, with which the LLM's hidden states, of which a
-    few dimensions dwarf the rest, are standardised. dim: D. attention=False leaves the MLP alone (an
-    ablation)."""
+    few dimensions dwarf the rest, are standardised. dim: D. attention=False leaves the MLP alone
+    (an ablation)."""
 
     def __init__(self, sample_hidden, dim, width=128, attention=True):
         super().__init__()
@@ -126,6 +131,24 @@ def alignment_loss(z, positives, mined, user_ids, tau):
     own = (z * positives).sum(-1, keepdim=True)  # (B, 1)
     target = torch.arange(len(z), device=z.device)
     return F.cross_entropy(torch.cat([scores, own], 1) / tau, target)
+
+
+def paper_contrastive_loss(e_u, e_i, z, tau):
+    """L_CL, the paper's own alignment loss: z is the negative of the pair (e_u; e_i),
+
+        L_CL = -ln( exp(p) / (exp(p) + exp(n)) ),  p = cos(e_u, e_i) / tau,  n = cos(e_u, z) / tau.
+
+    e_u, e_i, z (B, D), gradient into all three -> scalar, the mean over B."""
+    positive = F.cosine_similarity(e_u, e_i) / tau  # (B,)
+    negative = F.cosine_similarity(e_u, z) / tau  # (B,)
+    # L_CL = ln(1 + exp(n - p)), which softplus computes without overflow
+    return F.softplus(negative - positive).mean()
+
+
+def hinge_loss(positive_score, negative_score, margin):
+    """max(0, margin - (positive - negative)), the mean over the batch: scores (B,) -> scalar. The
+    paper prints BPR; its published code has this in BPR's place, with a margin of 0.3."""
+    return F.relu(margin - (positive_score - negative_score)).mean()
 
 
 def semantic_alignment(vectors, texts, tau):
@@ -202,8 +225,8 @@ class Relevance:
 
     @torch.no_grad()
     def __init__(self, users, items, gain=1.0):
-        # once the items are centred, a user's mean over all of them is 0 and the variance is u C u',
-        # with C the covariance of the items; so both can be put into the factors
+        # once the items are centred, a user's mean over all of them is 0 and the variance is
+        # u C u', with C the covariance of the items; so both can be put into the factors
         self.items = items - items.mean(0)
         covariance = self.items.T @ self.items / (len(items) - 1)  # (k, k)
         variance = (users @ covariance * users).sum(1, keepdim=True)  # (U, 1)
@@ -338,118 +361,278 @@ class HNLMRec(nn.Module):
         self.steps += 1
         return self.z
 
+
+class PaperHNLMRec(HNLMRec):
+    """The paper's own form of the loss, with what its published code adds:
+
+        e⁻  = alpha z + (1 - alpha) e_j
+        L   = BPR(e_u, e_i, e⁻) + lambda1 L_CL(e_u, e_i, z) + lambda2 ‖Θ‖²
+
+    z is made of the batch's own generated vectors, as it comes out of the projector, and carries
+    the gradient of both losses. Arguments as HNLMRec's. Of the settings alpha, lambda1, reg, tau_c
+    and k are used, and hinge: above 0, the margin of a hinge in place of BPR."""
+
+    def loss(self, rows, generator):
+        s = self.settings
+        u, i = self.pairs[rows].T  # (B,), (B,)
+        _, _, users, items, negatives, j = self.sample(u, i, generator)
+
+        # e⁻: the projected vectors mixed into the sampled items
+        z = self.projector(self.hidden[self.table(rows, s.k, generator)])  # (B, D)
+        negatives = s.alpha * z + (1 - s.alpha) * negatives
+
+        # BPR, or the hinge of the published code: the positive e_i above e⁻
+        scores = self.backbone.score(users, items), self.backbone.score(users, negatives)
+        ranking = hinge_loss(*scores, s.hinge) if s.hinge else bpr_loss(*scores)
+
+        # L_CL: e_u near e_i and far from z
+        contrast = paper_contrastive_loss(users, items, z, s.tau_c)
+
+        # L2, of the parameters behind the batch's users, positives and sampled items
+        ego_users, ego_items = self.backbone.ego()
+        l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+        logs = {"hinge" if s.hinge else "bpr": ranking.item(), "contrast": contrast.item()}
+        return ranking + s.lambda1 * contrast + s.reg * l2, logs
+
 # --------------------------------------------------------------------------------------------------
-# train: the program around the step
+# train: the program around the loss
 # --------------------------------------------------------------------------------------------------
 
-def assemble(run, s, data, made, device):
-    """Everything a step needs, from the run's files, the settings s (the flags of `train`, as a dict) and `made`, the generated
-    negatives of load_negatives -> dict."""
-    pairs, hidden, vector, text = (made[key] for key in ("pairs", "hidden", "vector", "text"))
-    cf_model, _, cf = load_model(run / s["cf"], f"python backbones.py pretrain --run {run}", data)
-    torch.manual_seed(s["seed"])
-    generator = torch.Generator().manual_seed(s["seed"])
-    if s["control"] == "random":  # does the LLM matter? the same pipeline on vectors that know nothing
-        hidden, vector, text = (torch.randn(x.shape, generator=generator).half() for x in (hidden, vector, text))
-    elif s["control"] == "shuffled":  # … and on the LLM's vectors, each given to another pair
-        order = torch.randperm(len(hidden), generator=generator)
-        hidden, vector, text = hidden[order], vector[order], text[torch.randperm(len(text), generator=generator)]
-    mined = mine_hard_negatives(cf_model, data["train"], s["mine_first"], s["mine_last"]).to(device)
-    data = {**data, "train": data["train"].to(device), "valid": data["valid"].to(device)}
-    table = NegativeTable(pairs.to(device), data["train"], data["n_users"], data["n_items"])
-    model = build_backbone(s["backbone"], data["n_users"], data["n_items"], s["dim"], data["train"], s["layers"])
-    projector = Projector(hidden, model()[0].shape[1], s["projector_width"], s["attention"]).to(device)
-    semantic = SemanticProjector(text.to(device), data["train"], data["n_users"], model()[0].shape[1]).to(device)
-    if s["text_init"]:
-        with torch.no_grad():
-            start = text_start(semantic.item, data["train"], data["n_users"], model.embedding.shape[1], model.std)
-            model.embedding.copy_(s["text_init"] * start + (1 - s["text_init"]) * model.embedding)
-    penalty = None
-    if s.get("clear"):
-        texts = semantic.item[torch.randperm(len(text), generator=generator).to(device)] if s["control"] == "cleared" else semantic.item
-        penalty = Relevance(*text_factors(texts, data["train"], data["n_users"]), gain=s["clear"])
-    sample = make_sampler(model, s["sampler"], data["train"], m=s["m"], penalty=penalty)
-    step = HNLMRec(model, projector, semantic, sample, table, hidden.to(device), mined, data["train"], Namespace(**s)).loss
-    return {"data": data, "model": model, "projector": projector, "semantic": semantic, "table": table, "step": step, "pairs": pairs, "hidden": hidden.to(device),
-            "vector": vector, "mined": mined, "cf": cf}
+# What the paper and its published code state of this stage; their alpha on Toys is 0.01
+PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4, "sampler": "rns",
+         "alpha": 1e-4, "lambda1": 1e-3, "tau_c": 0.2, "lambda_s": 0.0, "text_init": 0.0}
 
 
 def train(args):
     """Train backbone and projector together; write the state of the best validation."""
-    if args.clear and args.sampler != "dns":
-        fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, not {args.sampler}")
-    if args.control == "cleared" and not args.clear:
-        fail("--control cleared: shuffles the texts that --clear uses, so it needs --clear above 0")
+    check_flags(args)
     run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command")}
+
+    # a file made with these settings from these inputs need not be made again
+    settings = {key: value for key, value in vars(args).items()
+                if key not in ("run", "out", "force", "device", "command")}
     made = load_negatives(run, args.negatives, data["digest"])
-    settings |= {"data": data["digest"], "negatives_digest": made["digest"],
-                 "cf_digest": require_digest(run / args.cf, f"python backbones.py pretrain --run {run}")}
+    settings["data"], settings["negatives_digest"] = data["digest"], made["digest"]
+    settings["cf_digest"] = require_digest(
+        run / args.cf, f"python backbones.py pretrain --run {run}")
     if up_to_date(out, settings, "python hnlmrec.py train", args.force):
         return
-    p = assemble(run, settings, data, made, args.device)
-    model, projector, own, n = p["model"], p["projector"], p["table"].own, len(data["train"])
-    print(f"train: {own} of {n} train pairs have a generated negative of their own; the other {n - own} use their user's other ones", flush=True)
-    start, modules = time.time(), {"backbone": model, "projector": projector, "semantic": p["semantic"]}
-    state, history = fit(modules, p["step"], n, validation(model, p["data"]), epochs=args.epochs, batch_size=args.batch_size,
-                         lr=args.lr, eval_every=args.eval_every, patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
+
+    # everything that trains, on the device of the train pairs
+    data |= {name: data[name].to(args.device) for name in ("train", "valid")}
+    method = build(run, args, data, made)
+    own, n = method.table.own, len(data["train"])
+    print(f"train: {own} of {n} train pairs have a generated negative of their own; "
+          f"the other {n - own} use their user's other ones", flush=True)
+
+    # train; what the file keeps is the state of the best validation, not the last one
+    start, modules = time.time(), dict(method.named_children())
+    state, history = fit(
+        modules, method.loss, n, validation(method.backbone, data), epochs=args.epochs,
+        batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
+        seed=args.seed, label=f"{args.backbone} hnlmrec")
     restore(modules, state)
-    users, items = model.eval()()
-    with torch.no_grad():  # z of each generated pair as trained, for the report; K is the pair alone, so that it is repeatable
-        z = torch.cat([projector(part[:, None]) for part in p["hidden"].split(4096)])
-    save_tensors(out, {**state, "user": users, "item": items, "z": z.half(), "z_pairs": p["pairs"]},
-                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
-                  "own_negatives": own, "seconds": time.time() - start})
+
+    # the vectors that rank, and for the report z of each generated pair; K is the pair alone, so
+    # that it is repeatable
+    with torch.no_grad():
+        users, items = method.backbone.eval()()
+        z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
+    vectors = {"user": users, "item": items, "z": z.half(), "z_pairs": made["pairs"]}
+    save_tensors(out, {**state, **vectors},
+                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
+                  "history": history, "own_negatives": own, "seconds": time.time() - start})
     print(f"wrote {out}")
+
+
+def check_flags(args):
+    """Raises SystemExit2 for flags of `train` that would have no effect beside the others."""
+    if args.clear and args.sampler != "dns":
+        fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, "
+             f"not {args.sampler}")
+    if args.control == "cleared" and not args.clear:
+        fail("--control cleared: shuffles the texts that --clear uses, so it needs --clear above 0")
+    if args.paper and args.lambda_s:
+        fail(f"--lambda-s {args.lambda_s:g}: the paper's form has no semantic alignment; "
+             "leave out --paper or --lambda-s")
+    if args.hinge and not args.paper:
+        fail(f"--hinge {args.hinge:g}: is part of the paper's form, so it needs --paper")
+
+
+def build(run, settings, data, made):
+    """What trains, from the run's files -> HNLMRec, or PaperHNLMRec with settings.paper.
+
+    settings: a Namespace, the flags of `train`; data as of load_data and made as of load_negatives.
+    On the device of data["train"]. Seeds torch's global generator with settings.seed."""
+    train, n_users, n_items = data["train"], data["n_users"], data["n_items"]
+    device = train.device
+
+    # the hard negatives that the CF model mines, which z is to lie near
+    maker = f"python backbones.py pretrain --run {run}"
+    cf_model, _, _ = load_model(run / settings.cf, maker, data)
+    mined = mine_hard_negatives(cf_model, train, settings.mine_first, settings.mine_last)
+
+    # what the LLM made, or what the control puts in its place
+    torch.manual_seed(settings.seed)
+    made = controlled(made, settings.control, settings.seed)
+    hidden, text = made["hidden"].to(device), made["text"].to(device)
+    table = NegativeTable(made["pairs"].to(device), train, n_users, n_items)
+
+    # the modules; the backbone may start from the texts
+    backbone = build_backbone(
+        settings.backbone, n_users, n_items, settings.dim, train, settings.layers)
+    width = backbone()[0].shape[1]  # D, which with ngcf is not --dim
+    projector = Projector(made["hidden"], width, settings.projector_width, settings.attention)
+    projector = projector.to(device)
+    semantic = SemanticProjector(text, train, n_users, width).to(device)
+    if settings.text_init:
+        share, vectors = settings.text_init, backbone.embedding.data
+        start = text_start(semantic.item, train, n_users, vectors.shape[1], backbone.std)
+        vectors.copy_(share * start + (1 - share) * vectors)
+
+    # the sampler of e_j, kept clear of what the texts say the user would like
+    penalty = None
+    if settings.clear:
+        texts = semantic.item
+        if settings.control == "cleared":
+            generator = torch.Generator().manual_seed(settings.seed)
+            texts = texts[torch.randperm(n_items, generator=generator).to(device)]
+        penalty = Relevance(*text_factors(texts, train, n_users), gain=settings.clear)
+    sample = make_sampler(backbone, settings.sampler, train, m=settings.m, penalty=penalty)
+
+    form = PaperHNLMRec if settings.paper else HNLMRec
+    return form(backbone, projector, semantic, sample, table, hidden, mined, train, settings)
+
+
+def controlled(made, control, seed):
+    """Does the LLM matter? What load_negatives gives, with the LLM's vectors replaced: `random`, by
+    vectors that know nothing; `shuffled`, by the LLM's own, each given to another pair or item."""
+    generator = torch.Generator().manual_seed(seed)
+    made = dict(made)
+    if control == "random":
+        for name in ("hidden", "vector", "text"):
+            made[name] = torch.randn(made[name].shape, generator=generator).half()
+    elif control == "shuffled":
+        order = torch.randperm(len(made["hidden"]), generator=generator)
+        made["hidden"], made["vector"] = made["hidden"][order], made["vector"][order]
+        made["text"] = made["text"][torch.randperm(len(made["text"]), generator=generator)]
+    return made
 
 # --------------------------------------------------------------------------------------------------
 # trace: one (user, item) pair from the raw line to the gradient
 # --------------------------------------------------------------------------------------------------
 
 def trace(args):
-    """Print how one train pair passes through the pipeline, with the real values of a finished run. Changes nothing."""
+    """Print how one train pair passes through the pipeline, with the real values of a finished run.
+    Changes nothing."""
+    # the pair
     run, data = Path(args.run), load_data(args.run)
-    users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
-    made = read_jsonl(run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}", growing=True)
-    profiles = {(row["kind"], row["raw"]): row["profile"] for row in made[1:]}
-    u = row_of(users, args.user, "--user", run / "users.jsonl")
+    prepare_it = f"python hnlmrec.py prepare --run {run}"
+    users = read_jsonl(run / "users.jsonl", prepare_it)
+    items = read_jsonl(run / "items.jsonl", prepare_it)
+    titles = [item["title"] for item in items]
+    u, i, row = find_pair(args, data, users, items)
+    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: "
+          f"{titles[i]}; train pair number {row} of {len(data['train'])}")
+
+    # the run as it was trained
+    tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
+    settings = Namespace(**meta["settings"])
+    made = load_negatives(run, settings.negatives, data["digest"])
+    method = build(run, settings, data, made)
+    restore(dict(method.named_children()), tensors)
+    cf, _ = load_tensors(run / settings.cf, f"python backbones.py pretrain --run {run}")
+
+    trace_prompt(run, settings, users[u], items[i], u, i, titles, method.mined, cf)
+    trace_negative(settings, data, made, method, row, titles, cf)
+    trace_step(method, row)
+
+
+def find_pair(args, data, users, items):
+    """The rows of the user and of the item, and the number of their train pair."""
+    u = row_of(users, args.user, "--user", Path(args.run) / "users.jsonl")
     own = [items[i]["raw"] for i in data["train"][data["train"][:, 0] == u, 1].tolist()]
     if args.item is not None and args.item not in own:
-        fail(f"--item {args.item}: user {args.user} has no train pair with it (for example {', '.join(own[:5])})")
-    i = row_of(items, args.item or own[0], "--item", run / "items.jsonl")
-    row = int(((data["train"] == torch.tensor([u, i])).all(1)).nonzero())
-    title = lambda n: items[n]["title"]
-    show = lambda vector: f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"
-    tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
-    p = assemble(run, meta["settings"], data, load_negatives(run, meta["settings"]["negatives"], data["digest"]), "cpu")
-    model, projector, cf = p["model"], p["projector"], p["cf"]
-    restore({"backbone": model, "projector": projector, "semantic": p["semantic"]}, tensors)
+        fail(f"--item {args.item}: user {args.user} has no train pair with it "
+             f"(for example {', '.join(own[:5])})")
+    i = row_of(items, args.item or own[0], "--item", Path(args.run) / "items.jsonl")
+    return u, i, int((data["train"] == torch.tensor([u, i])).all(1).nonzero())
 
-    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: {title(i)}; train pair number {row} of {len(data['train'])}")
-    print(f"2. profiles   item: {profiles['item', items[i]['raw']]}\n              user: {profiles['user', args.user]}")
+
+def trace_prompt(run, settings, user, item, u, i, titles, mined, cf):
+    """What goes into the LLM: profiles, CF vectors, mined items, the prompt."""
+    rows = read_jsonl(
+        run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}", growing=True)
+    profiles = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+    user_profile, item_profile = profiles["user", user["raw"]], profiles["item", item["raw"]]
+    print(f"2. profiles   item: {item_profile}\n              user: {user_profile}")
+
+    # the CF model's vectors, and what it thinks of the pair
     scores = cf["item"] @ cf["user"][u]
     rank = int((scores > scores[i]).sum()) + 1
-    print(f"3. CF         e_u {show(cf['user'][u])}\n              e_i {show(cf['item'][i])}\n              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(items)}")
-    print(f"4. mined      unseen ranks {meta['settings']['mine_first']}–{meta['settings']['mine_last']}: " + "; ".join(map(title, p["mined"][u, :5].tolist())) + "; …")
-    _, sft = load_tensors(run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
-    prompt = sft["prompt"].replace("{user}", profiles["user", args.user]).replace("{item}", f"{title(i)}. {profiles['item', items[i]['raw']]}")
+    print(f"3. CF         e_u {shown(cf['user'][u])}\n              e_i {shown(cf['item'][i])}\n"
+          f"              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(scores)}")
+    print(f"4. mined      unseen ranks {settings.mine_first}–{settings.mine_last}: "
+          + "; ".join(titles[n] for n in mined[u, :5].tolist()) + "; …")
+
+    # the prompt as fine-tuning built it
+    _, sft = load_tensors(
+        run / "sft.safetensors", f"python llm_negatives.py finetune --run {run}")
+    prompt = sft["prompt"].replace("{user}", user_profile)
+    prompt = prompt.replace("{item}", f"{titles[i]}. {item_profile}")
     print("5. prompt     " + prompt.replace("\n", "\n              "))
-    at = int(p["table"](torch.tensor([row]), 1)[0, 0])
-    of = "" if p["pairs"][at].tolist() == [u, i] else f" (it has none of its own: that of the user's pair with {title(int(p['pairs'][at, 1]))})"
+
+
+def trace_negative(settings, data, made, method, row, titles, cf):
+    """What comes out of the LLM for train pair `row`: the generated vector, and z made of it."""
+    u, i = data["train"][row].tolist()
+    made = controlled(made, settings.control, settings.seed)
+    at = int(method.table(torch.tensor([row]), 1)[0, 0])
+    of = ""
+    if made["pairs"][at].tolist() != [u, i]:
+        other = titles[int(made["pairs"][at, 1])]
+        of = f" (it has none of its own: that of the user's pair with {other})"
+
     # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
-    near = nearest_items(p["vector"][at][None], torch.tensor([u]), cf["item"] - cf["item"].mean(0), pair_keys(data["train"], len(items)), 5)[0]
-    print(f"6. generated  h {show(p['hidden'][at].float())}{of}\n              nearest real items: " + "; ".join(
-        title(n) + (" (mined)" if n in p["mined"][u] else "") for n in near.tolist()))
+    centred, seen = cf["item"] - cf["item"].mean(0), pair_keys(data["train"], len(titles))
+    near = nearest_items(made["vector"][at][None], torch.tensor([u]), centred, seen, 5)[0]
+    mark = [titles[n] + (" (mined)" if n in method.mined[u] else "") for n in near.tolist()]
+    print(f"6. generated  h {shown(made['hidden'][at].float())}{of}\n"
+          f"              nearest real items: {'; '.join(mark)}")
+
+    # the projector's z, beside the trained backbone's vectors
+    rows = method.table(torch.tensor([row]), settings.k, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        z = projector(p["hidden"][p["table"](torch.tensor([row]), meta["settings"]["k"], torch.Generator().manual_seed(0))])[0]
-        e_u, e_i = (v[n] for v, n in zip(model.eval()(), (u, i)))
-    print(f"7. projector  z {show(z)}; cos(z, e_u) {F.cosine_similarity(z, e_u, 0):.3f}, cos(z, e_i) {F.cosine_similarity(z, e_i, 0):.3f}")
-    model.train()
-    loss, logs = p["step"](torch.tensor([row]), torch.Generator().manual_seed(0))
+        z = method.projector(method.hidden[rows])[0]
+        users, items = method.backbone.eval()()
+    print(f"7. projector  z {shown(z)}; cos(z, e_u) {F.cosine_similarity(z, users[u], 0):.3f}, "
+          f"cos(z, e_i) {F.cosine_similarity(z, items[i], 0):.3f}")
+
+
+def trace_step(method, row):
+    """One training step on train pair `row` alone: its losses and its gradient."""
+    u, i = method.pairs[row].tolist()
+    with torch.no_grad():
+        users, items = method.backbone.eval()()
+        score = float((users[u] * items[i]).sum())
+    method.backbone.train()
+    loss, logs = method.loss(torch.tensor([row]), torch.Generator().manual_seed(0))
     loss.backward()
-    norm = lambda module: sum(float(q.grad.pow(2).sum()) for q in module.parameters() if q.grad is not None) ** 0.5
-    print(f"8. step       e_u·e_i {float((e_u * e_i).sum()):.3f}; loss {loss.item():.4f} = " + ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-          + f" and L2\n9. gradient   norm: backbone {norm(model):.4f}, projector {norm(projector):.4f}")
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
+    print(f"8. step       e_u·e_i {score:.3f}; loss {loss.item():.4f} = {terms} and L2\n"
+          f"9. gradient   norm: backbone {gradient_norm(method.backbone):.4f}, "
+          f"projector {gradient_norm(method.projector):.4f}")
+
+
+def shown(vector):
+    """A vector's first entries and its norm, for printing."""
+    return f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"
+
+
+def gradient_norm(module):
+    """The norm of the gradient of all of a module's parameters."""
+    squares = [float(p.grad.pow(2).sum()) for p in module.parameters() if p.grad is not None]
+    return sum(squares) ** 0.5
 
 # --------------------------------------------------------------------------------------------------
 # prepare, part 1: the program; filter, core, split
@@ -814,38 +997,73 @@ def main(argv=None):
     g.add_argument("--test-file", metavar="FILE", help="your own split's test pairs")
     p.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
 
-    p = commands.add_parser("train", help="train backbone and projector with the LLM's negatives",
-                            epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
+    p = commands.add_parser(
+        "train", help="train backbone and projector with the LLM's negatives",
+        epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
     add_training_flags(p)
-    g = p.add_argument_group("HNLMRec")
-    g.add_argument("--alpha", type=number(float, 0, 1), default=0.02, help="share of z in the negative")
-    g.add_argument("--lambda1", type=number(float, 0), default=1.0, help="weight of the alignment loss of z")
-    g.add_argument("--lambda-s", type=number(float, 0), default=0.01, help="weight of the semantic alignment (e_u, e_i; the items' texts)")
-    g.add_argument("--text-init", type=number(float, 0, 1), default=1.0, help="share of the items' texts in the initial vectors; the rest is random")
-    g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2, help="temperature of both alignment losses")
-    g.add_argument("--k", type=number(int, 1), default=4, help="generated vectors of the user that the self-attention sees")
-    g.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="dns", help="negative sampler of e_j")
+    p.add_argument("--out", default="model-hnlmrec.safetensors",
+                   help="output file inside the run folder")
+    g = p.add_argument_group("the paper's own form")
+    g.add_argument("--paper", action="store_true",
+                   help="z as the negative of (e_u; e_i), and the paper's settings: "
+                   + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in PAPER.items())
+                   + "; flags given beside it win")
+    g.add_argument("--hinge", type=number(float, 0), default=0.0, metavar="MARGIN",
+                   help="a hinge in place of BPR, as in the published code with 0.3; 0: BPR")
+    g = p.add_argument_group("the negative e⁻")
+    g.add_argument("--alpha", type=number(float, 0, 1), default=0.02, help="share of z in it")
+    g.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="dns",
+                   help="negative sampler of e_j")
     g.add_argument("--m", type=number(int, 1), default=8, help="its uniform candidates")
     g.add_argument("--clear", type=number(float, 0), default=0.0, metavar="G",
-                   help="dns takes the candidate of highest score - G x relevance of its text to the user, both in standard deviations")
-    g.add_argument("--refresh", type=number(int, 1), default=20, help="steps between new values of z for BPR")
-    g.add_argument("--align-rows", type=number(int, 2), default=512, help="pairs a step that the alignment loss sees")
-    g.add_argument("--projector-width", type=number(int, 1), default=128, help="width of the projector")
-    g.add_argument("--no-attention", dest="attention", action="store_false", help="ablation: projector without self-attention")
-    g.add_argument("--control", choices=["none", "random", "shuffled", "cleared"], default="none",
-                   help="replace the LLM's vectors, to see what they are worth; cleared: shuffle the texts of --clear alone")
+                   help="dns takes the candidate of highest score - G x relevance of its text to "
+                        "the user, both in standard deviations")
+    g = p.add_argument_group("the other losses")
+    g.add_argument("--lambda1", type=number(float, 0), default=1.0,
+                   help="weight of the alignment loss of z")
+    g.add_argument("--lambda-s", type=number(float, 0), default=0.01,
+                   help="weight of the semantic alignment (e_u, e_i; the items' texts)")
+    g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2,
+                   help="temperature of the alignment losses")
+    g.add_argument("--align-rows", type=number(int, 2), default=512,
+                   help="pairs a step that the alignment loss sees")
+    g.add_argument("--text-init", type=number(float, 0, 1), default=1.0,
+                   help="share of the items' texts in the initial vectors; the rest is random")
+    g = p.add_argument_group("the projector")
+    g.add_argument("--k", type=number(int, 1), default=4,
+                   help="generated vectors of the user that the self-attention sees")
+    g.add_argument("--projector-width", type=number(int, 1), default=128, help="its width")
+    g.add_argument("--no-attention", dest="attention", action="store_false",
+                   help="ablation: projector without self-attention")
+    g.add_argument("--refresh", type=number(int, 1), default=20,
+                   help="steps between new values of z for BPR")
+    g = p.add_argument_group("what it is trained with")
     g.add_argument("--negatives", default="negatives", help="first part of the shards' names")
-    g.add_argument("--cf", default="cf.safetensors", help="CF vectors that the alignment's hard negatives are mined with")
-    g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
-    g.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
-    p.add_argument("--out", default="model-hnlmrec.safetensors", help="output file inside the run folder")
+    g.add_argument("--control", choices=["none", "random", "shuffled", "cleared"], default="none",
+                   help="replace the LLM's vectors, to see what they are worth; cleared: shuffle "
+                        "the texts of --clear alone")
+    g.add_argument("--cf", default="cf.safetensors",
+                   help="CF vectors that the alignment's hard negatives are mined with")
+    g.add_argument("--mine-first", type=number(int, 1), default=200,
+                   help="best rank of the mined band")
+    g.add_argument("--mine-last", type=number(int, 1), default=300,
+                   help="last rank of the mined band")
 
-    p = commands.add_parser("trace", help="follow one (user, item) pair through a finished run", epilog="example: python hnlmrec.py trace --run runs/demo --user 196")
-    p.add_argument("--run", required=True, metavar="DIR", help="run folder in which `bash run.sh` has finished")
-    p.add_argument("--user", required=True, metavar="RAW_ID", help="the user's id as in the ratings file")
-    p.add_argument("--item", metavar="RAW_ID", help="a train item of that user (left out: the first)")
-    p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file inside the run folder")
+    p = commands.add_parser(
+        "trace", help="follow one (user, item) pair through a finished run",
+        epilog="example: python hnlmrec.py trace --run runs/demo --user 196")
+    p.add_argument("--run", required=True, metavar="DIR",
+                   help="run folder in which `bash run.sh` has finished")
+    p.add_argument("--user", required=True, metavar="RAW_ID",
+                   help="the user's id as in the ratings file")
+    p.add_argument("--item", metavar="RAW_ID",
+                   help="a train item of that user (left out: the first)")
+    p.add_argument("--model", default="model-hnlmrec.safetensors",
+                   help="model file inside the run folder")
     args = parser.parse_args(argv)
+    if args.command == "train" and args.paper:  # the paper's values as defaults, and once more
+        commands.choices["train"].set_defaults(**PAPER)
+        args = parser.parse_args(argv)
     {"prepare": prepare, "train": train, "trace": trace}[args.command](args)
 
 

@@ -893,7 +893,7 @@ def sum_over(tensors, world):
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "lora_rank": 32, "lora_alpha": 64.0, "lora_dropout": 0.05, "lr": 2e-5, "tau_s": 0.05,
+PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "lora_rank": 32, "lora_alpha": 8.0, "lora_dropout": 0.05, "lr": 2e-5, "tau_s": 0.05,
              "epochs": 5.0, "dtype": "bf16"}  # what the paper states; its alpha of LoRA is not stated
 
 

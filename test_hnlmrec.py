@@ -306,6 +306,28 @@ def test_alignment_against_direct_sum():
     assert hnlmrec.alignment_loss(z, i, m, torch.tensor(ids), tau).item() == pytest.approx(total / 4, rel=1e-5)
 
 
+def test_paper_contrastive_loss_hand_worked():
+    """tau 0.5; row 1: cos(e_u, e_i) 1, cos(e_u, z) 0; row 2: 0.6 and 0.8, whatever the lengths."""
+    e_u, e_i = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.8, 0.6]])
+    z = torch.tensor([[0.0, 5.0], [6.0, 8.0]])
+    first = -math.log(math.exp(2) / (math.exp(2) + math.exp(0)))  # 0.1269
+    second = -math.log(math.exp(1.2) / (math.exp(1.2) + math.exp(1.6)))  # 0.9130
+    assert first == pytest.approx(0.1269, abs=1e-4) and second == pytest.approx(0.9130, abs=1e-4)
+    vectors = [v.requires_grad_() for v in (e_u, e_i, z)]
+    loss = hnlmrec.paper_contrastive_loss(*vectors, 0.5)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+    loss.backward()
+    assert all(v.grad[1].abs().sum() > 0 for v in vectors)  # into all three
+    with torch.no_grad():  # z is the negative: a step against its gradient leads away from e_u
+        moved = z - 0.1 * z.grad
+        assert F.cosine_similarity(e_u, moved)[1] < F.cosine_similarity(e_u, z)[1]
+
+
+def test_hinge_hand_worked():
+    positive, negative = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 0.4, 1.0])
+    assert hnlmrec.hinge_loss(positive, negative, 0.3).item() == pytest.approx((0 + 0.2 + 1.3) / 3)
+
+
 def test_semantic_alignment_against_direct_sum():
     generator = torch.Generator().manual_seed(0)
     v, t = torch.randn(5, 3, generator=generator, requires_grad=True), torch.randn(5, 3, generator=generator, requires_grad=True)
@@ -387,8 +409,8 @@ def test_bpr_is_minus_log_sigmoid():
     assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
 
 
-def hnlmrec_parts(alpha, lambda1, sampler="dns"):
-    """A small model, its projector and a step."""
+def hnlmrec_parts(alpha, lambda1, sampler="dns", form=hnlmrec.HNLMRec, **more):
+    """A small backbone, its projector, and the method (or the paper's form of it) around both."""
     torch.manual_seed(0)
     train = split_data()["train"]
     model, hidden = backbones.build_backbone("mf", N_USERS, N_ITEMS, 8, train), torch.randn(len(train), 16).half()
@@ -396,19 +418,46 @@ def hnlmrec_parts(alpha, lambda1, sampler="dns"):
     mined = backbones.mine_hard_negatives(model, train, 1, 5)
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
     semantic = hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8)
-    settings = Namespace(alpha=alpha, lambda1=lambda1, lambda_s=0.0, tau_c=0.2, reg=0.0, k=2, align_rows=16, refresh=1)
+    settings = {"alpha": alpha, "lambda1": lambda1, "lambda_s": 0.0, "tau_c": 0.2, "reg": 0.0, "k": 2,
+                "align_rows": 16, "refresh": 1, "hinge": 0.0}
     sample = backbones.make_sampler(model, sampler, train, m=1)
-    step = hnlmrec.HNLMRec(model, projector, semantic, sample, table, hidden, mined, train, settings).loss
-    return model, projector, step, train
+    method = form(model, projector, semantic, sample, table, hidden, mined, train, Namespace(**settings | more))
+    return model, projector, method, train
 
 
 def test_bpr_gives_the_projector_no_gradient_and_alignment_does():
-    model, projector, step, train = hnlmrec_parts(alpha=0.5, lambda1=0.0)
-    step(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
+    model, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=0.0)
+    method.loss(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
     assert model.embedding.grad.abs().sum() > 0 and all(p.grad is None for p in projector.parameters())
-    _, projector, step, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
-    step(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
+    _, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
+    method.loss(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in projector.named_parameters() if name != "key.bias")
+
+
+@pytest.mark.parametrize("hinge", [0.0, 0.3])
+def test_the_papers_step_is_its_formula(hinge):
+    """Loss and gradients, drawn again and written out pair by pair; K 1, so that z is that of the pair's own vector."""
+    model, projector, method, train = hnlmrec_parts(
+        alpha=0.4, lambda1=0.7, sampler="rns", form=hnlmrec.PaperHNLMRec, k=1, reg=0.01, hinge=hinge)
+    parameters = [model.embedding, *projector.mlp.parameters()]
+    loss, logs = method.loss(torch.arange(len(train)), torch.Generator().manual_seed(3))
+    ours = torch.autograd.grad(loss, parameters)
+
+    u, i = train.T
+    j = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 1, torch.Generator().manual_seed(3))[:, 0]
+    (users, items), z = model(), projector(method.hidden[:, None])
+    total = 0.0
+    for n, (a, b, c) in enumerate(zip(u.tolist(), i.tolist(), j.tolist())):
+        e_u, e_i, e_j = users[a], items[b], items[c]
+        gap = e_u @ e_i - e_u @ (0.4 * z[n] + 0.6 * e_j)
+        ranking = torch.clamp(0.3 - gap, min=0) if hinge else -torch.log(torch.sigmoid(gap))
+        up, down = (torch.exp(F.cosine_similarity(e_u, v, 0) / 0.2) for v in (e_i, z[n]))
+        squares = e_u @ e_u + e_i @ e_i + e_j @ e_j
+        total = total + ranking - 0.7 * torch.log(up / (up + down)) + 0.01 * squares / 2
+    total = total / len(train)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5) and "contrast" in logs
+    for one, other in zip(ours, torch.autograd.grad(total, parameters)):
+        assert torch.allclose(one, other, atol=1e-6) and one.abs().sum() > 0
 
 
 def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
@@ -418,9 +467,9 @@ def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
     assert torch.equal(hnlmrec.mix(z, e, 0.0), e)
     only_z = hnlmrec.mix(z, e, 1.0)
     assert torch.allclose(F.cosine_similarity(only_z, z), torch.ones(3)) and torch.allclose(only_z.norm(dim=1), e.norm(dim=1))
-    model, _, step, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
+    model, _, method, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
     rows, generator = torch.arange(len(train)), torch.Generator().manual_seed(5)
-    ours = step(rows, generator)[0]
+    ours = method.loss(rows, generator)[0]
     draw, generator = backbones.UnseenSampler(train, N_USERS, N_ITEMS), torch.Generator().manual_seed(5)
     hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)(rows, 1, generator)  # the step draws the pair's z first
     j = draw(train[:, 0], 1, generator)[:, 0]
@@ -432,9 +481,9 @@ def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
 @pytest.mark.parametrize("sampler", ["rns", "pns", "dns", "mixgcf", "ahns"])
 def test_without_z_the_step_is_that_of_its_sampler(sampler):
     """alpha 0 and no alignment: the same loss and gradient as the baseline's, with each sampler."""
-    model, _, step, train = hnlmrec_parts(alpha=0.0, lambda1=0.0, sampler=sampler)
+    model, _, method, train = hnlmrec_parts(alpha=0.0, lambda1=0.0, sampler=sampler)
     rows, generator = torch.arange(len(train)), torch.Generator().manual_seed(5)
-    loss = step(rows, generator)[0]
+    loss = method.loss(rows, generator)[0]
     loss.backward()
     ours, model.embedding.grad = model.embedding.grad, None
     generator.manual_seed(5)
@@ -455,19 +504,19 @@ def test_nearest_items_are_the_nearest_unseen_ones():
 
 
 def test_every_parameter_is_trained():
-    model, projector, step, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
+    model, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
     before = {name: p.clone() for name, p in [*projector.named_parameters(), *model.named_parameters()]}
-    backbones.fit({"backbone": model, "projector": projector}, step, len(train), lambda: 0.0, epochs=2, batch_size=32, lr=0.01,
+    backbones.fit({"backbone": model, "projector": projector}, method.loss, len(train), lambda: 0.0, epochs=2, batch_size=32, lr=0.01,
                   eval_every=1, patience=9, seed=0)
     still = [name for name, p in [*projector.named_parameters(), *model.named_parameters()] if torch.equal(p, before[name])]
     assert set(still) <= {"key.bias"}  # softmax is blind to a constant in all keys
 
 
 def test_fit_returns_the_best_state_not_the_last():
-    model, _, step, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
+    model, _, method, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
     scores, states = iter([0.1, 0.5, 0.3]), []
     validate = lambda: states.append(model.embedding.detach().clone()) or next(scores)
-    state, history = backbones.fit({"backbone": model}, step, len(train), validate, epochs=3, batch_size=32, lr=0.1, eval_every=1, patience=9, seed=0)
+    state, history = backbones.fit({"backbone": model}, method.loss, len(train), validate, epochs=3, batch_size=32, lr=0.1, eval_every=1, patience=9, seed=0)
     assert torch.equal(state["backbone.embedding"], states[1]) and [h["valid_ndcg@20"] for h in history] == [0.1, 0.5, 0.3]
 
 
@@ -506,6 +555,9 @@ def test_negative_table_prefers_own_vectors_and_counts_the_rest():
     with pytest.raises(SystemExit) as error:
         hnlmrec.NegativeTable(generated[:1], train, 2, 6)
     assert "no generated negative" in error.value.message
+    with pytest.raises(SystemExit) as error:
+        hnlmrec.NegativeTable(generated[[1, 0, 2]], train, 2, 6)
+    assert "ascending order" in error.value.message
 
 
 def test_fhns_against_loops():
@@ -979,22 +1031,65 @@ def test_trace_follows_a_pair(finished):
 
 
 def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, monkeypatch):
-    """assemble hands dns the relevance of the LLM's texts, times --clear; with `--control cleared` that of the same rows in another order."""
+    """build hands dns the relevance of the LLM's texts, times --clear; with `--control cleared` that of the same rows in another order."""
     data, seen, penalties = backbones.load_data(finished), [], []
     settings = backbones.load_tensors(finished / "model-hnlmrec.safetensors", "train")[1]["settings"]
     made = backbones.load_negatives(finished, settings["negatives"], data["digest"])
+
+    def build(**flags):
+        return hnlmrec.build(finished, Namespace(**settings | flags), data, made)
+
     factors, make = hnlmrec.text_factors, hnlmrec.make_sampler
     monkeypatch.setattr(hnlmrec, "text_factors", lambda text, *rest: seen.append(text) or factors(text, *rest))
     monkeypatch.setattr(hnlmrec, "make_sampler", lambda *words, **more: penalties.append(more["penalty"]) or make(*words, **more))
     for control in ("none", "cleared"):
-        parts = hnlmrec.assemble(finished, settings | {"clear": 2.0, "control": control}, data, made, "cpu")
+        method = build(clear=2.0, control=control)
     u, candidates = torch.tensor([0, 2]), torch.tensor([[1, 3, 0], [2, 2, 4]])
     alone = hnlmrec.Relevance(*factors(seen[0], data["train"], data["n_users"]))
     assert torch.allclose(penalties[0](u, candidates), 2 * alone(u, candidates))
-    assert torch.equal(seen[0], parts["semantic"].item) and not torch.equal(seen[1], seen[0])
+    assert torch.equal(seen[0], method.semantic.item) and not torch.equal(seen[1], seen[0])
     assert torch.equal(seen[1].sort(0).values, seen[0].sort(0).values)
-    hnlmrec.assemble(finished, settings | {"clear": 0.0}, data, made, "cpu")
+    build(clear=0.0)
     assert len(seen) == 2 and penalties[2] is None
+
+
+def test_the_controls_replace_what_the_llm_made(finished):
+    """`shuffled` moves whole vectors to other pairs and items; `random` keeps nothing but the shapes; `none` changes nothing."""
+    data = backbones.load_data(finished)
+    made = backbones.load_negatives(finished, "negatives", data["digest"])
+    assert all(hnlmrec.controlled(made, "none", 0)[name] is made[name] for name in made)
+    shuffled, random = (hnlmrec.controlled(made, control, 0) for control in ("shuffled", "random"))
+    for name in ("hidden", "vector", "text"):
+        assert not torch.equal(shuffled[name], made[name]) and random[name].shape == made[name].shape
+        assert torch.equal(shuffled[name].sort(0).values, made[name].sort(0).values)
+        assert not torch.equal(random[name].sort(0).values, made[name].sort(0).values)
+    assert torch.equal(shuffled["pairs"], made["pairs"])
+
+
+def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypatch):
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(hnlmrec, "train", seen.append)
+        for flags in ((), ("--paper",), ("--paper", "--alpha", "0.01", "--dim", "64")):
+            hnlmrec.main(["train", "--run", "x", *flags])
+    plain, paper, mixed = map(vars, seen)
+    assert {name: paper[name] for name in hnlmrec.PAPER} == hnlmrec.PAPER
+    assert {name for name in plain if plain[name] != paper[name]} <= {*hnlmrec.PAPER, "paper"}
+    assert mixed == paper | {"alpha": 0.01, "dim": 64}
+    words = evaluation.OURS["HNLMRec, as in the paper"].split()
+    with monkeypatch.context() as patch:  # the row of the comparison holds the preset's values
+        patch.setattr(hnlmrec, "train", seen.append)
+        hnlmrec.main(["train", "--run", "x", "--lr", "5", "--lambda-s", "9", "--clear", "1", *words])
+    assert vars(seen[-1]) == paper
+
+    budget = ["--dim", 8, "--epochs", 2, "--eval-every", 1, "--mine-first", 1, "--mine-last", 5]
+    cli("hnlmrec.py", "train", "--run", copied, "--paper", "--hinge", 0.3, *budget, "--out", "model-paper.safetensors")
+    tensors, meta = backbones.load_tensors(copied / "model-paper.safetensors", "train")
+    usual, _ = backbones.load_tensors(copied / "model-hnlmrec.safetensors", "train")
+    assert set(tensors) == set(usual) and {"hinge", "contrast"} <= set(meta["history"][0])
+    users = [json.loads(line) for line in (copied / "users.jsonl").read_text().splitlines()]
+    out = cli("hnlmrec.py", "trace", "--run", copied, "--user", users[0]["raw"], "--model", "model-paper.safetensors")
+    assert "contrast" in out and "projector 0.0000" not in out
 
 
 def test_compare_and_sweep(copied, tiny_llm, capsys):
@@ -1240,6 +1335,7 @@ def test_a_user_with_two_items_is_refused(tmp_path):
 @pytest.mark.parametrize("script, args", [
     ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]), ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
     ("hnlmrec.py", ["train", "--run", "x", "--clear", "0.3", "--sampler", "rns"]), ("hnlmrec.py", ["train", "--run", "x", "--control", "cleared"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--hinge", "0.3"]), ("hnlmrec.py", ["train", "--run", "x", "--paper", "--lambda-s", "0.1"]),
     ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
     ("backbones.py", ["pretrain", "--run", "x", "--n", "20"]), ("eval.py", ["report", "--run", "no such folder"]),
     ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]), ("llm_negatives.py", ["profile", "--run", "no such folder"]),
