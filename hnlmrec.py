@@ -525,23 +525,25 @@ def controlled(made, control, seed):
 def trace(args):
     """Print how one train pair passes through the pipeline, with the real values of a finished run.
     Changes nothing."""
-    # the pair
-    run, data = Path(args.run), load_data(args.run)
-    prepare_it = f"python hnlmrec.py prepare --run {run}"
-    users = read_jsonl(run / "users.jsonl", prepare_it)
-    items = read_jsonl(run / "items.jsonl", prepare_it)
-    titles = [item["title"] for item in items]
-    u, i, row = find_pair(args, data, users, items)
-    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: "
-          f"{titles[i]}; train pair number {row} of {len(data['train'])}")
-
     # the run as it was trained
+    run, data = Path(args.run), load_data(args.run)
     tensors, meta = load_tensors(run / args.model, f"python hnlmrec.py train --run {run}")
     settings = Namespace(**meta["settings"])
+    if "paper" not in settings:
+        fail(f"--model {args.model}: is no model of this version's `hnlmrec.py train`; "
+             "give another, or train it again with --force")
     made = load_negatives(run, settings.negatives, data["digest"])
     method = build(run, settings, data, made)
     restore(dict(method.named_children()), tensors)
     cf, _ = load_tensors(run / settings.cf, f"python backbones.py pretrain --run {run}")
+
+    # the pair
+    maker = f"python hnlmrec.py prepare --run {run}"
+    users, items = read_jsonl(run / "users.jsonl", maker), read_jsonl(run / "items.jsonl", maker)
+    titles = [item["title"] for item in items]
+    u, i, row = find_pair(args, data, users, items)
+    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: "
+          f"{titles[i]}; train pair number {row} of {len(data['train'])}")
 
     trace_prompt(run, settings, users[u], items[i], u, i, titles, method.mined, cf)
     trace_negative(settings, data, made, method, row, titles, cf)

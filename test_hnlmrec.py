@@ -434,6 +434,32 @@ def test_bpr_gives_the_projector_no_gradient_and_alignment_does():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in projector.named_parameters() if name != "key.bias")
 
 
+def test_the_step_is_the_sum_of_its_four_terms():
+    """Drawn again and gathered pair by pair; K 1 and one mined item a user, so that nothing else is drawn."""
+    model, projector, method, train = hnlmrec_parts(
+        alpha=0.4, lambda1=0.7, sampler="rns", k=1, reg=0.01, lambda_s=0.5, align_rows=10)
+    method.mined = method.mined[:, :1]
+    loss, logs = method.loss(torch.arange(len(train)), torch.Generator().manual_seed(3))
+
+    generator, (u, i) = torch.Generator().manual_seed(3), train.T
+    method.table(torch.arange(len(train)), 1, generator)  # the step draws the pair's z first
+    j = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 1, generator)[:, 0]
+    (users, items), z = model(), projector(method.hidden[:, None])
+    bpr = l2 = 0.0
+    for n, (a, b, c) in enumerate(zip(u.tolist(), i.tolist(), j.tolist())):
+        negative = 0.4 * z[n] * items[c].norm() / z[n].norm() + 0.6 * items[c]
+        bpr = bpr - torch.log(torch.sigmoid(users[a] @ (items[b] - negative))) / len(train)
+        l2 = l2 + (users[a] @ users[a] + items[b] @ items[b] + items[c] @ items[c]) / 2 / len(train)
+    mined = torch.stack([items[method.mined[a, 0]] for a in u[:10].tolist()])
+    align = hnlmrec.alignment_loss(z[:10], items[i[:10]], mined, u[:10], 0.2)
+    some_users, some_items = sorted(set(u[:20].tolist())), sorted(set(i[:20].tolist()))
+    user_texts, item_texts = method.semantic(some_users, some_items)
+    semantic = (hnlmrec.semantic_alignment(users[some_users], user_texts, 0.2)
+                + hnlmrec.semantic_alignment(items[some_items], item_texts, 0.2))
+    assert loss.item() == pytest.approx((bpr + 0.01 * l2 + 0.7 * align + 0.5 * semantic).item(), rel=1e-5)
+    assert logs == pytest.approx({"bpr": bpr.item(), "align": align.item(), "semantic": semantic.item()}, rel=1e-5)
+
+
 @pytest.mark.parametrize("hinge", [0.0, 0.3])
 def test_the_papers_step_is_its_formula(hinge):
     """Loss and gradients, drawn again and written out pair by pair; K 1, so that z is that of the pair's own vector."""
@@ -1027,7 +1053,9 @@ def test_trace_follows_a_pair(finished):
     assert llm_negatives.INSTRUCTION in prompt and f"Item: {items[i]['title']}." in prompt and prompt.strip().endswith("User vector:[e_u]")
     assert "projector 0.0000" not in out and "backbone 0.0000" not in out
     held = data["test"][data["test"][:, 0] == u][0, 1]
-    assert "no train pair" in refused("hnlmrec.py", "trace", "--run", finished, "--user", users[u]["raw"], "--item", items[held]["raw"])
+    trace = ["trace", "--run", finished, "--user", users[u]["raw"]]
+    assert "no model of" in refused("hnlmrec.py", *trace, "--model", "model-rns.safetensors")
+    assert "no train pair" in refused("hnlmrec.py", *trace, "--item", items[held]["raw"])
 
 
 def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, monkeypatch):
@@ -1066,7 +1094,7 @@ def test_the_controls_replace_what_the_llm_made(finished):
     assert torch.equal(shuffled["pairs"], made["pairs"])
 
 
-def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypatch):
+def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypatch, capsys):
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(hnlmrec, "train", seen.append)
@@ -1082,13 +1110,14 @@ def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypat
         hnlmrec.main(["train", "--run", "x", "--lr", "5", "--lambda-s", "9", "--clear", "1", *words])
     assert vars(seen[-1]) == paper
 
-    budget = ["--dim", 8, "--epochs", 2, "--eval-every", 1, "--mine-first", 1, "--mine-last", 5]
-    cli("hnlmrec.py", "train", "--run", copied, "--paper", "--hinge", 0.3, *budget, "--out", "model-paper.safetensors")
+    budget = "--dim 8 --epochs 2 --eval-every 1 --mine-first 1 --mine-last 5 --out model-paper.safetensors"
+    hnlmrec.main(["train", "--run", str(copied), "--paper", "--hinge", "0.3", *budget.split()])
     tensors, meta = backbones.load_tensors(copied / "model-paper.safetensors", "train")
     usual, _ = backbones.load_tensors(copied / "model-hnlmrec.safetensors", "train")
     assert set(tensors) == set(usual) and {"hinge", "contrast"} <= set(meta["history"][0])
     users = [json.loads(line) for line in (copied / "users.jsonl").read_text().splitlines()]
-    out = cli("hnlmrec.py", "trace", "--run", copied, "--user", users[0]["raw"], "--model", "model-paper.safetensors")
+    hnlmrec.main(["trace", "--run", str(copied), "--user", users[0]["raw"], "--model", "model-paper.safetensors"])
+    out = capsys.readouterr().out
     assert "contrast" in out and "projector 0.0000" not in out
 
 
