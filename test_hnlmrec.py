@@ -439,6 +439,7 @@ def test_the_step_is_the_sum_of_its_four_terms():
     model, projector, method, train = hnlmrec_parts(
         alpha=0.4, lambda1=0.7, sampler="rns", k=1, reg=0.01, lambda_s=0.5, align_rows=10)
     method.mined = method.mined[:, :1]
+    model.embedding.data *= 30  # so that the L2 term counts
     loss, logs = method.loss(torch.arange(len(train)), torch.Generator().manual_seed(3))
 
     generator, (u, i) = torch.Generator().manual_seed(3), train.T
