@@ -242,7 +242,7 @@ BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler d
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
 OURS = {
     "HNLMRec": "", "HNLMRec, cleared negatives": "--clear 0.3",
-    # the values of --paper once more, since those of --hnlmrec-flags, tuned for ours, would win over it
+    # the values of --paper once more, or those of --hnlmrec-flags, tuned for ours, would win
     "HNLMRec, as in the paper": "--paper --lr 1e-3 --reg 1e-4 --sampler rns --clear 0 --alpha 1e-4 "
                                 "--lambda1 1e-3 --tau-c 0.2 --lambda-s 0 --text-init 0",
 }

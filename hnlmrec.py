@@ -545,6 +545,7 @@ def trace(args):
     print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: "
           f"{titles[i]}; train pair number {row} of {len(data['train'])}")
 
+    # what goes into the LLM, what comes out, and the step that trains with it
     trace_prompt(run, settings, users[u], items[i], u, i, titles, method.mined, cf)
     trace_negative(settings, data, made, method, row, titles, cf)
     trace_step(method, row)
@@ -563,6 +564,7 @@ def find_pair(args, data, users, items):
 
 def trace_prompt(run, settings, user, item, u, i, titles, mined, cf):
     """What goes into the LLM: profiles, CF vectors, mined items, the prompt."""
+    # what the LLM wrote of both; the first row of the file holds its settings
     rows = read_jsonl(
         run / "profiles.jsonl", f"python llm_negatives.py profile --run {run}", growing=True)
     profiles = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
@@ -574,6 +576,8 @@ def trace_prompt(run, settings, user, item, u, i, titles, mined, cf):
     rank = int((scores > scores[i]).sum()) + 1
     print(f"3. CF         e_u {shown(cf['user'][u])}\n              e_i {shown(cf['item'][i])}\n"
           f"              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(scores)}")
+
+    # the items that L_align draws z to
     print(f"4. mined      unseen ranks {settings.mine_first}–{settings.mine_last}: "
           + "; ".join(titles[n] for n in mined[u, :5].tolist()) + "; …")
 
@@ -587,6 +591,7 @@ def trace_prompt(run, settings, user, item, u, i, titles, mined, cf):
 
 def trace_negative(settings, data, made, method, row, titles, cf):
     """What comes out of the LLM for train pair `row`: the generated vector, and z made of it."""
+    # the pair's own vector or, where it has none, that of another pair of the user
     u, i = data["train"][row].tolist()
     made = controlled(made, settings.control, settings.seed)
     at = int(method.table(torch.tensor([row]), 1)[0, 0])
@@ -613,10 +618,13 @@ def trace_negative(settings, data, made, method, row, titles, cf):
 
 def trace_step(method, row):
     """One training step on train pair `row` alone: its losses and its gradient."""
+    # the score that it starts from
     u, i = method.pairs[row].tolist()
     with torch.no_grad():
         users, items = method.backbone.eval()()
         score = float((users[u] * items[i]).sum())
+
+    # one batch of one pair
     method.backbone.train()
     loss, logs = method.loss(torch.tensor([row]), torch.Generator().manual_seed(0))
     loss.backward()

@@ -371,26 +371,29 @@ def test_text_relevance_against_the_inverse_root_of_the_covariance():
     values, vectors = np.linalg.eigh(centred.T @ centred)
     white = centred @ (vectors * values**-0.5) @ vectors.T
     unit = white / np.linalg.norm(white, axis=1, keepdims=True)
-    everything = torch.arange(20).expand(3, -1)
-    relevance = hnlmrec.Relevance(*hnlmrec.text_factors(text, train, 3))(torch.arange(3), everything)
+    users, everything = torch.arange(3), torch.arange(20).expand(3, -1)
+    relevance = hnlmrec.Relevance(*hnlmrec.text_factors(text, train, 3))(users, everything)
     for u in range(3):
         fit = np.array([sum(unit[i] @ unit[j] for v, j in train.tolist() if v == u) for i in range(20)])
         assert relevance[u].numpy() == pytest.approx((fit - fit.mean()) / fit.std(ddof=1), abs=2e-5)
 
 
 def test_relevance_of_any_factors_against_the_dense_table():
-    """The candidates' relevance is that of the whole table of users x items; a user who fits all items alike has none."""
+    """The candidates' relevance is that of the whole table of users x items; a user whom all items
+    fit alike has none."""
     generator = torch.Generator().manual_seed(0)
     users = torch.randn(300, 7, generator=generator).requires_grad_()  # a learned judge's
     items = torch.randn(40, 7, generator=generator) + 5
     users.data[11] = 0
-    u, candidates = torch.randint(300, (290,), generator=generator), torch.randint(40, (290, 6), generator=generator)
+    u = torch.randint(300, (290,), generator=generator)
+    candidates = torch.randint(40, (290, 6), generator=generator)
     relevance = hnlmrec.Relevance(users, items, gain=0.3)
     ours, fit = relevance(u, candidates), (users @ items.T).detach().double()
     dense = 0.3 * (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True).clamp(min=1e-12)
-    assert torch.allclose(ours.double(), dense[u[:, None], candidates], atol=1e-5) and not ours.requires_grad
+    assert torch.allclose(ours.double(), dense[u[:, None], candidates], atol=1e-5)
+    assert not ours.requires_grad
     assert relevance(torch.tensor([11]), candidates[:1]).tolist() == [[0.0] * 6]
-    assert sum(x.numel() for x in vars(relevance).values()) == (300 + 40) * 7  # no table of users x items
+    assert sum(x.numel() for x in vars(relevance).values()) == (300 + 40) * 7  # no dense table
 
 
 def test_clearing_changes_which_item_is_the_negative():
@@ -418,10 +421,11 @@ def hnlmrec_parts(alpha, lambda1, sampler="dns", form=hnlmrec.HNLMRec, **more):
     mined = backbones.mine_hard_negatives(model, train, 1, 5)
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
     semantic = hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8)
-    settings = {"alpha": alpha, "lambda1": lambda1, "lambda_s": 0.0, "tau_c": 0.2, "reg": 0.0, "k": 2,
-                "align_rows": 16, "refresh": 1, "hinge": 0.0}
+    settings = {"alpha": alpha, "lambda1": lambda1, "lambda_s": 0.0, "tau_c": 0.2, "reg": 0.0,
+                "k": 2, "align_rows": 16, "refresh": 1, "hinge": 0.0}
+    settings = Namespace(**settings | more)
     sample = backbones.make_sampler(model, sampler, train, m=1)
-    method = form(model, projector, semantic, sample, table, hidden, mined, train, Namespace(**settings | more))
+    method = form(model, projector, semantic, sample, table, hidden, mined, train, settings)
     return model, projector, method, train
 
 
@@ -435,7 +439,7 @@ def test_bpr_gives_the_projector_no_gradient_and_alignment_does():
 
 
 def test_the_step_is_the_sum_of_its_four_terms():
-    """Drawn again and gathered pair by pair; K 1 and one mined item a user, so that nothing else is drawn."""
+    """Drawn again and gathered pair by pair; K 1 and one mined item a user: nothing else is drawn."""
     model, projector, method, train = hnlmrec_parts(
         alpha=0.4, lambda1=0.7, sampler="rns", k=1, reg=0.01, lambda_s=0.5, align_rows=10)
     method.mined = method.mined[:, :1]
@@ -457,21 +461,24 @@ def test_the_step_is_the_sum_of_its_four_terms():
     user_texts, item_texts = method.semantic(some_users, some_items)
     semantic = (hnlmrec.semantic_alignment(users[some_users], user_texts, 0.2)
                 + hnlmrec.semantic_alignment(items[some_items], item_texts, 0.2))
-    assert loss.item() == pytest.approx((bpr + 0.01 * l2 + 0.7 * align + 0.5 * semantic).item(), rel=1e-5)
-    assert logs == pytest.approx({"bpr": bpr.item(), "align": align.item(), "semantic": semantic.item()}, rel=1e-5)
+    total = bpr + 0.01 * l2 + 0.7 * align + 0.5 * semantic
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    terms = {"bpr": bpr.item(), "align": align.item(), "semantic": semantic.item()}
+    assert logs == pytest.approx(terms, rel=1e-5)
 
 
 @pytest.mark.parametrize("hinge", [0.0, 0.3])
 def test_the_papers_step_is_its_formula(hinge):
-    """Loss and gradients, drawn again and written out pair by pair; K 1, so that z is that of the pair's own vector."""
+    """Loss and gradients, drawn again and written out pair by pair; K 1, so that z is that of the
+    pair's own vector."""
     model, projector, method, train = hnlmrec_parts(
-        alpha=0.4, lambda1=0.7, sampler="rns", form=hnlmrec.PaperHNLMRec, k=1, reg=0.01, hinge=hinge)
+        0.4, 0.7, "rns", hnlmrec.PaperHNLMRec, k=1, reg=0.01, hinge=hinge)
     parameters = [model.embedding, *projector.mlp.parameters()]
     loss, logs = method.loss(torch.arange(len(train)), torch.Generator().manual_seed(3))
     ours = torch.autograd.grad(loss, parameters)
 
-    u, i = train.T
-    j = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 1, torch.Generator().manual_seed(3))[:, 0]
+    (u, i), generator = train.T, torch.Generator().manual_seed(3)
+    j = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 1, generator)[:, 0]
     (users, items), z = model(), projector(method.hidden[:, None])
     total = 0.0
     for n, (a, b, c) in enumerate(zip(u.tolist(), i.tolist(), j.tolist())):
@@ -533,7 +540,8 @@ def test_nearest_items_are_the_nearest_unseen_ones():
 def test_every_parameter_is_trained():
     model, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
     before = {name: p.clone() for name, p in [*projector.named_parameters(), *model.named_parameters()]}
-    backbones.fit({"backbone": model, "projector": projector}, method.loss, len(train), lambda: 0.0, epochs=2, batch_size=32, lr=0.01,
+    modules = {"backbone": model, "projector": projector}
+    backbones.fit(modules, method.loss, len(train), lambda: 0.0, epochs=2, batch_size=32, lr=0.01,
                   eval_every=1, patience=9, seed=0)
     still = [name for name, p in [*projector.named_parameters(), *model.named_parameters()] if torch.equal(p, before[name])]
     assert set(still) <= {"key.bias"}  # softmax is blind to a constant in all keys
@@ -543,7 +551,9 @@ def test_fit_returns_the_best_state_not_the_last():
     model, _, method, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
     scores, states = iter([0.1, 0.5, 0.3]), []
     validate = lambda: states.append(model.embedding.detach().clone()) or next(scores)
-    state, history = backbones.fit({"backbone": model}, method.loss, len(train), validate, epochs=3, batch_size=32, lr=0.1, eval_every=1, patience=9, seed=0)
+    state, history = backbones.fit(
+        {"backbone": model}, method.loss, len(train), validate, epochs=3, batch_size=32, lr=0.1,
+        eval_every=1, patience=9, seed=0)
     assert torch.equal(state["backbone.embedding"], states[1]) and [h["valid_ndcg@20"] for h in history] == [0.1, 0.5, 0.3]
 
 
@@ -1060,7 +1070,8 @@ def test_trace_follows_a_pair(finished):
 
 
 def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, monkeypatch):
-    """build hands dns the relevance of the LLM's texts, times --clear; with `--control cleared` that of the same rows in another order."""
+    """build hands dns the relevance of the LLM's texts, times --clear; with `--control cleared` that
+    of the same rows in another order."""
     data, seen, penalties = backbones.load_data(finished), [], []
     settings = backbones.load_tensors(finished / "model-hnlmrec.safetensors", "train")[1]["settings"]
     made = backbones.load_negatives(finished, settings["negatives"], data["digest"])
@@ -1069,8 +1080,17 @@ def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, mon
         return hnlmrec.build(finished, Namespace(**settings | flags), data, made)
 
     factors, make = hnlmrec.text_factors, hnlmrec.make_sampler
-    monkeypatch.setattr(hnlmrec, "text_factors", lambda text, *rest: seen.append(text) or factors(text, *rest))
-    monkeypatch.setattr(hnlmrec, "make_sampler", lambda *words, **more: penalties.append(more["penalty"]) or make(*words, **more))
+
+    def watched_factors(text, *rest):
+        seen.append(text)
+        return factors(text, *rest)
+
+    def watched_sampler(*words, penalty, **more):
+        penalties.append(penalty)
+        return make(*words, penalty=penalty, **more)
+
+    monkeypatch.setattr(hnlmrec, "text_factors", watched_factors)
+    monkeypatch.setattr(hnlmrec, "make_sampler", watched_sampler)
     for control in ("none", "cleared"):
         method = build(clear=2.0, control=control)
     u, candidates = torch.tensor([0, 2]), torch.tensor([[1, 3, 0], [2, 2, 4]])
@@ -1083,13 +1103,15 @@ def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, mon
 
 
 def test_the_controls_replace_what_the_llm_made(finished):
-    """`shuffled` moves whole vectors to other pairs and items; `random` keeps nothing but the shapes; `none` changes nothing."""
+    """`shuffled` moves whole vectors to other pairs and items; `random` keeps nothing but the shapes;
+    `none` changes nothing."""
     data = backbones.load_data(finished)
     made = backbones.load_negatives(finished, "negatives", data["digest"])
     assert all(hnlmrec.controlled(made, "none", 0)[name] is made[name] for name in made)
     shuffled, random = (hnlmrec.controlled(made, control, 0) for control in ("shuffled", "random"))
     for name in ("hidden", "vector", "text"):
-        assert not torch.equal(shuffled[name], made[name]) and random[name].shape == made[name].shape
+        assert not torch.equal(shuffled[name], made[name])
+        assert random[name].shape == made[name].shape
         assert torch.equal(shuffled[name].sort(0).values, made[name].sort(0).values)
         assert not torch.equal(random[name].sort(0).values, made[name].sort(0).values)
     assert torch.equal(shuffled["pairs"], made["pairs"])
@@ -1108,16 +1130,19 @@ def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypat
     words = evaluation.OURS["HNLMRec, as in the paper"].split()
     with monkeypatch.context() as patch:  # the row of the comparison holds the preset's values
         patch.setattr(hnlmrec, "train", seen.append)
-        hnlmrec.main(["train", "--run", "x", "--lr", "5", "--lambda-s", "9", "--clear", "1", *words])
+        tuned = ["--lr", "5", "--lambda-s", "9", "--clear", "1"]
+        hnlmrec.main(["train", "--run", "x", *tuned, *words])
     assert vars(seen[-1]) == paper
 
-    budget = "--dim 8 --epochs 2 --eval-every 1 --mine-first 1 --mine-last 5 --out model-paper.safetensors"
-    hnlmrec.main(["train", "--run", str(copied), "--paper", "--hinge", "0.3", *budget.split()])
+    out = ["--out", "model-paper.safetensors"]
+    budget = "--dim 8 --epochs 2 --eval-every 1 --mine-first 1 --mine-last 5".split()
+    hnlmrec.main(["train", "--run", str(copied), "--paper", "--hinge", "0.3", *budget, *out])
     tensors, meta = backbones.load_tensors(copied / "model-paper.safetensors", "train")
     usual, _ = backbones.load_tensors(copied / "model-hnlmrec.safetensors", "train")
     assert set(tensors) == set(usual) and {"hinge", "contrast"} <= set(meta["history"][0])
     users = [json.loads(line) for line in (copied / "users.jsonl").read_text().splitlines()]
-    hnlmrec.main(["trace", "--run", str(copied), "--user", users[0]["raw"], "--model", "model-paper.safetensors"])
+    pair = ["--user", users[0]["raw"], "--model", "model-paper.safetensors"]
+    hnlmrec.main(["trace", "--run", str(copied), *pair])
     out = capsys.readouterr().out
     assert "contrast" in out and "projector 0.0000" not in out
 
@@ -1365,7 +1390,8 @@ def test_a_user_with_two_items_is_refused(tmp_path):
 @pytest.mark.parametrize("script, args", [
     ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]), ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
     ("hnlmrec.py", ["train", "--run", "x", "--clear", "0.3", "--sampler", "rns"]), ("hnlmrec.py", ["train", "--run", "x", "--control", "cleared"]),
-    ("hnlmrec.py", ["train", "--run", "x", "--hinge", "0.3"]), ("hnlmrec.py", ["train", "--run", "x", "--paper", "--lambda-s", "0.1"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--hinge", "0.3"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--paper", "--lambda-s", "0.1"]),
     ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
     ("backbones.py", ["pretrain", "--run", "x", "--n", "20"]), ("eval.py", ["report", "--run", "no such folder"]),
     ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]), ("llm_negatives.py", ["profile", "--run", "no such folder"]),
