@@ -439,7 +439,7 @@ def test_bpr_gives_the_projector_no_gradient_and_alignment_does():
 
 
 def test_the_step_is_the_sum_of_its_four_terms():
-    """Drawn again and gathered pair by pair; K 1 and one mined item a user: nothing else is drawn."""
+    """Drawn again and gathered pair by pair; K 1 and one mined item, so that no more is drawn."""
     model, projector, method, train = hnlmrec_parts(
         alpha=0.4, lambda1=0.7, sampler="rns", k=1, reg=0.01, lambda_s=0.5, align_rows=10)
     method.mined = method.mined[:, :1]
@@ -1070,8 +1070,8 @@ def test_trace_follows_a_pair(finished):
 
 
 def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, monkeypatch):
-    """build hands dns the relevance of the LLM's texts, times --clear; with `--control cleared` that
-    of the same rows in another order."""
+    """build hands dns the relevance of the LLM's texts, times --clear; with `--control cleared`
+    that of the same rows in another order."""
     data, seen, penalties = backbones.load_data(finished), [], []
     settings = backbones.load_tensors(finished / "model-hnlmrec.safetensors", "train")[1]["settings"]
     made = backbones.load_negatives(finished, settings["negatives"], data["digest"])
@@ -1103,8 +1103,8 @@ def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, mon
 
 
 def test_the_controls_replace_what_the_llm_made(finished):
-    """`shuffled` moves whole vectors to other pairs and items; `random` keeps nothing but the shapes;
-    `none` changes nothing."""
+    """`shuffled` moves whole vectors to other pairs and items; `random` keeps nothing but the
+    shapes; `none` changes nothing."""
     data = backbones.load_data(finished)
     made = backbones.load_negatives(finished, "negatives", data["digest"])
     assert all(hnlmrec.controlled(made, "none", 0)[name] is made[name] for name in made)
