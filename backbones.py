@@ -988,7 +988,7 @@ def up_to_date(path, settings, maker="", force=False):
         if name == "inputs" or old.get(name) == settings.get(name):
             continue
         fail(f"{path}: made with {name}={old.get(name)}, now {name}={settings.get(name)}; "
-             f"add --force to `{maker}` to remake it, or choose another folder")
+             f"run `{maker} --force` to remake it, or choose another folder")
     for name in meta.get("beside", {}):
         if not (path.parent / name).exists():
             print(f"{path.parent / name} is gone: making it and {path.name} again")
