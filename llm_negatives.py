@@ -35,20 +35,24 @@ from transformers import logging as transformers_logging
 from backbones import (
     Parser,
     Progress,
+    check_finite,
+    check_inputs,
+    device_name,
     fail,
-    file_digest,
     load_data,
     load_model,
     load_tensors,
     mine_hard_negatives,
+    mining_band,
     mixgcf,
     number,
+    output_name,
     read_jsonl,
     read_meta,
-    require_digest,
     restore,
     run_cli,
     save_tensors,
+    stamp,
     up_to_date,
     user_rows,
     write_atomic,
@@ -371,16 +375,16 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
 def finetune(args):
     """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors. Resumes after a kill."""
     run, data = Path(args.run), load_data(args.run)
-    out, maker = run / f"{args.name}.safetensors", "python llm_negatives.py finetune"
+    out = run / f"{output_name('--name', args.name, 'llm_negatives.py finetune', word='sft')}.safetensors"
+    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     settings = {key: value for key, value in vars(args).items() if key not in
-                ("run", "force", "device", "command", "name", "preset", "save_every", "checkpointing")}
-    settings |= {"data": data["digest"], "llm": llm_digest(args.llm), "cf_digest": require_digest(run / args.cf, "python backbones.py pretrain"),
-                 "profiles_digest": require_digest(run / args.profiles, "python llm_negatives.py profile")}
-    if up_to_date(out, settings, maker, args.force):
+                ("run", "force", "device", "name", "preset", "save_every", "checkpointing")}
+    settings |= {"llm": llm_digest(args.llm), "inputs": stamp(run, "data.safetensors", args.cf, args.profiles)}
+    if up_to_date(out, settings, force=args.force):
         return
     rank, world, device = start_processes(args.device)
     data["train"] = data["train"].to(device)
-    model, _, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data)
+    model, _, cf = load_model(run / args.cf, data=data)
     task = SftTask(data, model, cf, load_profiles(run, args.profiles), args.mine_first, args.mine_last, args.seed, args.mine)
     dtype = pick_dtype(args.dtype, device)
     llm, prompt = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers), Prompt(load_tokenizer(args.llm), args.soft_tokens, args.max_tokens)
@@ -455,8 +459,10 @@ def finetune(args):
     llm.save_pretrained(temporary)
     shutil.rmtree(adapter, ignore_errors=True)
     os.replace(temporary, adapter)
-    save_tensors(out, {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()}, **{f"head.{k}": v for k, v in head.state_dict().items()}},
-                 {"settings": settings, "adapter": file_digest(adapter / "adapter_model.safetensors"),
+    tensors = {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()}, **{f"head.{k}": v for k, v in head.state_dict().items()}}
+    check_finite(out, tensors, "lower --lr, use --dtype fp32, or give --warmup-pairs more than 1, with --force")
+    save_tensors(out, tensors,
+                 {"settings": settings, "beside": stamp(run, *(f"{adapter.name}/adapter_{part}" for part in ("model.safetensors", "config.json"))),
                   "dim": cf["item"].shape[1], "dtype": str(dtype).removeprefix("torch."), "prompt": prompt.template, "log": log, "seconds": time.time() - start})
     partial.unlink(missing_ok=True)
     print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
@@ -515,12 +521,12 @@ def generate(args):
     A shard holds whole users; finished shards are kept when the run goes on after a kill. Memory is flat in the number of
     pairs: a shard is written when its users are done."""
     run, data = Path(args.run), load_data(args.run)
-    sft, sft_maker = run / f"{args.sft}.safetensors", f"python llm_negatives.py finetune --run {run}"
-    digest = require_digest(sft, sft_maker)
-    tuned = read_meta(sft, sft_maker)["settings"]  # CF vectors and profiles are those of fine-tuning
-    cf_path, profiles = run / tuned["cf"], run / tuned["profiles"]
-    settings = {"data": data["digest"], "cf": require_digest(cf_path, "python backbones.py pretrain"), "sft": digest,
-                "profiles": require_digest(profiles, "python llm_negatives.py profile"),
+    output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
+    sft = f"{args.sft}.safetensors"
+    tuned = read_meta(run / sft)["settings"]  # CF vectors and profiles are those of fine-tuning
+    if tuned["command"] != "finetune":
+        fail(f"--sft {args.sft}: {run / sft} holds what `{tuned['command']}` writes; give the --name of a fine-tuning")
+    settings = {"command": "generate", "inputs": stamp(run, "data.safetensors", sft, tuned["cf"], tuned["profiles"]),
                 "pairs_per_user": args.pairs_per_user, "seed": args.seed, "finetune": args.finetune, "read_items": args.read_items,
                 "shard_pairs": args.shard_pairs,
                 "llm": llm_digest(args.llm)}
@@ -538,24 +544,18 @@ def generate(args):
     if args.force:
         for path in run.glob(f"{args.out}-?????.safetensors"):
             path.unlink()
-    maker = "python llm_negatives.py generate"
-    stale = [path for path in run.glob(f"{args.out}-?????.safetensors") if read_meta(path, maker).get("settings") != settings]
-    for path in sorted(stale):
-        up_to_date(path, settings, maker)  # ends here, naming what differs
+    for path in sorted(run.glob(f"{args.out}-?????.safetensors")):
+        up_to_date(path, settings)  # ends here, naming what differs, if any does
     todo, items_path = [(path, part) for path, part in zip(paths, shards) if not path.exists()], run / f"{args.out}-items.safetensors"
-    if not todo and items_path.exists() and read_meta(items_path, maker).get("settings") == settings:
+    if not todo and items_path.exists() and read_meta(items_path).get("settings") == settings:
         return print(f"skip: {len(paths)} shards {args.out}-*.safetensors and {items_path.name} are up to date")
-    if (tuned["cf_digest"], tuned["profiles_digest"], tuned["data"]) != (settings["cf"], settings["profiles"], data["digest"]):
-        fail(f"{sft}: was fine-tuned on other CF vectors, profiles or another split; run `{sft_maker} --force`")
     rank, world, device = start_processes(args.device)
     llm, prompt, soft_tokens, head, meta = load_sft(run, args.sft, args.llm, device, lora=args.finetune)
     if not args.finetune:  # the zero-shot ablation: the LLM as it came, maps as they are before any training
         torch.manual_seed(args.seed)
         for module in (*soft_tokens.maps, head.linear):
             module.reset_parameters()
-    tensors, _ = load_tensors(cf_path, "python backbones.py pretrain", device)
-    if tensors["user"].shape[1] != meta["dim"]:
-        fail(f"{cf_path}: vectors of width {tensors['user'].shape[1]}, the fine-tuned head has {meta['dim']}; run `{sft_maker} --force`")
+    tensors, _ = load_tensors(run / tuned["cf"], device=device)
     texts, train = load_profiles(run, tuned["profiles"]), data["train"].to(device)
     made = sum(len(part) for _, part in todo)
     done, todo = len(rows) - made, todo[rank::world]  # each process makes shards of its own
@@ -571,9 +571,10 @@ def generate(args):
         if not torch.isfinite(hidden).all():
             fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype fp32 in finetune")
         vector = head(hidden.to(device).float()).half()
+        check_finite(path, {"vector": vector}, "use --dtype fp32 in finetune")
         save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector}, {"settings": settings})
     if rank == 0:
-        items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
+        items = read_jsonl(run / "items.jsonl")
         text = encode_items(llm, prompt, [f"{row['title']}. {row['text']}" for row in items], args.read_items)
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
     if world > 1:
@@ -634,15 +635,16 @@ def write_texts(model, tokenizer, requests, new_tokens):
 def profile(args):
     """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Resumes after a kill."""
     data, run = load_data(args.run), Path(args.run)
-    items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
-    users = read_jsonl(run / "users.jsonl", "python hnlmrec.py prepare")
-    path, (rank, world, device) = run / args.out, start_processes(args.device)
-    settings = {"data": data["digest"], "profiles": args.profiles, "history": args.history, "new_tokens": args.new_tokens,
+    items = read_jsonl(run / "items.jsonl")
+    users = read_jsonl(run / "users.jsonl")
+    path = run / output_name("--out", args.out, "llm_negatives.py profile", ".jsonl", "profiles")
+    rank, world, device = start_processes(args.device)
+    settings = {"command": "profile", "inputs": stamp(run, "data.safetensors"), "profiles": args.profiles, "history": args.history, "new_tokens": args.new_tokens,
                 "llm_rows": args.llm_rows, "llm": llm_digest(args.llm) if args.profiles == "llm" else "", "seed": args.seed}
     made = {}
     if path.exists() and not args.force:
-        rows = read_jsonl(path, "python llm_negatives.py profile", growing=True)
-        old = rows[0].get("settings") if rows else settings
+        rows = read_jsonl(path, growing=True)
+        old = rows[0].get("settings", {}) if rows else settings
         if old != settings:
             differ = [name for name in settings if old.get(name) != settings[name]]
             fail(f"{path}: made with other settings ({', '.join(differ)}); add --force to `python llm_negatives.py profile` "
@@ -788,6 +790,10 @@ def load_profiles(run, name="profiles.jsonl"):
     users = read_jsonl(Path(run) / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
     items = read_jsonl(Path(run) / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
     rows = read_jsonl(Path(run) / name, maker, growing=True)
+    settings = rows[0].get("settings", {}) if rows and isinstance(rows[0], dict) else {}
+    if settings.get("command") != "profile" or not all({"kind", "raw", "profile"} <= set(row) for row in rows[1:]):
+        fail(f"{Path(run) / name}: is not what `profile` writes; delete it and run `{maker}`, or name another with --profiles")
+    check_inputs(Path(run) / name, settings["inputs"], maker)
     made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
     missing = [raw for kind, group in (("user", users), ("item", items)) for raw in
                (row["raw"] for row in group) if (kind, raw) not in made]
@@ -815,9 +821,6 @@ def load_sft(run, name, llm, device, lora=True):
     dtype = getattr(torch, meta["dtype"])
     model = load_llm(llm, AutoModel, dtype, device, s["llm_layers"])
     if lora:
-        weights = adapter / "adapter_model.safetensors"
-        if not weights.exists() or file_digest(weights) != meta["adapter"]:
-            fail(f"{adapter}: missing, or not the adapter that {path.name} was saved with; run `{maker} --force`")
         try:
             model = PeftModel.from_pretrained(model, adapter).eval()
         except Exception as error:  # noqa: BLE001 as above
@@ -841,10 +844,10 @@ def load_partial(path, settings, modules, optimizer):
     """Undo save_partial -> (step, log), or (0, None) when there is nothing to go on from."""
     if not path.exists():
         return 0, None
-    tensors, meta = load_tensors(path, "python llm_negatives.py finetune")
-    if meta["settings"] != json.loads(json.dumps(settings)):
+    if read_meta(path)["settings"] != json.loads(json.dumps(settings)):
         print(f"{path}: half-finished with other settings; starting anew")
         return 0, None
+    tensors, meta = load_tensors(path)
     for key, p in modules.items():
         p.data.copy_(tensors[key])
     state = optimizer.state_dict()
@@ -906,7 +909,7 @@ def main(argv=None):
         p.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct", help="local folder or Hugging Face id of a causal LM")
         p.add_argument("--preset", choices=["paper"], help="the paper's LLM and settings; flags given beside it win")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+        p.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
         p.add_argument("--seed", type=number(int, 0), default=0, help="decides every random choice of this step")
         p.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
         return p
@@ -926,8 +929,8 @@ def main(argv=None):
     p.add_argument("--name", default="sft", help="first part of the output's name: NAME.safetensors, and adapter/ or adapter-…/")
     g = p.add_argument_group("what is learned")
     g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns", help="targets: the mined items, or MixGCF's mixture of them")
-    g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
-    g.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
+    g.add_argument("--mine-first", type=number(int, 0), default=0, help="best rank of the mined band; 0: 19.85 %% of the catalogue")
+    g.add_argument("--mine-last", type=number(int, 0), default=0, help="last rank of the mined band; 0: 29.8 %% of the catalogue")
     g.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
     g.add_argument("--soft-tokens", type=number(int, 0), default=1, help="soft tokens for each CF vector; 0: none (an ablation)")
     g.add_argument("--max-tokens", type=number(int, 1), default=48, help="tokens of a profile at most; longer ones are cut")
