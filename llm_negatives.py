@@ -545,7 +545,9 @@ def generate(args):
         for path in run.glob(f"{args.out}-?????.safetensors"):
             path.unlink()
     for path in sorted(run.glob(f"{args.out}-?????.safetensors")):
-        up_to_date(path, settings)  # ends here, naming what differs, if any does
+        if read_meta(path)["settings"] != settings:
+            up_to_date(path, settings)  # ends here, naming what differs
+        load_tensors(path)  # a broken shard ends it too
     todo, items_path = [(path, part) for path, part in zip(paths, shards) if not path.exists()], run / f"{args.out}-items.safetensors"
     if not todo and items_path.exists() and read_meta(items_path).get("settings") == settings:
         return print(f"skip: {len(paths)} shards {args.out}-*.safetensors and {items_path.name} are up to date")
