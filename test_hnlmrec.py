@@ -1458,8 +1458,7 @@ def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, r
     assert "model-rns.safetensors" in refused("eval.py", "report", "--run", copied)
 
 
-@pytest.mark.parametrize("name", ["items.jsonl", "adapter", "cf.safetensors", "sft.safetensors",
-                                  "profiles.jsonl"])
+@pytest.mark.parametrize("name", ["items.jsonl", "cf.safetensors", "profiles.jsonl"])
 def test_what_was_deleted_is_made_again_and_all_else_stays(copied, tiny_llm, raw, name):
     """The same settings give the same digest: nothing that was made from it is made anew."""
     def digests():
