@@ -14,7 +14,12 @@ Alone:  python backbones.py pretrain --run runs/NAME --backbone lightgcn --sampl
 import argparse
 import hashlib
 import json
+import math
 import os
+import re
+import shlex
+import shutil
+import signal
 import sys
 import time
 import warnings
@@ -64,21 +69,32 @@ def take(table, index):
 # --------------------------------------------------------------------------------------------------
 
 class UnseenSampler:
-    """Draw items a user has not interacted with, with probability proportional to an item weight: exact, no rejection.
+    """Draw items a user has not interacted with, with probability proportional to an item weight:
+    exact, no rejection.
 
-    Uniform weights give RNS (Rendle et al., BPR, 2009); popularity ** beta gives PNS (Mikolov et al., 2013, beta 0.75).
+    Uniform weights give RNS (Rendle et al., BPR, 2009); popularity ** beta gives PNS (Mikolov et
+    al., 2013, beta 0.75).
 
-    How: put the weights of the unseen items end to end and draw a point r. With a user's seen items s_0 < s_1 < …, the
-    unseen weight before s_k is c_k = cum(s_k) - (seen weight before s_k). The number of c_k <= r says how much seen weight
-    lies before the point, and one more binary search in cum() gives the item. All users share one sorted array of keys
-    user * stride + c_k. Weights are whole numbers, so that no rounding can ever return a seen item. Memory: O(pairs).
+    How: put the weights of the unseen items end to end and draw a point r. With a user's seen items
+    s_0 < s_1 < …, the unseen weight before s_k is c_k = cum(s_k) - (seen weight before s_k). The
+    number of c_k <= r says how much seen weight lies before the point, and one more binary search
+    in cum() gives the item. All users share one sorted array of keys user * stride + c_k. Weights
+    are whole numbers, so that no rounding can ever return a seen item. Memory: O(pairs).
 
-    Raises SystemExit2 for a user who has seen every item: there is nothing to sample."""
+    Pairs given twice count once. Raises SystemExit2 for a user who has seen every item: there is
+    nothing to sample."""
 
     def __init__(self, pairs, n_users, n_items, beta=0.0):
-        popularity = torch.bincount(pairs[:, 1], minlength=n_items).double()
-        # +1 keeps an item without a train interaction reachable; 2**20 steps keep popularity ** beta to six digits
-        weight = ((popularity + 1) ** beta * 2**20).round().long() if beta else torch.ones_like(popularity).long()
+        keys = pair_keys(pairs, n_items).unique_consecutive()
+        pairs = torch.stack([keys // n_items, keys % n_items], 1)  # (N, 2)
+        # +1 keeps an item without a train interaction reachable
+        weight = (torch.bincount(pairs[:, 1], minlength=n_items).double() + 1) ** beta
+        # 2**20 steps keep popularity ** beta to six digits; fewer where keys would not fit 63 bits
+        steps = min(2.0**20, 2.0**61 / (n_users * float(weight.sum()))) if beta else 1.0
+        if steps < 1:
+            fail(f"--beta {beta}: popularity ** beta of {n_items} items and {n_users} users does "
+                 "not fit into 63 bits; lower it")
+        weight = (weight * steps).round().long()
         self.cum, self.uniform = F.pad(weight.cumsum(0), (1, 0)), not beta  # (I+1,)
         indptr, items = user_rows(pairs, n_users)
         self.seen = F.pad(weight[items].cumsum(0), (1, 0))  # (N+1,) seen weight, over all users in row order
@@ -280,35 +296,23 @@ class LightGCN(Backbone):
 
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout
-    (on E') and node dropout (on A's edges), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim."""
+    (on E'), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim."""
 
     propagates, std = True, 0.1
 
-    def __init__(self, n_users, n_items, dim, adjacency, n_layers=3, message_dropout=0.1, node_dropout=0.0):
+    def __init__(self, n_users, n_items, dim, adjacency, n_layers=3, message_dropout=0.1):
         super().__init__(n_users, n_items, dim)
-        self.adjacency, self.message_dropout, self.node_dropout = adjacency, message_dropout, node_dropout
+        self.adjacency, self.message_dropout = adjacency, message_dropout
         self.w1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(n_layers))
         self.w2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(n_layers))
         for linear in [*self.w1, *self.w2]:
             nn.init.xavier_uniform_(linear.weight)
 
-    def dropped_adjacency(self):
-        """The adjacency with each edge kept with probability 1 - node_dropout, both directions together, rescaled."""
-        a = self.adjacency
-        if not (self.training and self.node_dropout):
-            return a
-        row = torch.repeat_interleave(torch.arange(a.shape[0], device=a.device), a.crow_indices().diff())
-        low, high = torch.minimum(row, a.col_indices()), torch.maximum(row, a.col_indices())
-        edge = torch.unique(low * a.shape[0] + high, return_inverse=True)[1]  # both directions share one number
-        keep = torch.rand(int(edge.max()) + 1, device=a.device) >= self.node_dropout
-        values = a.values() * keep[edge] / (1 - self.node_dropout)
-        return torch.sparse_csr_tensor(a.crow_indices(), a.col_indices(), values, a.shape)
-
     def layers(self):
-        adjacency, x = self.dropped_adjacency(), self.embedding
+        x = self.embedding
         hops = [x]
         for w1, w2 in zip(self.w1, self.w2):
-            side = SymmetricMatmul.apply(adjacency, x)
+            side = SymmetricMatmul.apply(self.adjacency, x)
             x = F.leaky_relu(w1(side + x) + w2(side * x), 0.2)
             x = F.dropout(x, self.message_dropout, self.training)
             hops.append(F.normalize(x, dim=1))
@@ -345,6 +349,8 @@ class NeuMF(Backbone):
 
 def build_backbone(name, n_users, n_items, dim, train, n_layers=3):
     """One of mf, lightgcn, ngcf, neumf, on the device of `train` (N, 2)."""
+    if name == "neumf" and dim % 2:
+        fail(f"--dim {dim}: neumf gives half of it to each of its two parts; give an even number")
     if name == "mf":
         model = MF(n_users, n_items, dim)
     elif name == "neumf":
@@ -392,8 +398,24 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 # CF-mined hard negatives: what the LLM learns to imitate
 # --------------------------------------------------------------------------------------------------
 
+BAND = 0.1985, 0.298  # of the catalogue: ranks 200-300 of the 1,008 items of MovieLens-100K
+
+
+def mining_band(data, first=0, last=0):
+    """The ranks first..last that are mined, 1 the best. Where one is 0 it is a share of the
+    catalogue (BAND), but never beyond what the user with the fewest unseen items has.
+
+    data: a dict of load_data. Raises SystemExit2 for a band that ends before it begins."""
+    fewest = data["n_items"] - int(torch.bincount(data["train"][:, 0]).max())  # unseen items
+    share = [max(1, min(fewest, round(part * data["n_items"]))) for part in BAND]
+    first, last = first or min(share[0], last or share[0]), last or max(share[1], first)
+    if first > last:
+        fail(f"--mine-first {first}: lies after --mine-last {last}; give the better rank first")
+    return first, last
+
+
 @torch.no_grad()
-def mine_hard_negatives(model, train, first=5, last=60):
+def mine_hard_negatives(model, train, first, last):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
@@ -458,15 +480,18 @@ def rank_unseen(model, users, seen, k, chunk=1024):
 
 @torch.no_grad()
 def nearest_items(vectors, users, items, seen, k, chunk=2048):
-    """The k items nearest to each vector by cosine, the user's train items left out, since those are known positives.
+    """The k items nearest to each vector by cosine, the user's train items left out, since those
+    are known positives.
 
-    vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k)."""
+    vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k); -1 where a
+    user has fewer than k items left."""
     items, result = F.normalize(items.float(), dim=-1), []
     everything = torch.arange(len(items), device=items.device)
     for part, user in zip(vectors.split(chunk), users.split(chunk)):
         scores = F.normalize(part.float(), dim=-1) @ items.T  # (B, I)
         scores[contains(seen, user[:, None], everything, len(items))] = -torch.inf
-        result.append(top_k(scores, k))
+        index = top_k(scores, k)
+        result.append(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
     return torch.cat(result)
 
 
@@ -517,6 +542,9 @@ def mrr(hits, relevant, k):
 
 def validation(model, data, k=20):
     """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs left out of the ranking."""
+    if not len(data["valid"]):
+        fail("data.safetensors: has no validation pair, and they choose the best epoch; "
+             "prepare it with some")
     seen = user_rows(data["train"], model.n_users)
 
     def validate():
@@ -532,15 +560,17 @@ def validation(model, data, k=20):
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed, label="train"):
     """Train all parameters of `modules` with Adam and keep the state of the best validation.
 
-    modules: {name: nn.Module}; one optimizer over all of them, so none can be forgotten. step(rows (B,), generator) ->
-    (loss, {name: float}) on those rows of the train pairs. validate() -> float, higher is better; never the test split.
-    Stops after `patience` validations without a new best. Returns (best state {name.parameter: tensor}, history list).
+    modules: {name: nn.Module}; one optimizer over all of them, so none can be forgotten. step(rows
+    (B,), generator) -> (loss, {name: float}) on those rows of the train pairs. validate() -> float,
+    higher is better; never the test split. Stops after `patience` validations without a new best.
+    Returns (best state {name.parameter: tensor}, history list).
 
-    Raises SystemExit2 when the loss is not finite, naming the step."""
+    Raises SystemExit2 when the loss or the validation is not finite, naming the step or the
+    epoch."""
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)  # one pass over each parameter instead of ten
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
-    best, best_state, history, done, start = -1.0, None, [], 0, time.time()
+    best, best_state, history, done, start = -math.inf, None, [], 0, time.time()
     progress = Progress(label, epochs, "epochs")
     for epoch in range(1, epochs + 1):
         total, logs = 0.0, {}
@@ -560,6 +590,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                 logs[name] = logs.get(name, 0.0) + value * len(rows)
         if epoch % eval_every == 0 or epoch == epochs:
             score = validate()
+            if not math.isfinite(score):
+                fail(f"{label}: the validation is {score} at epoch {epoch}; lower --lr (now {lr})")
             logs = {name: value / n_rows for name, value in logs.items()}
             history.append({"epoch": epoch, "loss": total / n_rows, "valid_ndcg@20": score, "seconds": time.time() - start, **logs})
             if score > best:
@@ -575,16 +607,12 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
 
 def pretrain(args):
     """Train one backbone with one sampler; write its best state and its user/item vectors."""
-    out, data = Path(args.run) / args.out, load_data(args.run)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command", "export")}
-    settings["data"] = data["digest"]
-    if not up_to_date(out, settings, "python backbones.py pretrain", args.force):
+    run, data = Path(args.run), load_data(args.run)
+    out = run / output_name("--out", args.out, "backbones.py pretrain", ".safetensors")
+    settings = settings_of(args)
+    settings["inputs"] = stamp(run, "data.safetensors")
+    if not up_to_date(out, settings, force=args.force):
         train_baseline(args, data, settings, out)
-    if args.export:
-        tensors, meta = load_tensors(out, "python backbones.py pretrain")
-        save_tensors(Path(args.run) / args.export, {name: tensors[name] for name in ("user", "item")}, {"settings": meta["settings"]})
-        print(f"wrote {Path(args.run) / args.export}: user {tuple(tensors['user'].shape)}, item {tuple(tensors['item'].shape)}, "
-              "rows as in users.jsonl and items.jsonl")
 
 
 def train_baseline(args, data, settings, out):
@@ -600,7 +628,9 @@ def train_baseline(args, data, settings, out):
                          seed=args.seed, label=f"{args.backbone} {args.sampler}")
     restore({"backbone": model}, state)
     users, items = model.eval()()
-    save_tensors(out, {**state, "user": users, "item": items},
+    tensors = {**state, "user": users, "item": items}
+    check_finite(out, tensors, "nothing was written; lower --lr and run again")
+    save_tensors(out, tensors,
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
                   "seconds": time.time() - start})
     print(f"wrote {out}")
@@ -612,47 +642,57 @@ def train_baseline(args, data, settings, out):
 def load_data(run):
     """Read runs/NAME/data.safetensors.
 
-    Returns a dict: train, valid, test int64 (N, 2); n_users, n_items; digest (of the file); settings."""
-    path = Path(run) / "data.safetensors"
-    tensors, meta = load_tensors(path, f"python hnlmrec.py prepare --run {run}")
-    return {**tensors, "n_users": meta["n_users"], "n_items": meta["n_items"], "digest": file_digest(path),
-            "settings": meta["settings"]}
+    Returns a dict: train, valid, test int64 (N, 2); n_users, n_items; digest; settings."""
+    tensors, meta = load_tensors(Path(run) / "data.safetensors")
+    return {**tensors, **{key: meta[key] for key in ("n_users", "n_items", "digest", "settings")}}
 
 
-def load_model(path, maker, data):
-    """Rebuild a trained backbone from its file -> (model, meta, all tensors).
+def load_model(path, maker="", data=None):
+    """Rebuild a trained backbone from its file -> (model, meta, all tensors). data: a dict of
+    load_data.
 
-    Raises SystemExit2 when it was trained on another split than `data` (a dict of load_data)."""
+    Raises SystemExit2 when the file holds something else, or was trained on another split (as
+    load_tensors)."""
     tensors, meta = load_tensors(path, maker, data["train"].device)
     s = meta["settings"]
-    if s["data"] != data["digest"]:
-        fail(f"{path}: was trained on another data.safetensors; make it again with `{maker} --force`")
+    if s.get("command") not in ("pretrain", "train"):
+        fail(f"{path}: holds what `{s.get('command')}` writes, not a trained recommender; "
+             "name one, such as cf.safetensors")
     model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"], s["layers"])
     restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
 
 
-def load_negatives(run, name, digest):
-    """Join the shards NAME-00000.safetensors … and NAME-items.safetensors -> dict: pairs (n, 2), hidden (n, H) f16, vector (n, d)
-    f16, text (I, H) f16, digest of them all.
+def load_negatives(run, name, digest=None):
+    """Join the shards NAME-00000.safetensors … and NAME-items.safetensors -> dict: pairs (n, 2),
+    hidden (n, H) f16, vector (n, d) f16, text (I, H) f16; digest of them all. digest: of the split
+    they have to be for (load_data's); None: the run's.
 
-    Raises SystemExit2 when a shard is missing, or was made for another split."""
-    paths = [path for path in sorted(Path(run).glob(f"{name}-?????.safetensors")) if path.stem[-5:].isdigit()]
-    maker = f"python llm_negatives.py generate --run {run}"
-    if not paths:
-        fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
-    n_shards, paths = len(paths), [*paths, Path(run) / f"{name}-items.safetensors"]
-    parts, metas = zip(*(load_tensors(path, maker) for path in paths))
+    Raises SystemExit2 when a shard is missing, was made from other files than the run's, or with
+    other settings than the rest."""
+    run, paths = Path(run), shards(run, name)
+    parts, metas = zip(*map(load_tensors, paths))
     for path, meta in zip(paths, metas):
-        if meta["settings"]["data"] != digest:
-            fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
         if meta["settings"] != metas[0]["settings"]:
-            fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
-    if n_shards != metas[0]["settings"]["shards"]:
-        fail(f"{Path(run) / name}: {n_shards} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
+            fail(f"{path}: was made with other settings than {paths[0].name}; "
+                 f"run `{maker_of(path)} --force`")
+    s = metas[0]["settings"]
+    if digest not in (None, s["inputs"]["data.safetensors"]):
+        fail(f"{paths[0]}: was made for another split; run `{maker_of(paths[0])} --force`")
+    if len(paths) - 1 != s["shards"]:
+        fail(f"{run / name}: {len(paths) - 1} of {s['shards']} shards are there; "
+             f"run `{maker_of(paths[0])}` to make the rest")
     joined = {key: torch.cat([part[key] for part in parts[:-1]]) for key in ("pairs", "hidden", "vector")}
-    digest = hashlib.sha256("+".join(file_digest(path) for path in paths).encode()).hexdigest()[:16]
-    return {**joined, "text": parts[-1]["text"], "digest": digest}
+    return {**joined, "text": parts[-1]["text"], "digest": stamp(run, name)[name]}
+
+
+def shards(run, name):
+    """The paths of a set of generated negatives: its shards, then its items; where none is there,
+    those that should be."""
+    output_name("--negatives", name, "llm_negatives.py generate", word="negatives")
+    run = Path(run)
+    paths = sorted(run.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
+    return [*(paths or [run / f"{name}-00000.safetensors"]), run / f"{name}-items.safetensors"]
 
 
 def restore(modules, state):
@@ -682,16 +722,52 @@ class SystemExit2(SystemExit):
 
     def __init__(self, message):
         super().__init__(2)
-        self.message = " ".join(str(message).split())
+        self.message = printable(" ".join(str(message).split()))
 
     def __str__(self):
         return self.message
 
 
+def printable(text):
+    """Control characters, and those that turn the direction of writing, as visible escapes: titles
+    and ids are data."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+class Output:
+    """Standard output that costs no result: what a terminal would obey or cannot show is escaped,
+    and once its reader is gone the rest goes nowhere."""
+
+    def __init__(self, file):
+        file.reconfigure(errors="backslashreplace")
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        self.attempt(self.file.write, printable(text))
+
+    def flush(self):
+        self.attempt(self.file.flush)
+
+    def attempt(self, call, *args):
+        try:
+            call(*args)
+        except OSError:  # a closed pipe, a full disk; what is in the buffer must go somewhere too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def run_cli(main):
     """Run `main()` as a program: our errors become one line and status 2, Ctrl-C ends quietly with status 130."""
+    sys.stdout = Output(sys.stdout or open(os.devnull, "w"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill ends it as Ctrl-C does
     try:
         main()
+        sys.stdout.flush()
     except SystemExit2 as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(2)
@@ -701,13 +777,18 @@ def run_cli(main):
     except OSError as error:  # a full disk or an unwritable folder: the temporary file is gone, the old file untouched
         print(f"error: {error.filename or 'output'}: {error.strerror or error}; mend that and run again", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{type(error).__name__} {error}".lower():
+            raise
+        print("error: out of memory; lower --batch-size, --m or --k, or --dim", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_atomic(path, data):
     """Write bytes to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the same each time: killed ones do not add up
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -722,74 +803,220 @@ def write_atomic(path, data):
 
 
 def save_tensors(path, tensors, meta):
-    """Save {name: tensor} with a JSON-able dict `meta` (settings, digests of the inputs) as safetensors metadata."""
+    """Save {name: tensor} with a JSON-able dict `meta` as safetensors metadata. Its lineage is in
+    three places: meta["settings"], with the `command` that writes the file, its flags, and
+    `inputs`, the stamp() of all it is made from; meta["beside"] (optional), the stamp() of what was
+    written with it; meta["digest"], of settings, beside and tensors, which is added here: what
+    others' stamps name this file by. A rerun that comes to the same gets the same digest."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(tensors, metadata={"hnlmrec": json.dumps(meta, sort_keys=True)}))
+    meta = json.loads(json.dumps(meta))
+    meta["digest"] = tensors_digest(meta, tensors)
+    meta["checksum"] = json_digest(meta)
+    write_atomic(path, save(tensors, metadata={"hnlmrec": json.dumps(meta)}))
 
 
-def load_tensors(path, maker, device="cpu"):
-    """Read ({name: tensor}, meta) back. `maker` is the command that writes the file, for the error message.
+def load_tensors(path, maker="", device="cpu"):
+    """Read ({name: tensor}, meta) back. `maker`: the command that writes the file, for the error
+    message, where its name does not say so.
 
-    Raises SystemExit2 when the file is missing, truncated or not ours."""
-    path = Path(path)
+    Raises SystemExit2 when the file is missing, truncated, not ours or broken, has a NaN, or when a
+    file that it was made from or with is no longer the one it was. 0.1 s per 100 MB."""
+    path, maker = Path(path), maker or maker_of(path)
+    meta = read_meta(path, maker, check=True)
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if tensors_digest(meta, tensors) != meta["digest"]:
+        fail(f"{path}: its bytes are not those that were written; "
+             f"delete it and run `{maker}` again")
+    check_finite(path, tensors, f"delete it and run `{maker}` again")
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, meta
+
+
+def read_meta(path, maker="", check=False):
+    """The metadata of one of our files, without its tensors. check: also that its inputs, and what
+    was written beside it, are still those that it was made from and with. Raises SystemExit2 as
+    load_tensors."""
+    path, maker = Path(path), maker or maker_of(path)
     if not path.exists():
         fail(f"{path}: no such file; make it with `{maker}`")
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            meta, names = json.loads((file.metadata() or {})["hnlmrec"]), file.keys()
-            return {name: file.get_tensor(name) for name in names}, meta
-    except (SafetensorError, KeyError, ValueError) as error:
-        fail(f"{path}: not a readable file of this program ({type(error).__name__}: {error}); delete it and run `{maker}` again")
+        with safe_open(str(path), framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["hnlmrec"])
+            whole = meta.pop("checksum") == json_digest(meta)
+    except (SafetensorError, KeyError, ValueError, AttributeError, OSError) as error:
+        fail(f"{path}: not a readable file of this program ({type(error).__name__}); "
+             f"delete it and run `{maker}` again")
+    if not whole:
+        fail(f"{path}: its bytes are not those that were written; "
+             f"delete it and run `{maker}` again")
+    if check:
+        check_inputs(path, meta["settings"].get("inputs", {}), maker)
+        check_inputs(path, meta.get("beside", {}), maker)
+    return meta
+
+
+def stamp(run, *names):
+    """{name: digest} of files of a run: what a step keeps in settings["inputs"] of all that it
+    writes. One of our tensor files goes by the digest in its header, which costs nothing and is
+    checked when its tensors are read; any other by the sha256 of its bytes; a name without an
+    ending is a set of generated negatives. Raises SystemExit2 for what is not there."""
+    digests = {}
+    for name in names:
+        path = Path(run) / name
+        if name.startswith("negatives") and path.suffix not in (".safetensors", ".jsonl"):
+            digests[name] = json_digest(stamp(run, *(shard.name for shard in shards(run, name))))
+            continue
+        if not path.is_file():
+            fail(f"{path}: no such file; make it with `{maker_of(path)}`")
+        # adapter/ is written by peft
+        ours = path.suffix == ".safetensors" and path.parent == Path(run)
+        digests[name] = read_meta(path)["digest"] if ours else file_digest(path)
+    return digests
+
+
+def check_inputs(path, inputs, maker):
+    """Raise SystemExit2 unless every file that `path` was made from or with, {name: digest}, is
+    still that one."""
+    run = path.parent
+    if not (run / "data.safetensors").exists():  # a cell: compare/ is a folder of the run
+        run = run.parent
+    for name, digest in inputs.items():
+        if stamp(run, name)[name] != digest:
+            fail(f"{path}: was made with another {name} than the one that is there; "
+                 f"put the former back, or run `{maker} --force`")
+
+
+def tensors_digest(meta, tensors):
+    """16 hex digits of the settings, what was written beside, and each tensor's name, type, shape
+    and bytes."""
+    digest = hashlib.sha256(json_digest([meta["settings"], meta.get("beside")]).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def json_digest(value):
+    """16 hex digits of a JSON-able value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_digest(path):
     """The first 16 hex digits of a file's sha256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
-def require_digest(path, maker):
-    """The digest of an input file; one clear line when it is not there."""
-    if not Path(path).exists():
-        fail(f"{path}: no such file; make it with `{maker}`")
-    return file_digest(path)
+def check_finite(path, tensors, mend):
+    """Raise SystemExit2, naming file, tensor and row, when a value is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            row = int((~torch.isfinite(tensor)).nonzero()[0, 0]) if tensor.dim() else 0
+            fail(f"{path}: {name} has a NaN or infinity in row {row}; {mend}")
 
 
-def read_meta(path, maker):
-    """The metadata of one of our safetensors files, without its tensors."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {})["hnlmrec"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        fail(f"{path}: not a readable file of this program ({type(error).__name__}); delete it and run `{maker}` again")
+# first word of a file's name -> the command that writes it; other names are trained models'
+MAKERS = {
+    "data": "hnlmrec.py prepare", "items": "hnlmrec.py prepare", "users": "hnlmrec.py prepare",
+    "profiles": "llm_negatives.py profile", "sft": "llm_negatives.py finetune",
+    "adapter": "llm_negatives.py finetune", "negatives": "llm_negatives.py generate",
+    "report": "eval.py report", "metrics": "eval.py report", "compare": "eval.py compare",
+    "sweep": "eval.py sweep"}
 
 
-def up_to_date(path, settings, maker, force=False):
-    """True when `path` was made with exactly these settings (inputs' digests included): the step can be skipped.
+def maker_of(path):
+    """The command that writes this file of a run, for the ends of error messages; … where it takes
+    flags that only the reader knows."""
+    run, name = Path(path).parent, Path(path).name
+    if run.name == "compare":  # a cell
+        run, name = run.parent, name if name.startswith("sweep") else "compare"
+    elif run.name.startswith("adapter"):  # LoRA's folder
+        run, name = run.parent, run.name
+    stem = re.sub(r"(-\d{5}|-items)?(\.partial)?\.(safetensors|jsonl|json|md)$", "", name)
+    word = re.split("[-.]", stem)[0]
+    model = "hnlmrec.py train" if "hnlmrec" in stem else "backbones.py pretrain"
+    command = MAKERS.get(word, model)
+    if command.startswith("llm_negatives.py finetune"):
+        flags = f"--name sft{stem.removeprefix(word)}"
+    elif command.endswith("generate"):
+        flags = f"--out {stem}"
+    else:
+        flags = f"--out {name}" if command == model or word == "profiles" else "…"
+    return f"python {command} --run {shlex.quote(str(run))} {flags}"
 
-    Raises SystemExit2 when it was made with others, so that nothing stale is used and nothing is overwritten unasked."""
+
+def output_name(flag, name, command, suffix="", word=""):
+    """`name`, where a flag may call an output of `command` so: a plain name inside the run folder,
+    that begins with `word` if given, and with no word that stands for files of another command
+    (MAKERS). Cells lie in compare/.
+
+    Raises SystemExit2 otherwise."""
+    plain = name.removeprefix("compare/") if command.endswith("train") else name
+    if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain):
+        fail(f"{flag} {name!r}: give a plain name, of letters, digits, '-', '_' and '.', "
+             f"that ends in '{suffix}'")
+    first = re.split("[-.]", plain.lower())[0]
+    if word and first != word:
+        fail(f"{flag} {name}: has to begin with {word}, for example {word}-2{suffix}")
+    if plain == name and MAKERS.get(first, command) != command:
+        fail(f"{flag} {name}: names that begin with {first} are for files of "
+             f"`python {MAKERS[first]}`; choose another")
+    return name
+
+
+def up_to_date(path, settings, maker="", force=False):
+    """True when `path` was made with exactly these settings, `inputs` included, and what was
+    written beside it is there: the step can be skipped.
+
+    Raises SystemExit2 when it was made with others, so that nothing stale is used and nothing is
+    overwritten unasked; and, with force too, when it is not a file of the same command."""
     path = Path(path)
-    if force or not path.exists():
+    if not path.exists():
         return False
-    old = read_meta(path, maker).get("settings", {})
-    settings = json.loads(json.dumps(settings))
+    maker, settings = maker or maker_of(path), json.loads(json.dumps(settings))
+    meta = read_meta(path, maker)
+    old = meta["settings"]
+    if old.get("command") != settings.get("command"):
+        fail(f"{path}: holds what `{old.get('command')}` writes, not `{settings.get('command')}`; "
+             "choose another name")
+    if force:
+        return False
     for name in sorted(set(old) | set(settings)):
-        if old.get(name) != settings.get(name):
-            fail(f"{path}: made with {name}={old.get(name)}, now {name}={settings.get(name)}; "
-                 f"add --force to `{maker}` to remake it, or choose another folder")
+        if name == "inputs" or old.get(name) == settings.get(name):
+            continue
+        fail(f"{path}: made with {name}={old.get(name)}, now {name}={settings.get(name)}; "
+             f"run `{maker} --force` to remake it, or choose another folder")
+    for name in meta.get("beside", {}):
+        if not (path.parent / name).exists():
+            print(f"{path.parent / name} is gone: making it and {path.name} again")
+            return False
+    load_tensors(path, maker)  # that its inputs are still the same, and its own bytes
     print(f"skip: {path} is up to date")
     return True
 
 
-def read_jsonl(path, maker, growing=False):
+def settings_of(args, *others):
+    """The flags that decide what a step writes: all but where it runs and the names in `others`."""
+    left_out = ("run", "out", "force", "device", *others)
+    return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+def read_jsonl(path, maker="", growing=False):
     """All rows of a JSON-lines file. growing: the file is written line by line, so that a last line without its end, of a program
     killed while writing, is left out; in any other file it is an error."""
     path = Path(path)
+    maker = maker or maker_of(path)
     if not path.exists():
         fail(f"{path}: no such file; make it with `{maker}`")
-    rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n") and growing:
-            break
+    # no other character ends a line
+    rows, lines = [], path.read_bytes().decode(errors="replace").split("\n")
+    last = lines.pop()
+    if last and not growing:
+        lines.append(last)
+    for n, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -818,43 +1045,50 @@ class Progress:
         left = (self.total - done) / rate if rate else float("inf")
         line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  {extra}".rstrip()
         end = "\n" if not self.tty or done >= self.total else ""
-        print(f"\r\033[K{line}" if self.tty else line, end=end, flush=True)
+        if self.tty:  # a line wider than the terminal would not be rewritten
+            width = max(10, shutil.get_terminal_size().columns - 1)
+            line = "\r" + line[:width].ljust(width)
+        print(line, end=end, flush=True)
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-def number(kind, low, high=float("inf"), open_low=False):
-    """An argparse type: a number of `kind` in [low, high] (or (low, high]), with a message that names the range."""
+def number(kind, low, high=None, open_low=False):
+    """An argparse type: a finite number of `kind` in [low, high] (or (low, high]), with a message
+    that names the range."""
+    high = (2**31 - 1 if kind is int else math.inf) if high is None else high
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number ({kind.__name__})") from None
-        if not (low < value if open_low else low <= value) or not value <= high:
+        inside = (low < value if open_low else low <= value) and value <= high
+        if not inside or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is outside {'(' if open_low else '['}{low}, {high}]")
         return value
 
     return parse
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with a flag, its meaning and its default on one line where the terminal is wide enough; no default where there is
-    none, or where the flag is a switch."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=40)
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") or isinstance(action.default, bool) else super()._get_help_string(action)
+def device_name(text):
+    """An argparse type: cpu, cuda or cuda:N, where this machine has it."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give cpu, cuda or cuda:N")
+    if text != "cpu" and int(text[5:] or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text}: PyTorch sees {torch.cuda.device_count()} GPUs; give cpu, or mend the driver")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with Help, and with one line, no usage dump, on a bad flag (exit status 2)."""
+    """argparse with defaults in --help, no abbreviations, and one line, no usage dump, on a bad
+    flag (exit status 2)."""
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs, formatter_class=Help)
+        super().__init__(**kwargs, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         fail(f"{message} (see `python {self.prog} --help`)")
@@ -874,7 +1108,8 @@ def add_training_flags(parser):
     group.add_argument("--patience", type=number(int, 1), default=6, help="validations without a new best before stopping")
     group.add_argument("--seed", type=number(int, 0), default=0, help="decides initial weights, batches and negatives")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
 
 
@@ -885,11 +1120,11 @@ def main(argv=None):
                             epilog="example: python backbones.py pretrain --run runs/demo --sampler dns --out model-dns.safetensors")
     add_training_flags(p)
     p.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="rns", help="negative sampler")
-    p.add_argument("--m", type=number(int, 1), default=8, help="candidates of dns, mixgcf and ahns, items")
+    p.add_argument("--m", type=number(int, 1, 2**16), default=8,
+                   help="candidates of dns, mixgcf and ahns, items")
     p.add_argument("--n", type=number(int, 1), default=1, help="dns draws from the n highest of its m candidates")
     p.add_argument("--beta", type=number(float, 0), default=0.75, help="popularity exponent of pns")
     p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")
-    p.add_argument("--export", metavar="FILE", help="also write the user and item vectors alone, to FILE inside the run folder")
     args = parser.parse_args(argv)
     if args.n > args.m:
         fail(f"--n {args.n}: larger than --m {args.m}; dns draws from the n highest of m candidates")

@@ -11,7 +11,6 @@ scores rank by item id, lowest first. Users without a test pair have no metric: 
 Alone:  python eval.py report --run runs/NAME
 """
 
-import hashlib
 import html
 import json
 import math
@@ -32,6 +31,7 @@ from backbones import (
     dns,
     fail,
     hit_rate,
+    json_digest,
     load_data,
     load_model,
     load_negatives,
@@ -41,8 +41,10 @@ from backbones import (
     ndcg,
     nearest_items,
     number,
+    output_name,
     pair_keys,
     precision,
+    printable,
     rank_unseen,
     ranking_hits,
     read_jsonl,
@@ -66,6 +68,8 @@ def evaluate(model, data, split="test", ks=(10, 20)):
     """Metrics of every user with a pair in `split`.
 
     Returns users (n,), {name@k: (n,) float64}, and the number of users without a pair there."""
+    if not len(data[split]):
+        fail(f"data.safetensors: has no {split} pair to measure by; prepare it with some")
     seen = data["train"] if split == "valid" else torch.cat([data["train"], data["valid"]])
     users, hits, relevant = ranking_hits(model, data[split], user_rows(seen, model.n_users), max(ks))
     values = {f"{name}@{k}": metric(hits, relevant, k) for name, metric in METRICS.items() for k in ks}
@@ -121,7 +125,8 @@ def fhns_rate(users, items, held_keys, n_items):
     """Share of negatives that are held-out positives of their user: users (n,), items (n, k), held_keys from pair_keys of
     valid + test pairs -> float. An item of -1 (no such item) counts in neither."""
     real = items >= 0
-    return float((contains(held_keys, users[:, None], items.clamp(min=0), n_items) & real).sum() / real.sum())
+    false = contains(held_keys, users[:, None], items.clamp(min=0), n_items) & real
+    return float(false.sum() / real.sum().clamp(min=1))
 
 
 def fhns_of_samplers(model, data, m, seed):
@@ -173,7 +178,7 @@ def report(args):
     paths.sort(key=lambda p: (order.index(p.stem[6:]) if p.stem[6:] in order else len(order), p.name))
     metrics, models = {"data": data["digest"], "methods": {}}, {}
     for path in paths:
-        model, meta, tensors = load_model(path, "python hnlmrec.py train", data)
+        model, meta, tensors = load_model(path, data=data)
         _, values, skipped = evaluate(model, data)
         best = best_epoch(meta)
         row = {name: float(value.mean()) for name, value in values.items()}
@@ -185,8 +190,10 @@ def report(args):
         models[path.stem[6:]] = (model, tensors)
     metrics["users tested"], metrics["users without a test pair"] = data["n_users"] - skipped, skipped
 
-    lines = [f"# Report: {run.name}", "", (f"{data['n_users']:,} users, {data['n_items']:,} items; train {len(data['train']):,}, "
-             f"valid {len(data['valid']):,}, test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
+    lines = [f"# Report: {markdown(run.name)}", "",
+             (f"{data['n_users']:,} users, {data['n_items']:,} items; "
+              f"train {len(data['train']):,}, valid {len(data['valid']):,}, test {len(data['test']):,} "
+              "pairs. Full ranking; each model at its best validation "
              f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
     lines += markdown_table(["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], [
         [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
@@ -196,7 +203,7 @@ def report(args):
     lines += fhns_section(run, data, reference, metrics, args.m, {
         f"{NAMES.get(name, name)}, projected z": (tensors["z_pairs"], tensors["z"], tensors["item"]) for name, (_, tensors) in models.items() if "z" in tensors})
     if (run / "sft.safetensors").exists():
-        log = read_meta(run / "sft.safetensors", "python llm_negatives.py finetune")["log"]
+        log = read_meta(run / "sft.safetensors")["log"]
         metrics["sft"] = log
         lines += ["", "## Fine-tuning", "", (f"Loss at chance {log['chance_loss']:.3f}, last steps "
                   f"{(sum(log['steps'][-10:]) / max(1, len(log['steps'][-10:]))):.3f}. How often the item nearest to the generated "
@@ -205,9 +212,9 @@ def report(args):
         sets = sorted({name for rates in log["hit_rates"].values() for name in rates})
         lines += markdown_table(["", *sets], [[name, *(f"{rates[s]:.3f}" if s in rates else "" for s in sets)]
                                               for name, rates in log["hit_rates"].items()])
-    print("\n".join(lines))
     write_atomic(run / "report.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    print("\n".join(lines))
     print(f"\nwrote {run / 'report.md'} and {run / 'metrics.json'}")
 
 
@@ -215,7 +222,7 @@ def fhns_section(run, data, model, result, m=8, projected=None):
     """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
     and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
     fhns, paths = fhns_of_samplers(model, data, m, 0), sorted(run.glob("negatives*-00000.safetensors"))
-    items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"] if paths else None
+    items = load_tensors(run / "cf.safetensors")[0]["item"] if paths else None
     for path in paths:
         name = path.name[: -len("-00000.safetensors")]
         made = load_negatives(run, name, data["digest"])
@@ -266,10 +273,14 @@ LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew 
 
 def compare(args):
     """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
-    run, data = Path(args.run), load_data(args.run)
-    seeds, every = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
+    run, data, seeds = Path(args.run), load_data(args.run), range(args.seeds)
+    report_name(run, args.out, "compare")
+    flags = words_of("--flags", args.flags, CELL_FLAGS)
+    baseline_flags = words_of("--baseline-flags", args.baseline_flags, CELL_FLAGS)
+    hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
+    every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
     ours = OURS | ABLATIONS | {name: f"--negatives {negatives}" for name, (negatives, _) in LLM_ABLATIONS.items()}
-    every |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in ours.items()}
+    every |= {name: hnlmrec_flags + words.split() for name, words in ours.items()}
     methods = []
     for entry in args.methods.split(";") if args.methods else [*BASELINES, *OURS]:
         name, *words = entry.strip().partition(" --")  # "MixGCF --lr 2e-3": a method with flags of its own
@@ -277,40 +288,42 @@ def compare(args):
             fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
         if name in methods:
             fail(f"--methods: {name} is there twice, and a method is one row; compare the second one's flags in another --out")
-        every[name] += "".join(words).split()
+        every[name] += words_of(f"--methods {name}", "".join(words), CELL_FLAGS)
         methods.append(name)
     more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]
     backbones = args.backbones.split(",")
     plan = dict.fromkeys([(name, backbone) for backbone in backbones for name in methods] + [(name, backbones[0]) for name in more])
     for name, _ in plan:  # one after the other, on all cores
+        words_of("--flags", args.flags, every[name])
         if name in LLM_ABLATIONS:
-            make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user)
-    cells = [("backbones.py" if name in BASELINES else "hnlmrec.py", name, [*args.flags.split(), *every[name]], backbone, seed)
-             for name, backbone in plan for seed in seeds]
-    paths = dict(zip([(name, backbone, seed) for _, name, _, backbone, seed in cells], make_cells(run, cells, args.jobs)))
+            make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
+    cells = []
+    for name, backbone in plan:
+        script = "backbones.py" if name in BASELINES else "hnlmrec.py"
+        cells += [(script, name, [*flags, *every[name]], backbone, seed) for seed in seeds]
+    keys = [(name, backbone, seed) for _, name, _, backbone, seed in cells]
+    paths = dict(zip(keys, make_cells(run, cells, args.jobs, args.force)))
 
-    rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
+    # rows: (method, backbone) -> list over seeds
+    rows, progress = {}, Progress("evaluate", len(paths), "cells")
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
-        model, meta, _ = load_model(path, "python eval.py compare", data)
+        model, meta, _ = load_model(path, data=data)
         best = best_epoch(meta)["valid_ndcg@20"]
-        source, digest = (meta["settings"].get(name) for name in ("negatives", "negatives_digest"))  # None for the baselines
-        if digests.setdefault(source, digest) != digest:
-            fail(f"{path}: was trained with other {source}-*.safetensors than the cells before it; delete {run / 'compare'} and run again")
         rows.setdefault((name, backbone), []).append(list_statistics(model, data, 20) | {"valid": best, "seconds": meta["seconds"]})
         progress.update(n)
     # … -> arrays with seeds as the first axis: metrics per user (S, n), the rest (S,) or (S, 4)
     table = {key: {column: np.array([np.asarray(cell[column]) for cell in cells]) for column in cells[0]} for key, cells in rows.items()}
     result = {"data": data["digest"], "seeds": list(seeds), "tests": {}, "cells": {" | ".join(key): {
         column: (v.mean(1) if column in COLUMNS else v).tolist() for column, v in cell.items() if column in (*COLUMNS, *LIST_COLUMNS)} for key, cell in table.items()}}
-    lines = [f"# Comparison: {run.name}", "",
+    lines = [f"# Comparison: {markdown(run.name)}", "",
              (f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one set of generated "
              f"negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch.")]
     for backbone in dict.fromkeys(backbone for _, backbone in plan):
         lines += backbone_section(run, args.out, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
-    lines += fhns_section(run, data, load_model(next(iter(paths.values())), "", data)[0], result)
-    print("\n".join(lines))
+    lines += fhns_section(run, data, load_model(next(iter(paths.values())), data=data)[0], result)
     write_atomic(run / f"{args.out}.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
+    print("\n".join(lines))
     print(f"\nwrote {run / args.out}.md and {args.out}.json")
 
 
@@ -357,21 +370,30 @@ def backbone_section(run, out, backbone, table, data, tests):
 def sweep(args):
     """Train HNLMRec (or the baseline of --method) with each value of one flag, and rank the values on validation. Reads no test pair."""
     run, flag, values, cells = Path(args.run), args.flag.replace("_", "-"), args.values.split(","), []
+    out = args.out or f"sweep-{flag}"
+    report_name(run, out, "sweep")
+    taken = CELL_FLAGS + words_of("--flag", f"--{flag}", CELL_FLAGS)
+    if flag in LLM_FLAGS:
+        taken.append("--negatives")
+    more = words_of("--flags", args.flags, taken) + words_of("--method", args.method, taken)
     for value in values:
         words = [f"--{flag}", value]
         if flag in LLM_FLAGS:
             words, sft = ["--negatives", f"negatives-{flag}-{value}"], f"sft-{flag}-{value}"
-            make_negatives(run, words[1], [f"finetune --{flag} {value} --name {sft}", f"generate --sft {sft} --out {words[1]}"], args.llm, args.pairs_per_user)
-        words = [*args.flags.split(), *args.method.split(), *words]
+            steps = [f"finetune --{flag} {value} --name {sft}",
+                     f"generate --sft {sft} --out {words[1]}"]
+            make_negatives(run, words[1], steps, args.llm, args.pairs_per_user, args.force)
+        words = [*more, *words]
         cells += [("backbones.py" if args.method else "hnlmrec.py", f"sweep {flag} {value}", words, args.backbone, seed) for seed in range(args.seeds)]
-    best = [best_epoch(read_meta(path, "python eval.py sweep"))["valid_ndcg@20"] for path in make_cells(run, cells, args.jobs)]
+    paths = make_cells(run, cells, args.jobs, args.force)
+    best = [best_epoch(read_meta(path, check=True))["valid_ndcg@20"] for path in paths]
     charts = [spread(best[at:at + args.seeds]) for at in range(0, len(best), args.seeds)]
     rows = [[value, "{:.4f} ± {:.4f}".format(*chart)] for value, chart in zip(values, charts)]
-    out = args.out or f"sweep-{flag}"
-    lines = [f"## {flag}", "", *markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows), "", f"![{flag}]({out}.svg)"]
-    print("\n".join(lines))
+    table = markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows)
+    lines = [f"# Sweep: {flag}", "", *table, "", f"![{flag}]({out}.svg)"]
     write_atomic(run / f"{out}.svg", svg_chart(f"valid NDCG@20 by {flag}", values, *zip(*charts), line=True).encode())
     write_atomic(run / f"{out}.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
     print(f"wrote {run / out}.md")
 
 
@@ -384,26 +406,68 @@ def program(script, *words):
         fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
 
-def make_negatives(run, name, steps, llm, pairs_per_user):
-    """Fine-tune and generate a variant's negatives, unless they are there: their items file is written last."""
-    for step in () if (run / f"{name}-items.safetensors").exists() else steps:
+CELL_FLAGS = ["--run", "--backbone", "--seed", "--out", "--force"]  # what a cell sets itself
+
+
+def words_of(flag, text, taken):
+    """The words of a string of further flags. Raises SystemExit2 where it has one that is `taken`:
+    it would be lost in silence."""
+    words = text.split()
+    for word in words:
+        if word.startswith("--") and word.split("=")[0] in taken:
+            fail(f"{flag}: {word} is set for each cell by itself; leave it out")
+    return words
+
+
+def report_name(run, out, command):
+    """Raise SystemExit2 unless `out` may be the first part of the names of what `command` writes
+    (compare or sweep)."""
+    output_name("--out", out, f"eval.py {command}")
+    start, old = {"compare": "# Comparison: ", "sweep": "# Sweep: "}[command], run / f"{out}.md"
+    if old.exists():
+        ours = old.read_text(encoding="utf-8").startswith(start)
+    else:
+        ours = not (run / f"{out}.json").exists()
+    if not ours:
+        fail(f"--out {out}: {old} is there and not by `{command}`; choose another name")
+
+
+def make_negatives(run, name, steps, llm, pairs_per_user, force=False):
+    """Fine-tune and generate a variant's negatives, unless they are there: their items file is
+    written last."""
+    items = run / f"{name}-items.safetensors"
+    if items.exists() and not force:
+        maker = f"python eval.py compare --run {run} …"
+        made = read_meta(items, maker, check=True)["settings"]["pairs_per_user"]
+        if made != pairs_per_user:
+            fail(f"{items}: made with --pairs-per-user {made}, now {pairs_per_user}; "
+                 f"give that, or run `{maker} --force`")
+        return
+    for step in steps:
         more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
-        program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
+        program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more,
+                *["--force"] * force)
 
 
-def make_cell(run, script, name, words, backbone, seed):
-    """Train one cell, by backbones.py or hnlmrec.py, unless its file is there -> the path of the model."""
-    flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
-    out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
-    if not (run / out).exists():
-        program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed, *words, "--out", out)
+def make_cell(run, force, script, name, words, backbone, seed):
+    """Train one cell, by backbones.py or hnlmrec.py, unless its file is there -> the path of the
+    model. Raises SystemExit2 where it was made from other files than those of the run."""
+    slug = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone)]
+    # other flags are another cell
+    out = Path("compare") / f"{'-'.join(slug)}-seed{seed}-{json_digest(words)[:6]}.safetensors"
+    if (run / out).exists() and not force:
+        read_meta(run / out, check=True)
+    else:
+        command = "pretrain" if script == "backbones.py" else "train"
+        program(script, command, "--run", run, "--backbone", backbone, "--seed", seed, *words,
+                "--out", out, *["--force"] * force)
     return run / out
 
 
-def make_cells(run, cells, jobs):
+def make_cells(run, cells, jobs, force=False):
     """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda cell: make_cell(run, *cell), cells))
+        return list(pool.map(lambda cell: make_cell(run, force, *cell), cells))
 
 # --------------------------------------------------------------------------------------------------
 # Recommend
@@ -412,11 +476,11 @@ def make_cells(run, cells, jobs):
 def recommend(args):
     """Print one user's best unseen items, and the items nearest to the negatives that the LLM made for that user."""
     run, data = Path(args.run), load_data(args.run)
-    users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
+    users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
     row = row_of(users, args.user, "--user", run / "users.jsonl")
     if args.k > len(items):
         fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
-    model, _, tensors = load_model(run / args.model, "python hnlmrec.py train", data)
+    model, _, tensors = load_model(run / args.model, data=data)
     title = lambda n: items[n]["title"]
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
     print(f"user {args.user} liked: " + "; ".join(map(title, liked[:8])) + (f"; … ({len(liked)} items)" if len(liked) > 8 else ""))
@@ -424,6 +488,7 @@ def recommend(args):
     with torch.no_grad():
         vectors, item_vectors = model()
         best = rank_unseen(model, torch.tensor([row]), user_rows(seen, data["n_users"]), args.k)[0]
+        best = best[best >= 0]  # a user may have fewer than k unseen items
         scores = model.score(vectors[row][None], item_vectors[best])
     print("recommended:")
     for rank, (item, score) in enumerate(zip(best.tolist(), scores.tolist()), 1):
@@ -434,16 +499,26 @@ def recommend(args):
         near = nearest_items(tensors["z"][mine], pairs[:, 0], item_vectors, pair_keys(data["train"], data["n_items"]), 3)
         print("hard negatives the LLM made (liked item -> items nearest to the vector):")
         for (_, item), group in zip(pairs.tolist(), near.tolist()):
-            print(f"       {title(item)} -> " + "; ".join(map(title, group)))
+            print(f"       {title(item)} -> " + "; ".join(title(n) for n in group if n >= 0))
 
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures
 # --------------------------------------------------------------------------------------------------
 
+def markdown(text):
+    """A name or title as one line of plain text in Markdown: no markup, no end of a table's
+    cell."""
+    text = " ".join(printable(text).split())
+    return re.sub(r"[|<>&\[\]`*\\]", lambda found: f"&#{ord(found[0])};", text)
+
+
 def markdown_table(header, rows):
-    """Rows of cells -> the lines of a Markdown table."""
-    return ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header),
-            *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
+    """Rows of cells -> the lines of a Markdown table. The first column holds names, which may be
+    anybody's."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for name, *cells in rows:
+        lines.append("| " + " | ".join([markdown(name), *map(str, cells)]) + " |")
+    return lines
 
 
 def svg_chart(title, labels, means, spreads, line=False):
@@ -454,7 +529,8 @@ def svg_chart(title, labels, means, spreads, line=False):
     y = lambda v: top + height * (1 - (v - low) / (high - low))
     x = [left + 90 * n + 45 for n in range(len(labels))]
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 60}" font-family="sans-serif" font-size="11">',
-             f'<rect width="100%" height="100%" fill="white"/><text x="{left}" y="16" font-size="13">{html.escape(title)}</text>']
+             '<rect width="100%" height="100%" fill="white"/>'
+             f'<text x="{left}" y="16" font-size="13">{html.escape(printable(title))}</text>']
     for k in range(5):
         v = low + (high - low) * k / 4
         parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/><text x="4" y="{y(v) + 4:.1f}">{v:.4f}</text>')
@@ -464,7 +540,7 @@ def svg_chart(title, labels, means, spreads, line=False):
         if not line:
             parts.append(f'<rect x="{a - 28}" width="56" y="{y(m):.1f}" height="{top + height - y(m):.1f}" fill="#8ab4e8"/>')
         parts.append(f'<line x1="{a}" x2="{a}" y1="{y(m - s):.1f}" y2="{y(m + s):.1f}" stroke="black" stroke-width="1.5"/>')
-        for k, word in enumerate(str(labels[n]).split(" ", 2)):
+        for k, word in enumerate(printable(labels[n]).split(" ", 2)):
             parts.append(f'<text x="{a}" y="{top + height + 15 + 13 * k}" text-anchor="middle">{html.escape(word[:16])}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
@@ -487,6 +563,7 @@ def main(argv=None):
         p.add_argument("--pairs-per-user", type=number(int, 0), default=8, help="as `llm_negatives.py generate`, for the variants")
         p.add_argument("--flags", default="", help="further flags of every training, in one string")
         p.add_argument("--out", default="compare" if name == "compare" else "", help="first part of the report's names, inside the run folder (a sweep's: sweep-FLAG)")
+        p.add_argument("--force", action="store_true", help="train all cells anew")
         p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         if name == "compare":
             p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")

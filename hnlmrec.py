@@ -41,8 +41,8 @@ from backbones import (
     add_training_flags,
     bpr_loss,
     build_backbone,
+    check_finite,
     fail,
-    file_digest,
     fit,
     l2_loss,
     load_data,
@@ -51,15 +51,18 @@ from backbones import (
     load_tensors,
     make_sampler,
     mine_hard_negatives,
+    mining_band,
     nearest_items,
     number,
+    output_name,
     pair_keys,
     read_jsonl,
-    require_digest,
     restore,
     row_of,
     run_cli,
     save_tensors,
+    settings_of,
+    stamp,
     take,
     up_to_date,
     validation,
@@ -406,16 +409,15 @@ PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4,
 def train(args):
     """Train backbone and projector together; write the state of the best validation."""
     check_flags(args)
-    run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
+    run, data = Path(args.run), load_data(args.run)
+    out = run / output_name("--out", args.out, "hnlmrec.py train", ".safetensors")
+    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
 
     # a file made with these settings from these inputs need not be made again
-    settings = {key: value for key, value in vars(args).items()
-                if key not in ("run", "out", "force", "device", "command")}
-    made = load_negatives(run, args.negatives, data["digest"])
-    settings["data"], settings["negatives_digest"] = data["digest"], made["digest"]
-    settings["cf_digest"] = require_digest(
-        run / args.cf, f"python backbones.py pretrain --run {run}")
-    if up_to_date(out, settings, "python hnlmrec.py train", args.force):
+    settings, made = settings_of(args), load_negatives(run, args.negatives, data["digest"])
+    settings["inputs"] = stamp(run, "data.safetensors", args.cf, args.negatives)
+    settings["negatives_digest"] = made["digest"]
+    if up_to_date(out, settings, force=args.force):
         return
 
     # everything that trains, on the device of the train pairs
@@ -439,6 +441,7 @@ def train(args):
         users, items = method.backbone.eval()()
         z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
     vectors = {"user": users, "item": items, "z": z.half(), "z_pairs": made["pairs"]}
+    check_finite(out, state | vectors, "nothing was written; lower --lr and run again")
     save_tensors(out, {**state, **vectors},
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
                   "history": history, "own_negatives": own, "seconds": time.time() - start})
@@ -603,7 +606,8 @@ def trace_negative(settings, data, made, method, row, titles, cf):
     # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     centred, seen = cf["item"] - cf["item"].mean(0), pair_keys(data["train"], len(titles))
     near = nearest_items(made["vector"][at][None], torch.tensor([u]), centred, seen, 5)[0]
-    mark = [titles[n] + (" (mined)" if n in method.mined[u] else "") for n in near.tolist()]
+    mark = [titles[n] + (" (mined)" if n in method.mined[u] else "")
+            for n in near.tolist() if n >= 0]
     print(f"6. generated  h {shown(made['hidden'][at].float())}{of}\n"
           f"              nearest real items: {'; '.join(mark)}")
 
@@ -666,8 +670,9 @@ def prepare(args):
         if not Path(path).is_file():
             fail(f"{path}: no such file; check --reviews, --meta and the three split files")
     settings = {name: getattr(args, name) for name in ("format", "min_rating", "since", "until", "k_core", "split", "seed", "reviews_per_user")}
+    settings["command"] = "prepare"
     settings["files"] = {Path(path).name: Path(path).stat().st_size for path in [*sources, *filter(None, [args.meta])]}
-    if up_to_date(out, settings, "python hnlmrec.py prepare", args.force):
+    if up_to_date(out, settings, force=args.force):
         return
 
     min_rating = -np.inf if str(args.min_rating) == "none" else number(float, -1e9)(str(args.min_rating))
@@ -712,11 +717,12 @@ def prepare(args):
     if preset.get("published"):
         print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*preset["published"]))
     print("\n".join(lines))
+    out.unlink(missing_ok=True)  # killed between the files, nothing is taken for a whole
     for name, rows in (("items.jsonl", items), ("users.jsonl", users)):
         write_atomic(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     save_tensors(out, {name: torch.from_numpy(p) for name, p in parts.items()},
                  {"settings": settings, "n_users": len(raw_u), "n_items": len(raw_i), "seed": args.seed,
-                  "items": file_digest(run / "items.jsonl"), "users": file_digest(run / "users.jsonl")})
+                  "beside": stamp(run, "items.jsonl", "users.jsonl")})
     print(f"wrote {out}, items.jsonl, users.jsonl")
 
 
@@ -1024,7 +1030,7 @@ def main(argv=None):
     g.add_argument("--alpha", type=number(float, 0, 1), default=0.02, help="share of z in it")
     g.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="dns",
                    help="negative sampler of e_j")
-    g.add_argument("--m", type=number(int, 1), default=8, help="its uniform candidates")
+    g.add_argument("--m", type=number(int, 1, 2**16), default=8, help="its uniform candidates")
     g.add_argument("--clear", type=number(float, 0), default=0.0, metavar="G",
                    help="dns takes the candidate of highest score - G x relevance of its text to "
                         "the user, both in standard deviations")
@@ -1040,7 +1046,7 @@ def main(argv=None):
     g.add_argument("--text-init", type=number(float, 0, 1), default=1.0,
                    help="share of the items' texts in the initial vectors; the rest is random")
     g = p.add_argument_group("the projector")
-    g.add_argument("--k", type=number(int, 1), default=4,
+    g.add_argument("--k", type=number(int, 1, 2**16), default=4,
                    help="generated vectors of the user that the self-attention sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="its width")
     g.add_argument("--no-attention", dest="attention", action="store_false",
@@ -1054,10 +1060,10 @@ def main(argv=None):
                         "the texts of --clear alone")
     g.add_argument("--cf", default="cf.safetensors",
                    help="CF vectors that the alignment's hard negatives are mined with")
-    g.add_argument("--mine-first", type=number(int, 1), default=200,
-                   help="best rank of the mined band")
-    g.add_argument("--mine-last", type=number(int, 1), default=300,
-                   help="last rank of the mined band")
+    g.add_argument("--mine-first", type=number(int, 0), default=0,
+                   help="best rank of the mined band; 0: 19.85 %% of the catalogue")
+    g.add_argument("--mine-last", type=number(int, 0), default=0,
+                   help="last rank of the mined band; 0: 29.8 %% of the catalogue")
 
     p = commands.add_parser(
         "trace", help="follow one (user, item) pair through a finished run",

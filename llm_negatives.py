@@ -46,20 +46,25 @@ from transformers.pytorch_utils import Conv1D
 from backbones import (
     Parser,
     Progress,
+    check_finite,
+    check_inputs,
+    device_name,
     fail,
-    file_digest,
     load_data,
     load_model,
     load_tensors,
     mine_hard_negatives,
+    mining_band,
     mixgcf,
     number,
+    output_name,
     read_jsonl,
     read_meta,
-    require_digest,
     restore,
     run_cli,
     save_tensors,
+    settings_of,
+    stamp,
     up_to_date,
     user_rows,
     write_atomic,
@@ -506,17 +511,13 @@ def add_lora(llm, targets, rank, alpha, dropout):
     return llm
 
 
-def finetune_settings(args, data, dtype):
+def finetune_settings(args, dtype):
     """What the result depends on: flags, the number format that --dtype stands for here, inputs."""
     run = Path(args.run)
-    settings = dict(vars(args))
-    for name in ("run", "force", "device", "command", "name", "preset", "save_every",
-                 "checkpointing"):
-        del settings[name]
+    settings = settings_of(args, "name", "preset", "save_every", "checkpointing")
     return settings | {
-        "dtype": dtype_name(dtype), "data": data["digest"], "llm": llm_digest(args.llm),
-        "cf_digest": require_digest(run / args.cf, "python backbones.py pretrain"),
-        "profiles_digest": require_digest(run / args.profiles, "python llm_negatives.py profile")}
+        "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
+        "inputs": stamp(run, "data.safetensors", args.cf, args.profiles)}
 
 
 def training_order(task, warmup_pairs, steps, per_user, groups):
@@ -559,12 +560,14 @@ def finetune(args):
     after a kill from the last state that was saved. Raises SystemExit2 when an input is missing,
     when the output was made with other settings, or when the loss is no number."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
-    out, adapter = run / f"{args.name}.safetensors", run / adapter_folder(args.name)
+    name = output_name("--name", args.name, "llm_negatives.py finetune", word="sft")
+    out, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
+    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     partial = out.with_suffix(".partial.safetensors")
     device = start_processes(args.device)
     dtype = pick_dtype(args.dtype, device)
-    settings = finetune_settings(args, data, dtype)
-    if up_to_date(out, settings, "python llm_negatives.py finetune", args.force):
+    settings = finetune_settings(args, dtype)
+    if up_to_date(out, settings, force=args.force):
         return
     if RANK == 0:
         clear_litter(run, out.name, partial.name, adapter.name)
@@ -572,8 +575,7 @@ def finetune(args):
 
     # the data: train pairs, what CF mined for their users, texts
     data["train"] = data["train"].to(device)
-    cf_maker = f"python backbones.py pretrain --run {run}"
-    model, _, cf = load_model(run / args.cf, cf_maker, data)
+    model, _, cf = load_model(run / args.cf, data=data)
     task = SftTask(data, model, cf, load_profiles(run, args.profiles), args.mine_first,
                    args.mine_last, args.seed, args.mine)
     steps, size = args.steps, args.users_per_step * args.items_per_user
@@ -650,9 +652,11 @@ def finetune(args):
     log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", drops)
     if RANK == 0:
         save_adapter(llm, adapter, f"it goes on from {partial.name}")
-        modules = {"soft": soft_tokens, "head": head}
-        save_tensors(out, state_of(modules), {
-            "settings": settings, "adapter": adapter_digest(adapter), "frame": frame,
+        tensors = state_of({"soft": soft_tokens, "head": head})
+        check_finite(out, tensors, "lower --lr, use --dtype fp32, or give --warmup-pairs more "
+                     "than 1, with --force")
+        save_tensors(out, tensors, {
+            "settings": settings, "beside": stamp(run, *adapter_files(adapter)), "frame": frame,
             "dim": cf["item"].shape[1], "dtype": dtype_name(dtype), "prompt": prompt.template,
             "log": log, "seconds": time.time() - start})
         partial.unlink(missing_ok=True)
@@ -725,16 +729,12 @@ def cut_shards(rows, users, size):
 def load_encoder(run, args, tuned, device):
     """Fine-tuned (llm, prompt, soft_tokens, head), checked against the run's CF vectors, and the
     vectors. Without args.finetune the zero-shot ablation: the LLM as it came, maps untrained."""
-    llm, prompt, soft_tokens, head, meta = load_sft(run, args.sft, args.llm, device, args.finetune)
+    llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, device, args.finetune)
     if not args.finetune:
         torch.manual_seed(args.seed)
         for module in (*soft_tokens.maps, head.linear):
             module.reset_parameters()
-    cf, _ = load_tensors(run / tuned.cf, "python backbones.py pretrain", device)
-    width = cf["user"].shape[1]
-    if width != meta["dim"]:
-        fail(f"{run / tuned.cf}: vectors of width {width}, the fine-tuned head has {meta['dim']}; "
-             f"run `python llm_negatives.py finetune --run {run} --force`")
+    cf, _ = load_tensors(run / tuned.cf, device=device)
     return llm, prompt, soft_tokens, head, cf
 
 
@@ -748,17 +748,16 @@ def generate(args):
     flat in the number of pairs: a shard is written when its users are done."""
     run, data = Path(args.run), load_data(args.run)
     device = start_processes(args.device)
-    maker = "python llm_negatives.py generate"
-    sft_maker = f"python llm_negatives.py finetune --run {run}"
-    sft = run / f"{args.sft}.safetensors"
+    output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
+    sft = f"{args.sft}.safetensors"
 
     # what the result depends on; CF vectors and profiles are those of fine-tuning
-    settings = {"data": data["digest"], "sft": require_digest(sft, sft_maker)}
-    tuned = Namespace(**read_meta(sft, sft_maker)["settings"])
-    profiles = run / tuned.profiles
-    settings |= {"cf": require_digest(run / tuned.cf, "python backbones.py pretrain"),
-                 "profiles": require_digest(profiles, "python llm_negatives.py profile"),
-                 "llm": llm_digest(args.llm)}
+    tuned = Namespace(**read_meta(run / sft)["settings"])
+    if tuned.command != "finetune":
+        fail(f"--sft {args.sft}: {run / sft} holds what `{tuned.command}` writes; give the --name "
+             "of a fine-tuning")
+    settings = {"command": "generate", "llm": llm_digest(args.llm),
+                "inputs": stamp(run, "data.safetensors", sft, tuned.cf, tuned.profiles)}
     for name in ("pairs_per_user", "seed", "finetune", "read_items", "shard_pairs"):
         settings[name] = getattr(args, name)
 
@@ -772,8 +771,9 @@ def generate(args):
             path.unlink()
     elif not args.force:
         for path in old:
-            if read_meta(path, maker).get("settings") != settings:
-                up_to_date(path, settings, maker)  # ends here, naming what differs
+            if read_meta(path)["settings"] != settings:
+                up_to_date(path, settings)  # ends here, naming what differs
+            load_tensors(path)  # a broken shard ends it too
     if WORLD > 1:
         dist.barrier()
     todo, made = [], 0
@@ -784,15 +784,11 @@ def generate(args):
             made += len(part)
     items_path, has_items = run / f"{args.out}-items.safetensors", False
     if items_path.exists():
-        has_items = read_meta(items_path, maker).get("settings") == settings
+        has_items = read_meta(items_path)["settings"] == settings
     if not todo and has_items:
         print(f"skip: {len(shards)} shards {args.out}-*.safetensors and {items_path.name} are up "
               "to date")
         return
-    inputs = (settings["cf"], settings["profiles"], settings["data"])
-    if (tuned.cf_digest, tuned.profiles_digest, tuned.data) != inputs:
-        fail(f"{sft}: was fine-tuned on other CF vectors, profiles or another split; "
-             f"run `{sft_maker} --force`")
 
     # the pairs: each process makes shards of its own
     llm, prompt, soft_tokens, head, cf = load_encoder(run, args, tuned, device)
@@ -815,12 +811,13 @@ def generate(args):
             fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype "
                  "fp32 in finetune")
         vector = head(hidden.to(device).float()).half()
+        check_finite(path, {"vector": vector}, "use --dtype fp32 in finetune")
         save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector},
                      {"settings": settings})
 
     # the items' texts alone
     if RANK == 0:
-        items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
+        items = read_jsonl(run / "items.jsonl")
         item_texts = [f"{row['title']}. {row['text']}" for row in items]
         text = encode_items(llm, prompt, item_texts, args.read_items)
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
@@ -1077,7 +1074,7 @@ def started_profiles(path, settings, force):
     SystemExit2 when it was made with other settings, unless force."""
     if force or not path.exists():
         return {}, {}
-    rows = read_jsonl(path, "python llm_negatives.py profile", growing=True)
+    rows = read_jsonl(path, growing=True)
     if not rows:
         return {}, {}
     old = rows[0].get("settings", {})
@@ -1106,11 +1103,13 @@ def profile(args):
     """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Goes on
     after a kill. Raises SystemExit2 when the file was made with other settings."""
     run, data = Path(args.run), load_data(args.run)
-    items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
-    users = read_jsonl(run / "users.jsonl", "python hnlmrec.py prepare")
-    path, device = run / args.out, start_processes(args.device)
+    items = read_jsonl(run / "items.jsonl")
+    users = read_jsonl(run / "users.jsonl")
+    path = run / output_name("--out", args.out, "llm_negatives.py profile", ".jsonl", "profiles")
+    device = start_processes(args.device)
     dtype, by_llm = pick_dtype(args.dtype, device), args.profiles == "llm"
-    settings = {"data": data["digest"], "profiles": args.profiles, "history": args.history,
+    settings = {"command": "profile", "inputs": stamp(run, "data.safetensors"),
+                "profiles": args.profiles, "history": args.history,
                 "new_tokens": args.new_tokens, "llm_rows": args.llm_rows, "seed": args.seed,
                 "llm": llm_digest(args.llm) if by_llm else "",
                 "dtype": dtype_name(dtype) if by_llm else ""}
@@ -1282,9 +1281,14 @@ def load_profiles(run, name="profiles.jsonl"):
     An item's text is its title, then its profile. Raises SystemExit2 when profiles are missing."""
     run = Path(run)
     maker = f"python llm_negatives.py profile --run {run} --out {name}"
-    users = read_jsonl(run / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
-    items = read_jsonl(run / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
+    users, items = read_jsonl(run / "users.jsonl"), read_jsonl(run / "items.jsonl")
     rows = read_jsonl(run / name, maker, growing=True)
+    settings = rows[0].get("settings", {}) if rows and isinstance(rows[0], dict) else {}
+    whole = all({"kind", "raw", "profile"} <= set(row) for row in rows[1:])
+    if settings.get("command") != "profile" or not whole:
+        fail(f"{run / name}: is not what `profile` writes; delete it and run `{maker}`, or name "
+             "another with --profiles")
+    check_inputs(run / name, settings["inputs"], maker)
     made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
     missing = []
     for kind, group in (("user", users), ("item", items)):
@@ -1301,13 +1305,9 @@ def adapter_folder(name):
     return "adapter" + name.removeprefix("sft")
 
 
-def adapter_digest(adapter):
-    """The digest of an adapter's weights and of its config, which says how they are scaled; ''
-    where one is missing."""
-    paths = [adapter / "adapter_model.safetensors", adapter / "adapter_config.json"]
-    if not all(path.is_file() for path in paths):
-        return ""
-    return "+".join(map(file_digest, paths))
+def adapter_files(adapter):
+    """An adapter's weights and its config, which says how they are scaled, as names in the run."""
+    return [f"{adapter.name}/adapter_model.safetensors", f"{adapter.name}/adapter_config.json"]
 
 
 def save_adapter(llm, adapter, then):
@@ -1316,6 +1316,10 @@ def save_adapter(llm, adapter, then):
     temporary = adapter.with_name(f".{adapter.name}.{os.getpid()}.tmp")
     try:
         llm.save_pretrained(temporary)
+        # peft writes this list from a set: sorted, two runs give one file
+        config = json.loads((temporary / "adapter_config.json").read_text())
+        config["target_modules"] = sorted(config["target_modules"])
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(adapter, ignore_errors=True)
         os.replace(temporary, adapter)
     except (OSError, SafetensorError) as error:
@@ -1357,9 +1361,6 @@ def load_sft(run, name, llm, device, lora=True):
              f"`{maker} --force`")
     model = load_llm(llm, AutoModel, getattr(torch, meta["dtype"]), device, s.llm_layers)
     if lora:
-        if not meta["adapter"] or adapter_digest(adapter) != meta["adapter"]:
-            fail(f"{adapter}: missing, or not the adapter that {path.name} was saved with; run "
-                 f"`{maker} --force`")
         try:
             model = PeftModel.from_pretrained(model, adapter).eval()
         except Exception as error:  # noqa: BLE001 as above
@@ -1390,10 +1391,10 @@ def load_partial(path, settings, force=False):
     with force it is left aside."""
     if not path.exists():
         return None
-    tensors, meta = load_tensors(path, "python llm_negatives.py finetune")
-    old, new = meta["settings"], json.loads(json.dumps(settings))
+    old, new = read_meta(path)["settings"], json.loads(json.dumps(settings))
     differ = [name for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name)]
     if not differ:
+        tensors, meta = load_tensors(path)
         return Namespace(tensors=tensors, meta=meta)
     if not force:
         name = differ[0]
@@ -1482,7 +1483,8 @@ def main(argv=None):
                        help="local folder or Hugging Face id of a causal LM")
         p.add_argument("--preset", choices=["paper"],
                        help="the paper's LLM and settings; flags given beside it win")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+        p.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
+                       default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--seed", type=number(int, 0), default=0,
                        help="decides every random choice of this step")
         p.add_argument("--force", action="store_true",
@@ -1512,10 +1514,10 @@ def main(argv=None):
     g = p.add_argument_group("what is learned")
     g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns",
                    help="targets: the mined items, or MixGCF's mixture of them")
-    g.add_argument("--mine-first", type=number(int, 1), default=200,
-                   help="best rank of the mined band")
-    g.add_argument("--mine-last", type=number(int, 1), default=300,
-                   help="last rank of the mined band")
+    g.add_argument("--mine-first", type=number(int, 0), default=0,
+                   help="best rank of the mined band; 0: 19.85 %% of the catalogue")
+    g.add_argument("--mine-last", type=number(int, 0), default=0,
+                   help="last rank of the mined band; 0: 29.8 %% of the catalogue")
     g.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05,
                    help="InfoNCE temperature")
     g.add_argument("--soft-tokens", type=number(int, 0), default=1,

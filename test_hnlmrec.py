@@ -6,6 +6,8 @@ import gzip
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -179,19 +181,13 @@ def test_ngcf_against_dense_oracle():
     assert torch.allclose(torch.cat(model()), torch.cat(hops, 1), atol=1e-5)
 
 
-def test_ngcf_node_dropout_keeps_both_directions_of_an_edge():
-    model = backbones.NGCF(N_USERS, N_ITEMS, 4, backbones.normalized_adjacency(random_pairs(), N_USERS, N_ITEMS), node_dropout=0.5)
-    full, dropped = model.adjacency.to_dense(), model.dropped_adjacency().to_dense()
-    assert torch.equal(dropped, dropped.T)
-    kept = dropped != 0
-    assert 0.3 < kept.sum() / (full != 0).sum() < 0.7 and torch.allclose(dropped[kept], full[kept] * 2)
-
-
 def test_neumf_ranks_as_it_scores():
     model = backbones.build_backbone("neumf", N_USERS, N_ITEMS, 8, random_pairs())
     users, items = model()
     one_by_one = torch.stack([torch.stack([model.score(u, i) for i in items]) for u in users])
     assert torch.allclose(model.score_all(users, items), one_by_one, atol=1e-6)
+    with pytest.raises(SystemExit):  # two equal halves
+        backbones.build_backbone("neumf", N_USERS, N_ITEMS, 7, random_pairs())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +211,30 @@ def test_sampler_is_exact(beta):
         chi2 = ((torch.bincount(draws, minlength=N_ITEMS) - expected)[free] ** 2 / expected[free]).sum()
         degrees = int(free.sum()) - 1
         assert chi2 < degrees + 4 * math.sqrt(2 * degrees) + 4  # mean + 4 standard deviations, and a little for few degrees
+
+
+def test_sampler_takes_a_repeated_pair_once():
+    pairs, draws = random_pairs(), []
+    for rows in (pairs, torch.cat([pairs, pairs[:30]])):
+        sampler = backbones.UnseenSampler(rows, N_USERS, N_ITEMS, 0.75)
+        draws.append(sampler(torch.arange(N_USERS), 50, torch.Generator().manual_seed(0)))
+    assert torch.equal(*draws)
+
+
+def test_weights_that_would_not_fit_into_63_bits_are_scaled_or_refused():
+    """Item 0 has every user but the last, whom popularity ** 5 therefore gives nothing else."""
+    n = 1000
+    seeded = torch.Generator().manual_seed
+    pairs = torch.stack([torch.arange(n), torch.zeros(n, dtype=torch.int64)], 1)
+    pairs[-1, 1] = 1
+    sampler = backbones.UnseenSampler(pairs, n, 4, beta=5.0)
+    assert set(sampler(torch.tensor([n - 1]), 100, seeded(0)).flatten().tolist()) == {0}
+    draws = sampler(torch.tensor([n - 2]), 3400, seeded(0)).flatten()  # weights 0, 2**5, 1, 1
+    expected = [0, 3200, 100, 100]
+    assert torch.bincount(draws, minlength=4).tolist() == pytest.approx(expected, abs=50)
+    with pytest.raises(SystemExit) as error:
+        backbones.UnseenSampler(pairs, n, 4, beta=12.0)
+    assert "--beta 12.0" in error.value.message
 
 
 def test_a_user_who_has_seen_everything_is_refused():
@@ -272,6 +292,30 @@ def test_mined_negatives_are_the_band_and_never_train_pairs():
         seen = set(data["train"][data["train"][:, 0] == u, 1].tolist())
         ranked = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: (-scores[u, i].item(), i))
         assert mined[u].tolist() == ranked[1:6]
+
+
+@pytest.mark.parametrize("n_items, most, flags, band", [
+    (1008, 300, (0, 0), (200, 300)), (14, 6, (0, 0), (3, 4)), (14, 12, (0, 0), (2, 2)),
+    (1008, 300, (5, 60), (5, 60)),
+    (1008, 300, (0, 50), (50, 50)), (1008, 300, (400, 0), (400, 400))])
+def test_the_mined_band_is_a_share_of_the_catalogue_unless_given(n_items, most, flags, band):
+    train = torch.stack([torch.zeros(most, dtype=torch.int64), torch.arange(most)], 1)
+    assert backbones.mining_band({"train": train, "n_items": n_items}, *flags) == band
+
+
+def test_a_reversed_band_is_refused():
+    with pytest.raises(SystemExit) as error:
+        backbones.mining_band({"train": random_pairs(), "n_items": N_ITEMS}, 5, 1)
+    assert "--mine-first 5: lies after --mine-last 1" in error.value.message
+
+
+def test_nearest_items_are_never_train_items_even_when_too_few_are_left():
+    pairs = torch.tensor([[0, i] for i in range(8)])
+    user, seen = torch.tensor([0]), backbones.pair_keys(pairs, 10)
+    near = backbones.nearest_items(torch.ones(1, 2), user, torch.rand(10, 2), seen, 4)
+    assert sorted(near[0].tolist()) == [-1, -1, 8, 9]
+    held = backbones.pair_keys(torch.tensor([[0, 8]]), 10)
+    assert evaluation.fhns_rate(user, near, held, 10) == 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,6 +589,16 @@ def test_every_parameter_is_trained():
                   eval_every=1, patience=9, seed=0)
     still = [name for name, p in [*projector.named_parameters(), *model.named_parameters()] if torch.equal(p, before[name])]
     assert set(still) <= {"key.bias"}  # softmax is blind to a constant in all keys
+
+
+def test_fit_keeps_a_state_whatever_the_scale_of_the_validation():
+    model, fit = rigged(torch.randn(2, 2), torch.randn(3, 2)), functools.partial(
+        backbones.fit, n_rows=4, epochs=2, batch_size=2, lr=0.1, eval_every=1, patience=9, seed=0)
+    step = lambda rows, generator: (model.embedding.sum(), {})
+    state, history = fit({"backbone": model}, step, validate=lambda: -5.0)
+    assert "backbone.embedding" in state and history[0]["valid_ndcg@20"] == -5
+    with pytest.raises(SystemExit):
+        fit({"backbone": model}, step, validate=lambda: math.nan)
 
 
 def test_fit_returns_the_best_state_not_the_last():
@@ -1171,6 +1225,12 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
         assert "$ " not in capsys.readouterr().out
         run("compare", "--methods", "DNS --m 2;HNLMRec", "--out", "other")
         assert capsys.readouterr().out.count("$ ") == 2  # DNS alone, with flags of its own
+        by_itself = "set for each cell by itself"
+        for more in (["--flags", "--dim 8 --seed 5"], ["--flags", "--sampler rns"],
+                     ["--hnlmrec-flags", "--backbone mf"], ["--methods", "DNS --out=x"]):
+            assert by_itself in refused("eval.py", "compare", "--run", copied, *more)
+        twice = ["--flag", "m", "--values", 2, "--flags", "--m 3"]
+        assert by_itself in refused("eval.py", "sweep", "--run", copied, *twice)
         assert "DNS is there twice" in refused("eval.py", "compare", *flags, "--methods", "DNS;DNS --m 2")
         run("sweep", "--flag", "alpha", "--values", "0,0.5", "--flags", f"--dim 8 --epochs 2 --eval-every 1 --sampler rns {monkey['HNLMRec']}")
         assert capsys.readouterr().out.count("$ hnlmrec.py train") == 4
@@ -1201,9 +1261,6 @@ def test_a_finished_step_is_skipped_and_a_changed_one_refused(finished, raw):
     budget = ["--run", finished, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--sampler", "dns"]
     assert "skip:" in cli("backbones.py", "pretrain", *budget)
     assert "seed=0, now seed=1" in refused("backbones.py", "pretrain", *budget, "--seed", 1)
-    assert "wrote" in cli("backbones.py", "pretrain", *budget, "--export", "vectors.safetensors")
-    whole, alone = load_file(finished / "cf.safetensors"), load_file(finished / "vectors.safetensors")
-    assert set(alone) == {"user", "item"} and all(torch.equal(whole[name], alone[name]) for name in alone)
     assert "made with" in refused("hnlmrec.py", "prepare", "--run", finished, "--reviews", raw / "interactions.tsv", "--seed", 3)
     assert (finished / "cf.safetensors").read_bytes() == before
 
@@ -1294,11 +1351,11 @@ def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm, capsys)
     for count in (2, 0):  # as `eval.py compare` makes them: once
         evaluation.make_negatives(copied, "negatives-nocf", steps, tiny_llm, 2)
         assert capsys.readouterr().out.count("$ ") == count
-    made["nocf"] = backbones.load_negatives(copied, "negatives-nocf", backbones.file_digest(copied / "data.safetensors"))["hidden"]
+    made["nocf"] = backbones.load_negatives(copied, "negatives-nocf")["hidden"]
     for name, flags in (("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", "profiles-template.jsonl"])):
         tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
         llm_negatives.main(list(map(str, ["generate", *run, "--sft", f"sft-{name}", "--out", f"negatives-{name}", "--pairs-per-user", 2])))
-        made[name] = backbones.load_negatives(copied, f"negatives-{name}", backbones.file_digest(copied / "data.safetensors"))["hidden"]
+        made[name] = backbones.load_negatives(copied, f"negatives-{name}")["hidden"]
     assert not torch.equal(made["nocf"], made["mixgcf"]) and not torch.equal(made["template"], made["mixgcf"])
     (copied / "profiles.jsonl").rename(copied / "old.jsonl")
     assert "profiles.jsonl: no such file" in refused("llm_negatives.py", "generate", *run, "--out", "negatives-new")
@@ -1315,16 +1372,20 @@ def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
     for path in run.glob("negatives-*"):
         path.unlink()
     assert "another LLM" in refused("llm_negatives.py", *generate, "--llm", other)
-    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
-    assert "adapter" in refused("llm_negatives.py", *generate, "--llm", tiny_llm)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (run / "adapter" / name).read_bytes()
+        (run / "adapter" / name).write_bytes(whole + b" ")
+        message = refused("llm_negatives.py", *generate, "--llm", tiny_llm)
+        assert f"another adapter/{name}" in message
+        (run / "adapter" / name).write_bytes(whole)
     for path in finished.glob("negatives-*"):
         shutil.copy(path, run)
     tensors, meta = backbones.load_tensors(run / "data.safetensors", "prepare")
     tensors["valid"], tensors["test"] = tensors["test"], tensors["valid"]
     backbones.save_tensors(run / "data.safetensors", tensors, meta)
     budget = ["--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--out", "new.safetensors"]
-    assert "another split" in refused("hnlmrec.py", "train", *budget)
-    assert "another data" in refused("eval.py", "report", "--run", run)
+    assert "another data.safetensors" in refused("hnlmrec.py", "train", *budget)
+    assert "another data.safetensors" in refused("eval.py", "report", "--run", run)
     (run / "cf.safetensors").write_bytes((run / "cf.safetensors").read_bytes()[:500])
     assert "not a readable file" in refused("llm_negatives.py", "finetune", "--run", run, "--llm", tiny_llm, "--force")
 
@@ -1347,6 +1408,183 @@ def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
     users, items = (v.detach() for v in model())
     one, two = (llm_negatives.SftTask(d, model, {"user": users, "item": items}, texts, 1, 5, 0) for d in (data, other))
     assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Lineage: no result of parts that do not belong together; every message's mend works
+# --------------------------------------------------------------------------------------------------
+
+
+def steps_of(llm, raw):
+    """The flags with which `finished` was made, which a message leaves to the reader."""
+    budget = ["--dim", 8, "--epochs", 4, "--eval-every", 2]
+    band = ["--mine-first", 1, "--mine-last", 5]
+    return {"prepare": ["--reviews", raw / "interactions.tsv", "--meta", raw / "items.tsv"],
+            "pretrain": [*budget, "--sampler", "dns"],
+            "profile": ["--llm", llm, "--new-tokens", 4, "--history", 2, "--llm-rows", 10],
+            "finetune": ["--llm", llm, "--llm-layers", 0, *band, "--warmup-pairs", 64, "--steps", 3,
+                         "--dtype", "fp32"],
+            "generate": ["--llm", llm, "--pairs-per-user", 3, "--shard-pairs", 40],
+            "train": [*budget, *band, "--alpha", 0.3]}
+
+
+def follow(steps, script, *args):
+    """Run a command; while it is refused, do what the message says, then try again
+    -> the commands that were needed."""
+    done = []
+    while len(done) < 12:
+        try:
+            PROGRAMS[script].main([str(arg) for arg in args])
+            return done
+        except SystemExit as error:
+            mend = re.findall("`python ([^`]+)`", error.message)[-1].replace(" …", "")
+            mend = shlex.split(mend)
+            done.append(f"{mend[1]}{' --force' if '--force' in mend else ''}")
+            if "; delete " in error.message:
+                Path(error.message.split(": ")[0]).unlink()
+            follow(steps, mend[0], *mend[1:], *steps[mend[1]])
+    raise AssertionError(done)
+
+
+def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, raw):
+    """After `prepare --force` nothing of the former split is used: its profiles quote pairs that
+    are test pairs now."""
+    steps = steps_of(tiny_llm, raw)
+    steps["prepare"] += ["--seed", 3]
+    hnlmrec.main(list(map(str, ["prepare", "--run", copied, *steps["prepare"], "--force"])))
+    train = ["train", "--run", copied, *steps["train"]]
+    assert "was made with another data.safetensors" in refused("hnlmrec.py", *train)
+    follow(steps, "hnlmrec.py", *train, "--force")
+    digest = backbones.load_data(copied)["digest"]
+    for name in ("cf", "sft", "negatives-00000", "negatives-items", "model-hnlmrec"):
+        settings = backbones.read_meta(copied / f"{name}.safetensors", check=True)["settings"]
+        assert settings["inputs"]["data.safetensors"] == digest
+    first = json.loads((copied / "profiles.jsonl").read_text().splitlines()[0])
+    assert first["settings"]["inputs"] == {"data.safetensors": digest}
+    assert "model-rns.safetensors" in refused("eval.py", "report", "--run", copied)
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "cf.safetensors", "profiles.jsonl"])
+def test_what_was_deleted_is_made_again_and_all_else_stays(copied, tiny_llm, raw, name):
+    """The same settings give the same digest: nothing that was made from it is made anew."""
+    def digests():
+        return backbones.stamp(copied, *(path.name for path in copied.glob("*.safetensors")))
+
+    before, steps = digests(), steps_of(tiny_llm, raw)
+    if name == "adapter":
+        shutil.rmtree(copied / name)
+        (copied / "negatives-00001.safetensors").unlink()  # or nobody asks for it
+    else:
+        (copied / name).unlink()
+    assert follow(steps, "llm_negatives.py", "generate", "--run", copied, *steps["generate"])
+    assert not follow(steps, "hnlmrec.py", "train", "--run", copied, *steps["train"])
+    assert (copied / name).exists() and digests() == before
+
+
+@pytest.mark.parametrize("name, edit", [
+    ("items.jsonl", lambda b: b.replace(b"Film", b"Book")),
+    ("items.jsonl", lambda b: b.split(b"\n", 1)[1]),
+    ("users.jsonl", lambda b: b"".join(reversed(b.splitlines(keepends=True)))),
+    # one bit of the tensors, one digit of the metadata
+    ("model-hnlmrec.safetensors", lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
+    ("model-hnlmrec.safetensors", lambda b: b.replace(b"ndcg@20\\\": 0.", b"ndcg@20\\\": 1.")),
+])
+def test_edited_files_are_refused_by_whoever_reads_them(copied, name, edit):
+    whole = (copied / name).read_bytes()
+    (copied / name).write_bytes(edit(whole))
+    assert (copied / name).read_bytes() != whole
+    assert name in refused("eval.py", "recommend", "--run", copied, "--user", "u3")
+    assert name in refused("eval.py", "report", "--run", copied)
+
+
+def test_a_nan_is_named_with_file_and_row(copied):
+    path = copied / "model-rns.safetensors"
+    tensors, meta = backbones.load_tensors(path)
+    tensors["item"][7, 2] = math.nan
+    backbones.save_tensors(path, tensors, meta)
+    message = refused("eval.py", "report", "--run", copied)
+    assert f"{path}: item has a NaN or infinity in row 7" in message
+
+
+def test_cells_of_former_negatives_or_vectors_are_refused(copied, tiny_llm):
+    """compare, sweep and the negatives they make: none is new because its file is there."""
+    flags = ["--run", copied, "--llm", tiny_llm, "--seeds", 1,
+             "--flags", "--dim 8 --epochs 1 --mine-first 1 --mine-last 5"]
+    sweep = ["sweep", *flags, "--flag", "alpha", "--values", "0.5"]
+    evaluation.main(list(map(str, sweep)))
+    cell = next((copied / "compare").glob("sweep-alpha*"))
+    pretrain = ["pretrain", "--run", copied, "--dim", 8, "--epochs", 1, "--seed", 3, "--force"]
+    backbones.main(list(map(str, pretrain)))
+    message = refused("eval.py", *sweep)
+    assert str(cell) in message and "another cf.safetensors" in message
+    with pytest.raises(SystemExit):
+        evaluation.make_negatives(copied, "negatives", [], tiny_llm, 3)
+
+
+@pytest.mark.parametrize("script, args", [
+    ("backbones.py", ["pretrain", "--out", "data.safetensors"]),
+    ("backbones.py", ["pretrain", "--out", "sft-x.safetensors"]),
+    ("backbones.py", ["pretrain", "--out", "x.jsonl"]), ("backbones.py", ["pretrain", "--out", ""]),
+    ("backbones.py", ["pretrain", "--out", "../x.safetensors"]),
+    ("backbones.py", ["pretrain", "--out", "*.safetensors"]),
+    ("hnlmrec.py", ["train", "--out", "negatives-items.safetensors"]),
+    ("hnlmrec.py", ["train", "--out", "cf.safetensors"]),
+    ("llm_negatives.py", ["profile", "--out", "users.jsonl"]),
+    ("llm_negatives.py", ["profile", "--out", "data.safetensors"]),
+    ("llm_negatives.py", ["finetune", "--name", ""]),
+    ("llm_negatives.py", ["finetune", "--name", "cf"]),
+    ("llm_negatives.py", ["generate", "--out", "*"]),
+    ("llm_negatives.py", ["generate", "--out", "/x/negatives"]),
+    ("eval.py", ["compare", "--out", "metrics"]),
+    ("eval.py", ["sweep", "--flag", "alpha", "--values", "1", "--out", "report"]),
+    ("eval.py", ["compare", "--out", "notes"]),
+])
+def test_outputs_of_another_kind_are_never_overwritten(copied, script, args):
+    (copied / "notes.md").write_text("mine")
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    force = [] if script == "eval.py" else ["--force"]
+    message = refused(script, *args, "--run", copied, *force)
+    assert any(flag in message for flag in ("--out", "--name", "writes"))
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_path, monkeypatch):
+    other, real = tmp_path / "items.tsv", hnlmrec.write_atomic
+    other.write_text((raw / "items.tsv").read_text().replace("Film", "Tome"))
+
+    def killed(path, data):
+        real(path, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hnlmrec, "write_atomic", killed)
+    flags = ["prepare", "--run", str(copied), "--reviews", str(raw / "interactions.tsv")]
+    with pytest.raises(KeyboardInterrupt):
+        hnlmrec.main([*flags, "--meta", str(other), "--force"])
+    monkeypatch.setattr(hnlmrec, "write_atomic", real)
+    assert "no such file" in refused("hnlmrec.py", "train", "--run", copied)
+    hnlmrec.main([*flags, "--meta", str(raw / "items.tsv")])
+    assert "Tome" not in (copied / "items.jsonl").read_text()
+
+
+def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied, raw):
+    """The report is written though nobody reads, or can read, what is printed."""
+    command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(copied)])
+    (copied / "report.md").unlink()
+    for end in ("| true", "> /dev/full", ""):
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {end}"], text=True,
+                              capture_output=True, check=False, cwd=HERE,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+        (copied / "report.md").rename(copied / "old.md")  # it was written
+
+
+def test_names_are_plain_text_wherever_they_are_shown():
+    nasty = "a|b <img src=x> [x](y)\n\x1b[2J"
+    row = evaluation.markdown_table(["method", "n"], [[nasty, 1]])[2]
+    assert row.count("|") == 3 and not any(mark in row for mark in ("<", "\x1b", "\n", "]("))
+    xml.etree.ElementTree.fromstring(evaluation.svg_chart(nasty, [nasty], [0.1], [0.01]))
+    assert backbones.printable("\x1b[2J\u202e") == "\\u001b[2J\\u202e"
+    assert backbones.printable("Amélie – 愛\n") == "Amélie – 愛\n"
 
 
 @pytest.mark.parametrize("lines, message", [
@@ -1400,6 +1638,12 @@ def test_a_user_with_two_items_is_refused(tmp_path):
     ("hnlmrec.py", ["train", "--run", "x", "--paper", "--lambda-s", "0.1"]),
     ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
     ("backbones.py", ["pretrain", "--run", "x", "--n", "20"]), ("eval.py", ["report", "--run", "no such folder"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--device", "gpu"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--device", "mps"]),
+    ("llm_negatives.py", ["profile", "--run", "x", "--device", "cuda:99"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--seed", 2**64]),
+    ("llm_negatives.py", ["finetune", "--run", "x", "--epochs", "inf"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--epo", "1"]),
     ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]), ("llm_negatives.py", ["profile", "--run", "no such folder"]),
 ])
 def test_bad_flags_end_in_one_line(script, args):
