@@ -856,8 +856,14 @@ def test_other_families_of_llms(config, tmp_path):
     llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in llm.parameters() if p.requires_grad)
     lm = llm_negatives.load_llm(tmp_path, AutoModelForCausalLM, torch.float32, "cpu")
-    together, _ = llm_negatives.write_texts(lm, llm_negatives.load_tokenizer(tmp_path), ["a longer request", "b"], 3)
-    assert together == [llm_negatives.write_texts(lm, llm_negatives.load_tokenizer(tmp_path), [text], 3)[0][0] for text in ("a longer request", "b")]
+    tokenizer = llm_negatives.load_tokenizer(tmp_path)
+    head, *requests = (tokenizer(text).input_ids for text in ("be brief ", "a longer request", "b"))
+    past = llm_negatives.run_piece(lm.base_model, [head])[2]
+    texts, _ = llm_negatives.write_texts(lm, tokenizer, past, requests, 6)
+    for text, request in zip(texts, requests):
+        alone = lm.generate(torch.tensor([head + request]), max_new_tokens=6, do_sample=False)
+        alone = tokenizer.decode(alone[0, len(head + request):], skip_special_tokens=True)
+        assert text == llm_negatives.first_sentence(alone)
 
 
 DEFAULT_LLM = Path(os.environ.get("LLM", HERE / "assets" / "SmolLM2-135M-Instruct"))
