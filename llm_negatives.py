@@ -40,6 +40,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from backbones import (
@@ -241,18 +242,20 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
     if soft is not None:
         x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
-    full, cache = mask, DynamicCache()
+    full, cache, in_place = mask, DynamicCache(), False
     if past is not None:
         keys_values, past_mask = past
         if owner is not None:
             past_mask = past_mask[owner]
             keys_values = [(keys[owner], values[owner]) for keys, values in keys_values]
         full = torch.cat([past_mask, mask], 1)  # (B, L0 + L)
-        cache = DynamicCache(keys_values)
+        in_place = isinstance(keys_values, DynamicCache)
+        cache = keys_values if in_place else DynamicCache(keys_values)
     position = (full.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
     out = llm(inputs_embeds=x, attention_mask=full, position_ids=position, past_key_values=cache,
               use_cache=True)
-    keys_values = [(layer[0], layer[1]) for layer in out.past_key_values]
+    if not in_place:
+        keys_values = [(layer[0], layer[1]) for layer in out.past_key_values]
     return out.last_hidden_state, mask, (keys_values, full)
 
 
@@ -920,44 +923,74 @@ def text_ids(tokenizer, text):
     return ids + tokenizer(text, add_special_tokens=False).input_ids
 
 
+class RoomyLayer(DynamicLayer):
+    """One layer of the key/value cache, of keys and values (B, heads, L, head width), with room for
+    `room` more tokens: they are written in place, where the library copies all that came before."""
+
+    def __init__(self, keys, values, room):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self.buffers = [F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room))]
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.keys.shape[2]
+        end = start + keys.shape[2]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def with_room(past, rows, room):
+    """The past of these rows alone, as run_piece takes it, in a cache with room for more tokens."""
+    keys_values, mask = past
+    cache = DynamicCache()
+    for keys, values, *_ in keys_values:
+        cache.layers.append(RoomyLayer(keys[rows], values[rows], room))
+    return cache, mask[rows]
+
+
 @torch.no_grad()
 def write_texts(model, tokenizer, head, requests, new_tokens):
     """Greedy decoding in a batch, each row up to the end of its first sentence.
 
-    model: a causal LM; head: its run_piece(model.base_model, [ids of what all prompts begin
-    with])[2], run once for all batches; requests: B id lists, the rest of each prompt, best of like
-    length -> (list of B sentences, number of tokens read and written). The same on each run. A row
-    that has ended leaves the batch, so that nothing is run for it."""
-    base, to_logits = model.base_model, model.get_output_embeddings()
+    model: a causal LM; head: run_piece(model.base_model, [ids])[2] of the ids that all prompts
+    begin with, run once for all batches; requests: B id lists, the rest of each prompt, best of
+    like length -> (list of B sentences, number of tokens read and written). The same on each run.
+    Rows that have ended leave the batch, a quarter of it at a time, since that copies the cache of
+    the others."""
+    base, to_logits, device = model.base_model, model.get_output_embeddings(), model.device
     ends = {tokenizer.eos_token_id}
     told = model.generation_config.eos_token_id  # some models end a turn with another token
     ends |= set(told) if isinstance(told, list) else {told}
 
     # read the requests, all after the one head
-    first = torch.zeros(len(requests), dtype=torch.int64, device=model.device)
+    first = torch.zeros(len(requests), dtype=torch.int64, device=device)
     hidden, mask, past = run_piece(base, requests, None, head, first)
-    last = hidden[torch.arange(len(requests), device=model.device), mask.sum(1) - 1]  # (B, H)
-    written, alive = [[] for _ in requests], list(range(len(requests)))
-    n_tokens = sum(map(len, requests))
+    last = hidden[torch.arange(len(requests), device=device), mask.sum(1) - 1]  # (B, H)
+    alive, ended = list(range(len(requests))), set()  # rows of the batch; those that are done
+    written, n_tokens = [[] for _ in requests], sum(map(len, requests))
     for step in range(new_tokens):
-        # write one token in each row, and see which rows go on
-        places = []
-        for place, token in enumerate(to_logits(last).argmax(1).tolist()):
-            row = written[alive[place]]
-            if token not in ends:
-                row.append(token)
-                text = answer(tokenizer.decode(row, skip_special_tokens=True))
-                if not SENTENCE_END.search(text):
-                    places.append(place)
+        # write one token in each row, and see which rows are at their end
         n_tokens += len(alive)
-        if not places or step == new_tokens - 1:
+        for row, token in zip(alive, to_logits(last).argmax(1).tolist()):
+            if row in ended:
+                continue
+            if token not in ends:
+                written[row].append(token)
+                text = answer(tokenizer.decode(written[row], skip_special_tokens=True))
+            if token in ends or SENTENCE_END.search(text):
+                ended.add(row)
+        if len(ended) == len(written) or step == new_tokens - 1:
             break
-        # read it
-        owner = None
-        if len(places) < len(alive):
-            owner = torch.tensor(places, device=model.device)
+        # read it, on top of all before
+        places = [place for place, row in enumerate(alive) if row not in ended]
+        if step == 0 or len(places) <= 0.75 * len(alive):
+            past = with_room(past, torch.tensor(places, device=device), new_tokens - step)
             alive = [alive[place] for place in places]
-        hidden, _, past = run_piece(base, [written[row][-1:] for row in alive], None, past, owner)
+        pieces = [written[row][-1:] or [0] for row in alive]
+        hidden, _, past = run_piece(base, pieces, None, past)
         last = hidden[:, 0]
     texts = [answer(tokenizer.decode(row, skip_special_tokens=True)) for row in written]
     return [first_sentence(text) for text in texts], n_tokens
