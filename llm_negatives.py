@@ -1463,7 +1463,7 @@ def from_first(value):
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-# what the paper states; LoRA's alpha, not stated there, is that of its code (its library's default)
+# what the paper states; LoRA's alpha, not stated there, is that of its code
 PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "dtype": "bf16",
          "lora_rank": 32, "lora_alpha": 8.0, "lora_dropout": 0.05,
          "lr": 2e-5, "tau_s": 0.05, "epochs": 5.0}
@@ -1482,7 +1482,8 @@ def main(argv=None):
                        help="local folder or Hugging Face id of a causal LM")
         p.add_argument("--preset", choices=["paper"],
                        help="the paper's LLM and settings; flags given beside it win")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu or cuda")
         p.add_argument("--seed", type=number(int, 0), default=0,
                        help="decides every random choice of this step")
         p.add_argument("--force", action="store_true",
@@ -1503,7 +1504,8 @@ def main(argv=None):
                    help="weights of the LLM")
     p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
-    p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives", "--steps 100")
+    p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives",
+                "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
     p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
     p.add_argument("--name", default="sft",
@@ -1555,7 +1557,8 @@ def main(argv=None):
     g.add_argument("--save-every", type=number(int, 1), default=20,
                    help="steps between the states that a killed run goes on from")
 
-    p = command("generate", "write the hard negatives' vectors for the train pairs", "--pairs-per-user 8")
+    p = command("generate", "write the hard negatives' vectors for the train pairs",
+                "--pairs-per-user 8")
     p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
     p.add_argument("--pairs-per-user", type=number(int, 0), default=0,
                    help="train pairs of each user; 0: all")
