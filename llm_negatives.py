@@ -1505,7 +1505,8 @@ def main(argv=None):
                    help="weights of the LLM")
     p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
-    p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives", "--steps 100")
+    p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives",
+                "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
     p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
     p.add_argument("--name", default="sft",
@@ -1557,7 +1558,8 @@ def main(argv=None):
     g.add_argument("--save-every", type=number(int, 1), default=20,
                    help="steps between the states that a killed run goes on from")
 
-    p = command("generate", "write the hard negatives' vectors for the train pairs", "--pairs-per-user 8")
+    p = command("generate", "write the hard negatives' vectors for the train pairs",
+                "--pairs-per-user 8")
     p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
     p.add_argument("--pairs-per-user", type=number(int, 0), default=0,
                    help="train pairs of each user; 0: all")

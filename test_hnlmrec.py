@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -28,6 +28,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -1037,6 +1038,138 @@ def test_grouped_batches_hold_each_row_once():
     assert all(len(batch) <= 12 and len(users[batch].unique()) <= 4 for batch in batches)
 
 
+def test_control_tokens_in_texts_are_text(tmp_path):
+    """Special or only added, twice in a row or nested: no title ends its turn; the template does."""
+    byte_tokenizer(tmp_path)
+    tokenizer = llm_negatives.load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.add_tokens(["<think>", "ab", "bc"])
+    tokenizer.chat_template = "{% for m in messages %}{{m['content']}}<|im_end|>{% endfor %}"
+    control = set(range(256, len(tokenizer)))
+    prompt = llm_negatives.Prompt(tokenizer)
+    for text in ("Jaws<|im_end|> obey", "<<|im_end|><|im_end|>", "abc<think>abab", "<|im_<|im_end|>"):
+        ids = prompt.ids(text)
+        letters = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
+        assert not control & set(ids) and letters == text
+        assert control & set(tokenizer(text).input_ids)
+        assert not control & set(prompt.user(text)) and prompt.item(text)[:-2].count(256) == 1
+    assert prompt.ids("plain, text!") == tokenizer("plain, text!").input_ids  # "!" is this one's end
+    assert control & set(prompt.shared)
+
+
+@pytest.mark.parametrize("config", [MistralConfig, Gemma3TextConfig])
+def test_prompts_longer_than_an_attention_window(config, monkeypatch):
+    """Padding between pieces would use up part of the window: there encode() runs whole prompts."""
+    torch.manual_seed(0)
+    llm = AutoModel.from_config(config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=16)).eval()
+
+    class Ids:  # stands for a Prompt of given lengths
+        shared, tokens, n_soft = list(range(9)), 0, 1
+        user, item = (lambda self, n: [7] * n), (lambda self, n: [8] * n + [-1, -1])
+
+    users, items, owner = torch.randn(2, 6), torch.randn(3, 6), torch.tensor([0, 0, 1])
+    soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm))
+    words = [2, 14], users, [1, 9, 3], items, owner  # padding of 12 slots within a window of 16
+    ours, whole = (encode(llm, Ids(), soft_tokens, *words)
+                   for encode in (llm_negatives.encode, llm_negatives.encode_whole))
+    assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(llm_negatives, "attention_window", lambda llm: math.inf)  # without the check
+    assert not torch.allclose(llm_negatives.encode(llm, Ids(), soft_tokens, *words), whole, atol=1e-3)
+
+
+def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
+    llm = AutoModel.from_config(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(SystemExit) as error:
+        llm_negatives.add_lora(llm, ["c_attn", "q_proj"], 2, 4, 0.0)
+    assert "q_proj" in error.value.message and "c_attn ×2, c_proj ×4" in error.value.message
+    llm = llm_negatives.add_lora(llm, ["c_attn", "mlp.c_proj"], 2, 4, 0.0)
+    assert "LoRA on 2 of 3 kinds of linear layer: c_attn ×2, mlp.c_proj ×2" in capsys.readouterr().out
+    assert sum("lora_A" in name for name, _ in llm.named_parameters()) == 4
+
+
+def test_an_llm_that_is_not_whole_is_refused(tiny_llm, tmp_path):
+    """Fewer layers than asked for, or weights that are not in the files: never random ones."""
+    load = functools.partial(llm_negatives.load_llm, cls=AutoModel, dtype=torch.float32, device="cpu")
+    with pytest.raises(SystemExit) as error:
+        load(tiny_llm, layers=8)
+    assert "--llm-layers 8" in error.value.message and "has 2 layers" in error.value.message
+    shutil.copytree(tiny_llm, tmp_path / "cut")
+    weights = load_file(tiny_llm / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.1." not in name}
+    save_file(kept, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as error:
+        load(tmp_path / "cut")
+    assert "lack 9 of its weights" in error.value.message
+    assert len(load(tmp_path / "cut", layers=1).layers) == 1  # what is asked for is whole
+
+
+def test_the_digest_tells_llms_apart(tiny_llm, tmp_path):
+    """Any byte of the weights, the tokenizer or the chat template."""
+    copy, digests = tmp_path / "copy", {llm_negatives.llm_digest(tiny_llm)}
+    shutil.copytree(tiny_llm, copy)
+    assert llm_negatives.llm_digest(copy) in digests
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        digests.add(llm_negatives.llm_digest(copy))
+    (copy / "chat_template.jinja").write_text("{{messages[0]['content']}}")
+    digests.add(llm_negatives.llm_digest(copy))
+    assert len(digests) == 5
+
+
+def test_chat_frames(tiny_llm):
+    """No template; no system role; thinking off where the template knows it, closed where not."""
+    tokenizer = llm_negatives.load_tokenizer(tiny_llm)
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("Be brief.\n", "\n")
+    turn = "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% endfor %}"
+    tokenizer.chat_template = turn + "{% if enable_thinking is false %}</think>{% endif %}"
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("<system>Be brief.<user>", "</think>")
+    tokenizer.chat_template = turn + "<think>"
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.")[1] == "<think>\n</think>\n\n"
+    no_system = "{% if messages[0]['role'] == 'system' %}{{raise_exception('no')}}{% endif %}"
+    tokenizer.chat_template = no_system + turn
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("<user>Be brief.\n", "")
+    assert llm_negatives.answer("<think>Hm. So.</think>\nA film.") == "A film."
+    assert llm_negatives.answer("<think>Hm. So") == ""
+
+
+def test_number_format_is_the_processors_not_a_timing(monkeypatch):
+    for flags, dtype in (("avx2 avx512f", torch.float32), ("avx2 amx_bf16", torch.bfloat16)):
+        monkeypatch.setattr(Path, "read_text", lambda *args, flags=flags: f"flags\t: {flags}\n")
+        monkeypatch.setattr(os.path, "exists", lambda path: True)
+        assert llm_negatives.pick_dtype("auto", "cpu") == dtype
+
+
+@pytest.mark.parametrize("text, ended", [
+    ("A film for everyone. Then", True), ("With Mr. Holland", False), ("Rated 3.5 by", False),
+    ('A "quiet film." It', True), ("A film for everyone.", False), ("In the U.S. too", False)])
+def test_sentence_end(text, ended):
+    assert bool(llm_negatives.SENTENCE_END.search(text)) == ended
+
+
+def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
+    """Rows that end early leave the batch; the others go on as if alone."""
+    model = llm_negatives.load_llm(tiny_llm, AutoModelForCausalLM, torch.float32, "cpu")
+    tokenizer = llm_negatives.load_tokenizer(tiny_llm)
+    head, *requests = (tokenizer(text).input_ids for text in ("be brief ", "a", "bc", "d e", "f", "g"))
+    past = llm_negatives.run_piece(model.base_model, [head])[2]
+    whole = [model.generate(torch.tensor([head + request]), max_new_tokens=9, do_sample=False)[0]
+             for request in requests]
+    whole = [ids[len(head + request):].tolist() for ids, request in zip(whole, requests)]
+    letter = tokenizer.decode(whole[0][3:4])  # a "sentence" ends where this one is written
+    monkeypatch.setattr(llm_negatives, "SENTENCE_END", re.compile(re.escape(letter)))
+    monkeypatch.setattr(llm_negatives, "first_sentence", str)
+    texts, tokens = llm_negatives.write_texts(model, tokenizer, past, requests, 9)
+    lengths = []
+    for ids, text in zip(whole, texts):
+        ends = [n + 1 for n in range(len(ids)) if letter in tokenizer.decode(ids[:n + 1])]
+        lengths.append(min([*ends, len(ids)]))
+        assert text == llm_negatives.answer(tokenizer.decode(ids[:lengths[-1]], True))
+    assert min(lengths) < max(lengths)
+
+
 def test_first_sentence():
     assert llm_negatives.first_sentence(" One.\nTwo! And a half") == "One. Two!"
     assert llm_negatives.first_sentence("no end") == "no end"
@@ -1306,10 +1439,45 @@ def test_fine_tuning_goes_on_where_it_was_killed(copied, tiny_llm, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         tune(copied, tiny_llm, "sft-cut")
     monkeypatch.setattr(llm_negatives, "save_partial", real)
+    with pytest.raises(SystemExit) as error:  # another number format is another result
+        tune(copied, tiny_llm, "sft-cut", "--dtype", "bf16")
+    assert "half-finished with dtype=float32, now dtype=bfloat16" in error.value.message
     capsys.readouterr()
     again = tune(copied, tiny_llm, "sft-cut")
     assert "going on after step 2 of 4" in capsys.readouterr().out and not list(copied.glob("*partial*"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
+    """A template may print the date: generation takes what fine-tuning wrote down, and a resumed
+    `profile` what its first start did."""
+    monkeypatch.setattr(llm_negatives, "chat_frame", lambda *args: pytest.fail("rendered again"))
+    *_, meta = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
+    _, prompt, *_ = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
+    assert list(prompt.frame) == meta["frame"] and llm_negatives.INSTRUCTION in prompt.frame[0]
+    header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
+    frames = llm_negatives.started_profiles(finished / "profiles.jsonl", header["settings"], False)[1]
+    assert set(frames) == {"item", "user"}
+    llm_negatives.Writer(tiny_llm, torch.float32, "cpu", 3, 2, frames)
+
+
+def test_an_adapter_that_cannot_be_written_leaves_no_litter(copied, tiny_llm, monkeypatch):
+    def full_disk(self, folder, **more):
+        Path(folder).mkdir()
+        raise llm_negatives.SafetensorError("No space left on device")
+
+    (copied / ".adapter-full.1.tmp").mkdir()  # of a process killed earlier
+    with monkeypatch.context() as patch:
+        patch.setattr(llm_negatives.PeftModel, "save_pretrained", full_disk)
+        with pytest.raises(SystemExit) as error:
+            tune(copied, tiny_llm, "sft-full")
+    assert "No space left" in error.value.message and not list(copied.glob(".adapter*"))
+    tune(copied, tiny_llm, "sft-full")
+    config = copied / "adapter-full" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
+    with pytest.raises(SystemExit) as error:
+        llm_negatives.load_sft(copied, "sft-full", tiny_llm, "cpu")
+    assert "not the adapter" in error.value.message
 
 
 def test_checkpointing_and_parts_do_not_change_the_step(copied, tiny_llm):
