@@ -787,8 +787,9 @@ def read_jsonl(path, maker, growing=False):
     if not path.exists():
         fail(f"{path}: no such file; make it with `{maker}`")
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n") and growing:
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028
+    for n, line in enumerate(lines, 1):
+        if n == len(lines) and (growing or not line):
             break
         try:
             rows.append(json.loads(line))
