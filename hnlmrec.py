@@ -21,6 +21,7 @@ import ast
 import csv
 import gzip
 import html
+import html.entities
 import json
 import math
 import re
@@ -1112,7 +1113,7 @@ def explain_missing(path, form, wanted, n_found):
                 exact.setdefault(column, set()).add(value)
             elif raw is not None:
                 other.setdefault(column, set()).add(raw)
-                example[column] = f"{value!r} there, {raw!r} in the interactions"
+                example.setdefault(column, f"{value!r} there, {raw!r} in the interactions")
     best, near = (max(found, key=lambda column: len(found[column]), default=None)
                   for found in (exact, other))
     if best not in (None, form.key) and len(exact[best]) > n_found:
@@ -1203,8 +1204,10 @@ ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
 
 def decode(match):
-    """The character of an HTML entity; only one with its semicolon is one (AT&T, Q&notes)."""
-    return html.unescape(match[0])
+    """The character of an HTML entity; as it stands when it is none (AT&T, Q&notes;)."""
+    entity = match[0]
+    known = entity[1] == "#" or entity[1:] in html.entities.html5
+    return html.unescape(entity) if known else entity
 
 # --------------------------------------------------------------------------------------------------
 # prepare, part 3: readers. Each yields rows as they stand in the file; nothing is held.
@@ -1306,6 +1309,8 @@ def table_rows(path, is_row=None, sep=None, columns=None, encoding="utf-8-sig"):
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     with open_text(path, encoding) as file:
         first = next(file, "")
+        if first.startswith(("{", "[")):
+            fail(f"{path}: holds JSON, not a table; give the --format that reads it")
         sep = sep or separator(first)
         lines = chain([first] if first else [], file)
         if len(sep) > 1:  # MovieLens 1M's "::"
