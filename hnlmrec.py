@@ -783,7 +783,7 @@ def filter_pairs(rows, path, s, counts):
     counts[f"pairs outside the {s.k_core}-core"] += int((~core).sum())
     if not core.any():
         fail(f"{path}: nothing is left ({counts['rows']:,} rows; "
-              + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n and what != "rows")
+             + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n and what != "rows")
              + "); lower --k-core or --min-rating, or widen --since and --until")
     # the split draws its random numbers in this order
     first_user, first_item = (np.full(len(names), rows.row.max() + 1)
@@ -835,9 +835,8 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
     'time', one cut in time for all: train is earlier than valid, valid earlier than test.
     user, item, seconds (N,) -> int (N,)."""
     if how == "time":  # rows of one moment stay together: the shares are nearly met
-        n_valid, n_test = (int(len(user) * share) for share in (valid, test))
-        moments = np.sort(seconds)
-        valid_from, test_from = moments[-n_valid - n_test - 1 :][[1, n_valid + 1]]
+        n_valid, n_test = (max(1, int(len(user) * share)) for share in (valid, test))
+        valid_from, test_from = np.sort(seconds)[[-n_valid - n_test, -n_test]]
         return np.where(seconds >= test_from, 2, np.where(seconds >= valid_from, 1, 0))
     count = np.bincount(user)
     key = np.random.default_rng(seed).random(len(user)) if how == "random" else -seconds
@@ -1226,7 +1225,7 @@ def interactions(path, fmt):
             numbers = [parse_number(row.get(form.rating)), parse_time(row.get(form.time))]
         except ValueError:
             return False
-        ids = row[form.user], row[form.item]
+        ids = row.get(form.user), row.get(form.item)
         return any(x == x for x in numbers) or all(ids) and not any(" " in name for name in ids)
 
     for n, row in form.rows(path, is_row):
@@ -1308,9 +1307,7 @@ def table_rows(path, is_row=None, sep=None, columns=None, encoding="utf-8-sig"):
     is never closed or closed rows later, and a column named twice."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     with open_text(path, encoding) as file:
-        first = next(file, "")
-        if first.startswith(("{", "[")):
-            fail(f"{path}: holds JSON, not a table; give the --format that reads it")
+        first = first_line(path, file)
         sep = sep or separator(first)
         lines = chain([first] if first else [], file)
         if len(sep) > 1:  # MovieLens 1M's "::"
@@ -1336,6 +1333,14 @@ def table_rows(path, is_row=None, sep=None, columns=None, encoding="utf-8-sig"):
         except csv.Error as error:
             fail(f"{path}: line {end + 1}: {error}: a quote is opened and not closed, or stands "
                  "inside quotes without being doubled; mend that line")
+
+
+def first_line(path, file):
+    """The first line of a table. Raises SystemExit2 where it is JSON."""
+    line = next(file, "")
+    if line.startswith(("{", "[")):
+        fail(f"{path}: holds JSON, not a table; give the --format that reads it")
+    return line
 
 
 def separator(line):
@@ -1433,7 +1438,7 @@ SYNONYMS = {"user": ("userid", "uid", "reviewerid"), "rating": ("stars", "overal
 def header(path):
     """The column names in a table's first line."""
     with open_text(path) as file:
-        first = next(file, "")
+        first = first_line(path, file)
     return header_names(path, next(csv.reader([first], delimiter=separator(first)), []))
 
 

@@ -972,6 +972,7 @@ def test_without_a_rating_filter_rows_without_a_rating_stay(tmp_path):
     ("user\tuser\titem\trating\ttext", "'user' stands twice"),
     ("user_id\tuserId\titem\trating\ttext", "could each be the user"),
     ("who\titem\trating\ttimestamp\ttext", "no column 'user'"),
+    ('{"user": 1, "item": 2}', "holds JSON"),
 ])
 def test_headers_that_do_not_say_what_is_what(tmp_path, header, message):
     assert message in refused_lines(tmp_path / "a", [header, *GRID])
