@@ -13,7 +13,8 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from argparse import Namespace
-from datetime import datetime
+from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -730,6 +731,35 @@ def test_splits():
         assert last[own[-1]] == 2 and last[own[-2]] == 1 and (last[own[:-2]] == 0).all()
 
 
+@pytest.mark.parametrize("moments", [1000, 40])  # all different, and some twenty rows a moment
+def test_split_by_time_is_one_cut_for_all(moments):
+    rng = np.random.default_rng(0)
+    n = min(moments * 20, 1000)
+    seconds = rng.permutation(np.arange(n) % moments).astype(float)
+    user, item = rng.integers(0, 50, n), np.arange(n)
+    part = hnlmrec.split_pairs(user, item, seconds, "time", 0)
+    train, valid, test = (seconds[part == code] for code in range(3))
+    assert train.max() < valid.min() and valid.max() < test.min()
+    off = np.abs(np.bincount(part) - [0.8 * n, 0.1 * n, 0.1 * n]).max()
+    assert off <= (moments < n) * n / moments
+
+
+def test_the_latest_row_of_a_pair_against_loops():
+    rng = np.random.default_rng(0)
+    user, item, rating = rng.integers(0, [[5], [6], [3]], (3, 200))
+    seconds = np.where(rng.random(200) < 0.2, np.nan, rng.integers(0, 4, 200))
+    expected = {}
+    for row in zip(user, item, rating, np.nan_to_num(seconds, nan=-1)):
+        old = expected.get(row[:2], (-2, 0))  # later wins; at equal times the lower rating does
+        expected[row[:2]] = max(old, (row[3], -row[2]))
+    user, item = user.astype(np.int32), item.astype(np.int32)
+    kept = hnlmrec.latest(user, item, rating.astype(float), seconds)
+    found = {(user[n], item[n]): (np.nan_to_num(seconds[n], nan=-1), -rating[n]) for n in kept}
+    assert found == expected and len(kept) == len(expected)
+    large = np.array([70000, 70001], np.int32)  # the key of a pair does not overflow
+    assert len(hnlmrec.latest(large, large, np.zeros(2), np.zeros(2))) == 2
+
+
 def write_lines(path, lines, encoding="utf-8"):
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding=encoding) as file:
@@ -763,9 +793,11 @@ SAMPLES = {
 def test_readers_hand_worked(fmt, tmp_path):
     name, lines, meta, meta_lines, fields, text = SAMPLES[fmt]
     encoding = "latin-1" if fmt in ("ml-1m", "ml-100k") else "utf-8"
-    rows = list(hnlmrec.interactions(write_lines(tmp_path / name, lines), fmt))
-    assert rows == [("a", "x", 4.5, 1456790400.0, text)]
-    items = hnlmrec.read_items(write_lines(tmp_path / meta, meta_lines, encoding), fmt, ["w", "x"])
+    path = write_lines(tmp_path / name, lines)
+    rows = list(hnlmrec.interactions(path, fmt))
+    assert rows == [(len(lines), "a", "x", 4.5, 1456790400.0, text)]
+    meta = write_lines(tmp_path / meta, meta_lines, encoding)
+    items = hnlmrec.read_items(meta, hnlmrec.FORMATS[fmt](path), ["w", "x"], Counter())
     assert items[1] == {"raw": "x", "title": fields[0], "text": fields[1], "known": True}
     assert items[0] == {"raw": "w", "title": "Item w", "text": "", "known": False}
 
@@ -820,6 +852,332 @@ def test_of_repeated_pairs_the_latest_counts_and_ids_do_not_depend_on_the_files_
     one, two = (backbones.load_tensors(tmp_path / name / "data.safetensors", "prepare")[0] for name in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert [0, 0] in one["test"].tolist() and len(torch.cat(list(one.values()))) == 25
+
+
+HEAD = "user\titem\trating\ttimestamp\ttext"
+GRID = [f"u{u}\ti{i}\t5\t{10 * u + i}\tfine" for u in range(6) for i in range(6)]
+
+
+def prepared(folder, lines, *flags, meta=None, name="r.tsv"):
+    """prepare of a file of these lines -> its data (as of load_data), items, users."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    args = ["prepare", "--run", folder / "run", "--reviews", write_lines(folder / name, lines)]
+    if meta is not None:
+        args += ["--meta", write_lines(folder / f"items{Path(name).suffix}", meta)]
+    hnlmrec.main([str(arg) for arg in (*args, *flags)])
+    rows = (backbones.read_jsonl(folder / "run" / f"{kind}.jsonl", "prepare")
+            for kind in ("items", "users"))
+    return backbones.load_data(folder / "run"), *rows
+
+
+def raw_pairs(data, items, users):
+    """The pairs of all parts as (raw user, raw item)."""
+    pairs = torch.cat([data[name] for name in ("train", "valid", "test")]).tolist()
+    return {(users[u]["raw"], items[i]["raw"]) for u, i in pairs}
+
+
+def refused_lines(folder, lines, *flags, meta=None, name="r.tsv"):
+    """prepare of these lines must end in one line that names the file, and write nothing -> it."""
+    with pytest.raises(SystemExit) as error:
+        prepared(folder, lines, *flags, meta=meta, name=name)
+    message = str(error.value)
+    assert error.value.code == 2 and str(folder) in message
+    assert not (folder / "run" / "data.safetensors").exists()
+    return message
+
+
+def test_a_rating_taken_back_is_no_positive_and_order_decides_nothing(tmp_path, capsys):
+    """A pair rated 5, then 1, is left out; rated 1, then 5, stays; 5 and 1 at once: left out."""
+    again = ["u0\ti0\t1\t900\tx", "u1\ti0\t1\t0\tx", "u2\ti0\t1\t20\tx"]
+    seen = []
+    for lines in (GRID + again, (GRID + again)[::-1]):
+        seen.append(raw_pairs(*prepared(tmp_path / "a", [HEAD, *lines], "--k-core", 4)))
+        out = capsys.readouterr().out
+        assert "3 earlier ratings of a repeated pair" in out and "2 pairs below" in out
+    assert seen[0] == seen[1] and len(seen[0]) == 34
+    assert not {("u0", "i0"), ("u2", "i0")} & seen[0] and ("u1", "i0") in seen[0]
+
+
+def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path, capsys):
+    lines = [f"{u}\t{i}\t5" for u in ("10", "7", "07", "007", "b", " a ", "a") for i in range(6)]
+    for order in (1, -1):
+        data, _, users = prepared(tmp_path / "a", ["user\titem\trating", *lines[::order]])
+        assert [row["raw"] for row in users] == ["007", "07", "7", "10", "a", "b"]
+    assert "1 ids with spaces around them" in capsys.readouterr().out
+    assert "7 and 7.0 both occur" in refused_lines(
+        tmp_path / "b", ["user\titem\trating", *lines, "7.0\t1\t5"])
+
+
+@pytest.mark.parametrize("separator, header, times, name", [
+    (";", "user;item;rating;timestamp;text", "{}", "r.csv"),
+    (",", "userId,movieId,rating,timestamp,review", "{}", "r.csv"),
+    (",", "user_id,item_id,stars,date,text", "iso", "r.csv"),
+    ("\t", "user_id:token\titem_id:token\trating:float\ttimestamp:float\ttext:seq", "{}", "x"),
+    (",", "\ufeffuser,item,rating,timestamp,text", "{}000", "r.tsv"),  # milliseconds
+    (",", "user,item,rating,timestamp,text", "{}000000", "r.csv.gz"),
+])
+def test_tables_as_people_have_them(tmp_path, separator, header, times, name):
+    lines = [header]
+    for row in GRID:
+        user, item, rating, second, text = row.split("\t")
+        moment = 1456790400 + int(second)
+        iso = datetime.fromtimestamp(moment, timezone.utc)
+        iso = iso.isoformat(sep=" ")[:19] if moment % 2 else iso.isoformat().replace("+00:00", "Z")
+        moment = iso if times == "iso" else times.format(moment)
+        text = text if separator == "\t" else f'"{text}{separator}"'
+        lines.append(separator.join([user, item, rating, moment, text]))
+    rows = list(hnlmrec.interactions(write_lines(tmp_path / name, lines), "table"))
+    assert len(rows) == 36 and rows[7][:4] == (9, "u1", "i1", 5.0)
+    assert [row[4] - 1456790400 for row in rows] == [10 * u + i for u in range(6) for i in range(6)]
+    assert rows[0][5].startswith("fine")
+
+
+def test_metadata_under_the_interactions_own_name_of_the_item(tmp_path, capsys):
+    lines = ["userId,movieId,rating", *(f"u{u},i{i},5" for u in range(6) for i in range(6))]
+    meta = ["movieId,name,genre", *(f'i{i},"Film {i}",drama' for i in range(6))]
+    _, items, _ = prepared(tmp_path / "a", lines, meta=meta, name="r.csv")
+    assert items[2] == {"raw": "i2", "title": "Film 2", "text": "drama", "known": True}
+    out = capsys.readouterr().out
+    assert "column userId is read as user" in out and "column movieId is read as item" in out
+
+
+COMMA = "user,item,rating,text"
+COMMAS = [f"u{u},i{i},5,fine" for u in range(6) for i in range(6)]
+
+
+@pytest.mark.parametrize("at, lines, message", [
+    (5, ['u0,i5,5,"the 12"" one, great'], "line 6"),  # never closed
+    (5, ['u0,i5,5,"great'], "line 6"),
+    (5, ['u0,i5,5,"the 12" one, great', 'u9,i5,5,"fine"'], "line 6"),  # quote not doubled
+    (5, ['u0,i5,5,"great', 'u9,i5,5,"fine"'], "line 6"),  # closed by the next quote
+    (5, ['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'], "line 6"),  # closed cleanly, later
+    (5, ['u0,i5,5,"great', 'u9,i5,5,fine"'], "line 6"),
+    (5, ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], "line 6"),
+    (5, ["u0,i5,5,fine,and more"], "line 6 has 5 fields"),
+    (5, ["u0,i5,5"], "line 6 has 3 fields"),
+])
+def test_rows_that_a_quote_or_a_comma_breaks_are_named(tmp_path, at, lines, message):
+    assert message in refused_lines(
+        tmp_path / "a", [COMMA, *COMMAS[: at - 1], *lines, *COMMAS[at:]], name="r.csv")
+
+
+def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(tmp_path):
+    text = '"Great, really.\nI, for one, liked ""it"",\n\nfour, commas, in, here"'
+    path = write_lines(tmp_path / "r.csv", [COMMA, f"u0,i0,5,{text}", "u0,i1,5,fine"])
+    rows = list(hnlmrec.interactions(path, "table"))
+    assert [row[0] for row in rows] == [2, 6] and rows[0][5].count("\n") == 3
+    lines = ["item,title,kind", 'i0,"Film, 12""', "i1,Film,drama", 'i2,x",y']
+    meta = write_lines(tmp_path / "i.csv", lines)
+    with pytest.raises(SystemExit, match="line 2"):  # i1 is swallowed
+        hnlmrec.read_items(meta, hnlmrec.FORMATS["table"](path), ["i0", "i1", "i2"], Counter())
+
+
+def json_grid(**more):
+    """Amazon 2018's rows of six users and items."""
+    fixed = {"overall": 5.0, "reviewText": "fine", **more}
+    return [{"reviewerID": f"u{u}", "asin": f"i{i}", **fixed} for u in range(6) for i in range(6)]
+
+
+@pytest.mark.parametrize("row, flags, message", [
+    ("u0\ti5\t\t3\tx", (), "line 6: no rating"),
+    ("u0\ti5\tnan\t3\tx", (), "line 6: no rating"),
+    ("u0\ti5\tinf\t3\tx", (), "line 6"),
+    ("u0\ti5\t4,5\t3\tx", (), "write a rating as 4.5"),
+    ("u0\ti5\t5\tinf\tx", ("--split", "last"), "line 6"),
+    ("u0\ti5\t5\tyesterday\tx", (), "2016-03-01"),
+    ("u0\ti5\t5\t1456790400000\tx", (), "unit"),  # among seconds
+    ("u0\ti5\t5\t\tx", ("--since", "1970-01-01"), "line 6: no timestamp"),
+    ("u0\ti4\t5\t\tx", ("--split", "time"), "1 have none"),
+    ("\ti5\t5\t3\tx", (), "line 6: an id is empty"),
+    ("u0\t \t5\t3\tx", (), "line 6: an id is empty"),
+    ("null\ti5\t5\t3\tx", (), "line 6: the id is 'null'"),
+    ("u0\ti\0\t5\t3\tx", (), "control character"),
+    ("u0\t" + "9" * 5000 + "\t5\t3\tx", (), "5,000 characters"),
+    ("u0\ti5\t5\t3\tx\tmore", (), "line 6 has 6 fields"),
+])
+def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message):
+    lines = [HEAD, *GRID[:4], row, *GRID[5:]]
+    assert message in refused_lines(tmp_path / "a", lines, "--k-core", 1, *flags)
+
+
+@pytest.mark.parametrize("row, message", [
+    ("[1, 2]", "line 3"), ("5", "line 3"), ("null", "line 3"), ('"reviewerID asin"', "line 3"),
+    ('{"reviewerID": "u1", "asin"', "line 3"), ("[" * 100000, "line 3"),
+    ('{"reviewerID": null, "asin": "i1", "overall": 5}', "an id is null"),
+    ('{"reviewerID": ["u"], "asin": "i1", "overall": 5}', "line 3"),
+    ('{"reviewerID": true, "asin": "i1", "overall": 5}', "True is no id"),
+    ('{"reviewerID": "\\ud800", "asin": "i1", "overall": 5}', "half of one"),
+    ('{"asin": "i1", "overall": 5}', "no column 'reviewerID'"),
+    ('{"reviewerID": "u1", "asin": "i1", "overall": [5]}', "is no number"),
+    ('{"reviewerID": "u1", "asin": "i1"}', "no rating"),
+])
+def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
+    rows = json_grid()
+    lines = [*rows[:2], row, *rows[2:]]
+    assert message in refused_lines(tmp_path / "a", lines, "--format", "amazon2018", name="r.json")
+
+
+def test_without_a_rating_filter_rows_without_a_rating_stay(tmp_path):
+    lines = [HEAD, *GRID[:-1], "u5\ti5\t\t\t"]
+    assert len(raw_pairs(*prepared(tmp_path / "a", lines, "--min-rating", "none"))) == 36
+
+
+@pytest.mark.parametrize("header, message", [
+    ("user\tuser\titem\trating\ttext", "'user' stands twice"),
+    ("user_id\tuserId\titem\trating\ttext", "could each be the user"),
+    ("who\titem\trating\ttimestamp\ttext", "no column 'user'"),
+    ('{"user": 1, "item": 2}', "holds JSON"),
+])
+def test_headers_that_do_not_say_what_is_what(tmp_path, header, message):
+    assert message in refused_lines(tmp_path / "a", [header, *GRID])
+
+
+@pytest.mark.parametrize("meta, message", [
+    (["id\ttitle", *(f"i{i}\tFilm" for i in range(6))], "'id' has 6"),
+    (["item\ttitle", *(f"z{i}\tFilm" for i in range(6))], "no column has more"),
+    (["item\ttitle", *(f"I{i}.0\tFilm" for i in range(6))], "'I0.0' there, 'i0'"),
+    ([], "0 rows"), (["item\ttitle"], "0 rows"),
+    (["item\tkind", *(f"i{i}\tFilm" for i in range(6))], "no column 'title'"),
+])
+def test_metadata_of_no_item_says_which_column_would_match(tmp_path, meta, message):
+    assert message in refused_lines(tmp_path / "a", [HEAD, *GRID], meta=meta)
+
+
+def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path, capsys):
+    meta = ["item\ttitle\tother", "i0\tFilm 0\tx", *(f"old{i}\tFilm\ti{i}" for i in range(6))]
+    _, items, _ = prepared(tmp_path / "a", [HEAD, *GRID], meta=meta)
+    assert "WARNING" in (out := capsys.readouterr().out) and "'other' has 6 of them" in out
+    assert items[0]["title"] == "Film 0" and items[1]["title"] == "Item i1"
+    prepared(tmp_path / "a", [HEAD, *GRID], meta=["item\ttitle", *(f"i{i}\t?" for i in range(6))])
+    assert "all 6 items have the title '?' and no text tells them apart" in capsys.readouterr().out
+
+
+def test_amazons_metadata_as_it_is(tmp_path, capsys):
+    """2018's and 2014's rows; of a repeated item the fullest counts, wherever it stands."""
+    script = "var aPageStart = (new Date()).getTime();\nvar ue=1;"
+    meta = [{"asin": "i0", "title": ""},
+            {"asin": "i0", "title": "Toy", "category": ["A", "B", "C"]},
+            {"asin": "i0", "title": "", "brand": "B"},
+            {"asin": " i1", "title": "x", "category": "Toys"},
+            "{'asin': 'i2', 'title': \"Kid's\", 'categories': [['Toys', 'Games', 'Board']]}",
+            {"asin": "i3", "title": script, "brand": "B"},
+            {"asin": "i4", "title": "5 < 6 > 3 &amp;amp; &#39;x&#39; <b>y</b> AT&T", "price": None},
+            {"asin": "i5", "title": "\x1b[2Jlong \u2028" + "x" * 999, "description": "y" * 999}]
+    flags = ["--format", "amazon2018"]
+    _, items, _ = prepared(tmp_path / "a", json_grid(), *flags, meta=meta, name="r.json")
+    assert [(row["title"], row["text"]) for row in items[:5]] == [
+        ("Toy", "B, C"), ("x", "Toys"), ("Kid's", "Games, Board"), ("Item i3", "B"),
+        ("5 < 6 > 3 & 'x' y AT&T", "")]
+    title, text = items[5]["title"], items[5]["text"]
+    assert title.startswith("[2Jlong xxx") and len(title) == 200 and len(text) == 400
+    out = capsys.readouterr().out
+    for said in ("2 repeated metadata rows", "1 texts with HTML entities", "1 texts with HTML tags",
+                 "1 titles cut", "1 texts cut", "1 texts that were a page's script"):
+        assert said in out
+
+
+@pytest.mark.parametrize("row, message", [
+    ("[1]", "line 1"), ({"asin": "i1", "title": "bad \ud83d emoji"}, "half of a character"),
+    ({"asin": "i1", "title": "t", "category": 5}, "neither a text nor a list"),
+    ({"asin": "i1", "title": {"en": "t"}}, "is no text"),
+])
+def test_metadata_that_is_no_text_is_refused(tmp_path, row, message):
+    assert message in refused_lines(
+        tmp_path / "a", json_grid(), "--format", "amazon2018", meta=[row], name="r.json")
+
+
+@pytest.mark.parametrize("raw, text", [
+    (None, ""), (float("nan"), ""), (1984, "1984"), (["a", None, " b "], "a, b"),
+    ("a<br/>b<!-- c --><i class='x'>d</i>", "a b d"), ("&lt;b&gt;bold&lt;/b&gt;", "bold"),
+    ("I <3 U, x<y>z, 1<2", "I <3 U, x<y>z, 1<2"),
+    ("Q&notes; &copy 2 &nbsp;x", "Q&notes; &copy 2 x"), ("Toy <script>cut", "Toy"),
+    ("<script>var a = 1;</script>Toy<style>p {color: red;}</style>", "Toy"),
+    (".a-box { color: red; }", ""), ("function f(x) { return x }", ""),
+    ("Form & Function (2)", "Form & Function (2)"),
+    ("a\x00b\x9b\r\n\u2028c", "a b c"), ("{curly} braces: fine", "{curly} braces: fine"),
+])
+def test_clean_hand_worked(raw, text):
+    assert hnlmrec.clean(raw, Counter()) == text
+
+
+def test_reviews_with_half_a_character_or_an_odd_line_end_reach_the_run_whole(tmp_path, capsys):
+    rows = json_grid(reviewText="caf\u00e9 \ud83d \u2028 <b>x</b> \U0001f600")
+    _, _, users = prepared(tmp_path / "a", rows, "--format", "amazon2018", name="r.json")
+    assert users[0]["reviews"] == ["café \ufffd x \U0001f600"] * 2
+    assert "12 halves" in capsys.readouterr().out
+    path = tmp_path / "x.jsonl"  # U+2028 ends no line of a JSON-lines file
+    path.write_text('{"a": "x\u2028y"}\n{"a": "z\x85"}\n')
+    assert backbones.read_jsonl(path, "x") == [{"a": "x\u2028y"}, {"a": "z\x85"}]
+    path.write_text('{"a": 1}\n{"a":')
+    assert backbones.read_jsonl(path, "x", growing=True) == [{"a": 1}]
+    with pytest.raises(SystemExit, match="line 2"):
+        backbones.read_jsonl(path, "x")
+
+
+def test_the_review_kept_is_that_of_the_rating_kept(tmp_path):
+    rows = json_grid(unixReviewTime=1)
+    rows += [{**row, "unixReviewTime": 0, "reviewText": "earlier"} for row in rows]
+    data, _, users = prepared(tmp_path / "a", rows[::-1], "--format", "amazon2018", name="r.json")
+    assert all(len(row["reviews"]) == 2 and "earlier" not in row["reviews"] for row in users)
+
+
+def test_contents_decide_whether_prepare_is_up_to_date(tmp_path, capsys):
+    run, path = tmp_path / "run", write_lines(tmp_path / "r.tsv", [HEAD, *GRID])
+    args = ["prepare", "--run", str(run), "--reviews", str(path)]
+    hnlmrec.main(args)
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "other.tsv")
+    hnlmrec.main([*args[:-1], str(moved)])
+    assert "skip:" in capsys.readouterr().out
+    moved.write_text(moved.read_text().replace("\t5\t", "\t1\t"))  # of the same size
+    before = (run / "data.safetensors").read_bytes()
+    assert "made with files" in refused("hnlmrec.py", *args[:-1], moved)
+    assert (run / "data.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("empty", ["train", "valid", "test"])
+def test_an_empty_part_of_ones_own_split_is_refused(tmp_path, empty):
+    flags = []
+    for n, name in enumerate(("train", "valid", "test")):
+        rows = [] if name == empty else [f"u{u}\ti{n}" for u in range(4)]
+        flags += [f"--{name}-file", write_lines(tmp_path / f"{name}.tsv", ["user\titem", *rows])]
+    message = refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", *flags)
+    assert f"{empty}.tsv: no pairs" in message
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--min-rating", "abc"], "--min-rating"), (["--min-rating", "nan"], "--min-rating"),
+    (["--min-rating", "4,5"], "--min-rating"), (["--since", "2016-13-01"], "--since"),
+    (["--since", "2018-01-01", "--until", "2015-01-01"], "nothing is left"),
+    (["--train-file", "x"], "go together"), (["--split", "time", "--since", "1970-01-01"], "empty"),
+])
+def test_bad_flags_of_prepare(tmp_path, flags, message):
+    lines = [HEAD, *(row.replace("\t", " \t", 1) for row in GRID)]
+    if "time" in flags:  # all at one time: no cut
+        lines = [HEAD, *(f"u{u}\ti{i}\t5\t7\tx" for u in range(6) for i in range(6))]
+    path = write_lines(tmp_path / "r.tsv", lines)
+    args = ["prepare", "--run", tmp_path / "run", "--reviews", path, *flags]
+    assert message in refused("hnlmrec.py", *args)
+
+
+def test_a_split_by_time_with_cold_users_and_items_goes_through(tmp_path, capsys):
+    """Users and items that come late have no train pair: they stay and are counted."""
+    lines = [HEAD]
+    for u in range(10):
+        lines += [f"u{u}\ti{i}\t5\t{100 * u + i}\tx" for i in range(7 + 3 * (u > 7))]
+    data, items, users = prepared(tmp_path / "a", lines, "--split", "time", "--k-core", 2)
+    assert [len(data[part]) for part in ("train", "valid", "test")] == [62, 7, 7]
+    out = capsys.readouterr().out
+    assert "cold: 1 users and 3 items have no train pair; 6 of 7 valid, 7 of 7 test" in out
+    run = str(tmp_path / "a" / "run")
+    budget = ["--run", run, "--dim", "4", "--epochs", "2", "--eval-every", "1"]
+    for sampler in ("rns", "dns"):
+        args = ["--sampler", sampler, "--out", f"model-{sampler}.safetensors"]
+        backbones.main(["pretrain", *budget, *args])
+    evaluation.main(["report", "--run", run])
+    vectors = load_file(f"{run}/model-dns.safetensors")
+    assert torch.isfinite(vectors["user"]).all() and torch.isfinite(vectors["item"]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1760,7 +2118,7 @@ def test_names_are_plain_text_wherever_they_are_shown():
     (["user\titem\trating", "a\tb\tfive"], "line 2"),
     (["user\titem\trating", "a\tb"], "line 2 has 2 fields"),
     (["user\titem\trating", "a\tb\t5"], "nothing is left"),
-    (["user\titem"] + [f"{u}\t{i}" for u in "abcdef" for i in range(6)], "no rating column"),
+    (["user\titem"] + [f"{u}\t{i}" for u in "abcdef" for i in range(6)], "--min-rating none"),
 ])
 def test_bad_ratings_files(tmp_path, lines, message):
     path = tmp_path / "bad.tsv"
