@@ -56,6 +56,17 @@ def user_rows(pairs, n_users):
     return indptr, pairs[order, 1]
 
 
+def rows_of(rows, users):
+    """The items of some users: rows as user_rows gives them, users (B,) -> (n,) places in `users`
+    and (n,) items, in order of both."""
+    indptr, items = rows
+    start, count = indptr[users], indptr[users + 1] - indptr[users]
+    place = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
+    before = torch.repeat_interleave(count.cumsum(0) - count, count)
+    offset = torch.arange(len(place), device=users.device) - before
+    return place, items[start[place] + offset]
+
+
 def take(table, index):
     """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that adds in a fixed order: that of
     plain indexing adds from many threads at once on a CPU, so two runs with one seed would drift apart. On a CPU index_select's
@@ -347,18 +358,175 @@ class NeuMF(Backbone):
         return torch.cat([self.score(users[:, None], part[None]) for part in items.split(chunk)], 1)
 
 
-def build_backbone(name, n_users, n_items, dim, train, n_layers=3):
-    """One of mf, lightgcn, ngcf, neumf, on the device of `train` (N, 2)."""
+def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False):
+    """One of mf, lightgcn, ngcf, neumf, or pop (an MF of width 1), on the device of `train` (N, 2).
+
+    cosine: forward() gives vectors of norm 1, so that inner products are cosines in training, in
+    the ranking and in the saved file alike."""
     if name == "neumf" and dim % 2:
         fail(f"--dim {dim}: neumf gives half of it to each of its two parts; give an even number")
-    if name == "mf":
-        model = MF(n_users, n_items, dim)
+    if name in ("mf", "pop"):
+        model = MF(n_users, n_items, dim if name == "mf" else 1)
     elif name == "neumf":
         model = NeuMF(n_users, n_items, dim)
     else:
         adjacency = normalized_adjacency(train, n_users, n_items)
         model = {"lightgcn": LightGCN, "ngcf": NGCF}[name](n_users, n_items, dim, adjacency, n_layers)
+    if cosine:
+        model.register_forward_hook(unit_vectors)
     return model.to(train.device)
+
+
+def unit_vectors(_, __, vectors):
+    """A forward hook: users (U, D), items (I, D) -> the same with norm 1."""
+    return tuple(F.normalize(x, dim=-1) for x in vectors)
+
+# --------------------------------------------------------------------------------------------------
+# Closed forms: recommenders computed from the train pairs, without training. X (U, I) is the 0/1
+# matrix of the train pairs; a user's scores are the user's row of X times item weights W (I, I).
+# Nothing here holds users x items
+# --------------------------------------------------------------------------------------------------
+
+CLOSED_FORMS = {  # name -> the flags it reads
+    "pop": (), "itemknn": ("shrink", "topk", "max_gib"), "ease": ("ridge", "max_gib"),
+    "rp3": ("rp3_alpha", "rp3_beta", "topk", "max_gib")}
+
+
+class ItemWeights(nn.Module):
+    """score(u, i) = sum of W[j, i] over the train items j of u; 0 for a user without a train pair.
+
+    weight (I, I), dense or sparse CSR; train (N, 2). What stands for the vector of a user or item
+    is its number, (U, 1) and (I, 1), so that ranking and evaluation treat it as any backbone."""
+
+    def __init__(self, weight, train, n_users):
+        super().__init__()
+        self.n_users, self.n_items, self.weight = n_users, len(weight), weight
+        self.train_rows = user_rows(train, n_users)
+
+    def forward(self):
+        device = self.train_rows[0].device
+        return [torch.arange(n, device=device)[:, None] for n in (self.n_users, self.n_items)]
+
+    def score_all(self, users, items):
+        """users (B, 1), items (J, 1) -> (B, J)."""
+        place, seen = rows_of(self.train_rows, users[:, 0])
+        one = torch.ones(len(seen), device=seen.device)
+        profile = sparse_rows(place, seen, one, (len(users), self.n_items))  # their rows of X
+        scores = profile @ self.weight  # (B, I)
+        if scores.layout is not torch.strided:
+            scores = scores.to_dense()
+        return scores.index_select(1, items[:, 0])
+
+    def score(self, users, items):
+        """users (…, 1), items (…, 1) -> (…); leading dimensions broadcast."""
+        users, items = torch.broadcast_tensors(users[..., 0], items[..., 0])
+        some, place = users.unique(return_inverse=True)
+        return self.score_all(some[:, None], self()[1])[place, items]
+
+
+def sparse_rows(row, column, value, shape):
+    """A sparse CSR matrix from its entries, in order of their row: row, column, value (n,)."""
+    indptr = F.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
+    with warnings.catch_warnings():  # torch calls its CSR support beta, once a process
+        warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
+        return torch.sparse_csr_tensor(indptr, column, value, shape)
+
+
+def item_products(pairs, user_weight, n_items, entries=2**24):
+    """X' diag(user_weight) X, some rows (at most `entries` numbers) at a time; with weights of 1
+    these are the numbers of users that two items share.
+
+    pairs (N, 2), user_weight (U,) -> yields (the block's items (C,), block (C, I) dense)."""
+    everyone = torch.arange(len(user_weight), device=pairs.device)
+    users, items = rows_of(user_rows(pairs, len(user_weight)), everyone)
+    one = torch.ones(len(users), device=pairs.device)
+    matrix = sparse_rows(users, items, one, (len(user_weight), n_items))  # X
+    by_item = user_rows(pairs.flip(1), n_items)
+    for block in torch.arange(n_items, device=pairs.device).split(max(1, entries // n_items)):
+        place, users = rows_of(by_item, block)
+        left = sparse_rows(place, users, user_weight[users], (len(block), len(user_weight)))
+        yield block, (left @ matrix).to_dense()
+
+
+def sparse_weights(blocks, topk, max_gib):
+    """Blocks (items (C,), dense (C, I)) -> sparse CSR (I, I) without the diagonal; topk > 0 keeps
+    the `topk` highest of each row.
+
+    Raises SystemExit2 when the weights take more than max_gib GiB, at 12 bytes each."""
+    rows, columns, values, count = [], [], [], 0
+    for items, block in blocks:
+        block[torch.arange(len(items), device=items.device), items] = 0
+        if 0 < topk < block.shape[1]:
+            best = block.topk(topk, dim=1)
+            block = torch.zeros_like(block).scatter_(1, best.indices, best.values)
+        row, column = block.nonzero().T
+        count += len(row)
+        if count * 12 > max_gib * 2**30:
+            fail(f"--max-gib {max_gib:g}: the item weights take more than that; raise it, or give "
+                 "--topk to keep fewer")
+        rows.append(items[row])
+        columns.append(column)
+        values.append(block[row, column])
+    shape = (block.shape[1], block.shape[1])
+    return sparse_rows(torch.cat(rows), torch.cat(columns), torch.cat(values), shape)
+
+
+def item_knn(pairs, n_users, n_items, shrink=20.0, topk=0, max_gib=2.0):
+    """ItemKNN (Sarwar et al., WWW 2001), cosine with shrinkage (Bell and Koren, ICDM 2007):
+    W_ij = n_ij / (sqrt(n_i n_j) + shrink), with n_ij the number of users who have both items.
+
+    pairs (N, 2) -> sparse (I, I)."""
+    norm = torch.bincount(pairs[:, 1], minlength=n_items).float().sqrt()
+    shared = item_products(pairs, torch.ones(n_users, device=pairs.device), n_items)
+    weights = ((items, block / (norm[items, None] * norm + shrink).clamp(min=1e-9))
+               for items, block in shared)
+    return sparse_weights(weights, topk, max_gib)
+
+
+def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, topk=0, max_gib=2.0):
+    """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item, each
+    step's probability to the power alpha, the popularity of its end taken out to the power beta:
+    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. The first step's probability is the
+    same for all of a user's items, so it is left out.
+
+    pairs (N, 2) -> sparse (I, I)."""
+    of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()
+    of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
+    walks = item_products(pairs, of_user**-alpha, n_items)
+    weights = ((items, of_item[items, None] ** -alpha * block * of_item**-beta)
+               for items, block in walks)
+    return sparse_weights(weights, topk, max_gib)
+
+
+def ease(pairs, n_users, n_items, ridge=200.0, max_gib=2.0):
+    """EASE (Steck, WWW 2019): the W of least ||X - X W||^2 + ridge ||W||^2 with a zero diagonal.
+    With P = (X'X + ridge I)^-1: W_ij = -P_ij / P_jj (eq. 8). Float32, one Cholesky factorisation.
+
+    pairs (N, 2) -> dense (I, I). Raises SystemExit2 when W takes more than max_gib GiB; three times
+    that is needed at the peak."""
+    gib = 4 * n_items**2 / 2**30
+    if gib > max_gib:
+        fail(f"--max-gib {max_gib:g}: ease's {n_items} x {n_items} weights take {gib:.3g} GiB; "
+             "raise it where three times that fits into memory, or take --backbone rp3")
+    gram = torch.empty(n_items, n_items, device=pairs.device)
+    for items, block in item_products(pairs, torch.ones(n_users, device=pairs.device), n_items):
+        gram[items] = block
+    gram.diagonal().add_(ridge)
+    torch.linalg.cholesky(gram, out=gram)
+    inverse = torch.cholesky_inverse(gram)
+    del gram
+    return inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)
+
+
+def popularity(pairs, n_users, n_items):
+    """The number of train pairs of an item, alike for all -> an MF of width 1: 1 and the count."""
+    model = MF(n_users, n_items, 1).to(pairs.device)
+    # less a share of 1 that grows with the id: equal counts are in order already, and no ranking
+    # has to sort its ties
+    count = torch.bincount(pairs[:, 1], minlength=n_items)
+    count = count - torch.arange(n_items, device=pairs.device) / n_items
+    model.embedding.data = torch.cat([torch.ones_like(count[:1]).expand(n_users), count])[:, None]
+    return model
 
 # --------------------------------------------------------------------------------------------------
 # Losses, and the step that every baseline trains with
@@ -367,6 +535,17 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3):
 def bpr_loss(positive_score, negative_score):
     """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that it cannot overflow."""
     return F.softplus(negative_score - positive_score).mean()
+
+
+def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
+    """Softmax cross-entropy of one positive against N negatives (sampled softmax: Jean et al., ACL
+    2015; for recommenders Wu et al., "On the Effectiveness of Sampled Softmax Loss for Item
+    Recommendation", TOIS 2024): -mean ln e^(s_p / tau) / (e^(s_p / tau) + sum_n e^(s_n / tau)).
+    No logQ correction: it would be the same for all negatives, which are drawn uniformly.
+
+    positive_score (B,), negative_scores (B, N), -inf where item n is no negative of b -> scalar."""
+    scores = torch.cat([positive_score[:, None], negative_scores], 1) / tau  # (B, 1 + N)
+    return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 def l2_loss(*vectors):
@@ -391,6 +570,36 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
         else:  # what was gathered for the scores are the parameters themselves
             l2 = l2_loss(users, items, take(ego_items, j) if sampler == "mixgcf" else negatives)
         return bpr + reg * l2, {"bpr": bpr.item()}
+
+    return step
+
+
+def make_softmax_step(model, pairs, *, reg, n, tau):
+    """The step of --loss softmax: n items, drawn each step uniformly and without repeats, are the
+    negatives of every row, save the user's own train items; L2 on the pair's own embeddings.
+
+    pairs (N, 2) train -> step(rows, generator) for `fit`."""
+    train_rows = user_rows(pairs, model.n_users)
+    slot = torch.empty(model.n_items, dtype=torch.int64, device=pairs.device)
+
+    def step(rows, generator):
+        u, i = pairs[rows].T
+        user_vectors, item_vectors = model()
+        users, items = take(user_vectors, u), take(item_vectors, i)  # (B, D)
+        drawn = torch.randperm(model.n_items, generator=generator, device=u.device)[:n]
+        scores = model.score_all(users, take(item_vectors, drawn))  # (B, n)
+        slot.fill_(-1)[drawn] = torch.arange(len(drawn), device=u.device)
+        row, seen = rows_of(train_rows, u)
+        among = slot[seen] >= 0
+        own = torch.zeros_like(scores, dtype=torch.bool)
+        own[row[among], slot[seen[among]]] = True
+        scores = scores.masked_fill(own, -torch.inf)
+        loss = sampled_softmax_loss(model.score(users, items), scores, tau)
+        logs = {"softmax": loss.item()}
+        if reg:
+            ego_users, ego_items = model.ego()
+            loss = loss + reg * l2_loss(take(ego_users, u), take(ego_items, i))
+        return loss, logs
 
     return step
 
@@ -464,14 +673,10 @@ def rank_unseen(model, users, seen, k, chunk=1024):
     was_training, _ = model.training, model.eval()
     user_vectors, item_vectors = model()
     model.train(was_training)
-    indptr, items = seen
     result = []
     for part in users.split(chunk):
         scores = model.score_all(user_vectors[part], item_vectors)
-        start, count = indptr[part], indptr[part + 1] - indptr[part]
-        row = torch.repeat_interleave(torch.arange(len(part), device=part.device), count)
-        offset = torch.arange(len(row), device=part.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        seen_items = items[torch.repeat_interleave(start, count) + offset]
+        row, seen_items = rows_of(seen, part)
         scores.view(-1).index_fill_(0, row * scores.shape[1] + seen_items, -torch.inf)
         index = top_k(scores, k)
         result.append(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
@@ -609,9 +814,17 @@ def pretrain(args):
     """Train one backbone with one sampler; write its best state and its user/item vectors."""
     run, data = Path(args.run), load_data(args.run)
     out = run / output_name("--out", args.out, "backbones.py pretrain", ".safetensors")
-    settings = settings_of(args)
+    settings = settings_of(args, *sum(CLOSED_FORMS.values(), ()))
+    if args.backbone in CLOSED_FORMS:  # no seed, no training: only its own constants are read
+        settings = {"command": "pretrain", "backbone": args.backbone, "seed": None}
+        settings |= {"dim": 1, "layers": 0}
+        settings |= {name: getattr(args, name) for name in CLOSED_FORMS[args.backbone]}
     settings["inputs"] = stamp(run, "data.safetensors")
-    if not up_to_date(out, settings, force=args.force):
+    if up_to_date(out, settings, force=args.force):
+        return
+    if args.backbone in CLOSED_FORMS:
+        compute_baseline(args, data, settings, out)
+    else:
         train_baseline(args, data, settings, out)
 
 
@@ -620,12 +833,18 @@ def train_baseline(args, data, settings, out):
     torch.manual_seed(args.seed)
     train = data["train"].to(args.device)
     data = {**data, "train": train, "valid": data["valid"].to(args.device)}
-    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
-    step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
+    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train,
+                           args.layers, args.cosine)
+    if args.loss == "softmax":
+        step = make_softmax_step(model, train, reg=args.reg, n=args.shared, tau=args.tau)
+    else:
+        step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n,
+                         beta=args.beta)
+    loss = args.sampler if args.loss == "bpr" else args.loss
     start = time.time()
     state, history = fit({"backbone": model}, step, len(train), validation(model, data), epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
-                         seed=args.seed, label=f"{args.backbone} {args.sampler}")
+                         seed=args.seed, label=f"{args.backbone} {loss}")
     restore({"backbone": model}, state)
     users, items = model.eval()()
     tensors = {**state, "user": users, "item": items}
@@ -634,6 +853,50 @@ def train_baseline(args, data, settings, out):
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
                   "seconds": time.time() - start})
     print(f"wrote {out}")
+
+
+def compute_baseline(args, data, settings, out):
+    """The computation of a closed form for `pretrain`, from the data of load_data to `out`."""
+    start, train = time.time(), data["train"].to(args.device)
+    shape = (data["n_users"], data["n_items"])
+    if args.backbone == "pop":
+        model = popularity(train, *shape)
+    elif args.backbone == "ease":
+        model = ItemWeights(ease(train, *shape, args.ridge, args.max_gib), train, shape[0])
+    elif args.backbone == "itemknn":
+        weight = item_knn(train, *shape, args.shrink, args.topk, args.max_gib)
+        model = ItemWeights(weight, train, shape[0])
+    else:
+        weight = rp3beta(train, *shape, args.rp3_alpha, args.rp3_beta, args.topk, args.max_gib)
+        model = ItemWeights(weight, train, shape[0])
+    score = validation(model, {"train": train, "valid": data["valid"].to(args.device)})()
+    seconds = time.time() - start
+    history = [{"epoch": 0, "valid_ndcg@20": score, "seconds": seconds}]
+    save_tensors(out, closed_form_tensors(model), {
+        "settings": settings, "n_users": shape[0], "n_items": shape[1], "history": history,
+        "seconds": seconds})
+    print(f"{args.backbone}: valid NDCG@20 {score:.4f}, {seconds:.0f} s\nwrote {out}")
+
+
+def closed_form_tensors(model):
+    """What the file of a closed form holds: popularity's is that of an MF; item weights are dense,
+    or the three parts of a CSR."""
+    if isinstance(model, MF):
+        return {"backbone.embedding": model.embedding}
+    weight = model.weight
+    if weight.layout is torch.strided:
+        return {"weight": weight}
+    parts = (weight.crow_indices(), weight.col_indices(), weight.values())
+    return dict(zip(("indptr", "column", "value"), parts))
+
+
+def closed_form_weights(tensors):
+    """closed_form_tensors back -> weight (I, I), dense or sparse CSR."""
+    if "weight" in tensors:
+        return tensors["weight"]
+    count = tensors["indptr"].diff()
+    row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    return sparse_rows(row, tensors["column"], tensors["value"], (len(count), len(count)))
 
 # --------------------------------------------------------------------------------------------------
 # The files of a run: data, models, generated negatives
@@ -658,7 +921,11 @@ def load_model(path, maker="", data=None):
     if s.get("command") not in ("pretrain", "train"):
         fail(f"{path}: holds what `{s.get('command')}` writes, not a trained recommender; "
              "name one, such as cf.safetensors")
-    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"], s["layers"])
+    if "value" in tensors or "weight" in tensors:
+        model = ItemWeights(closed_form_weights(tensors), data["train"], meta["n_users"])
+        return model, meta, tensors
+    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"],
+                           s["layers"], s.get("cosine", False))
     restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
 
@@ -1094,10 +1361,12 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see `python {self.prog} --help`)")
 
 
-def add_training_flags(parser):
-    """The flags that a baseline and HNLMRec share: the same backbone, the same budget."""
+def add_training_flags(parser, more=()):
+    """The flags that a baseline and HNLMRec share: the same backbone, the same budget. more:
+    further choices of --backbone."""
     group = parser.add_argument_group("backbone and training budget")
-    group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf"], default="lightgcn", help="recommender")
+    group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
+                       default="lightgcn", help="recommender")
     group.add_argument("--dim", type=number(int, 2), default=64, help="embedding width d")
     group.add_argument("--layers", type=number(int, 1), default=3, help="propagation layers of lightgcn and ngcf")
     group.add_argument("--epochs", type=number(int, 1), default=200, help="passes over the train pairs, at most")
@@ -1118,14 +1387,42 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     p = commands.add_parser("pretrain", help="train a backbone with one negative sampler",
                             epilog="example: python backbones.py pretrain --run runs/demo --sampler dns --out model-dns.safetensors")
-    add_training_flags(p)
+    add_training_flags(p, CLOSED_FORMS)
     p.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="rns", help="negative sampler")
     p.add_argument("--m", type=number(int, 1, 2**16), default=8,
                    help="candidates of dns, mixgcf and ahns, items")
     p.add_argument("--n", type=number(int, 1), default=1, help="dns draws from the n highest of its m candidates")
     p.add_argument("--beta", type=number(float, 0), default=0.75, help="popularity exponent of pns")
+    p.add_argument("--loss", choices=["bpr", "softmax"], default="bpr",
+                   help="softmax: over the positive and --shared negatives, no sampler")
+    p.add_argument("--shared", type=number(int, 1), default=256,
+                   help="softmax's negatives, drawn each step and shared by the batch")
+    p.add_argument("--tau", type=number(float, 0, open_low=True), default=0.2,
+                   help="softmax's temperature")
+    p.add_argument("--cosine", action="store_true",
+                   help="softmax of cosines; the saved vectors have norm 1")
+    g = p.add_argument_group(
+        "closed forms: --backbone pop, itemknn, rp3, ease; they read no other flag")
+    g.add_argument("--shrink", type=number(float, 0), default=20.0,
+                   help="itemknn: added to the denominator of the cosine, users")
+    g.add_argument("--rp3-alpha", type=number(float, 0), default=0.4,
+                   help="rp3: exponent of the transition probabilities")
+    g.add_argument("--rp3-beta", type=number(float, 0), default=0.3,
+                   help="rp3: exponent of the popularity taken out")
+    g.add_argument("--topk", type=number(int, 0), default=0,
+                   help="itemknn and rp3: neighbours kept of each item (0: all)")
+    g.add_argument("--ridge", type=number(float, 0, open_low=True), default=200.0,
+                   help="ease: weight of its L2 term, lambda")
+    g.add_argument("--max-gib", type=number(float, 0, open_low=True), default=2.0,
+                   help="refuse item x item weights above this size, GiB")
     p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")
     args = parser.parse_args(argv)
+    if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
+        fail(f"--backbone {args.backbone}: has no vectors for the LLM step; give --out "
+             f"model-{args.backbone}.safetensors")
+    if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
+        fail("--cosine: needs --loss softmax, and a backbone that scores by inner products: mf, "
+             "lightgcn or ngcf")
     if args.n > args.m:
         fail(f"--n {args.n}: larger than --m {args.m}; dns draws from the n highest of m candidates")
     pretrain(args)

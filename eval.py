@@ -2,6 +2,7 @@
 
 report     runs/NAME/model-*.safetensors -> report.md and metrics.json. This, and nothing before it, reads the test pairs.
 compare    methods x backbones x seeds, ablations and controls -> compare.md, compare.json, pictures.
+tune       as many random trials for each method, on validation -> tuned.json. Reads no test pair.
 sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. Reads no test pair.
 recommend  one user's top items with titles and scores, and beside them the negatives the LLM made for that user.
 
@@ -24,12 +25,15 @@ import numpy as np
 import torch
 
 from backbones import (
+    CLOSED_FORMS,
     Parser,
     Progress,
+    SystemExit2,
     UnseenSampler,
     contains,
     dns,
     fail,
+    file_digest,
     hit_rate,
     json_digest,
     load_data,
@@ -87,13 +91,59 @@ def list_statistics(model, data, k=20):
     ranked = rank_unseen(model, users, user_rows(seen, model.n_users), k)  # (n, k)
     count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
     quarter = quartiles(count)
-    recommended = pair_keys(torch.stack([users[:, None].expand_as(ranked)[ranked >= 0], ranked[ranked >= 0]], 1), model.n_items)
-    hit = contains(recommended, *data["test"].T, model.n_items)
+    hit = hit_pairs(ranked, users, data["test"], model.n_items)
     shown = torch.bincount(ranked[ranked >= 0], minlength=model.n_items).double().sort().values
     rank = torch.arange(1, model.n_items + 1).double()
     return {"users": users, **values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
             "popularity": float(count[ranked[ranked >= 0]].double().mean()), "coverage": float((shown > 0).double().mean()),
             "gini": float((2 * rank - model.n_items - 1) @ shown / (model.n_items * shown.sum()))}
+
+
+def hit_pairs(ranked, users, pairs, n_items):
+    """Which pairs (N, 2) are among the ranked items (n, k) of their user? users (n,); an item of -1
+    is none -> (N,) bool."""
+    real = ranked >= 0
+    recommended = torch.stack([users[:, None].expand_as(ranked)[real], ranked[real]], 1)
+    return contains(pair_keys(recommended, n_items), *pairs.T, n_items)
+
+
+UNSEEN = ("users seen", "users unseen", "items seen", "items unseen")  # in train, at test
+
+
+def unseen_scores(model, data, users, values, k=20):
+    """Scores apart of what train has seen and what it has not, from evaluate's users and values:
+    NDCG@k of the users, Recall@k over the test pairs by their item -> {name of UNSEEN: score}; a
+    group without anything in it is left out."""
+    u, i = data["train"].T
+    new_users, new_items = ~torch.isin(users, u), ~torch.isin(data["test"][:, 1], i)
+    ndcg_of, groups = values[f"NDCG@{k}"], {}
+    if new_users.any():
+        groups |= {"users seen": ndcg_of[~new_users], "users unseen": ndcg_of[new_users]}
+    if new_items.any():
+        seen = user_rows(torch.cat([data["train"], data["valid"]]), model.n_users)
+        ranked = rank_unseen(model, users, seen, k)
+        hit = hit_pairs(ranked, users, data["test"], model.n_items).double()
+        groups |= {"items seen": hit[~new_items], "items unseen": hit[new_items]}
+    return {name: float(scores.mean()) for name, scores in groups.items() if len(scores)}
+
+
+def unseen_section(data, methods):
+    """Lines on the test users and items that train has not seen; methods {name: row of metrics}."""
+    u, i = data["test"].T
+    new_users = u[~torch.isin(u, data["train"][:, 0])]
+    new_items = i[~torch.isin(i, data["train"][:, 1])]
+    lines = ["", "## Users and items unseen in train", "",
+             (f"{len(new_users.unique())} of {len(u.unique()):,} test users, "
+              f"{len(new_items.unique())} of {len(i.unique()):,} test items ({len(new_items)} of "
+              f"{len(i):,} test pairs).")]
+    if not len(new_users) and not len(new_items):
+        return lines
+    rows = []
+    for name, row in methods.items():
+        scores = [f"{row[group]:.4f}" if group in row else "" for group in UNSEEN]
+        rows.append([NAMES.get(name, name), *scores])
+    return [*lines, "", "NDCG@20 of the users, Recall@20 over the test pairs by their item:", "",
+            *markdown_table(["method", *UNSEEN], rows)]
 
 
 def quartiles(count):
@@ -165,7 +215,9 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
 # Report
 # --------------------------------------------------------------------------------------------------
 
-NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec"}
+NAMES = {"pop": "Popularity", "itemknn": "ItemKNN", "rp3": "RP3β", "ease": "EASE",
+         "rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS",
+         "softmax": "Softmax", "hnlmrec": "HNLMRec"}
 
 
 def report(args):
@@ -179,13 +231,14 @@ def report(args):
     metrics, models = {"data": data["digest"], "methods": {}}, {}
     for path in paths:
         model, meta, tensors = load_model(path, data=data)
-        _, values, skipped = evaluate(model, data)
+        users, values, skipped = evaluate(model, data)
         best = best_epoch(meta)
         row = {name: float(value.mean()) for name, value in values.items()}
         row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"], "seconds": meta["seconds"],
                 "backbone": meta["settings"]["backbone"], "seed": meta["settings"]["seed"]}
         if not all(math.isfinite(row[name]) for name in COLUMNS):
             fail(f"{path}: its metrics are not finite; train it again with --force")
+        row |= unseen_scores(model, data, users, values)
         metrics["methods"][path.stem[6:]] = row
         models[path.stem[6:]] = (model, tensors)
     metrics["users tested"], metrics["users without a test pair"] = data["n_users"] - skipped, skipped
@@ -199,7 +252,11 @@ def report(args):
         [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
          row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
 
-    reference = next((models[name] for name in ("rns", "dns") if name in models), next(iter(models.values())))[0]
+    lines += unseen_section(data, metrics["methods"])
+    methods = metrics["methods"].items()
+    trained = [name for name, row in methods if row["backbone"] not in CLOSED_FORMS]
+    name = next((name for name in ("rns", "dns", *trained) if name in models), None)
+    reference = models[name][0] if name else None
     lines += fhns_section(run, data, reference, metrics, args.m, {
         f"{NAMES.get(name, name)}, projected z": (tensors["z_pairs"], tensors["z"], tensors["item"]) for name, (_, tensors) in models.items() if "z" in tensors})
     if (run / "sft.safetensors").exists():
@@ -219,9 +276,11 @@ def report(args):
 
 
 def fhns_section(run, data, model, result, m=8, projected=None):
-    """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
-    and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
-    fhns, paths = fhns_of_samplers(model, data, m, 0), sorted(run.glob("negatives*-00000.safetensors"))
+    """Lines of the table of false hard negatives: what the samplers hand `model` (None: no such
+    rows), every set of generated negatives of the run, and projected {name: (pairs, vectors,
+    items)}. Also put into result["fhns"]. No lines when there is none of them."""
+    fhns = fhns_of_samplers(model, data, m, 0) if model else {}
+    paths = sorted(run.glob("negatives*-00000.safetensors"))
     items = load_tensors(run / "cf.safetensors")[0]["item"] if paths else None
     for path in paths:
         name = path.name[: -len("-00000.safetensors")]
@@ -231,6 +290,8 @@ def fhns_section(run, data, model, result, m=8, projected=None):
     for name, (pairs, vectors, trained) in (projected or {}).items():
         fhns[name] = fhns_of_vectors(pairs, vectors, trained, data, data["n_items"])
     result["fhns"] = fhns
+    if not fhns:
+        return []
     return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
             "vector, its nearest real items that the user has no train pair with."), "",
             *markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
@@ -245,7 +306,11 @@ def best_epoch(meta):
 # Compare: methods x backbones x seeds on one split. A cell is one command, echoed, that trains one model
 # --------------------------------------------------------------------------------------------------
 
-BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
+# closed forms have a backbone of their own, and no seed
+CLOSED = {"Popularity": "pop", "ItemKNN": "itemknn", "RP3β": "rp3", "EASE": "ease"}
+BASELINES = {**dict.fromkeys(CLOSED, ""), "Softmax": "--loss softmax --cosine",
+             "RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns",
+             "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
 OURS = {
     "HNLMRec": "", "HNLMRec, cleared negatives": "--clear 0.3",
@@ -297,19 +362,28 @@ def compare(args):
         words_of("--flags", args.flags, every[name])
         if name in LLM_ABLATIONS:
             make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
-    cells = []
+    tuned = read_tuned(run / args.tuned, data["digest"]) if args.tuned else None
+    cells = {}  # (method, backbone, seed) -> its cell; a closed form has one for all of them
     for name, backbone in plan:
+        words = tuned_words(tuned, name, backbone, every[name]) if tuned else every[name]
         script = "backbones.py" if name in BASELINES else "hnlmrec.py"
-        cells += [(script, name, [*flags, *every[name]], backbone, seed) for seed in seeds]
-    keys = [(name, backbone, seed) for _, name, _, backbone, seed in cells]
-    paths = dict(zip(keys, make_cells(run, cells, args.jobs, args.force)))
+        words = (*flags, *words)
+        for seed in seeds:
+            own = (CLOSED[name], 0) if name in CLOSED else (backbone, seed)
+            cells[name, backbone, seed] = (script, name, words, *own)
+    unique = list(dict.fromkeys(cells.values()))
+    made = dict(zip(unique, make_cells(run, unique, args.jobs, args.force)))
+    paths = {key: made[cell] for key, cell in cells.items()}
 
-    # rows: (method, backbone) -> list over seeds
-    rows, progress = {}, Progress("evaluate", len(paths), "cells")
+    # rows: (method, backbone) -> list over seeds; statistics: path -> what one evaluation gives
+    rows, statistics, progress = {}, {}, Progress("evaluate", len(paths), "cells")
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
-        model, meta, _ = load_model(path, data=data)
-        best = best_epoch(meta)["valid_ndcg@20"]
-        rows.setdefault((name, backbone), []).append(list_statistics(model, data, 20) | {"valid": best, "seconds": meta["seconds"]})
+        if path not in statistics:
+            model, meta, _ = load_model(path, data=data)
+            statistics[path] = list_statistics(model, data, 20)
+            best = best_epoch(meta)["valid_ndcg@20"]
+            statistics[path] |= {"valid": best, "seconds": meta["seconds"]}
+        rows.setdefault((name, backbone), []).append(statistics[path])
         progress.update(n)
     # … -> arrays with seeds as the first axis: metrics per user (S, n), the rest (S,) or (S, 4)
     table = {key: {column: np.array([np.asarray(cell[column]) for cell in cells]) for column in cells[0]} for key, cells in rows.items()}
@@ -318,9 +392,13 @@ def compare(args):
     lines = [f"# Comparison: {markdown(run.name)}", "",
              (f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one set of generated "
              f"negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch.")]
+    if tuned:
+        trials = max(entry["trials"] for methods in tuned.values() for entry in methods.values())
+        lines += ["", f"Flags by {trials} random trials a method on validation ({args.tuned})."]
     for backbone in dict.fromkeys(backbone for _, backbone in plan):
         lines += backbone_section(run, args.out, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
-    lines += fhns_section(run, data, load_model(next(iter(paths.values())), data=data)[0], result)
+    trained = next((path for (name, *_), path in paths.items() if name not in CLOSED), None)
+    lines += fhns_section(run, data, load_model(trained, data=data)[0] if trained else None, result)
     write_atomic(run / f"{args.out}.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
     print("\n".join(lines))
@@ -470,6 +548,173 @@ def make_cells(run, cells, jobs, force=False):
         return list(pool.map(lambda cell: make_cell(run, force, *cell), cells))
 
 # --------------------------------------------------------------------------------------------------
+# Tune: the same number of random trials for every method (random search: Bergstra and Bengio, JMLR
+# 2012), on validation. Reads no test pair
+# --------------------------------------------------------------------------------------------------
+
+TRAINED = {"lr": ("log", 3e-4, 1e-2), "reg": ("log", 1e-6, 1e-1)}
+M = [2, 4, 8, 16, 32, 64]
+# method -> {flag: the values to choose from, or (scale, low, high)}. --dim is the same for all: 64
+SPACES = {
+    "Popularity": {},
+    "ItemKNN": {"shrink": ("log", 0.1, 1000), "topk": [0, 10, 20, 50, 100, 200]},
+    "RP3β": {"rp3-alpha": ("linear", 0, 1), "rp3-beta": ("linear", 0, 1),
+             "topk": [0, 50, 100, 200]},
+    "EASE": {"ridge": ("log", 10, 3000)},
+    "RNS": TRAINED,
+    "PNS": TRAINED | {"beta": ("linear", 0, 1)},
+    "DNS": TRAINED | {"m": M},
+    "DNS(M,N)": TRAINED | {"m": [8, 16, 32, 64], "n": [2, 3, 4, 8]},
+    "MixGCF": TRAINED | {"m": M},
+    "AHNS": TRAINED | {"m": M},
+    "Softmax": TRAINED | {"tau": ("log", 0.05, 1), "shared": [64, 256, 1024]},
+    "HNLMRec": TRAINED | {
+        "m": M, "alpha": [0, 0.02, 0.1, 0.3], "lambda-s": [0, 0.003, 0.01, 0.03],
+        "text-init": [0, 0.5, 1], "clear": [0, 0.15, 0.3, 0.6]},
+    "HNLMRec, as in the paper": TRAINED | {
+        "alpha": ("log", 1e-4, 0.3), "lambda1": ("log", 1e-4, 1), "tau-c": ("log", 0.05, 1)},
+}
+
+
+def draw(space, rng):
+    """One random point of a space of SPACES, as words of a command; numbers have three digits."""
+    words = []
+    for flag, values in space.items():
+        if isinstance(values, list):
+            value = values[rng.integers(len(values))]
+        elif values[0] == "log":
+            value = math.exp(rng.uniform(math.log(values[1]), math.log(values[2])))
+        else:
+            value = rng.uniform(values[1], values[2])
+        words += [f"--{flag}", f"{value:.3g}" if isinstance(value, float) else str(value)]
+    return words
+
+
+def tune(args):
+    """Random search of each method's space, `budget` trials each; trial 0 is the method's defaults.
+
+    A trial is one command and one line of OUT.jsonl, so a killed search goes on where it was;
+    OUT.json holds the flags of the best trial by validation NDCG@20, for `compare --tuned`."""
+    run, log = Path(args.run), Path(args.run) / f"{args.out}.jsonl"
+    names = [name.strip() for name in args.methods.split(";")] if args.methods else list(SPACES)
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if name not in SPACES:
+            fail(f"--methods {name}: has no declared space; choose from {'; '.join(SPACES)}")
+
+    # what the trials depend on: lines of another split, seed or set of flags are refused
+    shared = {"data": load_data(run)["digest"], "seed": args.seed, "flags": args.flags}
+    paths = sorted(run.glob("negatives-[0-9]*.safetensors"))
+    paths += [run / name for name in ("negatives-items.safetensors", "cf.safetensors")]
+    digests = [file_digest(path) for path in paths if path.exists()]  # of what HNLMRec reads
+    llm = hashlib.sha256("+".join(digests).encode()).hexdigest()[:16]
+    rows = read_jsonl(log, "python eval.py tune", growing=True) if log.exists() else []
+    done = {(row["method"], row["backbone"], row["trial"]): row for row in rows}
+    todo = []
+    for name in names:
+        backbone = CLOSED.get(name, args.backbone)
+        inputs = shared | ({"llm": llm} if name in OURS else {})
+        for n in range(args.budget if SPACES[name] else 1):
+            rng = np.random.default_rng([args.seed, n, *name.encode()])
+            row = {"method": name, "backbone": backbone, "trial": n, **inputs}
+            row["words"] = draw(SPACES[name], rng) if n else []
+            old = done.get((name, backbone, n))
+            if old is None:
+                todo.append(row)
+            elif {key: old.get(key) for key in row} != row:
+                fail(f"{log}: trial {n} of {name} was made from other inputs, flags or space; "
+                     "delete the file or choose another --out")
+
+    def one(row):
+        return row | tune_trial(run, row)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for finished in pool.map(one, todo):
+            rows.append(finished)
+            write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    groups, methods, table = {}, {}, []
+    for row in rows:
+        groups.setdefault((row["backbone"], row["method"]), []).append(row)
+    for (backbone, name), trials in groups.items():
+        finished = [row for row in trials if row["valid"] is not None]
+        best = max(finished, key=lambda row: row["valid"])
+        entry = {key: best[key] for key in ("words", "valid", "trial")}
+        entry |= {"trials": len(trials), "failed": len(trials) - len(finished)}
+        methods.setdefault(backbone, {})[name] = entry
+        table.append([name, backbone, len(trials), entry["failed"], f"{trials[0]['valid']:.4f}",
+                      f"{best['valid']:.4f}", " ".join(best["words"]) or "its defaults"])
+    result = {**shared, "methods": methods}
+    header = ["method", "backbone", "trials", "failed", "valid NDCG@20, defaults", "best", "flags"]
+    print("\n".join(markdown_table(header, table)))
+    write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
+    print(f"\nwrote {run / args.out}.json")
+
+
+def tune_trial(run, row):
+    """Train one trial and throw the model away -> {"valid": NDCG@20, None when training failed}.
+    The failure of trial 0, the defaults, is an error: it is not the random flags' fault."""
+    script, command, words = command_of(row["method"])
+    name = f"tune {row['method']} {row['backbone']} {row['trial']}"
+    out = Path("compare") / (re.sub("[^a-z0-9]+", "-", name.lower()) + ".safetensors")
+    words = [*row["flags"].split(), *words, *row["words"]]
+    try:
+        program(script, command, "--run", run, "--backbone", row["backbone"], "--seed", row["seed"],
+                *words, "--out", out, "--force")
+        return {"valid": best_epoch(read_meta(run / out, "python eval.py tune"))["valid_ndcg@20"]}
+    except SystemExit2 as error:
+        if row["trial"] == 0:
+            raise
+        print(f"failed: {error.message}")
+        return {"valid": None, "failed": error.message}
+    finally:
+        (run / out).unlink(missing_ok=True)
+
+
+def command_of(name):
+    """A method's program, its command there and the method's own flags."""
+    if name in BASELINES:
+        return "backbones.py", "pretrain", BASELINES[name].split()
+    return "hnlmrec.py", "train", OURS[name].split()
+
+
+def read_tuned(path, digest):
+    """tuned.json of `tune` -> {backbone: {method: its entry}}.
+
+    Raises SystemExit2 when it is not there, was made on another split, or with unequal budgets."""
+    if not path.exists():
+        fail(f"{path}: no such file; make it with `python eval.py tune --run {path.parent}`")
+    try:
+        tuned = json.loads(path.read_text())
+        tuned = {key: tuned[key] for key in ("data", "methods")}
+    except (ValueError, KeyError):
+        fail(f"{path}: is not what `python eval.py tune` writes; delete it and run that again")
+    if tuned["data"] != digest:
+        fail(f"{path}: was tuned on another data.safetensors; run `python eval.py tune` again")
+    budgets = {}
+    for methods in tuned["methods"].values():
+        for name, entry in methods.items():
+            if SPACES.get(name):
+                budgets[entry["trials"]] = name
+    if len(budgets) > 1:
+        (low, one), *_, (high, other) = sorted(budgets.items())
+        fail(f"{path}: {one} had {low} trials, {other} {high}; run `python eval.py tune` with one "
+             "--budget for all")
+    return tuned["methods"]
+
+
+def tuned_words(tuned, name, backbone, words):
+    """A method's flags with its tuned ones. A variant of HNLMRec that was not tuned by itself takes
+    HNLMRec's, and its own flags on top: they are what makes it another variant."""
+    methods = tuned.get(CLOSED.get(name, backbone), {})
+    if name in methods:
+        return [*words, *methods[name]["words"]]
+    if name in BASELINES or "HNLMRec" not in methods:
+        fail(f"--tuned: {name} on {backbone} is not in it; run `python eval.py tune --methods "
+             f"\"{name}\"`")
+    return [*methods["HNLMRec"]["words"], *words]
+
+# --------------------------------------------------------------------------------------------------
 # Recommend
 # --------------------------------------------------------------------------------------------------
 
@@ -554,6 +799,22 @@ def main(argv=None):
     p = commands.add_parser("report", help="evaluate all models of a run on its test pairs", epilog="example: python eval.py report --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--m", type=number(int, 1), default=8, help="candidates of DNS and MixGCF in the table of false hard negatives")
+    p = commands.add_parser(
+        "tune", help="choose each method's flags by random trials on validation",
+        epilog="example: python eval.py tune --run runs/ml-100k --methods 'DNS;EASE' --budget 20")
+    p.add_argument("--run", required=True, metavar="DIR",
+                   help="run folder in which `bash run.sh` has finished")
+    p.add_argument("--methods", default="",
+                   help=f"semicolon-separated, of {'; '.join(SPACES)} (left out: all)")
+    p.add_argument("--budget", type=number(int, 1), default=20,
+                   help="trials a method; the first is its defaults")
+    p.add_argument("--seed", type=number(int, 0), default=0,
+                   help="decides the trials and their trainings")
+    p.add_argument("--backbone", default="lightgcn", help="backbone of the trained methods")
+    p.add_argument("--flags", default="", help="further flags of every training, in one string")
+    p.add_argument("--out", default="tuned", help="names OUT.json and OUT.jsonl in the run folder")
+    p.add_argument("--jobs", type=number(int, 1), default=1,
+                   help="trials at a time; set OMP_NUM_THREADS=1 beside it")
     for name, text, example in (("compare", "train methods x seeds and test the differences", "--seeds 5 --ablations"),
                                 ("sweep", "try values of one flag on validation", "--flag tau_c --values 0.05,0.1,0.2,0.5")):
         p = commands.add_parser(name, help=text, description=text, epilog=f"example: python eval.py {name} --run runs/ml-100k {example}")
@@ -570,6 +831,8 @@ def main(argv=None):
             p.add_argument("--methods", default="", help="semicolon-separated names instead of all, ablations included, each with flags of its own if wanted")
             p.add_argument("--baseline-flags", default="", help="further flags of the baselines, in one string")
             p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
+            p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
+                           help="take each method's flags from this file of `tune` (tuned.json)")
             p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")
             p.add_argument("--llm-ablations", action="store_true", help="these, and the ablations that fine-tune or generate anew")
         else:
@@ -583,7 +846,8 @@ def main(argv=None):
     p.add_argument("--k", type=number(int, 1), default=10, help="items to show")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file inside the run folder")
     args = parser.parse_args(argv)
-    {"report": report, "compare": compare, "sweep": sweep, "recommend": recommend}[args.command](args)
+    {"report": report, "compare": compare, "tune": tune, "sweep": sweep,
+     "recommend": recommend}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from backbones import (
@@ -50,6 +52,7 @@ from backbones import (
     build_backbone,
     check_finite,
     fail,
+    file_digest,
     fit,
     l2_loss,
     load_data,
@@ -413,6 +416,35 @@ PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4,
          "alpha": 1e-4, "lambda1": 1e-3, "tau_c": 0.2, "lambda_s": 0.0, "text_init": 0.0}
 
 
+def load_generated(run, name, data, text_vectors=None):
+    """load_negatives, with a person's own item vectors (read_text_vectors) as the items' texts."""
+    made = load_negatives(run, name, data["digest"])
+    if text_vectors:
+        made["text"] = read_text_vectors(text_vectors, data["n_items"])
+    return made
+
+
+def read_text_vectors(path, n_items):
+    """The tensor `text` (I, H) of a safetensors file: a vector of each item, as in items.jsonl.
+
+    Raises SystemExit2 when it is not there, has another shape, or a row that is not finite."""
+    try:
+        text = load_file(path)["text"]
+    except FileNotFoundError:
+        fail(f"--text-vectors {path}: no such file")
+    except KeyError:
+        fail(f"--text-vectors {path}: has no tensor `text`; name it so")
+    except (SafetensorError, OSError) as error:
+        fail(f"--text-vectors {path}: cannot be read as safetensors ({error})")
+    if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
+        fail(f"--text-vectors {path}: text is {tuple(text.shape)}, not ({n_items}, width); give a "
+             "row for each item, as in items.jsonl")
+    bad = (~text.isfinite().all(1)).nonzero()
+    if len(bad):
+        fail(f"--text-vectors {path}: row {int(bad[0])} of text is not finite; mend that row")
+    return text.float()
+
+
 def train(args):
     """Train backbone and projector together; write the state of the best validation."""
     check_flags(args)
@@ -421,9 +453,12 @@ def train(args):
     args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
 
     # a file made with these settings from these inputs need not be made again
-    settings, made = settings_of(args), load_negatives(run, args.negatives, data["digest"])
+    settings = settings_of(args)
+    made = load_generated(run, args.negatives, data, args.text_vectors)
     settings["inputs"] = stamp(run, "data.safetensors", args.cf, args.negatives)
     settings["negatives_digest"] = made["digest"]
+    if args.text_vectors:
+        settings["text_digest"] = file_digest(args.text_vectors)
     if up_to_date(out, settings, force=args.force):
         return
 
@@ -542,7 +577,7 @@ def trace(args):
     if "paper" not in settings:
         fail(f"--model {args.model}: is no model of this version's `hnlmrec.py train`; "
              "give another, or train it again with --force")
-    made = load_negatives(run, settings.negatives, data["digest"])
+    made = load_generated(run, settings.negatives, data, getattr(settings, "text_vectors", None))
     method = build(run, settings, data, made)
     restore(dict(method.named_children()), tensors)
     cf, _ = load_tensors(run / settings.cf, f"python backbones.py pretrain --run {run}")
@@ -1663,6 +1698,9 @@ def main(argv=None):
     g.add_argument("--control", choices=["none", "random", "shuffled", "cleared"], default="none",
                    help="replace the LLM's vectors, to see what they are worth; cleared: shuffle "
                         "the texts of --clear alone")
+    g.add_argument("--text-vectors", metavar="FILE",
+                   help="safetensors file with your own item vectors, `text` (I, H), rows as in "
+                        "items.jsonl, in place of the LLM's reading")
     g.add_argument("--cf", default="cf.safetensors",
                    help="CF vectors that the alignment's hard negatives are mined with")
     g.add_argument("--mine-first", type=number(int, 0), default=0,

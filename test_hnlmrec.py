@@ -192,6 +192,91 @@ def test_neumf_ranks_as_it_scores():
         backbones.build_backbone("neumf", N_USERS, N_ITEMS, 7, random_pairs())
 
 
+def pairs_with_gaps():
+    """The train pairs of split_data without those of user 3 and of item 5, and X (U, I) float64."""
+    train = split_data()["train"]
+    train = train[(train[:, 0] != 3) & (train[:, 1] != 5)]
+    x = np.zeros((N_USERS, N_ITEMS))
+    x[tuple(train.T.numpy())] = 1
+    return train, x
+
+
+def dense_item_knn(x, shrink):
+    w = np.zeros((N_ITEMS, N_ITEMS))
+    for i in range(N_ITEMS):
+        for j in range(N_ITEMS):
+            shared, norm = (x[:, i] * x[:, j]).sum(), math.sqrt(x[:, i].sum() * x[:, j].sum())
+            if i != j and shared:
+                w[i, j] = shared / (norm + shrink)
+    return w
+
+
+def dense_rp3beta(x, alpha, beta):
+    """Step by step: from item i to each of its users, from there to each of the user's items."""
+    w = np.zeros((N_ITEMS, N_ITEMS))
+    for i in range(N_ITEMS):
+        for u in np.flatnonzero(x[:, i]):
+            for j in np.flatnonzero(x[u]):
+                if i != j:
+                    to_user, to_item = 1 / x[:, i].sum(), 1 / x[u].sum()
+                    w[i, j] += to_user**alpha * to_item**alpha / x[:, j].sum() ** beta
+    return w
+
+
+def dense_ease(x, ridge):
+    p = np.linalg.inv(x.T @ x + ridge * np.eye(N_ITEMS))
+    w = -p / np.diag(p)
+    np.fill_diagonal(w, 0)
+    return w
+
+
+@pytest.mark.parametrize("ours, oracle, constants", [
+    (backbones.item_knn, dense_item_knn, (7.0,)), (backbones.item_knn, dense_item_knn, (0.0,)),
+    (backbones.rp3beta, dense_rp3beta, (0.6, 0.3)), (backbones.ease, dense_ease, (3.0,))])
+def test_closed_forms_against_dense_algebra(ours, oracle, constants):
+    """Weights, scores and ranking; a user and an item without a train pair are no trouble."""
+    train, x = pairs_with_gaps()
+    weight, dense = ours(train, N_USERS, N_ITEMS, *constants), oracle(x, *constants)
+    assert (weight.layout is torch.strided) == (oracle is dense_ease)
+    assert weight.to_dense().numpy() == pytest.approx(dense, abs=1e-5)
+    model, scores = backbones.ItemWeights(weight, train, N_USERS), torch.tensor(x @ dense)
+    users, items = model()
+    assert model.score_all(users, items).numpy() == pytest.approx(scores.numpy(), abs=1e-5)
+    some = torch.tensor([[0, 3], [3, 7]])
+    ours_some = model.score(users[some][:, :, None], items[[2, 2, 9]])
+    assert ours_some.numpy() == pytest.approx(scores[some][:, :, [2, 2, 9]].numpy(), abs=1e-5)
+    data = split_data() | {"train": train}
+    _, values, _ = evaluation.evaluate(model, data, "test", ks=(3,))
+    expected = brute_force_metrics(model.score_all(users, items), data, 3)
+    assert values["NDCG@3"].tolist() == pytest.approx([expected[u]["NDCG"] for u in range(N_USERS)])
+
+
+@pytest.mark.parametrize("ours", [backbones.item_knn, backbones.rp3beta])
+def test_topk_keeps_the_highest_neighbours_and_blocks_change_nothing(ours, monkeypatch):
+    train, _ = pairs_with_gaps()
+    whole = ours(train, N_USERS, N_ITEMS).to_dense()
+    kept = ours(train, N_USERS, N_ITEMS, topk=4).to_dense()
+    assert torch.equal(kept[kept != 0], whole[kept != 0])
+    highest = F.pad(whole.topk(4).values, (0, N_ITEMS - 4))
+    assert torch.equal(kept.sort(descending=True).values, highest)
+    products = functools.partial(backbones.item_products, entries=4 * N_ITEMS)
+    monkeypatch.setattr(backbones, "item_products", products)
+    assert torch.equal(ours(train, N_USERS, N_ITEMS).to_dense(), whole)
+    with pytest.raises(SystemExit) as error:
+        ours(train, N_USERS, N_ITEMS, max_gib=1e-6)
+    assert "--topk" in error.value.message
+
+
+def test_popularity_ranks_by_train_count_then_by_id():
+    train, x = pairs_with_gaps()
+    model, rows = backbones.popularity(train, N_USERS, N_ITEMS), backbones.user_rows(train, N_USERS)
+    ranked = backbones.rank_unseen(model, torch.arange(N_USERS), rows, N_ITEMS)
+    for u, row in enumerate(ranked.tolist()):
+        unseen = [i for i in range(N_ITEMS) if not x[u, i]]
+        oracle = sorted(unseen, key=lambda i: (-x[:, i].sum(), i))
+        assert [i for i in row if i >= 0] == oracle
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samplers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,6 +408,40 @@ def test_nearest_items_are_never_train_items_even_when_too_few_are_left():
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses, projector, mixing
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_softmax_against_direct_sum():
+    generator, tau, total = torch.Generator().manual_seed(0), 0.3, 0.0
+    p, n = torch.randn(4, generator=generator), torch.randn(4, 6, generator=generator)
+    n[1, 2:4] = -torch.inf  # no negatives of row 1
+    for b in range(4):
+        up = math.exp(p[b] / tau)
+        total -= math.log(up / (up + sum(math.exp(s / tau) for s in n[b].tolist())))
+    assert backbones.sampled_softmax_loss(p, n, tau).item() == pytest.approx(total / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("name, cosine", [("mf", True), ("lightgcn", False), ("neumf", False)])
+def test_softmax_step_against_loops(name, cosine):
+    """The loss over the drawn items that are none of the user's own; each backbone's own score."""
+    torch.manual_seed(0)
+    train = split_data()["train"]
+    model = backbones.build_backbone(name, N_USERS, N_ITEMS, 4, train, 2, cosine)
+    step = backbones.make_softmax_step(model, train, reg=0.1, n=20, tau=0.5)
+    rows = torch.tensor([0, 1, 40])
+    loss, _ = step(rows, torch.Generator().manual_seed(3))
+    drawn = torch.randperm(N_ITEMS, generator=torch.Generator().manual_seed(3))[:20].tolist()
+    users, items = model()
+    if cosine:
+        users, items = (F.normalize(v, dim=1) for v in model.ego())
+    total, (ego_users, ego_items) = 0.0, model.ego()
+    for u, i in train[rows].tolist():
+        own = train[train[:, 0] == u, 1].tolist()
+        assert set(own) & set(drawn)
+        scores = (model.score(users[u], items) / 0.5).tolist()
+        up, rest = math.exp(scores[i]), [math.exp(scores[j]) for j in set(drawn) - set(own)]
+        total -= math.log(up / (up + sum(rest)))
+        total += 0.1 * (ego_users[u].pow(2).sum() + ego_items[i].pow(2).sum()).item() / 2
+    assert loss.item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_info_nce_against_direct_sum():
@@ -664,6 +783,32 @@ def test_fhns_against_loops():
         for k in hits:
             hits[k] += len(held & set(order[:k])) / k
     assert ours["FHNS@1"] == pytest.approx(hits[1] / len(pairs)) and ours["FHNS@10"] == pytest.approx(hits[10] / len(pairs))
+
+
+def test_unseen_users_and_items_are_scored_apart():
+    train, x = pairs_with_gaps()
+    data = split_data() | {"train": train}
+    torch.manual_seed(2)
+    model = rigged(torch.randn(N_USERS, 4), torch.randn(N_ITEMS, 4))
+    users, values, _ = evaluation.evaluate(model, data)
+    ours = evaluation.unseen_scores(model, data, users, values)
+    oracle = brute_force_metrics(model.ego()[0] @ model.ego()[1].T, data, 20)
+    others = [oracle[u]["NDCG"] for u in range(N_USERS) if u != 3]
+    assert ours["users unseen"] == pytest.approx(oracle[3]["NDCG"])
+    assert ours["users seen"] == pytest.approx(sum(others) / len(others))
+    # one test pair a user, so that its Recall is its pair's
+    new = {u for u, i in data["test"].tolist() if not x[:, i].any()}
+    for name, group in (("items unseen", new), ("items seen", set(range(N_USERS)) - new)):
+        assert ours[name] == pytest.approx(sum(oracle[u]["Recall"] for u in group) / len(group))
+    lines = evaluation.unseen_section(data, {"rns": ours})
+    items = {i for _, i in data["test"].tolist()}
+    unseen = sum(not x[:, i].any() for i in items)
+    assert f"1 of 12 test users, {unseen} of {len(items)} test items ({len(new)} of" in lines[3]
+    assert lines[-1].startswith("| RNS | ")
+    user_0 = torch.tensor([[0, i] for i in range(N_ITEMS)])
+    whole = split_data() | {"train": torch.cat([split_data()["train"], user_0])}
+    assert evaluation.unseen_scores(model, whole, users, values) == {}
+    assert len(evaluation.unseen_section(whole, {"rns": {}})) == 4
 
 
 def test_paired_bootstrap_against_the_normal_law():
@@ -1732,6 +1877,172 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
         evaluation.BASELINES, evaluation.OURS = old
     for picture in ("compare-lightgcn.svg", "sweep-alpha.svg"):
         xml.etree.ElementTree.parse(copied / picture)
+
+
+def in_process(script, *words):
+    """evaluation.program without the seconds a new process needs."""
+    PROGRAMS[script].main([str(word) for word in words])
+
+
+def test_closed_forms_and_softmax_by_command(copied, capsys):
+    """Each is saved, loaded, reported and recommended from as any model."""
+    data, pretrain = backbones.load_data(copied), ["pretrain", "--run", str(copied)]
+    train, shape = data["train"], (data["n_users"], data["n_items"])
+    direct = {"itemknn": backbones.item_knn(train, *shape, 5.0, 3),
+              "rp3": backbones.rp3beta(train, *shape, 0.5, 0.2, 3),
+              "ease": backbones.ease(train, *shape, 9.0)}
+    flags = "--shrink 5 --topk 3 --rp3-alpha 0.5 --rp3-beta 0.2 --ridge 9".split()
+    for name in ("pop", *direct):
+        words = [*pretrain, "--backbone", name, *flags, "--out", f"model-{name}.safetensors"]
+        backbones.main(words)
+        model, meta, _ = backbones.load_model(copied / f"model-{name}.safetensors", "", data)
+        if name in direct:
+            assert torch.equal(model.weight.to_dense(), direct[name].to_dense())
+        assert evaluation.best_epoch(meta)["valid_ndcg@20"] == backbones.validation(model, data)()
+        backbones.main([*words, "--lr", "1", "--seed", "8"])  # which it does not read
+        assert "skip:" in capsys.readouterr().out
+        assert "no vectors" in refused("backbones.py", *pretrain, "--backbone", name)
+    large = [*pretrain, "--backbone", "ease", "--max-gib", "1e-6", "--out", "new.safetensors"]
+    assert "40 x 40 weights" in refused("backbones.py", *large)
+
+    soft = "--loss softmax --cosine --dim 8 --epochs 1 --out model-softmax.safetensors"
+    backbones.main([*pretrain, *soft.split()])
+    model, _, tensors = backbones.load_model(copied / "model-softmax.safetensors", "", data)
+    assert all(torch.equal(ours, tensors[name]) for ours, name in zip(model(), ("user", "item")))
+    assert torch.allclose(tensors["item"].norm(dim=1), torch.ones(len(tensors["item"])))
+    assert "--cosine: needs" in refused("backbones.py", *pretrain, "--cosine")
+
+    evaluation.main(["report", "--run", str(copied)])
+    report = (copied / "report.md").read_text()
+    for name in ("Popularity", "ItemKNN", "RP3β", "EASE", "Softmax", "RNS"):
+        assert f"| {name} |" in report
+    recommend = ["recommend", "--run", str(copied), "--user", "u3"]
+    evaluation.main([*recommend, "--model", "model-ease.safetensors"])
+    assert "recommended:" in capsys.readouterr().out
+    for path in (*copied.glob("model-*"), *copied.glob("negatives*")):
+        if path.stem != "model-rp3":
+            path.unlink()
+    evaluation.main(["report", "--run", str(copied)])  # closed forms alone: no sampler to look at
+    assert "False hard negatives" not in (copied / "report.md").read_text()
+
+
+def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """With a score of the learning rate in place of training: best at 2e-3, no score above 6e-3."""
+    done, kill_at, data = [], 7, split_data()
+    counts = {name: data.pop(name) for name in ("n_users", "n_items")}
+    backbones.save_tensors(tmp_path / "data.safetensors", data, {**counts, "settings": {}})
+
+    def train(script, command, *words):
+        words = dict(zip(words[::2], words[1::2]))
+        done.append(float(words.get("--lr", 1e-3)))
+        if len(done) == kill_at:
+            raise KeyboardInterrupt
+        if done[-1] > 6e-3:
+            evaluation.fail("the loss is nan")
+        score = 1 - abs(math.log(done[-1] / 2e-3)) / 10
+        meta = {"settings": {}, "history": [{"epoch": 1, "valid_ndcg@20": score}]}
+        backbones.save_tensors(tmp_path / words["--out"], {"x": torch.zeros(1)}, meta)
+
+    monkeypatch.setattr(evaluation, "program", train)
+    flags = ["tune", "--run", str(tmp_path), "--budget", "12",
+             "--methods", "Popularity;RNS;HNLMRec"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(flags)
+    with open(tmp_path / "tuned.jsonl", "a") as file:
+        file.write('{"method": "RN')  # and a line that was cut off
+    before, kill_at = len(backbones.read_jsonl(tmp_path / "tuned.jsonl", "", growing=True)), 0
+    done.clear()
+    evaluation.main(flags)
+    assert before == 6 and len(done) == 1 + 12 + 12 - before
+    trials = backbones.read_jsonl(tmp_path / "tuned.jsonl", "")
+    found = json.loads((tmp_path / "tuned.json").read_text())["methods"]
+    for name in ("RNS", "HNLMRec"):
+        words = [t["words"] for t in trials if t["method"] == name]
+        assert words[0] == [] and all(w[0] == "--lr" for w in words[1:])
+        rates = [1e-3, *(float(w[1]) for w in words[1:])]
+        assert len(set(rates)) > 9 and all(3e-4 <= rate <= 1e-2 for rate in rates)
+        entry = found["lightgcn"][name]
+        whole = [rate for rate in rates if rate <= 6e-3]
+        best = min(whole, key=lambda rate: abs(math.log(rate / 2e-3)))
+        assert entry["words"][:2] == ["--lr", f"{best:.3g}"] and entry["trials"] == 12
+        assert entry["failed"] == sum(rate > 6e-3 for rate in rates)
+    assert found["pop"]["Popularity"]["trials"] == 1
+    assert any(t["valid"] is None for t in trials) and not list(tmp_path.glob("compare/*"))
+
+    first = (tmp_path / "tuned.json").read_bytes()
+    evaluation.main(flags)  # all there
+    assert len(done) == 19 and (tmp_path / "tuned.json").read_bytes() == first
+    assert "delete the file" in refused("eval.py", *flags, "--seed", "1")
+    assert "no declared space" in refused("eval.py", *flags, "--methods", "MF")
+
+    # what compare takes from it: a variant of HNLMRec has its own flags on top of HNLMRec's
+    digest = backbones.file_digest(tmp_path / "data.safetensors")
+    tuned = evaluation.read_tuned(tmp_path / "tuned.json", digest)
+    own = found["lightgcn"]["HNLMRec"]["words"]
+    words = functools.partial(evaluation.tuned_words, tuned)
+    assert words("HNLMRec", "lightgcn", ["--k", "2"]) == ["--k", "2", *own]
+    assert words("no self-attention", "lightgcn", ["--no-attention"]) == [*own, "--no-attention"]
+    assert words("Popularity", "mf", []) == []
+    compare = ["compare", "--run", str(tmp_path), "--tuned", "--methods"]
+    assert "EASE on lightgcn is not in it" in refused("eval.py", *compare, "EASE")
+    evaluation.main([*flags, "--methods", "DNS", "--budget", "3"])
+    assert "DNS had 3 trials" in refused("eval.py", *compare, "DNS")
+    (tmp_path / "tuned.json").write_text("{")
+    assert "delete it" in refused("eval.py", *compare, "DNS")
+
+
+def test_declared_spaces_are_flags_of_their_programs(capsys):
+    helps = {}
+    for script, command in (("backbones.py", "pretrain"), ("hnlmrec.py", "train")):
+        with pytest.raises(SystemExit):
+            PROGRAMS[script].main([command, "--help"])
+        helps[script] = capsys.readouterr().out
+    for name, space in evaluation.SPACES.items():
+        script, _, words = evaluation.command_of(name)
+        assert all(f"{flag} " in helps[script] for flag in [w for w in words if w[:2] == "--"])
+        assert all(f"--{flag} " in helps[script] for flag in space)
+
+
+def test_compare_computes_a_closed_form_once(copied, monkeypatch):
+    """One cell for all seeds and backbones; its scores are those of the closed form itself."""
+    calls, data = [], backbones.load_data(copied)
+    monkeypatch.setattr(evaluation, "program",
+                        lambda *words: calls.append(words) or in_process(*words))
+    evaluation.main(["compare", "--run", str(copied), "--seeds", "2", "--backbones", "mf,lightgcn",
+                     "--methods", "EASE --ridge 5;Popularity"])
+    assert len(calls) == 2
+    cells = json.loads((copied / "compare.json").read_text())["cells"]
+    weight = backbones.ease(data["train"], data["n_users"], data["n_items"], 5.0)
+    model = backbones.ItemWeights(weight, data["train"], data["n_users"])
+    _, values, _ = evaluation.evaluate(model, data)
+    expected = float(values["NDCG@20"].mean())
+    assert cells["EASE | mf"]["NDCG@20"] == pytest.approx([expected, expected])
+
+
+def test_text_vectors_of_ones_own(copied):
+    """The LLM's own vectors, given as a file, change nothing; others do; bad files are refused."""
+    flags = "--dim 8 --epochs 4 --eval-every 2 --mine-first 1 --mine-last 5 --alpha 0.3"
+    settings = ["train", "--run", str(copied), *flags.split(), "--out", "own.safetensors",
+                "--text-vectors"]
+    text = load_file(copied / "negatives-items.safetensors")["text"]
+    path = copied / "text.safetensors"
+    save_file({"text": text}, path)
+    hnlmrec.main([*settings, str(path)])
+    ours, theirs = (load_file(copied / f"{name}.safetensors") for name in ("own", "model-hnlmrec"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    save_file({"text": torch.randn(40, 3)}, path)
+    assert "text_digest" in refused("hnlmrec.py", *settings, path)  # the same name, another file
+    hnlmrec.main([*settings, str(path), "--force"])
+    assert not torch.equal(load_file(copied / "own.safetensors")["user"], theirs["user"])
+    hole = torch.zeros(40, 3)
+    hole[7, 1] = torch.nan
+    for tensors, message in (({"text": torch.zeros(39, 3)}, "not (40, width)"),
+                             ({"text": hole}, "row 7"), ({"texts": hole}, "no tensor `text`")):
+        save_file(tensors, path)
+        assert message in refused("hnlmrec.py", *settings, path)
+    path.write_bytes(b"no")
+    assert "cannot be read" in refused("hnlmrec.py", *settings, path)
+    assert "no such file" in refused("hnlmrec.py", *settings, copied / "none")
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
