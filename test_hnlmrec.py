@@ -179,6 +179,14 @@ def test_ngcf_against_dense_oracle():
     assert torch.allclose(torch.cat(model()), torch.cat(hops, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["lightgcn", "ngcf"])
+def test_the_adjacency_moves_with_the_model_and_is_not_saved(name):
+    model = backbones.build_backbone(name, N_USERS, N_ITEMS, 4, random_pairs(), 2).eval()
+    single, double = model()[0], model.to(torch.float64)()[0]  # float64 stands for another device
+    assert double.dtype == torch.float64 and torch.allclose(double.float(), single, atol=1e-6)
+    assert "adjacency" not in model.state_dict()
+
+
 def test_ngcf_node_dropout_keeps_both_directions_of_an_edge():
     model = backbones.NGCF(N_USERS, N_ITEMS, 4, backbones.normalized_adjacency(random_pairs(), N_USERS, N_ITEMS), node_dropout=0.5)
     full, dropped = model.adjacency.to_dense(), model.dropped_adjacency().to_dense()
