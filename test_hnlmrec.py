@@ -1048,7 +1048,19 @@ def test_pipeline_makes_every_file(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics["methods"]) == {"hnlmrec", "rns"}
     assert all(0 <= row["NDCG@20"] <= 1 for row in metrics["methods"].values())
-    assert "HNLMRec, generated" in (finished / "report.md").read_text()
+    report = (finished / "report.md").read_text()
+    assert "HNLMRec, generated" in report
+    # the opening: the verdict in figures that follow from the table, an example user, a picture
+    rows, test = metrics["methods"], metrics["tests"]["hnlmrec"]
+    assert test["against"] == "rns"
+    assert test["mean"] == pytest.approx(rows["hnlmrec"]["NDCG@20"] - rows["rns"]["NDCG@20"])
+    word = "beats" if test["low"] > 0 else "falls behind" if test["high"] < 0 else "is level with"
+    opening = report.split("## All models")[0]
+    assert f"HNLMRec {word} RNS" in opening and f"{test['mean']:+.4f} (" in opening
+    assert len(opening.split("- recommended: ")[1].split("\n")[0].split("; ")) == 5
+    assert len(opening.split("- negatives from the LLM: ")[1].split("\n")[0].split("; ")) == 5
+    picture = xml.etree.ElementTree.parse(finished / "report.svg")
+    assert len(picture.findall(".//{*}circle")) == 1
     assert len(list(finished.glob("negatives-0*.safetensors"))) == 3
     tensors, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
     assert tensors["hidden"].dtype == torch.float16 and tensors["hidden"].shape == (len(tensors["pairs"]), 32)
@@ -1182,7 +1194,27 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
     finally:
         evaluation.BASELINES, evaluation.OURS = old
     for picture in ("compare-lightgcn.svg", "sweep-alpha.svg"):
-        xml.etree.ElementTree.parse(copied / picture)
+        assert len(xml.etree.ElementTree.parse(copied / picture).findall(".//{*}circle")) == 2
+
+
+def test_a_chart_shows_its_numbers_where_they_are():
+    """The dots and interval ends, read back through the tick marks, are the values given."""
+    means, lows, highs = [0.061, -0.02, 0.3], [0.05, -0.04, 0.29], [0.07, 0.01, 0.302]
+    labels = ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""]
+    text = evaluation.svg_chart("t & <u>\x1b", labels, means, lows, highs, reference=0.0)
+    root = xml.etree.ElementTree.fromstring(text.encode())
+    find = lambda kind, name: [e for e in root.findall(f".//{{*}}{kind}") if e.get("class") == name]
+    ticks = [(float(e.get("x")), float(e.text)) for e in find("text", "tick")]
+    (x0, v0), (x1, v1) = ticks[0], ticks[-1]
+    value = lambda x: v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0)
+    near = functools.partial(pytest.approx, abs=(v1 - v0) / 1000)
+    assert v0 <= -0.04 and v1 >= 0.302 and [value(x) for x, _ in ticks] == near([v for _, v in ticks])
+    assert [value(e.get("cx")) for e in root.findall(".//{*}circle")] == near(means)
+    assert [value(e.get("x1")) for e in find("line", "interval")] == near(lows)
+    assert [value(e.get("x2")) for e in find("line", "interval")] == near(highs)
+    words = [e.text for e in root.findall(".//{*}text")]
+    assert "a <b> & c" in words and "Ünï 映画" in words and "0.0610 [0.0500, 0.0700]" in words
+    evaluation.svg_chart("all alike", ["a"], [0.5], [0.5], [0.5])  # no interval, no division by zero
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
