@@ -1,6 +1,9 @@
 """Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases. `bash run.sh test` runs them."""
 
+import ast
+import builtins
 import calendar
+import dis
 import functools
 import gzip
 import json
@@ -988,6 +991,134 @@ def test_grouped_batches_hold_each_row_once():
 def test_first_sentence():
     assert llm_negatives.first_sentence(" One.\nTwo! And a half") == "One. Two!"
     assert llm_negatives.first_sentence("no end") == "no end"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README: its first snippet, and each piece of "Copy this piece" pasted into an empty file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def readme(begin, end):
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return text.split(begin, 1)[1].split(end, 1)[0]
+
+
+def code_block(text, kind=""):
+    return text.split(f"```{kind}\n", 1)[1].split("```", 1)[0]
+
+
+def test_the_first_snippet_prints_what_the_readme_says(capsys):
+    section = readme("## Thirty seconds", "\n## ")
+    exec(code_block(section, "python"), {})
+    assert capsys.readouterr().out == code_block(section.split("```python")[1].split("```", 1)[1])
+
+
+def copy_table():
+    """Rows of the table: {first piece: (module, pieces, names to take along)}."""
+    rows = {}
+    for line in readme("## Copy this piece", "\n## ").splitlines():
+        if line.startswith("| `"):
+            first, along = line.split("|")[1:3]
+            pieces, along = ([word for word in cell.split("`")[1::2]] for cell in (first, along))
+            module, pieces[0] = pieces[0].split(".")
+            rows[pieces[0]] = (PROGRAMS[f"{module}.py"], pieces, along)
+    return rows
+
+
+def sources(module):
+    """{name: source} of the functions, classes and constants at the top of a file."""
+    text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
+    for node in ast.parse(text).body:
+        names = [node.name] if hasattr(node, "name") else []
+        names += [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        found |= dict.fromkeys(names, ast.get_source_segment(text, node))
+    return found
+
+
+def global_names(code):
+    """Names that compiled code, or any code within it, looks up outside itself."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_code")))
+
+
+def toy_fit(p, encoder):
+    layer = torch.nn.Linear(2, 1)
+    step = lambda rows, generator: (layer(torch.ones(len(rows), 2)).pow(2).mean(), {"loss": 0.0})
+    state, history = p["fit"]({"m": layer}, step, 4, lambda: 1.0, epochs=2, batch_size=2, lr=0.1,
+                              eval_every=1, patience=1, seed=0)
+    assert set(state) == {"m.weight", "m.bias"} and len(history) == 2
+
+
+def toy_encode(p, encoder):
+    llm, prompt, soft_tokens, users, items = encoder
+    ours = p["encode"](llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
+    assert torch.allclose(ours, encode_all(encoder), atol=1e-6)
+
+
+def toy_backbones(p, encoder):
+    adjacency = p["normalized_adjacency"](random_pairs(), N_USERS, N_ITEMS)
+    for name in ("LightGCN", "NGCF", "MF", "NeuMF"):
+        graph = [adjacency] if name in ("LightGCN", "NGCF") else []
+        users, items = (model := p[name](N_USERS, N_ITEMS, 4, *graph).eval())()
+        assert torch.allclose(model.score_all(users, items)[2], model.score(users[2], items), atol=1e-5)
+        model.score(users[:3], items[:3]).sum().backward()
+
+
+def toy_samplers(p, encoder):
+    model, candidates = rigged(torch.randn(3, 4), torch.randn(6, 4)), torch.tensor([[0, 1], [2, 3], [4, 5]])
+    users, items = model()
+    j = p["dns"](model.score, users, items, candidates)
+    assert (model.score(users, items[j])[:, None] >= model.score(users[:, None], items[candidates])).all()
+    assert p["ahns"](model.score, users, items, candidates[:, 0], candidates).shape == (3,)
+    assert p["mixgcf"](users, items[:, None], candidates[:, 0], candidates, model.pool).shape == (3, 4)
+
+
+def toy_ranking(p, encoder):
+    model, seen = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None]), torch.tensor([[0, 4], [1, 0]])
+    ranked = p["rank_unseen"](model, torch.arange(2), p["user_rows"](seen, 2), 2)
+    assert ranked.tolist() == [[3, 2], [4, 3]]
+
+
+def toy_stage_two(p, encoder):
+    z = p["Projector"](torch.randn(20, 8), 4)(torch.randn(6, 3, 8))
+    loss = p["alignment_loss"](z, torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) // 2, 0.2)
+    (loss + p["semantic_alignment"](p["mix"](z, torch.randn(6, 4), 0.5), torch.randn(6, 4), 0.2)).backward()
+
+
+TOYS = {
+    "UnseenSampler": lambda p, _: p["UnseenSampler"](random_pairs(), N_USERS, N_ITEMS)(torch.arange(N_USERS), 5),
+    "dns": toy_samplers, "LightGCN": toy_backbones, "rank_unseen": toy_ranking, "fit": toy_fit,
+    "bpr_loss": lambda p, _: p["bpr_loss"](torch.ones(2), torch.zeros(2)) + p["l2_loss"](torch.ones(2, 3)),
+    "mine_hard_negatives": lambda p, _: p["mine_hard_negatives"](
+        rigged(torch.randn(N_USERS, 4), torch.randn(N_ITEMS, 4)), random_pairs(), 2, 5)[N_USERS - 1, 3],
+    "ndcg": lambda p, _: [p[name](torch.ones(2, 3).bool(), torch.tensor([3, 1]), 3)
+                          for name in ("ndcg", "recall", "precision", "hit_rate", "mrr")],
+    "run_piece": toy_encode, "Projector": toy_stage_two,
+    "info_nce": lambda p, _: p["info_nce"](torch.randn(2, 4), torch.randn(5, 4), torch.eye(5)[:2].bool(), 0.1),
+    "grouped_batches": lambda p, _: p["grouped_batches"](
+        random_pairs()[:, 0], torch.arange(20), 2, 3, torch.Generator(), torch.arange(96)),
+    "text_start": lambda p, _: p["text_start"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS, 4, 0.1),
+    "k_core": lambda p, _: (p["k_core"](np.array([0, 0, 1]), np.array([0, 1, 0]), 2),
+                            p["split_pairs"](np.repeat([0, 1], 5), np.arange(10), np.zeros(10), "last", 0)),
+    "paired_bootstrap": lambda p, _: p["paired_bootstrap"](np.ones(5), draws=20),
+}
+
+
+@pytest.mark.parametrize("piece", list(TOYS))
+def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
+    module, pieces, along = copy_table()[piece]
+    known, plain = sources(backbones) | sources(module), {}
+    exec(code_block(readme("## Copy this piece", "\n| "), "python"), plain)
+    code = compile("\n\n".join(known[name] for name in dict.fromkeys([*along[::-1], *pieces])), "pasted", "exec")
+    taken = {name for name in global_names(code) if name not in plain and not hasattr(builtins, name)}
+    # `normalized_adjacency` is the one thing that a caller needs and the piece itself does not
+    assert taken - {*pieces, *along, "__name__"} == set() and set(along) - taken <= {"normalized_adjacency", "user_rows"}
+    exec(code, plain)
+    assert TOYS[piece](plain, encoder) is not False
+
+
+def test_every_row_of_the_copy_table_is_pasted():
+    assert set(copy_table()) == set(TOYS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
