@@ -204,7 +204,8 @@ def normalized_adjacency(pairs, n_users, n_items):
 
 
 class SymmetricMatmul(torch.autograd.Function):
-    """adjacency @ x for a symmetric sparse adjacency: backward multiplies by the same matrix, no transpose is ever built.
+    """adjacency @ x for a symmetric sparse adjacency: backward multiplies by the same matrix, no
+    transpose is ever built.
 
     SymmetricMatmul.apply(adjacency (n, n), x (n, d)) -> (n, d). The adjacency gets no gradient, and
     that it is symmetric is not checked."""
@@ -294,7 +295,8 @@ class LightGCN(Backbone):
 
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout
-    (on E') and node dropout (on A's edges), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim.
+    (on E') and node dropout (on A's edges), hops L2-normalised and concatenated, so that
+    D = (n_layers + 1) * dim.
 
     adjacency as LightGCN's."""
 
@@ -416,8 +418,8 @@ def mine_hard_negatives(model, train, first=5, last=60):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
-    model as rank_unseen's; train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises SystemExit2 when a user has too few unseen
-    items for the band."""
+    model as rank_unseen's; train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises
+    SystemExit2 when a user has too few unseen items for the band."""
     users = torch.arange(model.n_users, device=train.device)
     ranked = rank_unseen(model, users, user_rows(train, model.n_users), last)[:, first - 1:]
     if ranked.shape[1] < last - first + 1 or (ranked < 0).any():

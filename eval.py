@@ -190,8 +190,9 @@ def report(args):
     ours = "hnlmrec" if "hnlmrec" in with_z else next(iter(with_z), None)
     lines = [f"# Report: {run.name}", *verdict_section(run, metrics, per_user, ours)]
     lines += example_section(run, data, *models[ours or next(iter(models))])
-    lines += ["", "## All models", "", (f"{data['n_users']:,} users, {data['n_items']:,} items; train {len(data['train']):,}, "
-             f"valid {len(data['valid']):,}, test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
+    lines += ["", "## All models", "",
+              (f"{data['n_users']:,} users, {data['n_items']:,} items; "
+               f"train {len(data['train']):,}, valid {len(data['valid']):,}, test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
              f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
     lines += markdown_table(["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], [
         [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
@@ -223,8 +224,8 @@ def verdict_section(run, metrics, per_user, ours):
     valid = {name: row["valid NDCG@20"] for name, row in metrics["methods"].items()}
     baselines = [name for name in per_user if name != ours and not name.startswith("hnlmrec")]
     if not baselines or len(per_user) < 2:
-        return ["", "There is nothing to compare here yet. A baseline: "
-                f"`python backbones.py pretrain --run {run} --sampler dns --out model-dns.safetensors`."]
+        return ["", "There is nothing to compare here yet. A baseline: `python backbones.py "
+                f"pretrain --run {run} --sampler dns --out model-dns.safetensors`."]
     best = max(baselines, key=valid.get)  # the rival is named by validation, as every choice is
     others = [name for name in per_user if name != best]
     rival, metrics["tests"], tests = NAMES.get(best, best), {}, {}

@@ -1030,15 +1030,19 @@ def sources(module):
     text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
     for node in ast.parse(text).body:
         names = [node.name] if hasattr(node, "name") else []
-        names += [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        targets = getattr(node, "targets", [])
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
         found |= dict.fromkeys(names, ast.get_source_segment(text, node))
     return found
 
 
 def global_names(code):
     """Names that compiled code, or any code within it, looks up outside itself."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return names.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_code")))
+    found = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found.add(instruction.argval)
+    return found.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_code")))
 
 
 def toy_fit(p, encoder):
@@ -1060,17 +1064,19 @@ def toy_backbones(p, encoder):
     for name in ("LightGCN", "NGCF", "MF", "NeuMF"):
         graph = [adjacency] if name in ("LightGCN", "NGCF") else []
         users, items = (model := p[name](N_USERS, N_ITEMS, 4, *graph).eval())()
-        assert torch.allclose(model.score_all(users, items)[2], model.score(users[2], items), atol=1e-5)
+        scores = model.score_all(users, items)  # (U, I)
+        assert torch.allclose(scores[2], model.score(users[2], items), atol=1e-5)
         model.score(users[:3], items[:3]).sum().backward()
 
 
 def toy_samplers(p, encoder):
-    model, candidates = rigged(torch.randn(3, 4), torch.randn(6, 4)), torch.tensor([[0, 1], [2, 3], [4, 5]])
-    users, items = model()
-    j = p["dns"](model.score, users, items, candidates)
-    assert (model.score(users, items[j])[:, None] >= model.score(users[:, None], items[candidates])).all()
-    assert p["ahns"](model.score, users, items, candidates[:, 0], candidates).shape == (3,)
-    assert p["mixgcf"](users, items[:, None], candidates[:, 0], candidates, model.pool).shape == (3, 4)
+    model, candidates = rigged(torch.randn(3, 4), torch.randn(6, 4)), torch.arange(6).view(3, 2)
+    (users, items), positives = model(), candidates[:, 0]
+    best = model.score(users[:, None], items[candidates]).argmax(1, keepdim=True)
+    negatives = p["dns"](model.score, users, items, candidates)
+    assert torch.equal(negatives, candidates.gather(1, best)[:, 0])
+    assert p["ahns"](model.score, users, items, positives, candidates).shape == (3,)
+    assert p["mixgcf"](users, items[:, None], positives, candidates, model.pool).shape == (3, 4)
 
 
 def toy_ranking(p, encoder):
@@ -1082,25 +1088,67 @@ def toy_ranking(p, encoder):
 def toy_stage_two(p, encoder):
     z = p["Projector"](torch.randn(20, 8), 4)(torch.randn(6, 3, 8))
     loss = p["alignment_loss"](z, torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) // 2, 0.2)
-    (loss + p["semantic_alignment"](p["mix"](z, torch.randn(6, 4), 0.5), torch.randn(6, 4), 0.2)).backward()
+    mixed = p["mix"](z, torch.randn(6, 4), 0.5)
+    (loss + p["semantic_alignment"](mixed, torch.randn(6, 4), 0.2)).backward()
+
+
+def toy_sampler(p, encoder):
+    drawn = p["UnseenSampler"](random_pairs(), N_USERS, N_ITEMS)(torch.arange(N_USERS), 50)
+    keys = backbones.pair_keys(random_pairs(), N_ITEMS)
+    assert not backbones.contains(keys, torch.arange(N_USERS)[:, None], drawn, N_ITEMS).any()
+
+
+def toy_band(p, encoder):
+    model = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None])
+    band = p["mine_hard_negatives"](model, torch.tensor([[0, 4], [1, 0]]), 2, 3)
+    assert band.tolist() == [[2, 1], [3, 2]]
+
+
+def toy_losses(p, encoder):
+    assert p["bpr_loss"](torch.zeros(2), torch.zeros(2)).item() == pytest.approx(math.log(2))
+    assert p["l2_loss"](torch.ones(2, 3)).item() == 1.5
+
+
+def toy_metrics(p, encoder):
+    hits, relevant = torch.tensor([[True, False]]), torch.tensor([1])
+    names = ("ndcg", "recall", "precision", "hit_rate", "mrr")
+    assert [p[name](hits, relevant, 2).item() for name in names] == [1, 1, 0.5, 1, 1]
+
+
+def toy_info_nce(p, encoder):
+    positive = torch.tensor([[True, False, False]])
+    loss = p["info_nce"](torch.ones(1, 2), torch.ones(3, 2), positive, 0.1)
+    assert loss.item() == pytest.approx(math.log(3))
+
+
+def toy_batches(p, encoder):
+    rows, lengths = torch.arange(20), torch.arange(96)
+    batches = p["grouped_batches"](random_pairs()[:, 0], rows, 2, 3, torch.Generator(), lengths)
+    assert torch.cat(batches).sort().values.tolist() == rows.tolist()
+
+
+def toy_text_start(p, encoder):
+    start = p["text_start"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS, 4, 0.1)
+    assert start.shape == (N_USERS + N_ITEMS, 4)
+
+
+def toy_core(p, encoder):
+    kept = p["k_core"](np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 0]), 2)
+    assert kept.tolist() == [True, True, True, True, False]
+    parts = p["split_pairs"](np.repeat([0, 1], 3), np.arange(6), np.arange(6.0), "last", 0)
+    assert parts.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def toy_bootstrap(p, encoder):
+    assert p["paired_bootstrap"](np.ones(5), draws=20)[:3] == (1, 1, 1)
 
 
 TOYS = {
-    "UnseenSampler": lambda p, _: p["UnseenSampler"](random_pairs(), N_USERS, N_ITEMS)(torch.arange(N_USERS), 5),
-    "dns": toy_samplers, "LightGCN": toy_backbones, "rank_unseen": toy_ranking, "fit": toy_fit,
-    "bpr_loss": lambda p, _: p["bpr_loss"](torch.ones(2), torch.zeros(2)) + p["l2_loss"](torch.ones(2, 3)),
-    "mine_hard_negatives": lambda p, _: p["mine_hard_negatives"](
-        rigged(torch.randn(N_USERS, 4), torch.randn(N_ITEMS, 4)), random_pairs(), 2, 5)[N_USERS - 1, 3],
-    "ndcg": lambda p, _: [p[name](torch.ones(2, 3).bool(), torch.tensor([3, 1]), 3)
-                          for name in ("ndcg", "recall", "precision", "hit_rate", "mrr")],
-    "run_piece": toy_encode, "Projector": toy_stage_two,
-    "info_nce": lambda p, _: p["info_nce"](torch.randn(2, 4), torch.randn(5, 4), torch.eye(5)[:2].bool(), 0.1),
-    "grouped_batches": lambda p, _: p["grouped_batches"](
-        random_pairs()[:, 0], torch.arange(20), 2, 3, torch.Generator(), torch.arange(96)),
-    "text_start": lambda p, _: p["text_start"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS, 4, 0.1),
-    "k_core": lambda p, _: (p["k_core"](np.array([0, 0, 1]), np.array([0, 1, 0]), 2),
-                            p["split_pairs"](np.repeat([0, 1], 5), np.arange(10), np.zeros(10), "last", 0)),
-    "paired_bootstrap": lambda p, _: p["paired_bootstrap"](np.ones(5), draws=20),
+    "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones, "bpr_loss": toy_losses,
+    "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band, "ndcg": toy_metrics, "fit": toy_fit,
+    "run_piece": toy_encode, "info_nce": toy_info_nce, "grouped_batches": toy_batches,
+    "Projector": toy_stage_two, "text_start": toy_text_start, "k_core": toy_core,
+    "paired_bootstrap": toy_bootstrap,
 }
 
 
@@ -1109,12 +1157,15 @@ def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
     module, pieces, along = copy_table()[piece]
     known, plain = sources(backbones) | sources(module), {}
     exec(code_block(readme("## Copy this piece", "\n| "), "python"), plain)
-    code = compile("\n\n".join(known[name] for name in dict.fromkeys([*along[::-1], *pieces])), "pasted", "exec")
-    taken = {name for name in global_names(code) if name not in plain and not hasattr(builtins, name)}
-    # `normalized_adjacency` is the one thing that a caller needs and the piece itself does not
-    assert taken - {*pieces, *along, "__name__"} == set() and set(along) - taken <= {"normalized_adjacency", "user_rows"}
+    pasted = "\n\n".join(known[name] for name in [*along, *pieces])
+    code = compile(pasted, "pasted", "exec")
+    # what the pasted code looks up, on paths that the toys do not take either
+    taken = global_names(code) - set(plain) - set(dir(builtins)) - {"__name__"}
+    assert taken <= {*along, *pieces}
+    # these two make what the caller hands in; everything else in the row is needed by the code
+    assert set(along) - taken <= {"normalized_adjacency", "user_rows"}
     exec(code, plain)
-    assert TOYS[piece](plain, encoder) is not False
+    TOYS[piece](plain, encoder)
 
 
 def test_every_row_of_the_copy_table_is_pasted():
