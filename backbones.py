@@ -157,8 +157,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
     no items, that of its first candidate, for the L2 term).
 
-    model: a Backbone, or any module with n_users, n_items, forward() -> (users (U, D), items (I, D))
-    and score as dns's; for mixgcf also layers() and pool().
+    model: a Backbone, or any module with n_users, n_items, score as dns's and
+    forward() -> (users (U, D), items (I, D)); for mixgcf also layers() and pool().
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
     n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
@@ -267,7 +267,8 @@ class MF(Backbone):
 
 
 class LightGCN(Backbone):
-    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), and the mean over hops 0..K (eq. 4).
+    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), then the mean over hops 0..K
+    (eq. 4).
 
     adjacency (U+I, U+I): normalized_adjacency of the train pairs. A buffer, so that `.to` moves it;
     not in the state_dict, since the train pairs give it back."""
@@ -378,14 +379,14 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3):
 # --------------------------------------------------------------------------------------------------
 
 def bpr_loss(positive_score, negative_score):
-    """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that it
-    cannot overflow. Scores (B,), (B,) -> scalar."""
+    """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that
+    it cannot overflow. Scores (B,), (B,) -> scalar."""
     return F.softplus(negative_score - positive_score).mean()
 
 
 def l2_loss(*vectors):
-    """Half the squared norm, summed over the given (B, d) tensors and averaged over B: LightGCN's reg
-    term. Give it the parameters of the batch (`ego()`), not what propagation makes of them."""
+    """Half the squared norm, summed over the given (B, d) tensors and averaged over B: LightGCN's
+    reg term. Give it the parameters of the batch (`ego()`), not what propagation makes of them."""
     return sum((vector * vector).sum() for vector in vectors) / (2 * len(vectors[0]))
 
 

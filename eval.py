@@ -192,8 +192,9 @@ def report(args):
     lines += example_section(run, data, *models[ours or next(iter(models))])
     lines += ["", "## All models", "",
               (f"{data['n_users']:,} users, {data['n_items']:,} items; "
-               f"train {len(data['train']):,}, valid {len(data['valid']):,}, test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
-             f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
+               f"train {len(data['train']):,}, valid {len(data['valid']):,}, "
+               f"test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
+               f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
     lines += markdown_table(["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], [
         [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
          row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
@@ -241,8 +242,8 @@ def verdict_section(run, metrics, per_user, ours):
         mean, low, high, p = tests[ours]
         level = per_user[best].mean()
         word = "beats" if low > 0 else "falls behind" if high < 0 else "is level with"
-        lines += [f"**HNLMRec {word} {rival}**, the best baseline on validation: NDCG@20 on the test "
-                  f"pairs is {per_user[ours].mean():.4f} against {level:.4f}, a difference of "
+        lines += [f"**HNLMRec {word} {rival}**, the best baseline on validation: NDCG@20 on the "
+                  f"test pairs is {per_user[ours].mean():.4f} against {level:.4f}, a difference of "
                   f"{mean:+.4f} ({mean / max(level, 1e-12):+.1%}), 95 % interval "
                   f"[{low:+.4f}, {high:+.4f}], "
                   f"p {'< 0.001' if p < 0.001 else f'{p:.3f}'} (paired bootstrap over users)."]

@@ -1080,7 +1080,8 @@ def toy_samplers(p, encoder):
 
 
 def toy_ranking(p, encoder):
-    model, seen = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None]), torch.tensor([[0, 4], [1, 0]])
+    model = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None])
+    seen = torch.tensor([[0, 4], [1, 0]])
     ranked = p["rank_unseen"](model, torch.arange(2), p["user_rows"](seen, 2), 2)
     assert ranked.tolist() == [[3, 2], [4, 3]]
 
@@ -1144,9 +1145,9 @@ def toy_bootstrap(p, encoder):
 
 
 TOYS = {
-    "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones, "bpr_loss": toy_losses,
-    "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band, "ndcg": toy_metrics, "fit": toy_fit,
-    "run_piece": toy_encode, "info_nce": toy_info_nce, "grouped_batches": toy_batches,
+    "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
+    "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
+    "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode, "info_nce": toy_info_nce, "grouped_batches": toy_batches,
     "Projector": toy_stage_two, "text_start": toy_text_start, "k_core": toy_core,
     "paired_bootstrap": toy_bootstrap,
 }
@@ -1390,13 +1391,14 @@ def test_a_chart_shows_its_numbers_where_they_are():
     (x0, v0), (x1, v1) = ticks[0], ticks[-1]
     value = lambda x: v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0)
     near = functools.partial(pytest.approx, abs=(v1 - v0) / 1000)
-    assert v0 <= -0.04 and v1 >= 0.302 and [value(x) for x, _ in ticks] == near([v for _, v in ticks])
+    assert v0 <= -0.04 and v1 >= 0.302
+    assert [value(x) for x, _ in ticks] == near([v for _, v in ticks])
     assert [value(e.get("cx")) for e in root.findall(".//{*}circle")] == near(means)
     assert [value(e.get("x1")) for e in find("line", "interval")] == near(lows)
     assert [value(e.get("x2")) for e in find("line", "interval")] == near(highs)
     words = [e.text for e in root.findall(".//{*}text")]
     assert "a <b> & c" in words and "Ünï 映画" in words and "0.0610 [0.0500, 0.0700]" in words
-    evaluation.svg_chart("all alike", ["a"], [0.5], [0.5], [0.5])  # no interval, no division by zero
+    evaluation.svg_chart("all alike", ["a"], [0.5], [0.5], [0.5])  # no division by zero
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
