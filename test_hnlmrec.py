@@ -1147,8 +1147,9 @@ def toy_bootstrap(p, encoder):
 TOYS = {
     "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
     "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
-    "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode, "info_nce": toy_info_nce, "grouped_batches": toy_batches,
-    "Projector": toy_stage_two, "text_start": toy_text_start, "k_core": toy_core,
+    "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
+    "info_nce": toy_info_nce, "grouped_batches": toy_batches, "Projector": toy_stage_two,
+    "text_start": toy_text_start, "k_core": toy_core,
     "paired_bootstrap": toy_bootstrap,
 }
 
