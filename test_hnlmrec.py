@@ -1133,6 +1133,14 @@ def toy_text_start(p, encoder):
     assert start.shape == (N_USERS + N_ITEMS, 4)
 
 
+def toy_relevance(p, encoder):
+    users, items = p["text_factors"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS)
+    fit, everything = users @ items.T, torch.arange(N_ITEMS).expand(N_USERS, -1)
+    oracle = (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True)
+    ours = p["Relevance"](users, items)(torch.arange(N_USERS), everything)
+    assert torch.allclose(ours, oracle, atol=1e-4)
+
+
 def toy_core(p, encoder):
     kept = p["k_core"](np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 0]), 2)
     assert kept.tolist() == [True, True, True, True, False]
@@ -1149,7 +1157,7 @@ TOYS = {
     "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
     "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
     "info_nce": toy_info_nce, "grouped_batches": toy_batches, "Projector": toy_stage_two,
-    "text_start": toy_text_start, "k_core": toy_core,
+    "text_start": toy_text_start, "text_factors": toy_relevance, "k_core": toy_core,
     "paired_bootstrap": toy_bootstrap,
 }
 
