@@ -130,8 +130,10 @@ def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
     """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for top = N > 1, one drawn
     uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023).
 
-    score: the backbone's score function; users (B, D), items (I, D), candidates (B, M) -> item ids (B,). penalty (B, M), in
-    standard deviations of the row's scores, is taken off first: it keeps the choice clear of likely false negatives."""
+    score(users (…, D), items (…, D)) -> (…), with leading dimensions that broadcast: a backbone's
+    `score`, or any function of that shape. users (B, D), items (I, D), candidates (B, M) int64 ->
+    item ids (B,). top at most M. penalty (B, M), in standard deviations of the row's scores, is
+    taken off first: it keeps the choice clear of likely false negatives. No gradient."""
     with torch.no_grad():
         scores = score(users[:, None], items[candidates])  # (B, M)
         if penalty is not None:
@@ -146,7 +148,8 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
     beta * (score(positive) + alpha) ** (power + 1), so a high scored positive gets an easy negative and the reverse. The
     defaults are the published constants; power is a whole number, since the base can be below zero.
 
-    users (B, D), items (I, D), positives (B,), candidates (B, M) -> item ids (B,)."""
+    score as dns's; users (B, D), items (I, D), positives (B,), candidates (B, M) -> item ids (B,).
+    No gradient."""
     with torch.no_grad():
         target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
         return candidates.gather(1, (score(users[:, None], items[candidates]) - target).abs().argmin(1, keepdim=True))[:, 0]
@@ -155,7 +158,9 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
 def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop mixing (eq. 7-9).
 
-    users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) -> vectors (B, D).
+    users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) ->
+    vectors (B, D). pool((B, K, d)) -> (B, D) joins the hops as the backbone does: D = d for a mean
+    (a MF has K = 1), D = K d for a concatenation.
     Each candidate is drawn towards the positive by a random share, then each hop of the result is taken from the candidate
     that scores highest at that hop. Gradients flow to the chosen candidates and the positives.
     Hop by hop, so that the largest tensor is (B, M, d)."""
@@ -179,6 +184,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
     no items, that of its first candidate, for the L2 term).
 
+    model: a Backbone, or any module with n_users, n_items, score as dns's and
+    forward() -> (users (U, D), items (I, D)); for mixgcf also layers() and pool().
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
     n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
@@ -224,7 +231,11 @@ def normalized_adjacency(pairs, n_users, n_items):
 
 
 class SymmetricMatmul(torch.autograd.Function):
-    """adjacency @ x for a symmetric sparse adjacency: backward multiplies by the same matrix, no transpose is ever built."""
+    """adjacency @ x for a symmetric sparse adjacency: backward multiplies by the same matrix, no
+    transpose is ever built.
+
+    SymmetricMatmul.apply(adjacency (n, n), x (n, d)) -> (n, d). The adjacency gets no gradient, and
+    that it is symmetric is not checked."""
 
     @staticmethod
     def forward(ctx, adjacency, x):
@@ -283,13 +294,18 @@ class MF(Backbone):
 
 
 class LightGCN(Backbone):
-    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), and the mean over hops 0..K (eq. 4)."""
+    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), then the mean over hops 0..K
+    (eq. 4).
+
+    adjacency (U+I, U+I): normalized_adjacency of the train pairs. A buffer, so that `.to` moves it;
+    not in the state_dict, since the train pairs give it back."""
 
     propagates, std = True, 0.1
 
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3):
         super().__init__(n_users, n_items, dim)
-        self.adjacency, self.n_layers = adjacency, n_layers
+        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.n_layers = n_layers
 
     def layers(self):
         hops = [self.embedding]
@@ -307,13 +323,16 @@ class LightGCN(Backbone):
 
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout
-    (on E'), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim."""
+    (on E'), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim.
+
+    adjacency as LightGCN's."""
 
     propagates, std = True, 0.1
 
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3, message_dropout=0.1):
         super().__init__(n_users, n_items, dim)
-        self.adjacency, self.message_dropout = adjacency, message_dropout
+        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.message_dropout = message_dropout
         self.w1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(n_layers))
         self.w2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(n_layers))
         for linear in [*self.w1, *self.w2]:
@@ -533,7 +552,8 @@ def popularity(pairs, n_users, n_items):
 # --------------------------------------------------------------------------------------------------
 
 def bpr_loss(positive_score, negative_score):
-    """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that it cannot overflow."""
+    """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that
+    it cannot overflow. Scores (B,), (B,) -> scalar."""
     return F.softplus(negative_score - positive_score).mean()
 
 
@@ -549,7 +569,8 @@ def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
 
 
 def l2_loss(*vectors):
-    """Half the squared norm, summed over the given (B, d) tensors and averaged over B: LightGCN's reg term."""
+    """Half the squared norm, summed over the given (B, d) tensors and averaged over B: LightGCN's
+    reg term. Give it the parameters of the batch (`ego()`), not what propagation makes of them."""
     return sum((vector * vector).sum() for vector in vectors) / (2 * len(vectors[0]))
 
 
@@ -628,8 +649,8 @@ def mine_hard_negatives(model, train, first, last):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
-    train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises SystemExit2 when a user has too few unseen
-    items for the band."""
+    model as rank_unseen's; train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises
+    SystemExit2 when a user has too few unseen items for the band."""
     users = torch.arange(model.n_users, device=train.device)
     ranked = rank_unseen(model, users, user_rows(train, model.n_users), last)[:, first - 1:]
     if ranked.shape[1] < last - first + 1 or (ranked < 0).any():
@@ -668,6 +689,8 @@ def top_k(scores, k):
 def rank_unseen(model, users, seen, k, chunk=1024):
     """The k best unseen items of each user, in chunks of users so that memory stays at chunk * n_items.
 
+    model: a Backbone, or any module with forward() -> (users (U, D), items (I, D)) and
+    score_all(users (B, D), items (I, D)) -> (B, I), a new tensor each time: it is written into.
     users (n,) ids; seen: (indptr, items) of user_rows, the pairs to leave out -> item ids (n, k). A user with fewer than k
     unseen items gets -1 in the places left."""
     was_training, _ = model.training, model.eval()
@@ -703,6 +726,7 @@ def nearest_items(vectors, users, items, seen, k, chunk=2048):
 def ranking_hits(model, pairs, seen, k):
     """Full-ranking hits for every user who has a pair in `pairs`.
 
+    model as rank_unseen's, with n_users and n_items.
     pairs (N, 2) to find; seen: user_rows of the pairs left out of the ranking -> users (n,), hits (n, k) bool in rank order,
     relevant (n,) the number of pairs of each user. Users without a pair are not in the result: they have no metric."""
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)

@@ -228,7 +228,7 @@ def report(args):
         fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or `python hnlmrec.py train`")
     order = list(NAMES)
     paths.sort(key=lambda p: (order.index(p.stem[6:]) if p.stem[6:] in order else len(order), p.name))
-    metrics, models = {"data": data["digest"], "methods": {}}, {}
+    metrics, models, per_user = {"data": data["digest"], "methods": {}}, {}, {}
     for path in paths:
         model, meta, tensors = load_model(path, data=data)
         users, values, skipped = evaluate(model, data)
@@ -241,13 +241,18 @@ def report(args):
         row |= unseen_scores(model, data, users, values)
         metrics["methods"][path.stem[6:]] = row
         models[path.stem[6:]] = (model, tensors)
+        per_user[path.stem[6:]] = values["NDCG@20"].numpy()
     metrics["users tested"], metrics["users without a test pair"] = data["n_users"] - skipped, skipped
 
-    lines = [f"# Report: {markdown(run.name)}", "",
-             (f"{data['n_users']:,} users, {data['n_items']:,} items; "
-              f"train {len(data['train']):,}, valid {len(data['valid']):,}, test {len(data['test']):,} "
-              "pairs. Full ranking; each model at its best validation "
-             f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
+    with_z = [name for name, (_, tensors) in models.items() if "z" in tensors]
+    ours = "hnlmrec" if "hnlmrec" in with_z else next(iter(with_z), None)
+    lines = [f"# Report: {markdown(run.name)}", *verdict_section(run, metrics, per_user, ours)]
+    lines += example_section(run, data, *models[ours or next(iter(models))])
+    lines += ["", "## All models", "",
+              (f"{data['n_users']:,} users, {data['n_items']:,} items; "
+               f"train {len(data['train']):,}, valid {len(data['valid']):,}, "
+               f"test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
+               f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
     lines += markdown_table(["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], [
         [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
          row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
@@ -273,6 +278,69 @@ def report(args):
     write_atomic(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     print("\n".join(lines))
     print(f"\nwrote {run / 'report.md'} and {run / 'metrics.json'}")
+
+
+def verdict_section(run, metrics, per_user, ours):
+    """The report's opening: is `ours` above the best baseline, by how much, and report.svg, every
+    model's difference from that baseline. per_user {model: NDCG@20 of the users tested (n,)}; ours:
+    None when the run has no model with the LLM's negatives. What is found goes into metrics too."""
+    valid = {name: row["valid NDCG@20"] for name, row in metrics["methods"].items()}
+    baselines = [name for name in per_user if name != ours and not name.startswith("hnlmrec")]
+    if not baselines or len(per_user) < 2:
+        return ["", "There is nothing to compare here yet. A baseline: `python backbones.py "
+                f"pretrain --run {run} --sampler dns --out model-dns.safetensors`."]
+    best = max(baselines, key=valid.get)  # the rival is named by validation, as every choice is
+    others = [name for name in per_user if name != best]
+    rival, metrics["tests"], tests = NAMES.get(best, best), {}, {}
+    for name in others:
+        tests[name] = mean, low, high, p = paired_bootstrap(per_user[name] - per_user[best])
+        metrics["tests"][name] = {"against": best, "mean": float(mean), "low": float(low),
+                                  "high": float(high), "p": float(p)}
+    write_atomic(run / "report.svg", svg_chart(
+        f"test NDCG@20 minus that of {rival}, 95 % intervals", [NAMES.get(n, n) for n in others],
+        *zip(*(tests[name][:3] for name in others)), reference=0.0).encode())
+    lines = [""]
+    if ours:
+        mean, low, high, p = tests[ours]
+        level = per_user[best].mean()
+        word = "beats" if low > 0 else "falls behind" if high < 0 else "is level with"
+        lines += [f"**HNLMRec {word} {rival}**, the best baseline on validation: NDCG@20 on the "
+                  f"test pairs is {per_user[ours].mean():.4f} against {level:.4f}, a difference of "
+                  f"{mean:+.4f} ({mean / max(level, 1e-12):+.1%}), 95 % interval "
+                  f"[{low:+.4f}, {high:+.4f}], "
+                  f"p {'< 0.001' if p < 0.001 else f'{p:.3f}'} (paired bootstrap over users)."]
+    lines += ["NDCG@20 is 1 when a user's held-out items head the list of twenty and 0 when none "
+              "is in it. One seed of training: how far another would move these numbers, "
+              f"`python eval.py compare --run {run} --seeds 5` measures.", "",
+              f"![NDCG@20 minus that of {markdown(rival)}](report.svg)"]
+    return lines
+
+
+def example_section(run, data, model, tensors, k=5):
+    """What the first user with a test pair gets: k titles liked, recommended, and held against the
+    user as negatives by the LLM (the real items nearest to the projected z)."""
+    items = read_jsonl(run / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
+    users = read_jsonl(run / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
+    user = int(data["test"][:, 0].min())
+    held = set(data["test"][data["test"][:, 0] == user, 1].tolist())
+
+    def titles(ids):
+        note = " (**a held-out positive**)"
+        return "; ".join(markdown(items[i]["title"]) + note * (i in held) for i in ids)
+
+    liked = data["train"][data["train"][:, 0] == user, 1].tolist()
+    seen = user_rows(torch.cat([data["train"], data["valid"]]), data["n_users"])
+    best = rank_unseen(model, torch.tensor([user]), seen, min(k, len(items)))[0]
+    lines = ["", f"## An example: user {markdown(users[user]['raw'])}", "",
+             f"- liked ({min(k, len(liked))} of {len(liked)}): {titles(liked[:k])}",
+             f"- recommended: {titles(best[best >= 0].tolist())}"]
+    if "z" in tensors:
+        mine = (tensors["z_pairs"][:, 0] == user).nonzero()[:, 0]
+        near = nearest_items(tensors["z"][mine], tensors["z_pairs"][mine, 0], tensors["item"],
+                             pair_keys(data["train"], data["n_items"]), min(k, len(items)))
+        by_rank = dict.fromkeys(near.T.flatten().tolist())  # the nearest of each vector first
+        lines.append(f"- negatives from the LLM: {titles(list(by_rank)[:k])}")
+    return lines
 
 
 def fhns_section(run, data, model, result, m=8, projected=None):
@@ -430,8 +498,11 @@ def backbone_section(run, out, backbone, table, data, tests):
         groups = [cell["NDCG@20"][:, quarter[cell["users"][0]] == q].mean() for q in range(4)]
         bias.append([name, *(f"{v:.4f}" for v in (*groups, *cell["item_recall"].mean(0))), f"{cell['popularity'].mean():.0f}",
                      f"{cell['coverage'].mean():.1%}", f"{cell['gini'].mean():.3f}"])
-    write_atomic(run / f"{out}-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", list(table), *zip(*(
-        spread(cell["NDCG@20"].mean(1)) for cell in table.values()))).encode())
+    seeds = len(table[best]["valid"])
+    spreads = {name: spread(cell["NDCG@20"].mean(1)) for name, cell in table.items()}
+    write_atomic(run / f"{out}-{backbone}.svg", chart_of_spreads(
+        f"test NDCG@20, {backbone}: mean and sd over {seeds} seeds; dashed: {best}", list(table),
+        list(spreads.values()), spreads[best][0]).encode())
     lines = ["", f"## {backbone}", "",
              (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired bootstrap over "
              "users (each user's mean over seeds); seeds in which it is above."), "",
@@ -469,7 +540,8 @@ def sweep(args):
     rows = [[value, "{:.4f} ± {:.4f}".format(*chart)] for value, chart in zip(values, charts)]
     table = markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows)
     lines = [f"# Sweep: {flag}", "", *table, "", f"![{flag}]({out}.svg)"]
-    write_atomic(run / f"{out}.svg", svg_chart(f"valid NDCG@20 by {flag}", values, *zip(*charts), line=True).encode())
+    write_atomic(run / f"{out}.svg", chart_of_spreads(
+        f"valid NDCG@20 by {flag}: mean and sd over {args.seeds} seeds", values, charts).encode())
     write_atomic(run / f"{out}.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
     print(f"wrote {run / out}.md")
@@ -607,7 +679,7 @@ def tune(args):
     paths = sorted(run.glob("negatives-[0-9]*.safetensors"))
     paths += [run / name for name in ("negatives-items.safetensors", "cf.safetensors")]
     digests = [file_digest(path) for path in paths if path.exists()]  # of what HNLMRec reads
-    llm = hashlib.sha256("+".join(digests).encode()).hexdigest()[:16]
+    llm = json_digest(digests)
     rows = read_jsonl(log, "python eval.py tune", growing=True) if log.exists() else []
     done = {(row["method"], row["backbone"], row["trial"]): row for row in rows}
     todo = []
@@ -766,28 +838,66 @@ def markdown_table(header, rows):
     return lines
 
 
-def svg_chart(title, labels, means, spreads, line=False):
-    """One small picture: bars (or a line) of means with error bars of one spread, as SVG text. No plotting package."""
-    low, high = min(m - s for m, s in zip(means, spreads)), max(m + s for m, s in zip(means, spreads))
-    low, high = (low - 0.5 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
-    width, left, top, height = 90 * len(labels) + 80, 60, 30, 200
-    y = lambda v: top + height * (1 - (v - low) / (high - low))
-    x = [left + 90 * n + 45 for n in range(len(labels))]
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 60}" font-family="sans-serif" font-size="11">',
-             '<rect width="100%" height="100%" fill="white"/>'
-             f'<text x="{left}" y="16" font-size="13">{html.escape(printable(title))}</text>']
-    for k in range(5):
-        v = low + (high - low) * k / 4
-        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/><text x="4" y="{y(v) + 4:.1f}">{v:.4f}</text>')
-    if line:
-        parts.append('<polyline fill="none" stroke="#36c" stroke-width="2" points="' + " ".join(f"{a},{y(m):.1f}" for a, m in zip(x, means)) + '"/>')
-    for n, (a, m, s) in enumerate(zip(x, means, spreads)):
-        if not line:
-            parts.append(f'<rect x="{a - 28}" width="56" y="{y(m):.1f}" height="{top + height - y(m):.1f}" fill="#8ab4e8"/>')
-        parts.append(f'<line x1="{a}" x2="{a}" y1="{y(m - s):.1f}" y2="{y(m + s):.1f}" stroke="black" stroke-width="1.5"/>')
-        for k, word in enumerate(printable(labels[n]).split(" ", 2)):
-            parts.append(f'<text x="{a}" y="{top + height + 15 + 13 * k}" text-anchor="middle">{html.escape(word[:16])}</text>')
+def plain_text(text):
+    """One line without what XML has no place for: control characters, lone surrogates."""
+    kept = "[^\\s -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+    return " ".join(re.sub(kept, "", str(text)).split())
+
+
+def axis_ticks(low, high):
+    """About five round values from at most `low` to at least `high`, and the decimals they need."""
+    rough = max(high - low, 1e-9) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    ticks = [n * step for n in range(first, max(last, first + 1) + 1)]
+    return ticks, max(0, -math.floor(math.log10(step) + 1e-6))
+
+
+def svg_chart(title, labels, means, lows, highs, reference=None):
+    """Dots with intervals, one row a label, as SVG text. No plotting package.
+
+    labels any text; means, lows, highs (n,) finite numbers; reference: a dashed line at this value.
+    A dot says its value by its place and not by a length, so that the axis, with round ticks that
+    hold all intervals, need not begin at zero; mean and interval stand beside it in numbers."""
+    labels = [plain_text(label) for label in labels]
+    marks = [] if reference is None else [reference]
+    ticks, decimals = axis_ticks(min([*lows, *marks]), max([*highs, *marks]))
+    left, plot, row, top = 24 + 8 * max(map(len, labels)), 340, 22, 44
+    width, bottom = left + plot + 200, top + row * len(labels)
+    scale = plot / (ticks[-1] - ticks[0])
+
+    def x(value):
+        return f"{left + (value - ticks[0]) * scale:.1f}"
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 34}"'
+             ' font-family="DejaVu Sans, Verdana, sans-serif" font-size="12">',
+             '<rect width="100%" height="100%" fill="white"/>',
+             f'<text x="12" y="20" font-size="14">{html.escape(plain_text(title))}</text>']
+    for tick in ticks:
+        parts.append(f'<line class="tick" x1="{x(tick)}" x2="{x(tick)}" y1="{top - 8}"'
+                     f' y2="{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text class="tick" x="{x(tick)}" y="{bottom + 16}" text-anchor="middle"'
+                     f' fill="#555">{tick + 0.0:.{decimals}f}</text>')
+    for mark in marks:
+        parts.append(f'<line x1="{x(mark)}" x2="{x(mark)}" y1="{top - 8}" y2="{bottom}"'
+                     ' stroke="#c33" stroke-dasharray="4 3"/>')
+    for n, (label, mean, low, high) in enumerate(zip(labels, means, lows, highs)):
+        y = top + row * n + 6
+        parts.append(f'<text x="12" y="{y + 4}">{html.escape(label)}</text>')
+        parts.append(f'<line class="interval" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"'
+                     ' stroke="#26c" stroke-width="2"/>')
+        parts.append(f'<circle cx="{x(mean)}" cy="{y}" r="4" fill="#26c"/>')
+        parts.append(f'<text x="{left + plot + 16}" y="{y + 4}">{mean:.4f}'
+                     f' [{low:.4f}, {high:.4f}]</text>')
     return "\n".join([*parts, "</svg>\n"])
+
+
+def chart_of_spreads(title, labels, spreads, reference=None):
+    """svg_chart of (mean, sd) pairs: the interval is one standard deviation to each side."""
+    means = [mean for mean, _ in spreads]
+    lows, highs = [mean - sd for mean, sd in spreads], [mean + sd for mean, sd in spreads]
+    return svg_chart(title, labels, means, lows, highs, reference)
 
 # --------------------------------------------------------------------------------------------------
 # Command line

@@ -1,6 +1,9 @@
 """Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases. `bash run.sh test` runs them."""
 
+import ast
+import builtins
 import calendar
+import dis
 import functools
 import gzip
 import json
@@ -181,6 +184,14 @@ def test_ngcf_against_dense_oracle():
         x = torch.stack(rows)
         hops.append(F.normalize(x, dim=1))
     assert torch.allclose(torch.cat(model()), torch.cat(hops, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lightgcn", "ngcf"])
+def test_the_adjacency_moves_with_the_model_and_is_not_saved(name):
+    model = backbones.build_backbone(name, N_USERS, N_ITEMS, 4, random_pairs(), 2).eval()
+    single, double = model()[0], model.to(torch.float64)()[0]  # float64 stands for another device
+    assert double.dtype == torch.float64 and torch.allclose(double.float(), single, atol=1e-6)
+    assert "adjacency" not in model.state_dict()
 
 
 def test_neumf_ranks_as_it_scores():
@@ -1679,6 +1690,195 @@ def test_first_sentence():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The README: its first snippet, and each piece of "Copy this piece" pasted into an empty file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def readme(begin, end):
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return text.split(begin, 1)[1].split(end, 1)[0]
+
+
+def code_block(text, kind=""):
+    return text.split(f"```{kind}\n", 1)[1].split("```", 1)[0]
+
+
+def test_the_first_snippet_prints_what_the_readme_says(capsys):
+    section = readme("## Thirty seconds", "\n## ")
+    exec(code_block(section, "python"), {})
+    assert capsys.readouterr().out == code_block(section.split("```python")[1].split("```", 1)[1])
+
+
+def copy_table():
+    """Rows of the table: {first piece: (module, pieces, names to take along)}."""
+    rows = {}
+    for line in readme("## Copy this piece", "\n## ").splitlines():
+        if line.startswith("| `"):
+            first, along = line.split("|")[1:3]
+            pieces, along = ([word for word in cell.split("`")[1::2]] for cell in (first, along))
+            module, pieces[0] = pieces[0].split(".")
+            rows[pieces[0]] = (PROGRAMS[f"{module}.py"], pieces, along)
+    return rows
+
+
+def sources(module):
+    """{name: source} of the functions, classes and constants at the top of a file."""
+    text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
+    for node in ast.parse(text).body:
+        names = [node.name] if hasattr(node, "name") else []
+        targets = getattr(node, "targets", [])
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        found |= dict.fromkeys(names, ast.get_source_segment(text, node))
+    return found
+
+
+def global_names(code):
+    """Names that compiled code, or any code within it, looks up outside itself."""
+    found = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found.add(instruction.argval)
+    return found.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_code")))
+
+
+def toy_fit(p, encoder):
+    layer = torch.nn.Linear(2, 1)
+    step = lambda rows, generator: (layer(torch.ones(len(rows), 2)).pow(2).mean(), {"loss": 0.0})
+    state, history = p["fit"]({"m": layer}, step, 4, lambda: 1.0, epochs=2, batch_size=2, lr=0.1,
+                              eval_every=1, patience=1, seed=0)
+    assert set(state) == {"m.weight", "m.bias"} and len(history) == 2
+
+
+def toy_encode(p, encoder):
+    llm, prompt, soft_tokens, users, items = encoder
+    ours = p["encode"](llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
+    assert torch.allclose(ours, encode_all(encoder), atol=1e-6)
+
+
+def toy_backbones(p, encoder):
+    adjacency = p["normalized_adjacency"](random_pairs(), N_USERS, N_ITEMS)
+    for name in ("LightGCN", "NGCF", "MF", "NeuMF"):
+        graph = [adjacency] if name in ("LightGCN", "NGCF") else []
+        users, items = (model := p[name](N_USERS, N_ITEMS, 4, *graph).eval())()
+        scores = model.score_all(users, items)  # (U, I)
+        assert torch.allclose(scores[2], model.score(users[2], items), atol=1e-5)
+        model.score(users[:3], items[:3]).sum().backward()
+
+
+def toy_samplers(p, encoder):
+    model, candidates = rigged(torch.randn(3, 4), torch.randn(6, 4)), torch.arange(6).view(3, 2)
+    (users, items), positives = model(), candidates[:, 0]
+    best = model.score(users[:, None], items[candidates]).argmax(1, keepdim=True)
+    negatives = p["dns"](model.score, users, items, candidates)
+    assert torch.equal(negatives, candidates.gather(1, best)[:, 0])
+    assert p["ahns"](model.score, users, items, positives, candidates).shape == (3,)
+    assert p["mixgcf"](users, items[:, None], positives, candidates, model.pool).shape == (3, 4)
+
+
+def toy_ranking(p, encoder):
+    model = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None])
+    seen = torch.tensor([[0, 4], [1, 0]])
+    ranked = p["rank_unseen"](model, torch.arange(2), p["user_rows"](seen, 2), 2)
+    assert ranked.tolist() == [[3, 2], [4, 3]]
+
+
+def toy_stage_two(p, encoder):
+    z = p["Projector"](torch.randn(20, 8), 4)(torch.randn(6, 3, 8))
+    loss = p["alignment_loss"](z, torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) // 2, 0.2)
+    mixed = p["mix"](z, torch.randn(6, 4), 0.5)
+    (loss + p["semantic_alignment"](mixed, torch.randn(6, 4), 0.2)).backward()
+
+
+def toy_sampler(p, encoder):
+    drawn = p["UnseenSampler"](random_pairs(), N_USERS, N_ITEMS)(torch.arange(N_USERS), 50)
+    keys = backbones.pair_keys(random_pairs(), N_ITEMS)
+    assert not backbones.contains(keys, torch.arange(N_USERS)[:, None], drawn, N_ITEMS).any()
+
+
+def toy_band(p, encoder):
+    model = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None])
+    band = p["mine_hard_negatives"](model, torch.tensor([[0, 4], [1, 0]]), 2, 3)
+    assert band.tolist() == [[2, 1], [3, 2]]
+
+
+def toy_losses(p, encoder):
+    assert p["bpr_loss"](torch.zeros(2), torch.zeros(2)).item() == pytest.approx(math.log(2))
+    assert p["l2_loss"](torch.ones(2, 3)).item() == 1.5
+
+
+def toy_metrics(p, encoder):
+    hits, relevant = torch.tensor([[True, False]]), torch.tensor([1])
+    names = ("ndcg", "recall", "precision", "hit_rate", "mrr")
+    assert [p[name](hits, relevant, 2).item() for name in names] == [1, 1, 0.5, 1, 1]
+
+
+def toy_info_nce(p, encoder):
+    positive = torch.tensor([[True, False, False]])
+    loss = p["info_nce"](torch.ones(1, 2), torch.ones(3, 2), positive, 0.1)
+    assert loss.item() == pytest.approx(math.log(3))
+
+
+def toy_batches(p, encoder):
+    rows, lengths = torch.arange(20), torch.arange(96)
+    batches = p["grouped_batches"](random_pairs()[:, 0], rows, 2, 3, torch.Generator(), lengths)
+    assert torch.cat(batches).sort().values.tolist() == rows.tolist()
+
+
+def toy_text_start(p, encoder):
+    start = p["text_start"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS, 4, 0.1)
+    assert start.shape == (N_USERS + N_ITEMS, 4)
+
+
+def toy_relevance(p, encoder):
+    users, items = p["text_factors"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS)
+    fit, everything = users @ items.T, torch.arange(N_ITEMS).expand(N_USERS, -1)
+    oracle = (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True)
+    ours = p["Relevance"](users, items)(torch.arange(N_USERS), everything)
+    assert torch.allclose(ours, oracle, atol=1e-4)
+
+
+def toy_core(p, encoder):
+    kept = p["k_core"](np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 0]), 2)
+    assert kept.tolist() == [True, True, True, True, False]
+    parts = p["split_pairs"](np.repeat([0, 1], 3), np.arange(6), np.arange(6.0), "last", 0)
+    assert parts.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def toy_bootstrap(p, encoder):
+    assert p["paired_bootstrap"](np.ones(5), draws=20)[:3] == (1, 1, 1)
+
+
+TOYS = {
+    "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
+    "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
+    "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
+    "info_nce": toy_info_nce, "grouped_batches": toy_batches, "Projector": toy_stage_two,
+    "text_start": toy_text_start, "text_factors": toy_relevance, "k_core": toy_core,
+    "paired_bootstrap": toy_bootstrap,
+}
+
+
+@pytest.mark.parametrize("piece", list(TOYS))
+def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
+    module, pieces, along = copy_table()[piece]
+    known, plain = sources(backbones) | sources(module), {}
+    exec(code_block(readme("## Copy this piece", "\n| "), "python"), plain)
+    pasted = "\n\n".join(known[name] for name in [*along, *pieces])
+    code = compile(pasted, "pasted", "exec")
+    # what the pasted code looks up, on paths that the toys do not take either
+    taken = global_names(code) - set(plain) - set(dir(builtins)) - {"__name__"}
+    assert taken <= {*along, *pieces}
+    # these two make what the caller hands in; everything else in the row is needed by the code
+    assert set(along) - taken <= {"normalized_adjacency", "user_rows"}
+    exec(code, plain)
+    TOYS[piece](plain, encoder)
+
+
+def test_every_row_of_the_copy_table_is_pasted():
+    assert set(copy_table()) == set(TOYS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The real programs, from a ratings file to the report
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1736,7 +1936,19 @@ def test_pipeline_makes_every_file(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics["methods"]) == {"hnlmrec", "rns"}
     assert all(0 <= row["NDCG@20"] <= 1 for row in metrics["methods"].values())
-    assert "HNLMRec, generated" in (finished / "report.md").read_text()
+    report = (finished / "report.md").read_text()
+    assert "HNLMRec, generated" in report
+    # the opening: the verdict in figures that follow from the table, an example user, a picture
+    rows, test = metrics["methods"], metrics["tests"]["hnlmrec"]
+    assert test["against"] == "rns"
+    assert test["mean"] == pytest.approx(rows["hnlmrec"]["NDCG@20"] - rows["rns"]["NDCG@20"])
+    word = "beats" if test["low"] > 0 else "falls behind" if test["high"] < 0 else "is level with"
+    opening = report.split("## All models")[0]
+    assert f"HNLMRec {word} RNS" in opening and f"{test['mean']:+.4f} (" in opening
+    assert len(opening.split("- recommended: ")[1].split("\n")[0].split("; ")) == 5
+    assert len(opening.split("- negatives from the LLM: ")[1].split("\n")[0].split("; ")) == 5
+    picture = xml.etree.ElementTree.parse(finished / "report.svg")
+    assert len(picture.findall(".//{*}circle")) == 1
     assert len(list(finished.glob("negatives-0*.safetensors"))) == 3
     tensors, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
     assert tensors["hidden"].dtype == torch.float16 and tensors["hidden"].shape == (len(tensors["pairs"]), 32)
@@ -1876,7 +2088,28 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
     finally:
         evaluation.BASELINES, evaluation.OURS = old
     for picture in ("compare-lightgcn.svg", "sweep-alpha.svg"):
-        xml.etree.ElementTree.parse(copied / picture)
+        assert len(xml.etree.ElementTree.parse(copied / picture).findall(".//{*}circle")) == 2
+
+
+def test_a_chart_shows_its_numbers_where_they_are():
+    """The dots and interval ends, read back through the tick marks, are the values given."""
+    means, lows, highs = [0.061, -0.02, 0.3], [0.05, -0.04, 0.29], [0.07, 0.01, 0.302]
+    labels = ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""]
+    text = evaluation.svg_chart("t & <u>\x1b", labels, means, lows, highs, reference=0.0)
+    root = xml.etree.ElementTree.fromstring(text.encode())
+    find = lambda kind, name: [e for e in root.findall(f".//{{*}}{kind}") if e.get("class") == name]
+    ticks = [(float(e.get("x")), float(e.text)) for e in find("text", "tick")]
+    (x0, v0), (x1, v1) = ticks[0], ticks[-1]
+    value = lambda x: v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0)
+    near = functools.partial(pytest.approx, abs=(v1 - v0) / 1000)
+    assert v0 <= -0.04 and v1 >= 0.302
+    assert [value(x) for x, _ in ticks] == near([v for _, v in ticks])
+    assert [value(e.get("cx")) for e in root.findall(".//{*}circle")] == near(means)
+    assert [value(e.get("x1")) for e in find("line", "interval")] == near(lows)
+    assert [value(e.get("x2")) for e in find("line", "interval")] == near(highs)
+    words = [e.text for e in root.findall(".//{*}text")]
+    assert "a <b> & c" in words and "Ünï 映画" in words and "0.0610 [0.0500, 0.0700]" in words
+    evaluation.svg_chart("all alike", ["a"], [0.5], [0.5], [0.5])  # no division by zero
 
 
 def in_process(script, *words):
