@@ -912,8 +912,17 @@ def test_the_latest_row_of_a_pair_against_loops():
     kept = hnlmrec.latest(user, item, rating.astype(float), seconds)
     found = {(user[n], item[n]): (np.nan_to_num(seconds[n], nan=-1), -rating[n]) for n in kept}
     assert found == expected and len(kept) == len(expected)
-    large = np.array([70000, 70001], np.int32)  # the key of a pair does not overflow
-    assert len(hnlmrec.latest(large, large, np.zeros(2), np.zeros(2))) == 2
+    user, item = np.array([[0, 65536, 1], [5, 5, 65535]], np.int32)  # keys beyond 32 bits
+    assert len(hnlmrec.latest(user, item, np.zeros(3), np.zeros(3))) == 3
+
+
+def test_pairs_are_ordered_by_first_sight_of_user_and_item():
+    """The random split draws in this order: with another one, published splits would change."""
+    user, item = np.array([1, 1, 0, 0, 1, 0]), np.array([2, 0, 2, 0, 1, 1])
+    five, none = np.full(6, 5.0), np.full(6, np.nan)
+    rows = hnlmrec.Interactions(user, item, five, none, np.arange(6), "ab", "xyz")
+    kept = hnlmrec.filter_pairs(rows, "r.tsv", Namespace(min_rating=4.0, k_core=2), Counter())
+    assert list(zip(kept.user, kept.item)) == [(1, 2), (1, 0), (1, 1), (0, 2), (0, 0), (0, 1)]
 
 
 def write_lines(path, lines, encoding="utf-8"):
@@ -1110,6 +1119,7 @@ COMMAS = [f"u{u},i{i},5,fine" for u in range(6) for i in range(6)]
     (5, ['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'], "line 6"),  # closed cleanly, later
     (5, ['u0,i5,5,"great', 'u9,i5,5,fine"'], "line 6"),
     (5, ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], "line 6"),
+    (36, ['u5,i5,5,"great'], "line 37"),  # never closed, in the last line
     (5, ["u0,i5,5,fine,and more"], "line 6 has 5 fields"),
     (5, ["u0,i5,5"], "line 6 has 3 fields"),
 ])
@@ -1272,10 +1282,10 @@ def test_reviews_with_half_a_character_or_an_odd_line_end_reach_the_run_whole(tm
 
 
 def test_the_review_kept_is_that_of_the_rating_kept(tmp_path):
-    rows = json_grid(unixReviewTime=1)
+    rows = json_grid(unixReviewTime=1, reviewText="x" * 999)
     rows += [{**row, "unixReviewTime": 0, "reviewText": "earlier"} for row in rows]
-    data, _, users = prepared(tmp_path / "a", rows[::-1], "--format", "amazon2018", name="r.json")
-    assert all(len(row["reviews"]) == 2 and "earlier" not in row["reviews"] for row in users)
+    _, _, users = prepared(tmp_path / "a", rows[::-1], "--format", "amazon2018", name="r.json")
+    assert all(row["reviews"] == ["x" * 200] * 2 for row in users)
 
 
 def test_contents_decide_whether_prepare_is_up_to_date(tmp_path, capsys):
