@@ -319,8 +319,8 @@ def verdict_section(run, metrics, per_user, ours):
 def example_section(run, data, model, tensors, k=5):
     """What the first user with a test pair gets: k titles liked, recommended, and held against the
     user as negatives by the LLM (the real items nearest to the projected z)."""
-    items = read_jsonl(run / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
-    users = read_jsonl(run / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
+    items = read_jsonl(run / "items.jsonl")
+    users = read_jsonl(run / "users.jsonl")
     user = int(data["test"][:, 0].min())
     held = set(data["test"][data["test"][:, 0] == user, 1].tolist())
 
@@ -338,7 +338,7 @@ def example_section(run, data, model, tensors, k=5):
         mine = (tensors["z_pairs"][:, 0] == user).nonzero()[:, 0]
         near = nearest_items(tensors["z"][mine], tensors["z_pairs"][mine, 0], tensors["item"],
                              pair_keys(data["train"], data["n_items"]), min(k, len(items)))
-        by_rank = dict.fromkeys(near.T.flatten().tolist())  # the nearest of each vector first
+        by_rank = dict.fromkeys(near.T[near.T >= 0].tolist())  # the nearest of each vector first
         lines.append(f"- negatives from the LLM: {titles(list(by_rank)[:k])}")
     return lines
 
@@ -838,10 +838,11 @@ def markdown_table(header, rows):
     return lines
 
 
-def plain_text(text):
-    """One line without what XML has no place for: control characters, lone surrogates."""
-    kept = "[^\\s -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
-    return " ".join(re.sub(kept, "", str(text)).split())
+def one_line(text):
+    """Any text as one line that XML can hold: controls as visible escapes, and "?" for what has no
+    place in it."""
+    line = " ".join(printable(text).split()).encode("utf-8", "replace").decode()
+    return re.sub("[\ufffe\uffff]", "?", line)
 
 
 def axis_ticks(low, high):
@@ -860,7 +861,7 @@ def svg_chart(title, labels, means, lows, highs, reference=None):
     labels any text; means, lows, highs (n,) finite numbers; reference: a dashed line at this value.
     A dot says its value by its place and not by a length, so that the axis, with round ticks that
     hold all intervals, need not begin at zero; mean and interval stand beside it in numbers."""
-    labels = [plain_text(label) for label in labels]
+    labels = [one_line(label) for label in labels]
     marks = [] if reference is None else [reference]
     ticks, decimals = axis_ticks(min([*lows, *marks]), max([*highs, *marks]))
     left, plot, row, top = 24 + 8 * max(map(len, labels)), 340, 22, 44
@@ -873,7 +874,7 @@ def svg_chart(title, labels, means, lows, highs, reference=None):
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 34}"'
              ' font-family="DejaVu Sans, Verdana, sans-serif" font-size="12">',
              '<rect width="100%" height="100%" fill="white"/>',
-             f'<text x="12" y="20" font-size="14">{html.escape(plain_text(title))}</text>']
+             f'<text x="12" y="20" font-size="14">{html.escape(one_line(title))}</text>']
     for tick in ticks:
         parts.append(f'<line class="tick" x1="{x(tick)}" x2="{x(tick)}" y1="{top - 8}"'
                      f' y2="{bottom}" stroke="#ddd"/>')

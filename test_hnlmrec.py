@@ -1811,6 +1811,15 @@ def toy_band(p, encoder):
     assert band.tolist() == [[2, 1], [3, 2]]
 
 
+def toy_closed_forms(p, encoder):
+    pairs = random_pairs()
+    for name in ("item_knn", "rp3beta", "ease"):
+        weight = p[name](pairs, N_USERS, N_ITEMS)
+        users, items = (model := p["ItemWeights"](weight, pairs, N_USERS))()
+        rows = torch.zeros(N_USERS, N_ITEMS).index_put(tuple(pairs.T), torch.ones(()))  # X
+        assert torch.allclose(model.score_all(users, items), rows @ weight.to_dense(), atol=1e-5)
+
+
 def toy_losses(p, encoder):
     assert p["bpr_loss"](torch.zeros(2), torch.zeros(2)).item() == pytest.approx(math.log(2))
     assert p["l2_loss"](torch.ones(2, 3)).item() == 1.5
@@ -1860,7 +1869,7 @@ def toy_bootstrap(p, encoder):
 
 TOYS = {
     "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
-    "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
+    "item_knn": toy_closed_forms, "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
     "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
     "info_nce": toy_info_nce, "grouped_batches": toy_batches, "Projector": toy_stage_two,
     "text_start": toy_text_start, "text_factors": toy_relevance, "k_core": toy_core,
@@ -2118,7 +2127,7 @@ def test_a_chart_shows_its_numbers_where_they_are():
     assert [value(e.get("x1")) for e in find("line", "interval")] == near(lows)
     assert [value(e.get("x2")) for e in find("line", "interval")] == near(highs)
     words = [e.text for e in root.findall(".//{*}text")]
-    assert "a <b> & c" in words and "Ünï 映画" in words and "0.0610 [0.0500, 0.0700]" in words
+    assert "a <b> & \\u0007\\u0000? c" in words and "Ünï 映画" in words and "0.0610 [0.0500, 0.0700]" in words
     evaluation.svg_chart("all alike", ["a"], [0.5], [0.5], [0.5])  # no division by zero
 
 
