@@ -433,8 +433,8 @@ def judge_lines(result):
              f"pairs: the {result['top']} best unseen items of each user by {result['cf']}. "
              "Logistic regression of \"is a positive\" on CF score, log rank, log popularity and "
              "the judge, users cross-fitted in two halves: AUC, and gain in log-likelihood (nats, "
-             "and nats per 1,000 positives) with its 95 % interval by bootstrap over users. How far "
-             "from 0 chance alone comes is what the shuffled texts show."]
+             "and nats per 1,000 positives) with its 95 % interval by bootstrap over users. How "
+             "far from 0 chance alone comes is what the shuffled texts show."]
     if not result["rows"]:
         return [f"Of {result['pairs']:,} pairs {result['positives']:,} are positives, so there is "
                 "nothing to tell apart."]

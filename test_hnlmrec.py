@@ -833,7 +833,7 @@ def test_paired_bootstrap_against_the_normal_law():
 
 
 def log_odds_world(n_users=300, top=40, seed=0):
-    """Labels drawn from known log-odds -3 + cf + 1.5 hidden: user (n,), label, cf, hidden, log-odds."""
+    """Labels drawn from log-odds -3 + cf + 1.5 hidden -> user (n,), label, cf, hidden, log-odds."""
     generator = torch.Generator().manual_seed(seed)
     cf, hidden = torch.randn(2, n_users * top, generator=generator, dtype=torch.float64)
     log_odds = -3 + cf + 1.5 * hidden
@@ -931,8 +931,8 @@ def test_cf_candidates_against_loops(labels, top):
         unseen = sorted(set(range(N_ITEMS)) - seen, key=lambda i: -float(users[u] @ items[i]))
         for place, i in enumerate(unseen[:top], 1):
             count = sum(j == i for _, j in data["train"].tolist())
-            expected.append([u, i in own[labels], float(users[u] @ items[i]), math.log(place),
-                             math.log(count + 1)])
+            expected.append([u, int(i in own[labels]), float(users[u] @ items[i]),
+                             math.log(place), math.log(count + 1)])
     columns = torch.stack([user, label, score, rank, popularity], 1)
     assert columns.tolist() == [pytest.approx(row, abs=1e-5) for row in expected]
     assert factors.tolist() == pytest.approx([row[2] for row in expected], abs=1e-5)
