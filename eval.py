@@ -321,14 +321,11 @@ def find_judges(run, data):
     yield from file_judges(run, data)
 
 
-def item_texts(run, data):
+def item_texts(run):
     """The item texts of each set of negatives: yields (name of the set, texts (I, H) float16, are
     they bags of words?)."""
-    maker = f"python llm_negatives.py generate --run {run}"
     for path in sorted(run.glob("negatives*-items.safetensors")):
-        tensors, meta = load_tensors(path, maker)
-        if meta["settings"].get("data", data["digest"]) != data["digest"]:
-            fail(f"{path}: was made for another split; make it again with `{maker} --force`")
+        tensors, meta = load_tensors(path)
         name = path.name[: -len("-items.safetensors")]
         yield name, tensors["text"], not meta["settings"]["read_items"]
 
@@ -338,7 +335,7 @@ def text_judges(run, data, shuffles=3):
     equal texts have one, by the first one's name. Also by the first set's texts shuffled between
     items, some times over: what a judge that knows nothing can seem to know by chance."""
     judged = []
-    for name, text, bag_of_words in item_texts(run, data):
+    for name, text, bag_of_words in item_texts(run):
         if any(torch.equal(text, other) for other in judged):
             continue
         kind = "bag of words" if bag_of_words else "texts"
@@ -365,7 +362,7 @@ def generated_judges(run, data):
         users = vectors.new_zeros(data["n_users"], vectors.shape[1])
         users.index_add_(0, made["pairs"][:, 0], vectors)
         # the head's space is that of the centred item vectors (llm_negatives.SftTask)
-        items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"]
+        items = load_tensors(run / "cf.safetensors")[0]["item"]
         yield (f"generated vectors ({name})", F.normalize(users, dim=1),
                F.normalize(items - items.mean(0), dim=1))
 
@@ -375,8 +372,9 @@ def file_judges(run, data):
     find_judges yields them."""
     for path in sorted(run.glob("judge*.safetensors")):
         tensors, meta = load_tensors(path, "the command that wrote it")
-        if meta["settings"].get("data", data["digest"]) != data["digest"]:
-            fail(f"{path}: was made for another split; make it again")
+        if "data.safetensors" not in meta["settings"].get("inputs", {}):
+            fail(f"{path}: does not say for which split it was made; make it again, with the stamp "
+                 "of data.safetensors in its settings' inputs")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         k = shapes.get("user", ("k",))[-1]
         needed = {"user": (data["n_users"], k), "item": (data["n_items"], k)}
@@ -454,17 +452,17 @@ def judge_lines(result):
 def judge(args):
     """Measure the run's judges on the validation pairs -> judge.json. Reads no test pair."""
     run, data = Path(args.run), load_data(args.run)
-    model, _, _ = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data)
+    model, _, _ = load_model(run / args.cf, data=data)
     result = measure_judges(model, data, find_judges(run, data), "valid", args.top)
     result |= {"data": data["digest"], "cf": args.cf}
     if not result["rows"]:
         fail(f"--top {args.top}: {result['positives']} of the {result['pairs']} best unseen items "
              "are validation positives, nothing to tell apart; raise it or give another --cf")
+    write_atomic(run / "judge.json", (json.dumps(result, indent=1) + "\n").encode())
     print("\n".join(judge_lines(result)))
     if not any(name.startswith("bag of words") for name in result["rows"]):
         print("\nno bag of words to compare with: make it with `python llm_negatives.py generate "
               f"--run {run} --bag-of-words --out negatives-words`")
-    write_atomic(run / "judge.json", (json.dumps(result, indent=1) + "\n").encode())
     print(f"\nwrote {run / 'judge.json'}")
 
 
@@ -474,7 +472,7 @@ def judge_section(run, data, cf, metrics):
     lines, metrics["judges"] = [], {}
     if next(find_judges(run, data), None) is None:
         return lines
-    model, _, _ = load_model(run / cf, f"python backbones.py pretrain --run {run}", data)
+    model, _, _ = load_model(run / cf, data=data)
     for labels in ("valid", "test"):
         result = measure_judges(model, data, find_judges(run, data), labels) | {"cf": cf}
         metrics["judges"][labels] = result

@@ -2184,14 +2184,14 @@ def test_judges_of_a_run(copied, capsys):
     data = backbones.load_data(copied)
     text, meta = backbones.load_tensors(copied / "negatives-items.safetensors", "generate")
     words = {"settings": meta["settings"] | {"read_items": False}}
+    stamped = {"settings": {"inputs": backbones.stamp(copied, "data.safetensors")}}
     backbones.save_tensors(copied / "negatives-words-items.safetensors",
                            {"text": torch.randn_like(text["text"].float()).half()}, words)
     for name in ("valid", "test"):
         table = torch.zeros(data["n_users"], data["n_items"])
-        table[data[name].T.tolist()] = 1
+        table[data[name][:, 0], data[name][:, 1]] = 1
         factors = {"user": table, "item": torch.eye(data["n_items"])}
-        backbones.save_tensors(copied / f"judge-{name}.safetensors", factors,
-                               {"settings": {"data": data["digest"]}})
+        backbones.save_tensors(copied / f"judge-{name}.safetensors", factors, stamped)
     evaluation.main(["judge", "--run", str(copied)])
     out, result = capsys.readouterr().out, json.loads((copied / "judge.json").read_text())
     rows, positives = result["rows"], result["positives"]
@@ -2212,10 +2212,15 @@ def test_judges_of_a_run(copied, capsys):
     judged = json.loads((copied / "metrics.json").read_text())["judges"]
     assert judged["valid"]["rows"] == rows and judged["test"]["rows"]["judge-test"]["AUC"] == 1
     assert "judge-test" in (copied / "report.md").read_text()
-    for factors, message in (({"user": table}, "needs tensors"),
-                             ({"user": table, "item": table}, "needs tensors"),
-                             ({"user": table, "item": torch.eye(40) / 0}, "finite")):
-        backbones.save_tensors(copied / "judge-valid.safetensors", factors, {"settings": {}})
+    square, huge = torch.eye(data["n_items"]), torch.full((data["n_items"], data["n_items"]), 3e38)
+    other = {"settings": {"inputs": {"data.safetensors": "0" * 16}}}
+    for factors, meta, message in (
+            ({"user": table}, stamped, "needs tensors"),
+            ({"user": table, "item": table}, stamped, "needs tensors"),
+            ({"user": 9 + table, "item": huge}, stamped, "not finite"),
+            ({"user": table, "item": square}, {"settings": {}}, "which split"),
+            ({"user": table, "item": square}, other, "another data.safetensors")):
+        backbones.save_tensors(copied / "judge-valid.safetensors", factors, meta)
         assert message in refused("eval.py", "judge", "--run", copied)
 
 
