@@ -2216,7 +2216,7 @@ def test_judges_of_a_run(copied, capsys):
     other = {"settings": {"inputs": {"data.safetensors": "0" * 16}}}
     for factors, meta, message in (
             ({"user": table}, stamped, "needs tensors"),
-            ({"user": table, "item": table}, stamped, "needs tensors"),
+            ({"user": table, "item": table.clone()}, stamped, "needs tensors"),
             ({"user": 9 + table, "item": huge}, stamped, "not finite"),
             ({"user": table, "item": square}, {"settings": {}}, "which split"),
             ({"user": table, "item": square}, other, "another data.safetensors")):
