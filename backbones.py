@@ -75,6 +75,17 @@ def take(table, index):
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
 
+
+def whiten(text):
+    """Texts (I, H) float, one row an item -> (I, H), rows of norm 1 whose inner products are the
+    cosines of whitened texts: centred, turned to principal axes, each axis divided by its deviation
+    (otherwise what all texts share would decide). An axis with less than 1e-4 of the largest
+    variance counts as having that much, so that rounding is not blown up."""
+    centred = text - text.mean(0)
+    variance, axes = torch.linalg.eigh(centred.T @ centred)  # (H,), (H, H)
+    scale = variance.clamp(min=variance[-1] * 1e-4) ** -0.5
+    return F.normalize(centred @ axes * scale, dim=1)
+
 # --------------------------------------------------------------------------------------------------
 # Negative samplers. Each takes a batch of (user, positive) and returns negatives; none has a Python loop over pairs.
 # --------------------------------------------------------------------------------------------------

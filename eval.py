@@ -1,5 +1,6 @@
 """eval.py: what the trained models are worth, and what their negatives are.
 
+judge      what texts and LLM know of validation positives beyond CF -> judge.json. No test pair.
 report     runs/NAME/model-*.safetensors -> report.md and metrics.json. This, and nothing before it, reads the test pairs.
 compare    methods x backbones x seeds, ablations and controls -> compare.md, compare.json, pictures.
 tune       as many random trials for each method, on validation -> tuned.json. Reads no test pair.
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from backbones import (
     CLOSED_FORMS,
@@ -57,6 +59,7 @@ from backbones import (
     row_of,
     run_cli,
     user_rows,
+    whiten,
     write_atomic,
 )
 
@@ -212,6 +215,272 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
     return {"FHNS@1": fhns_rate(pairs[:, 0], nearest[:, :1], held, n_items), "FHNS@10": fhns_rate(pairs[:, 0], nearest, held, n_items)}
 
 # --------------------------------------------------------------------------------------------------
+# Judges: how much a score of users and items knows of held-out positives that CF does not, in nats.
+# Seconds, and no recommender is trained
+# --------------------------------------------------------------------------------------------------
+
+def logistic_regression(x, y, ridge=1e-3, steps=50):
+    """Weights (F,) of P(y = 1) = sigmoid(x w) by Newton's method (Bishop, PRML, 2006, 4.3.3): the
+    minimum of the negative log-likelihood + ridge / 2 * |w|^2.
+
+    x (n, F), y (n,) of 0 and 1, both float64. The ridge keeps w finite where y is separable."""
+    def loss(w):
+        return F.softplus(x @ w).sum() - y @ (x @ w) + ridge / 2 * w @ w
+
+    w = x.new_zeros(x.shape[1])
+    for _ in range(steps):
+        p = torch.sigmoid(x @ w)  # (n,)
+        gradient = x.T @ (p - y) + ridge * w
+        hessian = (x * (p * (1 - p))[:, None]).T @ x  # (F, F)
+        hessian.diagonal().add_(ridge)
+        step = torch.linalg.solve(hessian, gradient)
+        while loss(w - step) > loss(w):  # a full step can overshoot, a short enough one cannot
+            step = step / 2
+        w = w - step
+        if step.abs().max() < 1e-9:
+            break
+    return w
+
+
+def cross_fitted(x, y, half):
+    """Log-odds (n,) of each row by the logistic regression of the rows of the other half: x (n, F),
+    y (n,), half (n,) bool."""
+    log_odds = torch.empty_like(y)
+    for part in (half, ~half):
+        log_odds[part] = x[part] @ logistic_regression(x[~part], y[~part])
+    return log_odds
+
+
+def auc(score, label):
+    """Probability that a positive scores above a negative, one half where they are equal (Mann and
+    Whitney, 1947): score (n,), label (n,) bool -> float."""
+    _, place, count = score.unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count.double() - 1) / 2)[place]  # from 1; equals share their mean
+    n = label.sum()
+    return float((rank[label].sum() - n * (n + 1) / 2) / (n * (len(label) - n)))
+
+
+def fit_of_features(features, label, user, n_users, seed=0):
+    """How well features tell the positives among pairs, users cross-fitted in two random halves.
+
+    features: list of (n,); label (n,) bool; user (n,) ids -> each user's log-likelihood in nats
+    (U,) float64, and the AUC."""
+    x = torch.stack(features, 1).double()
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
+    x, y = torch.cat([torch.ones_like(x[:, :1]), x], 1), label.double()
+    half = torch.randperm(n_users, generator=torch.Generator().manual_seed(seed)) % 2 == 0
+    log_odds = cross_fitted(x, y, half[user])
+    nats = y * log_odds - F.softplus(log_odds)
+    return nats.new_zeros(n_users).index_add_(0, user, nats), auc(log_odds, label)
+
+
+@torch.no_grad()
+def cf_candidates(model, data, labels="valid", top=50):
+    """The pairs judges are measured on: of each user the `top` best unseen items of a CF model.
+
+    labels: valid, or test, where what is in valid counts as seen too -> items (U, top), -1 where a
+    user has fewer unseen ones; and of the others (n,), user by user: the label (bool: is in
+    `labels`), the users, and what CF says of them: [score, log rank, log(1 + train count)]."""
+    seen = data["train"] if labels == "valid" else torch.cat([data["train"], data["valid"]])
+    everyone, top = torch.arange(model.n_users), min(top, model.n_items)
+    items = rank_unseen(model, everyone, user_rows(seen, model.n_users), top)  # (U, top)
+    user_vectors, item_vectors = model()
+    scores = []
+    for part in everyone.split(1024):
+        chosen = item_vectors[items[part].clamp(min=0)]  # (B, top, D)
+        scores.append(model.score(user_vectors[part][:, None], chosen))
+    user, place = (items >= 0).nonzero().T
+    item = items[user, place]
+    label = contains(pair_keys(data[labels], model.n_items), user, item, model.n_items)
+    count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
+    cf = [torch.cat(scores)[user, place], (place + 1.0).log(), (count[item] + 1.0).log()]
+    return items, label, user, cf
+
+
+def factor_scores(users, items, candidates):
+    """Inner products: users (U, k), items (I, k), candidates (U, top) of cf_candidates -> (n,)."""
+    scores = []
+    for u, c in zip(users.split(512), candidates.split(512)):
+        scores.append(torch.einsum("uk,unk->un", u, items[c.clamp(min=0)]))
+    return torch.cat(scores)[candidates >= 0]
+
+
+def text_judge(text, train, n_users):
+    """Cosine of an item's whitened text with the sum over the user's train items, as factors: text
+    (I, H), train (N, 2) -> users (U, H), items (I, H)."""
+    items = whiten(text.float())
+    users = items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+    return F.normalize(users, dim=1), items
+
+
+def find_judges(run, data):
+    """Whatever in the run scores users and items by an inner product: yields (name, users (U, k),
+    items (I, k)). Raises SystemExit2 for a file of another split or of a wrong shape."""
+    yield from text_judges(run, data)
+    yield from generated_judges(run, data)
+    yield from file_judges(run, data)
+
+
+def item_texts(run):
+    """The item texts of each set of negatives: yields (name of the set, texts (I, H) float16, are
+    they bags of words?)."""
+    for path in sorted(run.glob("negatives*-items.safetensors")):
+        tensors, meta = load_tensors(path)
+        name = path.name[: -len("-items.safetensors")]
+        yield name, tensors["text"], not meta["settings"]["read_items"]
+
+
+def text_judges(run, data, shuffles=3):
+    """Judges by the items' texts of each set of negatives, as find_judges yields them; sets with
+    equal texts have one, by the first one's name. Also by the first set's texts shuffled between
+    items, some times over: what a judge that knows nothing can seem to know by chance."""
+    judged = []
+    for name, text, bag_of_words in item_texts(run):
+        if any(torch.equal(text, other) for other in judged):
+            continue
+        kind = "bag of words" if bag_of_words else "texts"
+        yield f"{kind} ({name})", *text_judge(text, data["train"], data["n_users"])
+        judged.append(text)
+    for seed in range(shuffles if judged else 0):
+        generator = torch.Generator().manual_seed(seed)
+        text = judged[0][torch.randperm(data["n_items"], generator=generator)]
+        yield f"shuffled texts {seed}", *text_judge(text, data["train"], data["n_users"])
+
+
+def generated_judges(run, data):
+    """Judges by the cosine of an item's centred CF vector with the mean direction of the vectors
+    generated for the user, as find_judges yields them; sets with equal vectors (such as one that
+    differs in its bags of words alone) have one, by the first one's name."""
+    judged = []
+    for path in sorted(run.glob("negatives*-00000.safetensors")):
+        name = path.name[: -len("-00000.safetensors")]
+        made = load_negatives(run, name, data["digest"])
+        if any(torch.equal(made["vector"], other) for other in judged):
+            continue
+        judged.append(made["vector"])
+        vectors = F.normalize(made["vector"].float(), dim=1)
+        users = vectors.new_zeros(data["n_users"], vectors.shape[1])
+        users.index_add_(0, made["pairs"][:, 0], vectors)
+        # the head's space is that of the centred item vectors (llm_negatives.SftTask)
+        items = load_tensors(run / "cf.safetensors")[0]["item"]
+        yield (f"generated vectors ({name})", F.normalize(users, dim=1),
+               F.normalize(items - items.mean(0), dim=1))
+
+
+def file_judges(run, data):
+    """Judges in files of their own, judge*.safetensors with tensors user (U, k) and item (I, k), as
+    find_judges yields them."""
+    for path in sorted(run.glob("judge*.safetensors")):
+        tensors, meta = load_tensors(path, "the command that wrote it")
+        if "data.safetensors" not in meta["settings"].get("inputs", {}):
+            fail(f"{path}: does not say for which split it was made; make it again, with the stamp "
+                 "of data.safetensors in its settings' inputs")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        k = shapes.get("user", ("k",))[-1]
+        needed = {"user": (data["n_users"], k), "item": (data["n_items"], k)}
+        if shapes | needed != shapes:
+            fail(f"{path}: needs tensors {needed}, has {shapes}; make it again")
+        yield path.stem, tensors["user"].float(), tensors["item"].float()
+
+
+def measure_judges(model, data, judges, labels="valid", top=50):
+    """How much each judge adds to what a CF model trained on train alone knows of the positives of
+    `labels` (valid or test) among its own `top` best unseen items of each user.
+
+    judges: (name, users (U, k), items (I, k)), any iterable -> dict: labels, top, pairs, positives,
+    rows {name: {AUC, "over CF": gain, "over CF and bag of words": gain}}, each gain as
+    gain_interval's; the bag of words is the first judge whose name begins so. No rows where none of
+    the pairs is a positive, or all are. Raises SystemExit2 when a judge's score is not finite."""
+    candidates, label, user, cf = cf_candidates(model, data, labels, top)
+    positives, rows = int(label.sum()), {}
+    result = {"labels": labels, "top": top, "pairs": len(label), "positives": positives,
+              "rows": rows}
+    if not 0 < positives < len(label):
+        return result
+    scores = {}
+    for name, users, items in judges:
+        scores[name] = factor_scores(users, items, candidates)
+        if not torch.isfinite(scores[name]).all():
+            fail(f"judge {name}: has scores that are not finite; make its file again")
+
+    words = next((name for name in scores if name.startswith("bag of words")), None)
+    base, own_auc = fit_of_features(cf, label, user, model.n_users)
+    rows["CF alone"] = {"AUC": own_auc}
+    if words:
+        known = [*cf, scores[words]]
+        known_base, _ = fit_of_features(known, label, user, model.n_users)
+    for name, score in scores.items():
+        fit, own_auc = fit_of_features([*cf, score], label, user, model.n_users)
+        rows[name] = {"AUC": own_auc, "over CF": gain_interval(fit - base, positives)}
+        if words and name != words:
+            fit, _ = fit_of_features([*known, score], label, user, model.n_users)
+            rows[name]["over CF and bag of words"] = gain_interval(fit - known_base, positives)
+    return result
+
+
+def gain_interval(gain, positives):
+    """Each user's gain in log-likelihood (U,) -> {nats, per 1000 positives}: [total, low and high
+    end of its 95 % interval by bootstrap over users]."""
+    total = len(gain) * np.array(paired_bootstrap(gain, draws=2000)[:3])
+    return {"nats": total.tolist(), "per 1000 positives": (total * 1000 / positives).tolist()}
+
+
+def judge_lines(result):
+    """Lines of the table of measure_judges; `cf` of the result names the CF model."""
+    lines = [f"{result['positives']:,} {result['labels']} positives among {result['pairs']:,} "
+             f"pairs: the {result['top']} best unseen items of each user by {result['cf']}. "
+             "Logistic regression of \"is a positive\" on CF score, log rank, log popularity and "
+             "the judge, users cross-fitted in two halves: AUC, and gain in log-likelihood (nats, "
+             "and nats per 1,000 positives) with its 95 % interval by bootstrap over users. How "
+             "far from 0 chance alone comes is what the shuffled texts show."]
+    if not result["rows"]:
+        return [f"Of {result['pairs']:,} pairs {result['positives']:,} are positives, so there is "
+                "nothing to tell apart."]
+    rows = []
+    for name, row in result["rows"].items():
+        cells = [name, f"{row['AUC']:.4f}"]
+        for known in ("over CF", "over CF and bag of words"):
+            for unit in ("nats", "per 1000 positives"):
+                gain = row[known][unit] if known in row else None
+                cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain) if gain else "")
+        rows.append(cells)
+    header = ["judge", "AUC", "nats over CF", "per 1,000", "nats over CF + bag of words",
+              "per 1,000"]
+    return [*lines, "", *markdown_table(header, rows)]
+
+
+def judge(args):
+    """Measure the run's judges on the validation pairs -> judge.json. Reads no test pair."""
+    run, data = Path(args.run), load_data(args.run)
+    model, _, _ = load_model(run / args.cf, data=data)
+    result = measure_judges(model, data, find_judges(run, data), "valid", args.top)
+    result |= {"data": data["digest"], "cf": args.cf}
+    if not result["rows"]:
+        fail(f"--top {args.top}: {result['positives']} of the {result['pairs']} best unseen items "
+             "are validation positives, nothing to tell apart; raise it or give another --cf")
+    write_atomic(run / "judge.json", (json.dumps(result, indent=1) + "\n").encode())
+    print("\n".join(judge_lines(result)))
+    if not any(name.startswith("bag of words") for name in result["rows"]):
+        print("\nno bag of words to compare with: make it with `python llm_negatives.py generate "
+              f"--run {run} --bag-of-words --out negatives-words`")
+    print(f"\nwrote {run / 'judge.json'}")
+
+
+def judge_section(run, data, cf, metrics):
+    """The report's lines on the run's judges, by the validation and by the test pairs; none where
+    there is no judge. What is measured also goes into metrics["judges"]."""
+    lines, metrics["judges"] = [], {}
+    if next(find_judges(run, data), None) is None:
+        return lines
+    model, _, _ = load_model(run / cf, data=data)
+    for labels in ("valid", "test"):
+        result = measure_judges(model, data, find_judges(run, data), labels) | {"cf": cf}
+        metrics["judges"][labels] = result
+        title = f"## What the judges know beyond CF: {labels} pairs"
+        lines += ["", title, "", *judge_lines(result)]
+    return lines
+
+# --------------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------------
 
@@ -264,6 +533,7 @@ def report(args):
     reference = models[name][0] if name else None
     lines += fhns_section(run, data, reference, metrics, args.m, {
         f"{NAMES.get(name, name)}, projected z": (tensors["z_pairs"], tensors["z"], tensors["item"]) for name, (_, tensors) in models.items() if "z" in tensors})
+    lines += judge_section(run, data, args.cf, metrics)
     if (run / "sft.safetensors").exists():
         log = read_meta(run / "sft.safetensors")["log"]
         metrics["sft"] = log
@@ -910,6 +1180,12 @@ def main(argv=None):
     p = commands.add_parser("report", help="evaluate all models of a run on its test pairs", epilog="example: python eval.py report --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--m", type=number(int, 1), default=8, help="candidates of DNS and MixGCF in the table of false hard negatives")
+    p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
+    p = commands.add_parser("judge", help="what texts and LLM know beyond CF, on validation",
+                            epilog="example: python eval.py judge --run runs/demo")
+    p.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
+    p.add_argument("--top", type=number(int, 1), default=50, help="unseen items of each user")
     p = commands.add_parser(
         "tune", help="choose each method's flags by random trials on validation",
         epilog="example: python eval.py tune --run runs/ml-100k --methods 'DNS;EASE' --budget 20")
@@ -957,7 +1233,7 @@ def main(argv=None):
     p.add_argument("--k", type=number(int, 1), default=10, help="items to show")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file inside the run folder")
     args = parser.parse_args(argv)
-    {"report": report, "compare": compare, "tune": tune, "sweep": sweep,
+    {"judge": judge, "report": report, "compare": compare, "tune": tune, "sweep": sweep,
      "recommend": recommend}[args.command](args)
 
 

@@ -832,6 +832,129 @@ def test_paired_bootstrap_against_the_normal_law():
         assert p == pytest.approx(math.erfc(abs(mean) / error / math.sqrt(2)), abs=0.02)
 
 
+def log_odds_world(n_users=300, top=40, seed=0):
+    """Labels drawn from log-odds -3 + cf + 1.5 hidden -> user (n,), label, cf, hidden, log-odds."""
+    generator = torch.Generator().manual_seed(seed)
+    cf, hidden = torch.randn(2, n_users * top, generator=generator, dtype=torch.float64)
+    log_odds = -3 + cf + 1.5 * hidden
+    label = torch.rand(len(cf), generator=generator, dtype=torch.float64) < torch.sigmoid(log_odds)
+    return torch.arange(n_users).repeat_interleave(top), label, cf, hidden, log_odds
+
+
+def test_logistic_regression_against_lbfgs_and_a_closed_form():
+    _, label, cf, hidden, _ = log_odds_world(20)
+    x, y = torch.stack([torch.ones_like(cf), cf, hidden], 1), label.double()
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-10,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x @ w, y, reduction="sum") + 0.5 * w @ w
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    ours = evaluation.logistic_regression(x, y, ridge=1.0)
+    assert ours.tolist() == pytest.approx(w.tolist(), abs=1e-6)
+    # an intercept alone: the log-odds of the share of positives
+    share = y.mean()
+    ours = evaluation.logistic_regression(x[:, :1], y, ridge=0.0)
+    assert float(ours) == pytest.approx(float(torch.log(share / (1 - share))))
+    # separable, and far from the start: the ridge and the halved steps keep it finite
+    x = torch.tensor([[1.0, -300], [1, -1], [1, 1], [1, 500]], dtype=torch.float64)
+    ours = evaluation.logistic_regression(x, torch.tensor([0.0, 0, 1, 1], dtype=torch.float64))
+    assert torch.isfinite(ours).all() and 1 < ours[1] < 20
+
+
+def test_auc_against_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(0, 6, (60,), generator=generator).double()  # full of ties
+    label = torch.rand(60, generator=generator) < 0.3
+    wins = (score[label][:, None] > score[~label]).double()
+    wins += 0.5 * (score[label][:, None] == score[~label])
+    assert evaluation.auc(score, label) == pytest.approx(float(wins.mean()))
+
+
+def test_cross_fitting_reads_the_other_half_alone():
+    """Where the two halves contradict each other, each is predicted as the other has it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    half = torch.arange(400) < 150
+    y = torch.where(half, x[:, 0] > 0, x[:, 0] < 0).double()
+    y[::7] = 1 - y[::7]
+    log_odds = evaluation.cross_fitted(x, y, half)
+    assert (log_odds[half] * x[half, 0] < 0).all() and (log_odds[~half] * x[~half, 0] > 0).all()
+    other = y.clone()
+    other[half] = 1 - other[half]  # a half's own labels say nothing of its own prediction
+    assert torch.equal(evaluation.cross_fitted(x, other, half)[half], log_odds[half])
+
+
+def test_a_judge_that_knows_the_log_odds_gains_what_it_knows():
+    user, label, cf, hidden, log_odds = log_odds_world()
+    y = label.double()
+    base, base_auc = evaluation.fit_of_features([cf], label, user, 300)
+    full, full_auc = evaluation.fit_of_features([cf, hidden], label, user, 300)
+    # what the true log-odds give, less one nat for the weights that have to be found
+    known = y * log_odds - F.softplus(log_odds)
+    assert float(full.sum()) == pytest.approx(float(known.sum()), abs=6)
+    by_user = known.new_zeros(300).index_add_(0, user, known)
+    assert torch.allclose(full, by_user, atol=0.5) and full_auc > base_auc + 0.1
+    # without it the best there is: P(y | cf), by quadrature over the hidden part
+    node, weight = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(40))
+    p = torch.sigmoid(-3 + cf[:, None] + 1.5 * node) @ weight / weight.sum()
+    blind = y * p.log() + (1 - y) * (1 - p).log()
+    gain = evaluation.gain_interval(full - base, int(label.sum()))
+    mean, low, high = gain["nats"]
+    assert mean == pytest.approx(float(known.sum() - blind.sum()), abs=8) and 0 < low < mean < high
+    assert gain["per 1000 positives"][0] == pytest.approx(1000 * mean / float(y.sum()))
+    # one that is shuffled knows nothing, and neither does what CF says already
+    mixed = hidden[torch.randperm(len(hidden), generator=torch.Generator().manual_seed(1))]
+    for nothing in (mixed, 2 * cf + 1):
+        fit, _ = evaluation.fit_of_features([cf, nothing], label, user, 300)
+        assert abs(float((fit - base).sum())) < 5
+
+
+@pytest.mark.parametrize("labels, top", [("valid", 7), ("test", 26)])
+def test_cf_candidates_against_loops(labels, top):
+    data, generator = split_data(), torch.Generator().manual_seed(3)
+    users = torch.randn(N_USERS, 4, generator=generator)
+    items = torch.randn(N_ITEMS, 4, generator=generator)
+    ours = evaluation.cf_candidates(rigged(users, items), data, labels, top)
+    candidates, label, user, (score, rank, popularity) = ours
+    factors = evaluation.factor_scores(users, items, candidates)
+    expected = []
+    for u in range(N_USERS):
+        own = {name: {i for v, i in data[name].tolist() if v == u} for name in data if
+               torch.is_tensor(data[name])}
+        seen = own["train"] | (own["valid"] if labels == "test" else set())
+        unseen = sorted(set(range(N_ITEMS)) - seen, key=lambda i: -float(users[u] @ items[i]))
+        for place, i in enumerate(unseen[:top], 1):
+            count = sum(j == i for _, j in data["train"].tolist())
+            expected.append([u, int(i in own[labels]), float(users[u] @ items[i]),
+                             math.log(place), math.log(count + 1)])
+    columns = torch.stack([user, label, score, rank, popularity], 1)
+    assert columns.tolist() == [pytest.approx(row, abs=1e-5) for row in expected]
+    assert factors.tolist() == pytest.approx([row[2] for row in expected], abs=1e-5)
+
+
+def test_whiten_against_the_inverse_root_of_the_covariance():
+    """Rows of norm 1, and their cosines those of the texts times C^-1/2 (with numpy); of two axes
+    with hardly any variance neither is blown up."""
+    torch.manual_seed(0)
+    text = torch.randn(20, 5) * torch.tensor([5, 1, 1, 1, 0.2]) + 3
+    centred = (text - text.mean(0)).double().numpy()
+    values, axes = np.linalg.eigh(centred.T @ centred)
+    white = centred @ (axes * values**-0.5) @ axes.T
+    white /= np.linalg.norm(white, axis=1, keepdims=True)
+    ours = backbones.whiten(text)
+    assert (ours @ ours.T).flatten().tolist() == pytest.approx((white @ white.T).ravel(), abs=1e-4)
+    flat = torch.cat([text, 1e-6 * torch.randn(20, 2)], 1)
+    assert torch.allclose(backbones.whiten(flat).pow(2).sum(1), torch.ones(20))
+    ours = backbones.whiten(flat)
+    assert (ours @ ours.T).flatten().tolist() == pytest.approx((white @ white.T).ravel(), abs=1e-3)
+
+
 def test_list_statistics_against_loops():
     data, generator = split_data(), torch.Generator().manual_seed(2)
     model = rigged(torch.randn(N_USERS, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator))
@@ -2074,6 +2197,52 @@ def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypat
     assert "contrast" in out and "projector 0.0000" not in out
 
 
+def test_judges_of_a_run(copied, capsys):
+    """All kinds of judges are found; one that holds the labels knows nearly all, on validation the
+    validation pairs', in the report the test pairs' too; files that do not fit are refused."""
+    data = backbones.load_data(copied)
+    text, meta = backbones.load_tensors(copied / "negatives-items.safetensors", "generate")
+    words = {"settings": meta["settings"] | {"read_items": False}}
+    stamped = {"settings": {"inputs": backbones.stamp(copied, "data.safetensors")}}
+    backbones.save_tensors(copied / "negatives-words-items.safetensors",
+                           {"text": torch.randn_like(text["text"].float()).half()}, words)
+    for name in ("valid", "test"):
+        table = torch.zeros(data["n_users"], data["n_items"])
+        table[data[name][:, 0], data[name][:, 1]] = 1
+        factors = {"user": table, "item": torch.eye(data["n_items"])}
+        backbones.save_tensors(copied / f"judge-{name}.safetensors", factors, stamped)
+    evaluation.main(["judge", "--run", str(copied)])
+    out, result = capsys.readouterr().out, json.loads((copied / "judge.json").read_text())
+    rows, positives = result["rows"], result["positives"]
+    assert set(rows) == {
+        "CF alone", "texts (negatives)", "bag of words (negatives-words)", "shuffled texts 0",
+        "shuffled texts 1", "shuffled texts 2", "generated vectors (negatives)", "judge-valid",
+        "judge-test"}
+    assert all(name in out for name in rows) and positives == len(data["valid"])  # top 50 of 40
+    share = positives / result["pairs"]
+    entropy = -1000 * (math.log(share) + (1 / share - 1) * math.log(1 - share))  # a thousand's
+    known = rows["judge-valid"]
+    assert known["AUC"] == 1 and known["over CF"]["per 1000 positives"][0] > 0.7 * entropy
+    assert known["over CF and bag of words"]["nats"][1] > 0
+    assert "over CF and bag of words" not in rows["bag of words (negatives-words)"]
+    assert rows["judge-test"]["AUC"] < 0.9
+
+    evaluation.main(["report", "--run", str(copied)])
+    judged = json.loads((copied / "metrics.json").read_text())["judges"]
+    assert judged["valid"]["rows"] == rows and judged["test"]["rows"]["judge-test"]["AUC"] == 1
+    assert "judge-test" in (copied / "report.md").read_text()
+    square, huge = torch.eye(data["n_items"]), torch.full((data["n_items"], data["n_items"]), 3e38)
+    other = {"settings": {"inputs": {"data.safetensors": "0" * 16}}}
+    for factors, meta, message in (
+            ({"user": table}, stamped, "needs tensors"),
+            ({"user": table, "item": table.clone()}, stamped, "needs tensors"),
+            ({"user": 9 + table, "item": huge}, stamped, "not finite"),
+            ({"user": table, "item": square}, {"settings": {}}, "which split"),
+            ({"user": table, "item": square}, other, "another data.safetensors")):
+        backbones.save_tensors(copied / "judge-valid.safetensors", factors, meta)
+        assert message in refused("eval.py", "judge", "--run", copied)
+
+
 def test_compare_and_sweep(copied, tiny_llm, capsys):
     """Cells by real commands; a second call keeps them; the tables hold every method; the pictures are XML."""
     flags = ["--run", str(copied), "--llm", str(tiny_llm), "--seeds", "2", "--flags", "--dim 8 --epochs 2 --eval-every 1"]
@@ -2721,6 +2890,7 @@ def test_a_user_with_two_items_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("script, args", [
+    ("eval.py", ["judge", "--run", "x", "--top", "0"]),
     ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]), ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
     ("hnlmrec.py", ["train", "--run", "x", "--clear", "0.3", "--sampler", "rns"]), ("hnlmrec.py", ["train", "--run", "x", "--control", "cleared"]),
     ("hnlmrec.py", ["train", "--run", "x", "--hinge", "0.3"]),
