@@ -1225,7 +1225,7 @@ MAKERS = {
     "data": "hnlmrec.py prepare", "items": "hnlmrec.py prepare", "users": "hnlmrec.py prepare",
     "profiles": "llm_negatives.py profile", "sft": "llm_negatives.py finetune",
     "adapter": "llm_negatives.py finetune", "negatives": "llm_negatives.py generate",
-    "report": "eval.py report", "metrics": "eval.py report", "compare": "eval.py compare",
+    "judge": "llm_negatives.py judge", "report": "eval.py report", "metrics": "eval.py report", "compare": "eval.py compare",
     "sweep": "eval.py sweep"}
 
 

@@ -295,10 +295,25 @@ class NegativeTable:
         return self.start[users][:, None] + point % self.count[users][:, None]
 
 
+class LikelyFalse:
+    """Draws, for each user of a batch, one unseen item that a judge holds for likely to be liked: a
+    false hard negative. items (U, n) ids, share (U, n) >= 0, how often each is drawn; of a user
+    without any (shares all 0) the first is drawn. users (B,) -> items (B,)."""
+
+    def __init__(self, items, share):
+        self.items, self.border = items.long().clamp(min=0), share.cumsum(1)  # (U, n), (U, n)
+
+    def __call__(self, users, generator=None):
+        border = self.border[users]  # (B, n)
+        point = torch.rand(len(users), 1, generator=generator, device=users.device)
+        place = torch.searchsorted(border, point * border[:, -1:], right=True)
+        return self.items[users].gather(1, place.clamp(max=border.shape[1] - 1))[:, 0]
+
+
 class HNLMRec(nn.Module):
     """Backbone, projector and semantic projector, trained together: `loss` is one step of
 
-        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda2 ‖Θ‖².
+        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
 
     backbone: has forward() -> users (U, D), items (I, D), score() and ego(), as backbones.Backbone.
     projector, semantic: a Projector and a SemanticProjector into the same D.
@@ -310,21 +325,24 @@ class HNLMRec(nn.Module):
         lambda1     weight of L_align                 align_rows  pairs that L_align sees, a step
         lambda_s    weight of L_sem                   k           generated vectors in a set
         reg         lambda2, weight of the L2 term    refresh     steps between new values of z
-    All tensors on one device."""
+        lambda_f    weight of L_false                 gamma       of it, of positive above false
+    likely: a LikelyFalse, for L_false. All tensors on one device."""
 
     def __init__(
-            self, backbone, projector, semantic, sample, table, hidden, mined, pairs, settings):
+            self, backbone, projector, semantic, sample, table, hidden, mined, pairs, settings,
+            likely=None):
         super().__init__()
         self.backbone, self.projector, self.semantic = backbone, projector, semantic
         self.sample, self.table, self.settings = sample, table, settings
-        self.hidden, self.mined, self.pairs = hidden, mined, pairs
+        self.hidden, self.mined, self.pairs, self.likely = hidden, mined, pairs, likely
         self.z, self.steps = None, 0  # see z_of_all
 
     def loss(self, rows, generator):
         """Rows (B,) of the train pairs -> (scalar, {term: float}). A step for backbones.fit."""
         s = self.settings
         u, i = self.pairs[rows].T  # (B,), (B,)
-        own = self.table(rows, 1, generator)[:, 0]  # (B,) each pair's generated vector
+        if self.table:
+            own = self.table(rows, 1, generator)[:, 0]  # (B,) each pair's generated vector
         user_vectors, item_vectors, users, items, negatives, j = self.sample(u, i, generator)
 
         # BPR: the positive e_i above e⁻. Its gradient stops at z: it would teach the projector to
@@ -337,6 +355,16 @@ class HNLMRec(nn.Module):
         # L2, of the parameters behind the batch's users, positives and sampled items
         ego_users, ego_items = self.backbone.ego()
         loss = bpr + s.reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+
+        # L_false: an unseen item f that the judge holds for a likely false hard negative stands
+        # above e⁻ and below the positive, so that what the texts say of the user reaches the vectors
+        if s.lambda_f:
+            f = self.likely(u, generator)  # (B,)
+            false_score = self.backbone.score(users, take(item_vectors, f))  # (B,)
+            above = bpr_loss(false_score, self.backbone.score(users, negatives))
+            below = bpr_loss(self.backbone.score(users, items), false_score)
+            loss = loss + s.lambda_f * (above + s.gamma * below + s.reg * l2_loss(take(ego_items, f)))
+            logs["false"] = above.item()
 
         # L_align, on the first rows: z near one of the user's mined items. It trains the projector
         # alone, towards where the backbone has these items now
@@ -417,7 +445,10 @@ PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4,
 
 
 def load_generated(run, name, data, text_vectors=None):
-    """load_negatives, with a person's own item vectors (read_text_vectors) as the items' texts."""
+    """load_negatives, with a person's own item vectors (read_text_vectors) as the items' texts;
+    None for the name `none`: a run without generated vectors."""
+    if name == "none":
+        return None
     made = load_negatives(run, name, data["digest"])
     if text_vectors:
         made["text"] = read_text_vectors(text_vectors, data["n_items"])
@@ -455,8 +486,12 @@ def train(args):
     # a file made with these settings from these inputs need not be made again
     settings = settings_of(args)
     made = load_generated(run, args.negatives, data, args.text_vectors)
-    settings["inputs"] = stamp(run, "data.safetensors", args.cf, args.negatives)
-    settings["negatives_digest"] = made["digest"]
+    settings["inputs"] = stamp(run, "data.safetensors")
+    if made:
+        settings["inputs"] |= stamp(run, args.cf, args.negatives)
+        settings["negatives_digest"] = made["digest"]
+    if args.lambda_f:
+        settings["inputs"] |= stamp(run, args.judge)
     if args.text_vectors:
         settings["text_digest"] = file_digest(args.text_vectors)
     if up_to_date(out, settings, force=args.force):
@@ -465,9 +500,10 @@ def train(args):
     # everything that trains, on the device of the train pairs
     data |= {name: data[name].to(args.device) for name in ("train", "valid")}
     method = build(run, args, data, made)
-    own, n = method.table.own, len(data["train"])
-    print(f"train: {own} of {n} train pairs have a generated negative of their own; "
-          f"the other {n - own} use their user's other ones", flush=True)
+    own, n = method.table.own if made else 0, len(data["train"])
+    if made:
+        print(f"train: {own} of {n} train pairs have a generated negative of their own; "
+              f"the other {n - own} use their user's other ones", flush=True)
 
     # train; what the file keeps is the state of the best validation, not the last one
     start, modules = time.time(), dict(method.named_children())
@@ -481,8 +517,10 @@ def train(args):
     # that it is repeatable
     with torch.no_grad():
         users, items = method.backbone.eval()()
-        z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
-    vectors = {"user": users, "item": items, "z": z.half(), "z_pairs": made["pairs"]}
+        vectors = {"user": users, "item": items}
+        if made:
+            z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
+            vectors |= {"z": z.half(), "z_pairs": made["pairs"]}
     check_finite(out, state | vectors, "nothing was written; lower --lr and run again")
     save_tensors(out, {**state, **vectors},
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
@@ -491,7 +529,12 @@ def train(args):
 
 
 def check_flags(args):
-    """Raises SystemExit2 for flags of `train` that would have no effect beside the others."""
+    """Raises SystemExit2 for flags of `train` that do not go together."""
+    if args.negatives == "none":
+        for name in ("alpha", "lambda1", "lambda_s", "text_init", "clear", "paper"):
+            if getattr(args, name):
+                fail(f"--negatives none: --{name.replace('_', '-')} needs generated vectors; give "
+                     "it as 0, or run `python llm_negatives.py generate`")
     if args.clear and args.sampler != "dns":
         fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, "
              f"not {args.sampler}")
@@ -511,6 +554,21 @@ def build(run, settings, data, made):
     On the device of data["train"]. Seeds torch's global generator with settings.seed."""
     train, n_users, n_items = data["train"], data["n_users"], data["n_items"]
     device = train.device
+
+    # the judge's likely false hard negatives
+    likely = None
+    if settings.lambda_f:
+        judged, _ = load_tensors(run / settings.judge, device=device)
+        likely = LikelyFalse(judged["likely"], judged["share"])
+
+    # without generated vectors, that is all there is of the LLM
+    if made is None:
+        torch.manual_seed(settings.seed)
+        backbone = build_backbone(
+            settings.backbone, n_users, n_items, settings.dim, train, settings.layers)
+        sample = make_sampler(backbone, settings.sampler, train, m=settings.m)
+        return HNLMRec(
+            backbone, None, None, sample, None, None, None, train, settings, likely)
 
     # the hard negatives that the CF model mines, which z is to lie near
     maker = f"python backbones.py pretrain --run {run}"
@@ -546,7 +604,8 @@ def build(run, settings, data, made):
     sample = make_sampler(backbone, settings.sampler, train, m=settings.m, penalty=penalty)
 
     form = PaperHNLMRec if settings.paper else HNLMRec
-    return form(backbone, projector, semantic, sample, table, hidden, mined, train, settings)
+    return form(
+        backbone, projector, semantic, sample, table, hidden, mined, train, settings, likely)
 
 
 def controlled(made, control, seed):
@@ -578,6 +637,9 @@ def trace(args):
         fail(f"--model {args.model}: is no model of this version's `hnlmrec.py train`; "
              "give another, or train it again with --force")
     made = load_generated(run, settings.negatives, data, getattr(settings, "text_vectors", None))
+    if made is None:
+        fail(f"--model {args.model}: was trained with --negatives none, so no generated vector can "
+             "be followed; give another")
     method = build(run, settings, data, made)
     restore(dict(method.named_children()), tensors)
     cf, _ = load_tensors(run / settings.cf, f"python backbones.py pretrain --run {run}")
@@ -1698,6 +1760,12 @@ def main(argv=None):
     g.add_argument("--control", choices=["none", "random", "shuffled", "cleared"], default="none",
                    help="replace the LLM's vectors, to see what they are worth; cleared: shuffle "
                         "the texts of --clear alone")
+    g.add_argument("--lambda-f", type=number(float, 0), default=0.0,
+                   help="weight of L_false: likely false hard negatives above e⁻, below positives")
+    g.add_argument("--gamma", type=number(float, 0), default=0.2,
+                   help="within L_false, weight of the positive above the likely false one")
+    g.add_argument("--judge", default="judge.safetensors", metavar="FILE",
+                   help="where L_false has them from, of `llm_negatives.py judge`")
     g.add_argument("--text-vectors", metavar="FILE",
                    help="safetensors file with your own item vectors, `text` (I, H), rows as in "
                         "items.jsonl, in place of the LLM's reading")

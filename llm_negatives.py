@@ -9,6 +9,8 @@ finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sf
           from those of i, of u's other train items and of the rest of the catalogue:
               L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
                        / sum_{j} exp(cos(z, e_j) / tau_s) )
+judge     items.jsonl -> judge.safetensors: by a frozen LLM's reading of the texts alone, what a user likes (user (U, k), item
+          (I, k)), and of each user the likely false hard negatives (U, n), for `hnlmrec.py train --lambda-f`.
 generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …:
           h and z for each train pair.
 
@@ -48,8 +50,10 @@ from backbones import (
     Progress,
     check_finite,
     check_inputs,
+    contains,
     device_name,
     fail,
+    fit,
     load_data,
     load_model,
     load_tensors,
@@ -58,15 +62,20 @@ from backbones import (
     mixgcf,
     number,
     output_name,
+    pair_keys,
+    rank_unseen,
     read_jsonl,
     read_meta,
     restore,
     run_cli,
+    sampled_softmax_loss,
     save_tensors,
     settings_of,
     stamp,
     up_to_date,
     user_rows,
+    validation,
+    whiten,
     write_atomic,
 )
 
@@ -661,6 +670,166 @@ def finetune(args):
             "log": log, "seconds": time.time() - start})
         partial.unlink(missing_ok=True)
         print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
+
+# --------------------------------------------------------------------------------------------------
+# The judge: what the texts, as the LLM reads them, say a user likes. Its label is one that the CF
+# vectors do not hold: a train item left out of its user's own text, to be found again among the
+# rest of the catalogue. What it then ranks high and the user has not seen is a likely false hard
+# negative. Beyond the paper.
+# --------------------------------------------------------------------------------------------------
+
+class Judge(nn.Module):
+    """A user's liking of an item by their texts alone, learned maps on what a frozen LLM reads:
+
+        score(u, j) = s cos(W_u t_u, W_i t_j) + b_j,    t_u = sum of t_i over u's train items i
+
+    with t_j the whitened readings of item j's text at several layers, one after the other. t_u
+    leaves out the item that is judged. W_u and W_i start as identities, so that an untrained judge
+    compares the texts as they are; b starts at half the log popularity.
+
+    readings: a list of (I, H) float, one a layer, row i of item i; train (N, 2); width: k, of the
+    maps. forward() -> users (U, k + 1), items (I, k + 1), whose inner product is the score: plain
+    vectors, which rank_unseen and any index can use."""
+
+    def __init__(self, readings, train, n_users, width=576):
+        super().__init__()
+        text = F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
+        popularity = torch.bincount(train[:, 1], minlength=len(text)).float()
+        total = text.new_zeros(n_users, text.shape[1])
+        total.index_add_(0, train[:, 0], text[train[:, 1]])
+        self.n_users, self.n_items = n_users, len(text)
+        self.register_buffer("text", text, persistent=False)  # (I, T)
+        self.register_buffer("total", total, persistent=False)  # (U, T)
+        width = min(width, text.shape[1])
+        self.user_map = nn.Linear(text.shape[1], width, bias=False)
+        self.item_map = nn.Linear(text.shape[1], width, bias=False)
+        nn.init.eye_(self.user_map.weight)
+        nn.init.eye_(self.item_map.weight)
+        self.bias = nn.Parameter(0.5 * (popularity + 1).log())  # (I,)
+        self.scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def user_vectors(self, text):
+        """Sums of texts (B, T) -> (B, k), of length s."""
+        return F.normalize(self.user_map(F.normalize(text, dim=1)), dim=1) * self.scale.exp()
+
+    def item_vectors(self, items):
+        """Item ids (B,) -> (B, k), of length 1."""
+        return F.normalize(self.item_map(self.text[items]), dim=1)
+
+    def forward(self):
+        users = self.user_vectors(self.total)
+        items = self.item_vectors(torch.arange(self.n_items, device=self.text.device))
+        return F.pad(users, (0, 1), value=1.0), torch.cat([items, self.bias[:, None]], 1)
+
+    def score_all(self, users, items):
+        return users @ items.T
+
+
+def make_judge_step(judge, train, n_negatives):
+    """A step for backbones.fit: softmax of each left-out train item against `n_negatives` items of
+    the whole catalogue, drawn uniformly and shared by the batch; the user's other train items among
+    them push nothing away. train (N, 2) -> step(rows (B,), generator) -> (scalar, {})."""
+    seen = pair_keys(train, judge.n_items)
+
+    def step(rows, generator):
+        u, i = train[rows].T
+        users = judge.user_vectors(judge.total[u] - judge.text[i])  # (B, k): i is left out
+        drawn = torch.randint(judge.n_items, (n_negatives,), generator=generator, device=u.device)
+        positive = (users * judge.item_vectors(i)).sum(1) + judge.bias[i]  # (B,)
+        negative = users @ judge.item_vectors(drawn).T + judge.bias[drawn]  # (B, N)
+        own = contains(seen, u[:, None], drawn[None], judge.n_items)
+        return sampled_softmax_loss(positive, negative.masked_fill(own, -torch.inf)), {}
+
+    return step
+
+
+@torch.no_grad()
+def likely_items(judge, train, n):
+    """The n items that the judge ranks highest of those the user has not seen, and how likely each
+    is beside the others: (U, n) int64, (U, n) shares that add up to 1. -1 and share 0 where a user
+    has fewer unseen items."""
+    everyone = torch.arange(judge.n_users, device=train.device)
+    items = rank_unseen(judge, everyone, user_rows(train, judge.n_users), n)  # (U, n)
+    user_vectors, item_vectors = judge.eval()()
+    scores = []
+    for u, j in zip(everyone.split(1024), items.split(1024)):  # so that (1024, n, k) is gathered
+        scores.append(torch.einsum("bk,bnk->bn", user_vectors[u], item_vectors[j.clamp(min=0)]))
+    return items, torch.cat(scores).masked_fill(items < 0, -torch.inf).softmax(1).nan_to_num()
+
+
+def judge(args):
+    """Fit the judge on a frozen LLM's readings; write its vectors and each user's likely items."""
+    run, data, start = Path(args.run), load_data(args.run), time.time()
+    out = run / output_name("--out", args.out, "llm_negatives.py judge", ".safetensors", "judge")
+    device = start_processes(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    try:
+        layers = sorted({int(layer) for layer in args.layers.split(",")})
+    except ValueError:
+        fail(f"--layers {args.layers}: give numbers of layers, such as 0,12,20")
+    settings = settings_of(args) | {
+        "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
+        "inputs": stamp(run, "data.safetensors", "items.jsonl")}
+    if up_to_date(out, settings, force=args.force):
+        return
+
+    # what the LLM, or the control in its place, reads of each item's title and metadata
+    items = read_jsonl(run / "items.jsonl")
+    texts = [f"{row['title']}. {row['text']}" for row in items]
+    torch.manual_seed(args.seed)
+    if args.control == "shuffled":  # each text given to another item
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))
+        texts = [texts[n] for n in order.tolist()]
+    llm = load_llm(args.llm, AutoModel, dtype, device, layers[-1])
+    if args.control == "random":  # the same architecture, that has read nothing yet
+        llm = AutoModel.from_config(llm.config).to(device, dtype).eval()
+    prompt = Prompt(load_tokenizer(args.llm))
+    readings = read_layers(llm, prompt, texts, layers)
+    print(f"judge: {len(texts)} texts read at layers {args.layers}, {time.time() - start:.0f} s",
+          flush=True)
+    del llm
+
+    # the maps; validation stops them, as it stops every model here. Small data, small batches
+    train = data["train"].to(device)
+    model = Judge(readings, train, data["n_users"], args.width).to(device)
+    step = make_judge_step(model, train, args.negatives)
+    batch = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
+    state, history = fit(
+        {"judge": model}, step, len(train),
+        validation(model, {"train": train, "valid": data["valid"].to(device)}), epochs=args.epochs,
+        batch_size=batch, lr=args.lr, eval_every=1, patience=2, seed=args.seed, label="judge")
+    restore({"judge": model}, state)
+
+    likely, share = likely_items(model, train, min(args.likely, data["n_items"]))
+    with torch.no_grad():
+        user, item = model()
+    tensors = {"user": user, "item": item, "likely": likely.int(), "share": share}
+    check_finite(out, tensors, "lower --lr and run again with --force")
+    save_tensors(out, tensors, {"settings": settings, "history": history,
+                                "seconds": time.time() - start})
+    print(f"wrote {out}, {time.time() - start:.0f} s")
+
+
+@torch.no_grad()
+def read_layers(llm, prompt, texts, layers, batch=64, max_tokens=64):
+    """What the LLM makes of each text alone at several layers, 0 being its token embeddings, a bag
+    of words: the mean of the hidden states over the text's tokens but the first (see encode_items)
+    -> a list of (I, H) float32, one a layer."""
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # like lengths together
+    device, width = llm.get_input_embeddings().weight.device, llm.config.get_text_config().hidden_size
+    result = [torch.zeros(len(texts), width, device=device) for _ in layers]
+    progress = Progress("read", len(texts), "texts")
+    for at in range(0, len(order), batch):
+        part = order[at:at + batch]
+        ids, mask = pad([prompt.ids(texts[k])[:max_tokens] for k in part], device)
+        hidden = llm(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        weight = mask.float()
+        weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
+        weight /= weight.sum(1, keepdim=True)
+        for layer, rows in zip(layers, result):
+            rows[part] = torch.einsum("bl,blh->bh", weight, hidden[layer].float())
+        progress.update(at + len(part))
+    return result
 
 # --------------------------------------------------------------------------------------------------
 # Step 3: generation, offline, in shards
@@ -1572,12 +1741,32 @@ def main(argv=None):
     p.add_argument("--shard-pairs", type=number(int, 1), default=2048,
                    help="pairs a shard, at least")
 
+    p = command("judge", "fit what the texts say a user likes; list likely false hard negatives",
+                "--layers 0,12,20")
+    p.add_argument("--layers", default="0,12,20",
+                   help="layers whose readings are used, comma-separated; 0: a bag of words")
+    p.add_argument("--control", choices=["none", "shuffled", "random"], default="none",
+                   help="what a judge is worth: texts given to other items, or an LLM of random "
+                        "weights")
+    p.add_argument("--width", type=number(int, 1), default=576, help="width k of its vectors")
+    p.add_argument("--negatives", type=number(int, 1), default=2048,
+                   help="items a step that each left-out item is told apart from")
+    p.add_argument("--likely", type=number(int, 1), default=20,
+                   help="likely false hard negatives listed of each user")
+    p.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the train pairs")
+    p.add_argument("--batch-size", type=number(int, 0), default=0,
+                   help="pairs a step; 0: a 64th of the train pairs, 256 to 2,048")
+    p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                   help="weights of the LLM")
+    p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
+
     args = parser.parse_args(argv)
     if args.preset:
         p = commands.choices[args.command]
         p.set_defaults(**{key: value for key, value in PAPER.items() if key in vars(args)})
         args = parser.parse_args(argv)
-    {"profile": profile, "finetune": finetune, "generate": generate}[args.command](args)
+    {"profile": profile, "finetune": finetune, "judge": judge, "generate": generate}[args.command](args)
 
 
 if __name__ == "__main__":
