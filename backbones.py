@@ -953,7 +953,7 @@ def load_model(path, maker="", data=None):
     load_tensors)."""
     tensors, meta = load_tensors(path, maker, data["train"].device)
     s = meta["settings"]
-    if s.get("command") not in ("pretrain", "train"):
+    if s.get("command") not in ("pretrain", "train", "blend"):
         fail(f"{path}: holds what `{s.get('command')}` writes, not a trained recommender; "
              "name one, such as cf.safetensors")
     if "value" in tensors or "weight" in tensors:

@@ -486,7 +486,7 @@ def judge_section(run, data, cf, metrics):
 
 NAMES = {"pop": "Popularity", "itemknn": "ItemKNN", "rp3": "RP3β", "ease": "EASE",
          "rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS",
-         "softmax": "Softmax", "hnlmrec": "HNLMRec"}
+         "softmax": "Softmax", "hnlmrec": "HNLMRec", "hnlmrec-full": "HNLMRec, judge in the score"}
 
 
 def report(args):

@@ -46,6 +46,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from backbones import (
+    MF,
     Parser,
     add_training_flags,
     bpr_loss,
@@ -251,6 +252,18 @@ class Relevance:
         for u, c in zip(users.split(128), candidates.split(128)):  # so that (128, M, k) is gathered
             parts.append(torch.einsum("bk,bmk->bm", self.users[u], self.items[c]))
         return torch.cat(parts)
+
+
+def blend_vectors(users, items, judge_users, judge_items, weight):
+    """The recommender and a judge of texts in one score, that stays an inner product, so that any
+    index can serve it: z(e_u · e_i) + weight z(t_u · t_i), each in standard deviations of the
+    user's scores over all items (and a constant a user apart, which ranks nothing).
+
+    users (U, D), items (I, D); judge_users (U, k), judge_items (I, k) -> (U, D + k), (I, D + k)."""
+    behaviour = Relevance(users, items)
+    texts = Relevance(judge_users, judge_items, weight)
+    return (torch.cat([behaviour.users, texts.users], 1),
+            torch.cat([behaviour.items, texts.items], 1))
 
 
 class NegativeTable:
@@ -526,6 +539,48 @@ def train(args):
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
                   "history": history, "own_negatives": own, "seconds": time.time() - start})
     print(f"wrote {out}")
+
+
+def blend(args):
+    """Put a trained model and the judge into one score, with the weight of the judge that is best
+    on validation; 0, the model alone, is among them. Writes a model like any other."""
+    run, data, start = Path(args.run), load_data(args.run), time.time()
+    out = run / output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
+    try:
+        weights = [float(weight) for weight in args.weights.split(",")]
+    except ValueError:
+        fail(f"--weights {args.weights}: give numbers, comma-separated, such as 0,0.5,1")
+    model, meta, _ = load_model(run / args.model, data=data)
+    if meta["settings"]["backbone"] not in ("mf", "lightgcn", "ngcf"):
+        fail(f"--model {args.model}: its score is no inner product; give an mf, lightgcn or ngcf")
+    judge, _ = load_tensors(run / args.judge)
+    with torch.no_grad():
+        users, items = model()
+    # a plain MF whose vectors are given, so that everything reads it as any model
+    settings = settings_of(args) | {
+        "inputs": stamp(run, "data.safetensors", args.model, args.judge), "backbone": "mf",
+        "dim": users.shape[1] + judge["user"].shape[1], "layers": 0,
+        "seed": meta["settings"]["seed"]}
+    if up_to_date(out, settings, force=args.force):
+        return
+
+    # each weight's ranking of the validation pairs
+    n_users, n_items, best = data["n_users"], data["n_items"], -1.0
+    for weight in weights:
+        vectors = blend_vectors(users, items, judge["user"], judge["item"], weight)
+        blended = MF(n_users, n_items, vectors[0].shape[1])
+        blended.embedding.data = torch.cat(vectors)
+        score = validation(blended, data)()
+        print(f"blend: weight {weight:g} of the judge, valid NDCG@20 {score:.4f}", flush=True)
+        if score > best:
+            best, chosen, kept = score, weight, vectors
+
+    history = [{"epoch": 0, "valid_ndcg@20": best, "seconds": time.time() - start}]
+    tensors = {"backbone.embedding": torch.cat(kept), "user": kept[0], "item": kept[1]}
+    save_tensors(out, tensors, {
+        "settings": settings, "n_users": n_users, "n_items": n_items, "history": history,
+        "weight": chosen, "seconds": meta["seconds"] + time.time() - start})
+    print(f"wrote {out}: weight {chosen:g}, valid NDCG@20 {best:.4f}")
 
 
 def check_flags(args):
@@ -1777,6 +1832,19 @@ def main(argv=None):
                    help="last rank of the mined band; 0: 29.8 %% of the catalogue")
 
     p = commands.add_parser(
+        "blend", help="put a trained model and the judge of texts into one score",
+        epilog="example: python hnlmrec.py blend --run runs/demo")
+    p.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    p.add_argument("--model", default="model-hnlmrec.safetensors", help="trained model")
+    p.add_argument("--judge", default="judge.safetensors",
+                   help="vectors of `llm_negatives.py judge`")
+    p.add_argument("--weights", default="0,0.25,0.5,1,2",
+                   help="weights of the judge to choose from, on validation")
+    p.add_argument("--force", action="store_true",
+                   help="remake the output though it was made with other settings")
+    p.add_argument("--out", default="model-hnlmrec-full.safetensors", help="output file")
+
+    p = commands.add_parser(
         "trace", help="follow one (user, item) pair through a finished run",
         epilog="example: python hnlmrec.py trace --run runs/demo --user 196")
     p.add_argument("--run", required=True, metavar="DIR",
@@ -1791,7 +1859,7 @@ def main(argv=None):
     if args.command == "train" and args.paper:  # the paper's values as defaults, and once more
         commands.choices["train"].set_defaults(**PAPER)
         args = parser.parse_args(argv)
-    {"prepare": prepare, "train": train, "trace": trace}[args.command](args)
+    {"prepare": prepare, "train": train, "blend": blend, "trace": trace}[args.command](args)
 
 
 if __name__ == "__main__":

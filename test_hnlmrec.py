@@ -539,6 +539,98 @@ def test_text_start_against_svd():
     assert torch.allclose(hnlmrec.text_start(text, train, 4, 12, 0.1)[:, 9:], torch.zeros(24, 3))
 
 
+def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
+    """The step's loss against loops over pairs, with the cosine, the sum without i and the mask."""
+    torch.manual_seed(0)
+    train = split_data()["train"]
+    readings = [torch.randn(N_ITEMS, 5), torch.randn(N_ITEMS, 4)]
+    judge = llm_negatives.Judge(readings, train, N_USERS, width=6)
+    torch.nn.init.normal_(judge.user_map.weight)
+    text = F.normalize(torch.cat([backbones.whiten(layer) for layer in readings], 1), dim=1)
+    assert torch.allclose(judge.text, text)
+    rows = torch.tensor([0, 7, 20])
+    drawn = torch.randint(N_ITEMS, (9,), generator=torch.Generator().manual_seed(3))
+    losses, scale = [], float(judge.scale.exp())
+    for u, i in train[rows].tolist():
+        own = [j for v, j in train.tolist() if v == u]
+        user = judge.user_map.weight @ sum(text[j] for j in own if j != i)
+        scores = [scale * F.cosine_similarity(user, judge.item_map.weight @ text[j], 0) + judge.bias[j]
+                  for j in [i, *(j for j in drawn.tolist() if j not in own)]]
+        losses.append(torch.stack(scores).logsumexp(0) - scores[0])
+    step = llm_negatives.make_judge_step(judge, train, 9)
+    loss, _ = step(rows, torch.Generator().manual_seed(3))
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    # the exported vectors' inner product is the score with all of the user's items
+    users, items = judge()
+    whole = sum(text[j] for v, j in train.tolist() if v == 2)
+    cosine = F.cosine_similarity(judge.user_map.weight @ whole, judge.item_map.weight @ text[4], 0)
+    assert float(users[2] @ items[4]) == pytest.approx(float(scale * cosine + judge.bias[4]), rel=1e-5)
+
+
+def test_judge_finds_what_the_texts_decide_and_lists_it():
+    """Two groups of users, each liking its own half of the items, which the texts tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.arange(40) % 2
+    text = torch.randn(40, 8, generator=generator) + 3 * (half[:, None] == 0)
+    pairs = torch.cat([torch.stack([torch.full((4,), u), (half == u % 2).nonzero()[:, 0][
+        torch.randperm(20, generator=generator)[:4]].sort().values], 1) for u in range(30)])
+    judge = llm_negatives.Judge([text], pairs, 30)
+    items, share = llm_negatives.likely_items(judge, pairs, 6)
+    own = half[items] == (torch.arange(30) % 2)[:, None]
+    assert own.float().mean() > 0.9
+    assert not backbones.contains(backbones.pair_keys(pairs, 40), torch.arange(30)[:, None], items, 40).any()
+    users, vectors = judge()
+    scores = (users[:, None] * vectors[items]).sum(2)
+    assert torch.allclose(share, scores.softmax(1), atol=1e-6) and (scores.diff(dim=1) <= 1e-5).all()
+    # more than there are unseen: places left over are never drawn
+    items, share = llm_negatives.likely_items(judge, pairs, 40)
+    assert (items[:, 36:] == -1).all() and (share[:, 36:] == 0).all()
+    drawn = hnlmrec.LikelyFalse(items, share)(torch.arange(30).repeat(50), generator)
+    seen = backbones.pair_keys(pairs, 40)
+    assert not backbones.contains(seen, torch.arange(30).repeat(50), drawn, 40).any()
+
+
+def test_likely_false_items_are_drawn_by_their_shares():
+    likely = hnlmrec.LikelyFalse(torch.tensor([[3, 5, 7], [1, 2, -1]]),
+                                 torch.tensor([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0]]))
+    drawn = likely(torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0))
+    for item, share in ((3, 0.5), (5, 0.3), (7, 0.2)):
+        assert float((drawn == item).float().mean()) == pytest.approx(share, abs=0.02)
+    assert (likely(torch.ones(100, dtype=torch.long)) == 2).all()
+
+
+def test_false_hard_negatives_stand_between_positive_and_negative():
+    """L_false of a step, by hand: above e⁻, below the positive, and its L2."""
+    data = split_data()
+    train = data["train"]
+    model = backbones.MF(N_USERS, N_ITEMS, 4)
+    torch.nn.init.normal_(model.embedding)
+    settings = Namespace(alpha=0, lambda1=0, lambda_s=0, reg=0.1, lambda_f=2.0, gamma=0.3)
+    likely = hnlmrec.LikelyFalse(data["test"][:, 1:], torch.ones(N_USERS, 1))
+    sample = backbones.make_sampler(model, "rns", train)
+    rows, generators = torch.tensor([1, 9]), [torch.Generator().manual_seed(0) for _ in range(2)]
+    method = hnlmrec.HNLMRec(model, None, None, sample, None, None, None, train, settings, likely)
+    loss, logs = method.loss(rows, generators[0])
+    _, _, users, items, negatives, j = sample(*train[rows].T, generators[1])
+    false = model.ego()[1][data["test"][train[rows, 0], 1]]
+    s_p, s_n, s_f = ((users * v).sum(1) for v in (items, negatives, false))
+    l2 = [float((v**2).sum()) / 4 for v in (users, items, negatives, false)]
+    expected = (F.softplus(s_n - s_p).mean() + 0.1 * sum(l2[:3])
+                + 2 * (F.softplus(s_n - s_f).mean() + 0.3 * F.softplus(s_f - s_p).mean() + 0.1 * l2[3]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logs["false"] == pytest.approx(F.softplus(s_n - s_f).mean().item(), rel=1e-5)
+
+
+def test_blended_vectors_rank_as_the_sum_of_the_two_standardised_scores():
+    generator = torch.Generator().manual_seed(0)
+    users, items, t_u, t_i = (torch.randn(n, d, generator=generator, dtype=torch.float64)
+                              for n, d in ((5, 3), (12, 3), (5, 7), (12, 7)))
+    a, b = users @ items.T, t_u @ t_i.T
+    expected = sum(w * (s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True) for w, s in ((1, a), (0.5, b)))
+    vectors = hnlmrec.blend_vectors(users, items, t_u, t_i, 0.5)
+    assert torch.allclose(vectors[0] @ vectors[1].T, expected)
+
+
 def test_text_relevance_against_the_inverse_root_of_the_covariance():
     """Whitening by C^-1/2 turns the texts but keeps their cosines; here user by user and item by item, with numpy."""
     torch.manual_seed(0)
@@ -2397,7 +2489,7 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     assert "no declared space" in refused("eval.py", *flags, "--methods", "MF")
 
     # what compare takes from it: a variant of HNLMRec has its own flags on top of HNLMRec's
-    digest = backbones.file_digest(tmp_path / "data.safetensors")
+    digest = backbones.load_data(tmp_path)["digest"]
     tuned = evaluation.read_tuned(tmp_path / "tuned.json", digest)
     own = found["lightgcn"]["HNLMRec"]["words"]
     words = functools.partial(evaluation.tuned_words, tuned)
@@ -2567,7 +2659,37 @@ def test_an_adapter_that_cannot_be_written_leaves_no_litter(copied, tiny_llm, mo
     config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
     with pytest.raises(SystemExit) as error:
         llm_negatives.load_sft(copied, "sft-full", tiny_llm, "cpu")
-    assert "not the adapter" in error.value.message
+    assert "made with another adapter" in error.value.message
+
+
+def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
+    """The judge's file feeds training without generated vectors, the blend and the report; the
+    weight is the best on validation; another control gives another judge."""
+    run = ["--run", str(copied)]
+    read = ["judge", *run, "--llm", str(tiny_llm), "--layers", "0,2", "--epochs", "2", "--dtype", "fp32"]
+    llm_negatives.main(read)
+    llm_negatives.main([*read, "--control", "random", "--seed", "1", "--out", "judge-random.safetensors"])
+    real, random = (backbones.load_tensors(copied / f"judge{name}.safetensors", "")[0] for name in ("", "-random"))
+    assert real["likely"].shape == (real["user"].shape[0], 20) and not torch.equal(real["user"], random["user"])
+    bare = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
+    train = ["train", *run, "--dim", "8", "--epochs", "2", "--eval-every", "1", *bare]
+    hnlmrec.main([*train, "--lambda-f", "1", "--out", "model-hnlmrec-soft.safetensors"])
+    with pytest.raises(SystemExit) as error:
+        hnlmrec.main([*train, "--alpha", "0.1", "--out", "model-hnlmrec-bad.safetensors"])
+    assert "--alpha" in error.value.message and not (copied / "model-hnlmrec-bad.safetensors").exists()
+    blend = ["blend", *run, "--model", "model-hnlmrec-soft.safetensors", "--weights", "0,1"]
+    capsys.readouterr()
+    hnlmrec.main(blend)
+    scores = dict(re.findall(r"weight (\d) of the judge, valid NDCG@20 (\S+)", capsys.readouterr().out))
+    data = backbones.load_data(copied)
+    model, meta, _ = backbones.load_model(copied / "model-hnlmrec-full.safetensors", data=data)
+    assert f"{backbones.validation(model, data)():.4f}" == max(scores.values())
+    soft, _, _ = backbones.load_model(copied / "model-hnlmrec-soft.safetensors", data=data)
+    assert scores["0"] == f"{backbones.validation(soft, data)():.4f}"  # weight 0 is the model alone
+    hnlmrec.main(blend)
+    assert "skip" in capsys.readouterr().out
+    evaluation.main(["judge", *run])
+    assert "judge-random" in capsys.readouterr().out
 
 
 def test_checkpointing_and_parts_do_not_change_the_step(copied, tiny_llm):
@@ -2840,7 +2962,7 @@ def test_names_are_plain_text_wherever_they_are_shown():
     nasty = "a|b <img src=x> [x](y)\n\x1b[2J"
     row = evaluation.markdown_table(["method", "n"], [[nasty, 1]])[2]
     assert row.count("|") == 3 and not any(mark in row for mark in ("<", "\x1b", "\n", "]("))
-    xml.etree.ElementTree.fromstring(evaluation.svg_chart(nasty, [nasty], [0.1], [0.01]))
+    xml.etree.ElementTree.fromstring(evaluation.svg_chart(nasty, [nasty], [0.1], [0.09], [0.11]))
     assert backbones.printable("\x1b[2J\u202e") == "\\u001b[2J\\u202e"
     assert backbones.printable("Amélie – 愛\n") == "Amélie – 愛\n"
 
