@@ -13,6 +13,7 @@ Alone:  python backbones.py pretrain --run runs/NAME --backbone lightgcn --sampl
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -99,9 +101,9 @@ class UnseenSampler:
         return point if self.uniform else torch.searchsorted(self.cum, point, right=True) - 1  # uniform: item n begins at n
 
 
-def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
+def dns(score, users, items, candidates, top=1, pick=None, penalty=None):
     """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for top = N > 1, one drawn
-    uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023).
+    uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023). pick (B,), in 0..N - 1: which one; left out, drawn here.
 
     score: the backbone's score function; users (B, D), items (I, D), candidates (B, M) -> item ids (B,). penalty (B, M), in
     standard deviations of the row's scores, is taken off first: it keeps the choice clear of likely false negatives."""
@@ -110,8 +112,9 @@ def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
         if penalty is not None:
             scores = scores / scores.std(1, keepdim=True).clamp(min=1e-12) - penalty
         ranked = scores.topk(top, dim=1).indices  # (B, N)
-        pick = torch.randint(top, (len(ranked), 1), generator=generator, device=ranked.device)
-        return candidates.gather(1, ranked.gather(1, pick))[:, 0]
+        if pick is None:
+            pick = torch.randint(top, (len(ranked),), device=ranked.device)
+        return candidates.gather(1, ranked.gather(1, pick[:, None]))[:, 0]
 
 
 def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=-2):
@@ -125,19 +128,21 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
         return candidates.gather(1, (score(users[:, None], items[candidates]) - target).abs().argmin(1, keepdim=True))[:, 0]
 
 
-def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
+def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shares=None):
     """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop mixing (eq. 7-9).
 
     users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) -> vectors (B, D).
-    Each candidate is drawn towards the positive by a random share, then each hop of the result is taken from the candidate
-    that scores highest at that hop. Gradients flow to the chosen candidates and the positives.
+    Each candidate is drawn towards the positive by a random share (shares (K, B); left out, drawn here from `generator`), then
+    each hop of the result is taken from the candidate that scores highest at that hop. Gradients flow to the chosen
+    candidates and the positives.
     Hop by hop, so that the largest tensor is (B, M, d)."""
     hops = []
-    for k in range(item_layers.shape[1]):
-        layer = item_layers[:, k]  # (I, d)
+    if shares is None:
         # one share a pair and hop, the same for its M candidates: were it drawn for each candidate, the best one would
         # nearly always be the one drawn closest to the positive, and training stalls (measured: valid NDCG@20 .19, not .22)
-        share = torch.rand((len(positives), 1), generator=generator, device=candidates.device)  # (B, 1)
+        shares = torch.rand((item_layers.shape[1], len(positives)), generator=generator, device=candidates.device)
+    for k, share in enumerate(shares[:, :, None]):  # (B, 1)
+        layer = item_layers[:, k]  # (I, d)
         # with mean pooling the user is compared as it is at every hop; with concatenation each hop has its own slice
         query = users if users.shape[1] == layer.shape[1] else users.unflatten(1, (-1, layer.shape[1]))[:, k]
         with torch.no_grad():  # choose first, then rebuild the chosen one alone: backward never sees (B, M, d)
@@ -150,24 +155,30 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
 def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
     batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
-    no items, that of its first candidate, for the L2 term).
+    no items, that of its first candidate, for the L2 term). Where several processes share a batch, the last four are those of
+    this process's `share`; what is random is drawn for the whole batch by all, so that it does not depend on their number.
 
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
     n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
 
     def sample(u, i, generator):
-        candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
+        candidates = share(draw(u, 1 if sampler in ("rns", "pns") else m, generator))  # (B, M)
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
             user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
+            shares = torch.rand((len(u), item_layers.shape[1]), generator=generator, device=u.device)
         else:
             user_vectors, item_vectors = model()
+        if sampler == "dns":
+            pick = share(torch.randint(n, (len(u),), generator=generator, device=u.device))
+        u, i = share(u), share(i)
         users, items = take(user_vectors, u), take(item_vectors, i)
         if sampler == "mixgcf":
-            return user_vectors, item_vectors, users, items, mixgcf(users, item_layers, i, candidates, model.pool, generator), candidates[:, 0]
+            negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=share(shares).T)
+            return user_vectors, item_vectors, users, items, negatives, candidates[:, 0]
         if sampler == "dns":
-            j = dns(model.score, users, item_vectors, candidates, n, generator, penalty and penalty(u, candidates))
+            j = dns(model.score, users, item_vectors, candidates, n, pick, penalty and penalty(u, candidates))
         elif sampler == "ahns":
             j = ahns(model.score, users, item_vectors, i, candidates)
         else:
@@ -370,13 +381,14 @@ def l2_loss(*vectors):
 
 def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings. Arguments as
-    make_sampler's. Returns step(rows, generator) for `fit`."""
+    make_sampler's. Returns step(rows, generator) for `fit`, whose loss is that of this process's share of the rows."""
     sample, (users_of, items_of) = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta), pairs.T.contiguous()
 
     def step(rows, generator):
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
         _, _, users, items, negatives, j = sample(u, i, generator)
-        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
+        u, i, weight = share(u), share(i), share_weight(len(rows))
+        bpr = bpr_loss(model.score(users, items), model.score(users, negatives)) * weight
         if not reg:
             return bpr, {"bpr": bpr.item()}
         ego_users, ego_items = model.ego()
@@ -384,7 +396,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
             l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         else:  # what was gathered for the scores are the parameters themselves
             l2 = l2_loss(users, items, take(ego_items, j) if sampler == "mixgcf" else negatives)
-        return bpr + reg * l2, {"bpr": bpr.item()}
+        return bpr + reg * weight * l2, {"bpr": bpr.item()}
 
     return step
 
@@ -397,13 +409,16 @@ def mine_hard_negatives(model, train, first=5, last=60):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
-    train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises SystemExit2 when a user has too few unseen
-    items for the band."""
-    users = torch.arange(model.n_users, device=train.device)
-    ranked = rank_unseen(model, users, user_rows(train, model.n_users), last)[:, first - 1:]
-    if ranked.shape[1] < last - first + 1 or (ranked < 0).any():
+    train (N, 2) -> item ids (U, last - first + 1) int32, best rank first. Several processes mine for every world()-th user
+    each. Raises SystemExit2 when a user has too few unseen items for the band."""
+    seen = user_rows(train, model.n_users)
+    if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
-    return ranked
+    mined = torch.zeros(model.n_users, last - first + 1, dtype=torch.int32, device=train.device)
+    for part in share(torch.arange(model.n_users, device=train.device)).split(2**14):
+        mined[part] = rank_unseen(model, part, seen, last)[:, first - 1:].int()
+    sum_over([mined])
+    return mined
 
 # --------------------------------------------------------------------------------------------------
 # Full ranking: top-k of all unseen items
@@ -434,40 +449,45 @@ def top_k(scores, k):
 
 
 @torch.no_grad()
-def rank_unseen(model, users, seen, k, chunk=1024):
-    """The k best unseen items of each user, in chunks of users so that memory stays at chunk * n_items.
+def rank_unseen(model, users, seen, k, cells=2**23):
+    """The k best unseen items of each user, in chunks of users so that no more than `cells` scores are held at once.
 
     users (n,) ids; seen: (indptr, items) of user_rows, the pairs to leave out -> item ids (n, k). A user with fewer than k
     unseen items gets -1 in the places left."""
     was_training, _ = model.training, model.eval()
     user_vectors, item_vectors = model()
     model.train(was_training)
-    indptr, items = seen
     result = []
-    for part in users.split(chunk):
-        scores = model.score_all(user_vectors[part], item_vectors)
-        start, count = indptr[part], indptr[part + 1] - indptr[part]
-        row = torch.repeat_interleave(torch.arange(len(part), device=part.device), count)
-        offset = torch.arange(len(row), device=part.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        seen_items = items[torch.repeat_interleave(start, count) + offset]
-        scores.view(-1).index_fill_(0, row * scores.shape[1] + seen_items, -torch.inf)
+    for part in users.split(max(1, cells // len(item_vectors))):
+        scores = leave_out(model.score_all(user_vectors[part], item_vectors), part, seen)
         index = top_k(scores, k)
         result.append(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
     return torch.cat(result)
 
 
 @torch.no_grad()
-def nearest_items(vectors, users, items, seen, k, chunk=2048):
-    """The k items nearest to each vector by cosine, the user's train items left out, since those are known positives.
+def nearest_items(vectors, users, items, seen, k, cells=2**23):
+    """The k items nearest to each vector by cosine, the user's train items left out, since those are known positives; no more
+    than `cells` cosines are held at once.
 
     vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k)."""
-    items, result = F.normalize(items.float(), dim=-1), []
-    everything = torch.arange(len(items), device=items.device)
+    items, result, chunk = F.normalize(items.float(), dim=-1), [], max(1, cells // len(items))
+    bounds = torch.arange(int(users.max()) + 2 if len(users) else 1, device=users.device) * len(items)
+    seen = torch.searchsorted(seen, bounds), seen % len(items)  # as user_rows has it
     for part, user in zip(vectors.split(chunk), users.split(chunk)):
         scores = F.normalize(part.float(), dim=-1) @ items.T  # (B, I)
-        scores[contains(seen, user[:, None], everything, len(items))] = -torch.inf
-        result.append(top_k(scores, k))
+        result.append(top_k(leave_out(scores, user, seen), k))
     return torch.cat(result)
+
+
+def leave_out(scores, users, seen):
+    """Set the scores of the users' seen items to -inf, in place: scores (B, I), users (B,), seen as rank_unseen's -> scores."""
+    indptr, items = seen
+    start, count = indptr[users], indptr[users + 1] - indptr[users]
+    row = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
+    offset = torch.arange(len(row), device=users.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    scores.view(-1).index_fill_(0, row * scores.shape[1] + items[start[row] + offset], -torch.inf)
+    return scores
 
 
 def ranking_hits(model, pairs, seen, k):
@@ -516,12 +536,16 @@ def mrr(hits, relevant, k):
 
 
 def validation(model, data, k=20):
-    """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs left out of the ranking."""
+    """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs left out of the ranking.
+    Several processes rank every world()-th user each."""
     seen = user_rows(data["train"], model.n_users)
+    own = data["valid"][data["valid"][:, 0] % world() == rank()]
 
     def validate():
-        _, hits, relevant = ranking_hits(model, data["valid"], seen, k)
-        return float(ndcg(hits, relevant, k).mean())
+        _, hits, relevant = ranking_hits(model, own, seen, k)
+        total = torch.stack([ndcg(hits, relevant, k).sum(), relevant.count_nonzero()])
+        sum_over([total])
+        return float(total[0] / total[1])
 
     return validate
 
@@ -535,6 +559,9 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     modules: {name: nn.Module}; one optimizer over all of them, so none can be forgotten. step(rows (B,), generator) ->
     (loss, {name: float}) on those rows of the train pairs. validate() -> float, higher is better; never the test split.
     Stops after `patience` validations without a new best. Returns (best state {name.parameter: tensor}, history list).
+
+    Under torchrun every process gets the same rows, its step returns the loss of its `share` of them (times share_weight), and
+    the gradients' mean over the processes, that of the whole batch, is what all of them step with.
 
     Raises SystemExit2 when the loss is not finite, naming the step."""
     parameters = [p for module in modules.values() for p in module.parameters()]
@@ -554,6 +581,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                      f"(now {lr}) or check the input vectors for NaN")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            average_gradients(parameters)
             optimizer.step()
             total += float(loss.detach()) * len(rows)
             for name, value in values.items():
@@ -580,7 +608,7 @@ def pretrain(args):
     settings["data"] = data["digest"]
     if not up_to_date(out, settings, "python backbones.py pretrain", args.force):
         train_baseline(args, data, settings, out)
-    if args.export:
+    if args.export and not rank():
         tensors, meta = load_tensors(out, "python backbones.py pretrain")
         save_tensors(Path(args.run) / args.export, {name: tensors[name] for name in ("user", "item")}, {"settings": meta["settings"]})
         print(f"wrote {Path(args.run) / args.export}: user {tuple(tensors['user'].shape)}, item {tuple(tensors['item'].shape)}, "
@@ -589,15 +617,18 @@ def pretrain(args):
 
 def train_baseline(args, data, settings, out):
     """The training of `pretrain`, from the data of load_data to the file `out`."""
+    _, _, device = start_processes(args.device)
     torch.manual_seed(args.seed)
-    train = data["train"].to(args.device)
-    data = {**data, "train": train, "valid": data["valid"].to(args.device)}
+    train = data["train"].to(device)
+    data = {**data, "train": train, "valid": data["valid"].to(device)}
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
     step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
     start = time.time()
     state, history = fit({"backbone": model}, step, len(train), validation(model, data), epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
                          seed=args.seed, label=f"{args.backbone} {args.sampler}")
+    if rank():
+        return
     restore({"backbone": model}, state)
     users, items = model.eval()()
     save_tensors(out, {**state, "user": users, "item": items},
@@ -821,6 +852,69 @@ class Progress:
         print(f"\r\033[K{line}" if self.tty else line, end=end, flush=True)
 
 # --------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each does every world()-th part of the work, process 0 does the talking and the writing
+# --------------------------------------------------------------------------------------------------
+
+def start_processes(device):
+    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process takes its own GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank():
+            sys.stdout = io.StringIO()
+    return rank(), world(), device
+
+
+def end_processes():
+    """End a process of torchrun's once all have done their work. Gloo's threads race the interpreter's end: in one run of ten
+    torch 2.13 aborts there, and with destroy_process_group torch 2.6 hangs. All files are written, so leave without that end."""
+    if world() > 1:
+        dist.barrier()
+        if dist.get_backend() == "nccl":
+            dist.destroy_process_group()
+        else:
+            sys.__stdout__.flush()
+            os._exit(0)
+
+
+def rank():
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes that share the work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share(rows):
+    """This process's rows of a batch: every world()-th from its rank on, as a view; with one process all of them. With fewer
+    rows than processes the last row serves several; it counts once (share_weight)."""
+    return rows[min(rank(), len(rows) - 1) :: world()]
+
+
+def share_weight(n):
+    """What a mean over this process's share of n rows is multiplied with, so that the mean over the processes is that over the n
+    rows: 1 where all have equally many."""
+    return len(range(rank(), n, world())) * world() / n
+
+
+def sum_over(tensors):
+    """Add each tensor up over all processes, in place."""
+    for tensor in tensors if world() > 1 else ():
+        dist.all_reduce(tensor)
+
+
+def average_gradients(parameters):
+    """The mean of each gradient over all processes, in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sum_over(gradients)
+    for gradient in gradients if world() > 1 else ():
+        gradient /= world()
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -898,3 +992,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     run_cli(main)
+    end_processes()
