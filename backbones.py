@@ -156,14 +156,14 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
     batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
     no items, that of its first candidate, for the L2 term). Where several processes share a batch, the last four are those of
-    this process's `share`; what is random is drawn for the whole batch by all, so that it does not depend on their number.
+    this process's `share_of`; what is random is drawn for the whole batch by all, so that it does not depend on their number.
 
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
     n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
 
     def sample(u, i, generator):
-        candidates = share(draw(u, 1 if sampler in ("rns", "pns") else m, generator))  # (B, M)
+        candidates = share_of(draw(u, 1 if sampler in ("rns", "pns") else m, generator))  # (B, M)
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
             user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
@@ -171,11 +171,11 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
         else:
             user_vectors, item_vectors = model()
         if sampler == "dns":
-            pick = share(torch.randint(n, (len(u),), generator=generator, device=u.device))
-        u, i = share(u), share(i)
+            pick = share_of(torch.randint(n, (len(u),), generator=generator, device=u.device))
+        u, i = share_of(u), share_of(i)
         users, items = take(user_vectors, u), take(item_vectors, i)
         if sampler == "mixgcf":
-            negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=share(shares).T)
+            negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=share_of(shares).T)
             return user_vectors, item_vectors, users, items, negatives, candidates[:, 0]
         if sampler == "dns":
             j = dns(model.score, users, item_vectors, candidates, n, pick, penalty and penalty(u, candidates))
@@ -387,7 +387,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     def step(rows, generator):
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
         _, _, users, items, negatives, j = sample(u, i, generator)
-        u, i, weight = share(u), share(i), share_weight(len(rows))
+        u, i, weight = share_of(u), share_of(i), share_weight(len(rows))
         bpr = bpr_loss(model.score(users, items), model.score(users, negatives)) * weight
         if not reg:
             return bpr, {"bpr": bpr.item()}
@@ -409,14 +409,14 @@ def mine_hard_negatives(model, train, first=5, last=60):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
-    train (N, 2) -> item ids (U, last - first + 1) int32, best rank first. Several processes mine for every world()-th user
+    train (N, 2) -> item ids (U, last - first + 1), best rank first. Several processes mine for every world()-th user
     each. Raises SystemExit2 when a user has too few unseen items for the band."""
     seen = user_rows(train, model.n_users)
     if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
-    mined = torch.zeros(model.n_users, last - first + 1, dtype=torch.int32, device=train.device)
-    for part in share(torch.arange(model.n_users, device=train.device)).split(2**14):
-        mined[part] = rank_unseen(model, part, seen, last)[:, first - 1:].int()
+    mined = torch.zeros(model.n_users, last - first + 1, dtype=torch.int64, device=train.device)
+    for part in share_of(torch.arange(model.n_users, device=train.device)).split(2**14):
+        mined[part] = rank_unseen(model, part, seen, last)[:, first - 1:]
     sum_over([mined])
     return mined
 
@@ -560,7 +560,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     (loss, {name: float}) on those rows of the train pairs. validate() -> float, higher is better; never the test split.
     Stops after `patience` validations without a new best. Returns (best state {name.parameter: tensor}, history list).
 
-    Under torchrun every process gets the same rows, its step returns the loss of its `share` of them (times share_weight), and
+    Under torchrun every process gets the same rows, its step returns the loss of its `share_of` of them (times share_weight), and
     the gradients' mean over the processes, that of the whole batch, is what all of them step with.
 
     Raises SystemExit2 when the loss is not finite, naming the step."""
@@ -681,9 +681,17 @@ def load_negatives(run, name, digest):
             fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
     if n_shards != metas[0]["settings"]["shards"]:
         fail(f"{Path(run) / name}: {n_shards} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
-    joined = {key: torch.cat([part[key] for part in parts[:-1]]) for key in ("pairs", "hidden", "vector")}
+    # one shard after the other: files are read when they are copied, and let go of before the next
+    *parts, items = parts
+    n, done = sum(len(part["pairs"]) for part in parts), 0
+    joined = {key: value.new_empty(n, *value.shape[1:]) for key, value in parts[0].items()}
+    while parts:
+        part = parts.pop(0)
+        for key, value in part.items():
+            joined[key][done : done + len(value)] = value
+        done += len(value)
     digest = hashlib.sha256("+".join(file_digest(path) for path in paths).encode()).hexdigest()[:16]
-    return {**joined, "text": parts[-1]["text"], "digest": digest}
+    return {**joined, "text": items["text"], "digest": digest}
 
 
 def restore(modules, state):
@@ -889,7 +897,7 @@ def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def share(rows):
+def share_of(rows):
     """This process's rows of a batch: every world()-th from its rank on, as a view; with one process all of them. With fewer
     rows than processes the last row serves several; it counts once (share_weight)."""
     return rows[min(rank(), len(rows) - 1) :: world()]

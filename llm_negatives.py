@@ -14,12 +14,10 @@ More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune …
 
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -35,6 +33,7 @@ from transformers import logging as transformers_logging
 from backbones import (
     Parser,
     Progress,
+    end_processes,
     fail,
     file_digest,
     load_data,
@@ -49,6 +48,8 @@ from backbones import (
     restore,
     run_cli,
     save_tensors,
+    start_processes,
+    sum_over,
     up_to_date,
     user_rows,
     write_atomic,
@@ -308,7 +309,7 @@ def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0
             result[at] = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows[at]], drop, profile_dropout)
         if progress:
             progress.update(min(len(order), (n + 1) * batch))
-    sum_over([result], world)
+    sum_over([result])
     return result
 
 
@@ -364,7 +365,7 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
             part_loss = task.loss(head(hidden), part, tau) * len(part) / len(rows)
             part_loss.backward()
             loss += part_loss.detach()
-    sum_over([loss, *(p.grad for p in trained)], world)
+    sum_over([loss, *(p.grad for p in trained)])
     return loss.item()
 
 
@@ -854,40 +855,6 @@ def load_partial(path, settings, modules, optimizer):
             state["state"].setdefault(int(n), {})[name] = value
     optimizer.load_state_dict(state)
     return meta["step"], meta["log"]
-
-# --------------------------------------------------------------------------------------------------
-# Several processes (torchrun): each does every WORLD-th part of the work, process 0 does the talking and the writing
-# --------------------------------------------------------------------------------------------------
-
-def start_processes(device):
-    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process takes its own GPU."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if rank:
-            sys.stdout = io.StringIO()
-    return rank, world, device
-
-
-def end_processes():
-    """End a process of torchrun's once all have done their work. Gloo's threads race the interpreter's end: in one run of ten
-    torch 2.13 aborts there, and with destroy_process_group torch 2.6 hangs. All files are written, so leave without that end."""
-    if dist.is_initialized():
-        dist.barrier()
-        if dist.get_backend() == "nccl":
-            dist.destroy_process_group()
-        else:
-            sys.__stdout__.flush()
-            os._exit(0)
-
-
-def sum_over(tensors, world):
-    """Add each tensor up over all processes, in place."""
-    for tensor in tensors if world > 1 else ():
-        dist.all_reduce(tensor)
 
 # --------------------------------------------------------------------------------------------------
 # Command line
