@@ -415,7 +415,7 @@ def mine_hard_negatives(model, train, first=5, last=60):
     if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
     mined = torch.zeros(model.n_users, last - first + 1, dtype=torch.int64, device=train.device)
-    for part in share_of(torch.arange(model.n_users, device=train.device)).split(2**14):
+    for part in share_of(torch.arange(model.n_users, device=train.device)).split(2**16):
         mined[part] = rank_unseen(model, part, seen, last)[:, first - 1:]
     sum_over([mined])
     return mined
@@ -457,12 +457,13 @@ def rank_unseen(model, users, seen, k, cells=2**23):
     was_training, _ = model.training, model.eval()
     user_vectors, item_vectors = model()
     model.train(was_training)
-    result = []
-    for part in users.split(max(1, cells // len(item_vectors))):
+    chunk = max(1, cells // len(item_vectors))
+    result = users.new_empty(len(users), min(k, len(item_vectors)))  # at once: many small ones would split the free memory up
+    for part, ranked in zip(users.split(chunk), result.split(chunk)):
         scores = leave_out(model.score_all(user_vectors[part], item_vectors), part, seen)
         index = top_k(scores, k)
-        result.append(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
-    return torch.cat(result)
+        ranked.copy_(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
+    return result
 
 
 @torch.no_grad()
@@ -471,13 +472,14 @@ def nearest_items(vectors, users, items, seen, k, cells=2**23):
     than `cells` cosines are held at once.
 
     vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k)."""
-    items, result, chunk = F.normalize(items.float(), dim=-1), [], max(1, cells // len(items))
+    items, chunk = F.normalize(items.float(), dim=-1), max(1, cells // len(items))
+    result = users.new_empty(len(users), min(k, len(items)))
     bounds = torch.arange(int(users.max()) + 2 if len(users) else 1, device=users.device) * len(items)
     seen = torch.searchsorted(seen, bounds), seen % len(items)  # as user_rows has it
-    for part, user in zip(vectors.split(chunk), users.split(chunk)):
+    for part, user, nearest in zip(vectors.split(chunk), users.split(chunk), result.split(chunk)):
         scores = F.normalize(part.float(), dim=-1) @ items.T  # (B, I)
-        result.append(top_k(leave_out(scores, user, seen), k))
-    return torch.cat(result)
+        nearest.copy_(top_k(leave_out(scores, user, seen), k))
+    return result
 
 
 def leave_out(scores, users, seen):
@@ -535,11 +537,15 @@ def mrr(hits, relevant, k):
     return (hits[:, :k] / rank).max(1).values
 
 
-def validation(model, data, k=20):
+def validation(model, data, k=20, users=None):
     """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs left out of the ranking.
-    Several processes rank every world()-th user each."""
-    seen = user_rows(data["train"], model.n_users)
-    own = data["valid"][data["valid"][:, 0] % world() == rank()]
+    users: how many users are ranked, the same ones each time; left out, all. Several processes rank every world()-th user each."""
+    seen, own = user_rows(data["train"], model.n_users), data["valid"]
+    if users:
+        everyone = own[:, 0].unique()
+        some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))[:users]
+        own = own[torch.isin(own[:, 0], everyone[some.to(own.device)])]
+    own = own[own[:, 0] % world() == rank()]
 
     def validate():
         _, hits, relevant = ranking_hits(model, own, seen, k)
@@ -624,7 +630,7 @@ def train_baseline(args, data, settings, out):
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
     step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
     start = time.time()
-    state, history = fit({"backbone": model}, step, len(train), validation(model, data), epochs=args.epochs,
+    state, history = fit({"backbone": model}, step, len(train), validation(model, data, users=args.eval_users), epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
                          seed=args.seed, label=f"{args.backbone} {args.sampler}")
     if rank():
@@ -973,6 +979,7 @@ def add_training_flags(parser):
     group.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam's learning rate")
     group.add_argument("--reg", type=number(float, 0), default=1e-4, help="weight of the L2 term, lambda2")
     group.add_argument("--eval-every", type=number(int, 1), default=5, help="epochs between validations")
+    group.add_argument("--eval-users", type=number(int, 1), metavar="N", help="users that a validation ranks, the same each time (left out: all)")
     group.add_argument("--patience", type=number(int, 1), default=6, help="validations without a new best before stopping")
     group.add_argument("--seed", type=number(int, 0), default=0, help="decides initial weights, batches and negatives")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")

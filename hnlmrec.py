@@ -445,7 +445,8 @@ def train(args):
     # train; what the file keeps is the state of the best validation, not the last one
     start, modules = time.time(), dict(method.named_children())
     state, history = fit(
-        modules, method.loss, n, validation(method.backbone, data), epochs=args.epochs,
+        modules, method.loss, n, validation(method.backbone, data, users=args.eval_users),
+        epochs=args.epochs,
         batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
         seed=args.seed, label=f"{args.backbone} hnlmrec")
     if rank():

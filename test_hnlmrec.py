@@ -537,6 +537,49 @@ def test_nearest_items_are_the_nearest_unseen_ones():
         assert ours[row].tolist() == order[:5]
 
 
+def pretend(monkeypatch, rank, world):
+    """Let this process take itself for the rank-th of `world`."""
+    monkeypatch.setattr(backbones, "rank", lambda: rank)
+    monkeypatch.setattr(backbones, "world", lambda: world)
+
+
+@pytest.mark.parametrize("kind", ["dns", "mixgcf", hnlmrec.HNLMRec, hnlmrec.PaperHNLMRec])
+@pytest.mark.parametrize("n_rows", [71, 2])
+def test_the_shares_of_three_processes_make_the_batch(kind, n_rows, monkeypatch):
+    """The mean of three processes' gradients is one process's gradient, with uneven shares and with fewer rows than processes."""
+    if isinstance(kind, str):
+        train = split_data()["train"]
+        model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, train)
+        step, modules = backbones.make_step(model, kind, train, reg=0.1, m=5, n=2), [model]
+    else:
+        model, projector, method, train = hnlmrec_parts(0.3, 1.0, form=kind, lambda_s=0.5, reg=0.1)
+        step, modules = method.loss, [model, projector, method.semantic]
+    parameters = [p for module in modules for p in module.parameters()]
+    rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:n_rows]
+
+    def gradients():
+        for p in parameters:
+            p.grad = None
+        step(rows, torch.Generator().manual_seed(5))[0].backward()
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+    one, three = gradients(), []
+    for number in range(3):
+        pretend(monkeypatch, number, 3)
+        three.append(gradients())
+    assert one.abs().sum() > 0 and torch.allclose(sum(three) / 3, one, atol=1e-6)
+    assert not torch.allclose(three[0], three[1], atol=1e-6)
+
+
+def test_a_validation_of_some_users_is_their_mean():
+    data = split_data()
+    model = rigged(torch.randn(N_USERS, 4), torch.randn(N_ITEMS, 4))
+    users, values, _ = evaluation.evaluate(model, data, "valid", ks=(20,))
+    assert backbones.validation(model, data)() == pytest.approx(float(values["NDCG@20"].mean()))
+    some = torch.randperm(N_USERS, generator=torch.Generator().manual_seed(0))[:5]
+    assert backbones.validation(model, data, users=5)() == pytest.approx(float(values["NDCG@20"][some].mean()))
+
+
 def test_every_parameter_is_trained():
     model, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
     before = {name: p.clone() for name, p in [*projector.named_parameters(), *model.named_parameters()]}
@@ -1330,6 +1373,23 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     cli("hnlmrec.py", "train", "--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3)
     a, b = (backbones.load_tensors(folder / "model-hnlmrec.safetensors", "train")[0] for folder in (finished, run))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_over_two_processes_is_that_of_one(finished, tmp_path):
+    """Mining, training and validation shared out: the model file that one process writes. Adam divides a gradient by its own
+    size, so where it is next to nothing, rounding may turn an update over (lr 1e-3 a step)."""
+    run = tmp_path / "two"
+    shutil.copytree(finished, run)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", HERE / "hnlmrec.py", "train", "--run", run,
+               "--out", "model-two.safetensors", "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("wrote") == 1
+    (one, meta), (two, other) = (backbones.load_tensors(run / f"model-{name}.safetensors", "train") for name in ("hnlmrec", "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[name].float(), two[name].float(), atol=9e-3) for name in one)
+    assert torch.cat([(one[name] - two[name]).abs().flatten() < 1e-5 for name in one]).float().mean() > 0.99
+    for a, b in zip(meta["history"], other["history"]):
+        assert a["valid_ndcg@20"] == pytest.approx(b["valid_ndcg@20"]) and a["epoch"] == b["epoch"]
 
 
 def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
