@@ -567,7 +567,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     Stops after `patience` validations without a new best. Returns (best state {name.parameter: tensor}, history list).
 
     Under torchrun every process gets the same rows, its step returns the loss of its `share_of` of them (times share_weight), and
-    the gradients' mean over the processes, that of the whole batch, is what all of them step with.
+    the gradients' mean over the processes, that of the whole batch, is what all of them step with. The history's losses are
+    then those of process 0's share.
 
     Raises SystemExit2 when the loss is not finite, naming the step."""
     parameters = [p for module in modules.values() for p in module.parameters()]
