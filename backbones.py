@@ -103,7 +103,8 @@ class UnseenSampler:
 
 def dns(score, users, items, candidates, top=1, pick=None, penalty=None):
     """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for top = N > 1, one drawn
-    uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023). pick (B,), in 0..N - 1: which one; left out, drawn here.
+    uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023). pick (B,), in 0..N - 1: which
+    one; left out, drawn here.
 
     score: the backbone's score function; users (B, D), items (I, D), candidates (B, M) -> item ids (B,). penalty (B, M), in
     standard deviations of the row's scores, is taken off first: it keeps the choice clear of likely false negatives."""
@@ -132,15 +133,16 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shar
     """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop mixing (eq. 7-9).
 
     users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) -> vectors (B, D).
-    Each candidate is drawn towards the positive by a random share (shares (K, B); left out, drawn here from `generator`), then
-    each hop of the result is taken from the candidate that scores highest at that hop. Gradients flow to the chosen
-    candidates and the positives.
+    Each candidate is drawn towards the positive by a random share (shares (K, B); left out, drawn
+    here from `generator`), then each hop of the result is taken from the candidate that scores
+    highest at that hop. Gradients flow to the chosen candidates and the positives.
     Hop by hop, so that the largest tensor is (B, M, d)."""
     hops = []
     if shares is None:
         # one share a pair and hop, the same for its M candidates: were it drawn for each candidate, the best one would
         # nearly always be the one drawn closest to the positive, and training stalls (measured: valid NDCG@20 .19, not .22)
-        shares = torch.rand((item_layers.shape[1], len(positives)), generator=generator, device=candidates.device)
+        shape = item_layers.shape[1], len(positives)
+        shares = torch.rand(shape, generator=generator, device=candidates.device)
     for k, share in enumerate(shares[:, :, None]):  # (B, 1)
         layer = item_layers[:, k]  # (I, d)
         # with mean pooling the user is compared as it is at every hop; with concatenation each hop has its own slice
@@ -155,8 +157,9 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shar
 def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
     batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
-    no items, that of its first candidate, for the L2 term). Where several processes share a batch, the last four are those of
-    this process's `share_of`; what is random is drawn for the whole batch by all, so that it does not depend on their number.
+    no items, that of its first candidate, for the L2 term). Where processes share a batch, the last
+    four are of this one's rows (share_of); what is random is drawn for the whole batch by all of
+    them, so that it does not depend on their number.
 
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
     n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
@@ -167,7 +170,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
             user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
-            shares = torch.rand((len(u), item_layers.shape[1]), generator=generator, device=u.device)
+            shape = len(u), item_layers.shape[1]
+            shares = share_of(torch.rand(shape, generator=generator, device=u.device)).T  # (K, B)
         else:
             user_vectors, item_vectors = model()
         if sampler == "dns":
@@ -175,10 +179,11 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
         u, i = share_of(u), share_of(i)
         users, items = take(user_vectors, u), take(item_vectors, i)
         if sampler == "mixgcf":
-            negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=share_of(shares).T)
+            negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=shares)
             return user_vectors, item_vectors, users, items, negatives, candidates[:, 0]
         if sampler == "dns":
-            j = dns(model.score, users, item_vectors, candidates, n, pick, penalty and penalty(u, candidates))
+            cleared = penalty and penalty(u, candidates)
+            j = dns(model.score, users, item_vectors, candidates, n, pick, cleared)
         elif sampler == "ahns":
             j = ahns(model.score, users, item_vectors, i, candidates)
         else:
@@ -381,7 +386,8 @@ def l2_loss(*vectors):
 
 def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings. Arguments as
-    make_sampler's. Returns step(rows, generator) for `fit`, whose loss is that of this process's share of the rows."""
+    make_sampler's. Returns step(rows, generator) for `fit`, whose loss is that of this process's
+    share of the rows."""
     sample, (users_of, items_of) = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta), pairs.T.contiguous()
 
     def step(rows, generator):
@@ -409,8 +415,9 @@ def mine_hard_negatives(model, train, first=5, last=60):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
-    train (N, 2) -> item ids (U, last - first + 1), best rank first. Several processes mine for every world()-th user
-    each. Raises SystemExit2 when a user has too few unseen items for the band."""
+    train (N, 2) -> item ids (U, last - first + 1), best rank first. Several processes mine for
+    every world()-th user each. Raises SystemExit2 when a user has too few unseen items for the
+    band."""
     seen = user_rows(train, model.n_users)
     if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
@@ -450,7 +457,8 @@ def top_k(scores, k):
 
 @torch.no_grad()
 def rank_unseen(model, users, seen, k, cells=2**23):
-    """The k best unseen items of each user, in chunks of users so that no more than `cells` scores are held at once.
+    """The k best unseen items of each user, in chunks of users so that no more than `cells` scores
+    are held at once.
 
     users (n,) ids; seen: (indptr, items) of user_rows, the pairs to leave out -> item ids (n, k). A user with fewer than k
     unseen items gets -1 in the places left."""
@@ -458,7 +466,8 @@ def rank_unseen(model, users, seen, k, cells=2**23):
     user_vectors, item_vectors = model()
     model.train(was_training)
     chunk = max(1, cells // len(item_vectors))
-    result = users.new_empty(len(users), min(k, len(item_vectors)))  # at once: many small ones would split the free memory up
+    # one table at once: many small ones between the scores would leave holes in the memory
+    result = users.new_empty(len(users), min(k, len(item_vectors)))
     for part, ranked in zip(users.split(chunk), result.split(chunk)):
         scores = leave_out(model.score_all(user_vectors[part], item_vectors), part, seen)
         index = top_k(scores, k)
@@ -468,13 +477,14 @@ def rank_unseen(model, users, seen, k, cells=2**23):
 
 @torch.no_grad()
 def nearest_items(vectors, users, items, seen, k, cells=2**23):
-    """The k items nearest to each vector by cosine, the user's train items left out, since those are known positives; no more
-    than `cells` cosines are held at once.
+    """The k items nearest to each vector by cosine, the user's train items left out, since those
+    are known positives; no more than `cells` cosines are held at once.
 
     vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k)."""
     items, chunk = F.normalize(items.float(), dim=-1), max(1, cells // len(items))
     result = users.new_empty(len(users), min(k, len(items)))
-    bounds = torch.arange(int(users.max()) + 2 if len(users) else 1, device=users.device) * len(items)
+    last = int(users.max()) if len(users) else -1
+    bounds = torch.arange(last + 2, device=users.device) * len(items)
     seen = torch.searchsorted(seen, bounds), seen % len(items)  # as user_rows has it
     for part, user, nearest in zip(vectors.split(chunk), users.split(chunk), result.split(chunk)):
         scores = F.normalize(part.float(), dim=-1) @ items.T  # (B, I)
@@ -483,11 +493,13 @@ def nearest_items(vectors, users, items, seen, k, cells=2**23):
 
 
 def leave_out(scores, users, seen):
-    """Set the scores of the users' seen items to -inf, in place: scores (B, I), users (B,), seen as rank_unseen's -> scores."""
+    """Set the scores of the users' seen items to -inf, in place: scores (B, I), users (B,), seen as
+    rank_unseen's -> scores."""
     indptr, items = seen
     start, count = indptr[users], indptr[users + 1] - indptr[users]
     row = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-    offset = torch.arange(len(row), device=users.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    before = count.cumsum(0) - count  # (B,) seen items of the users above
+    offset = torch.arange(len(row), device=users.device) - before[row]
     scores.view(-1).index_fill_(0, row * scores.shape[1] + items[start[row] + offset], -torch.inf)
     return scores
 
@@ -538,8 +550,9 @@ def mrr(hits, relevant, k):
 
 
 def validation(model, data, k=20, users=None):
-    """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs left out of the ranking.
-    users: how many users are ranked, the same ones each time; left out, all. Several processes rank every world()-th user each."""
+    """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs
+    left out of the ranking. users: how many users are ranked, the same ones each time; left out,
+    all. Several processes rank every world()-th user each."""
     seen, own = user_rows(data["train"], model.n_users), data["valid"]
     if users:
         everyone = own[:, 0].unique()
@@ -566,9 +579,9 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     (loss, {name: float}) on those rows of the train pairs. validate() -> float, higher is better; never the test split.
     Stops after `patience` validations without a new best. Returns (best state {name.parameter: tensor}, history list).
 
-    Under torchrun every process gets the same rows, its step returns the loss of its `share_of` of them (times share_weight), and
-    the gradients' mean over the processes, that of the whole batch, is what all of them step with. The history's losses are
-    then those of process 0's share.
+    Under torchrun every process gets the same rows, its step returns the loss of its share of them
+    (share_of, times share_weight), and the gradients' mean over the processes, that of the whole
+    batch, is what all of them step with. The history's losses are then those of process 0's share.
 
     Raises SystemExit2 when the loss is not finite, naming the step."""
     parameters = [p for module in modules.values() for p in module.parameters()]
@@ -631,7 +644,8 @@ def train_baseline(args, data, settings, out):
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
     step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
     start = time.time()
-    state, history = fit({"backbone": model}, step, len(train), validation(model, data, users=args.eval_users), epochs=args.epochs,
+    validate = validation(model, data, users=args.eval_users)
+    state, history = fit({"backbone": model}, step, len(train), validate, epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
                          seed=args.seed, label=f"{args.backbone} {args.sampler}")
     if rank():
@@ -867,11 +881,13 @@ class Progress:
         print(f"\r\033[K{line}" if self.tty else line, end=end, flush=True)
 
 # --------------------------------------------------------------------------------------------------
-# Several processes (torchrun): each does every world()-th part of the work, process 0 does the talking and the writing
+# Several processes (torchrun): each does every world()-th part of the work, process 0 does the
+# talking and the writing
 # --------------------------------------------------------------------------------------------------
 
 def start_processes(device):
-    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process takes its own GPU."""
+    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process
+    takes its own GPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -883,8 +899,9 @@ def start_processes(device):
 
 
 def end_processes():
-    """End a process of torchrun's once all have done their work. Gloo's threads race the interpreter's end: in one run of ten
-    torch 2.13 aborts there, and with destroy_process_group torch 2.6 hangs. All files are written, so leave without that end."""
+    """End a process of torchrun's once all have done their work. Gloo's threads race the
+    interpreter's end: in one run of ten torch 2.13 aborts there, and with destroy_process_group
+    torch 2.6 hangs. All files are written, so leave without that end."""
     if world() > 1:
         dist.barrier()
         if dist.get_backend() == "nccl":
@@ -905,14 +922,15 @@ def world():
 
 
 def share_of(rows):
-    """This process's rows of a batch: every world()-th from its rank on, as a view; with one process all of them. With fewer
-    rows than processes the last row serves several; it counts once (share_weight)."""
+    """This process's rows of a batch: every world()-th from its rank on, as a view; with one
+    process all of them. With fewer rows than processes the last row serves several; it counts once
+    (share_weight)."""
     return rows[min(rank(), len(rows) - 1) :: world()]
 
 
 def share_weight(n):
-    """What a mean over this process's share of n rows is multiplied with, so that the mean over the processes is that over the n
-    rows: 1 where all have equally many."""
+    """What a mean over this process's share of n rows is multiplied with, so that the mean over the
+    processes is that over the n rows: 1 where all have equally many."""
     return len(range(rank(), n, world())) * world() / n
 
 
@@ -980,7 +998,8 @@ def add_training_flags(parser):
     group.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam's learning rate")
     group.add_argument("--reg", type=number(float, 0), default=1e-4, help="weight of the L2 term, lambda2")
     group.add_argument("--eval-every", type=number(int, 1), default=5, help="epochs between validations")
-    group.add_argument("--eval-users", type=number(int, 1), metavar="N", help="users that a validation ranks, the same each time (left out: all)")
+    group.add_argument("--eval-users", type=number(int, 1), metavar="N",
+                       help="users that a validation ranks, the same each time (left out: all)")
     group.add_argument("--patience", type=number(int, 1), default=6, help="validations without a new best before stopping")
     group.add_argument("--seed", type=number(int, 0), default=0, help="decides initial weights, batches and negatives")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")

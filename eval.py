@@ -124,17 +124,21 @@ def fhns_rate(users, items, held_keys, n_items):
     return float((contains(held_keys, users[:, None], items.clamp(min=0), n_items) & real).sum() / real.sum())
 
 
-MOST = 2**17  # pairs and users that a rate is taken over; its standard error is then 0.1 points or less
+MOST = 2**17  # pairs or users that a rate is taken over; the standard error of one below 10 % is
+              # then below 0.1 points
 
 
 def some_of(n, generator=None):
     """All of n rows, or MOST of them at random, ascending -> row numbers."""
-    return torch.arange(n) if n <= MOST else torch.randperm(n, generator=generator)[:MOST].sort().values
+    if n <= MOST:
+        return torch.arange(n)
+    return torch.randperm(n, generator=generator)[:MOST].sort().values
 
 
 def fhns_of_samplers(model, data, m, seed):
-    """FHNS@1 of what the samplers hand a trained model for train pairs (all, or MOST of them): uniform, DNS (the best of m), and
-    the item nearest to MixGCF's synthetic vector; FHNS@10 for the ten best of the draw where a sampler ranks."""
+    """FHNS@1 of what the samplers hand a trained model for train pairs (all, or MOST of them):
+    uniform, DNS (the best of m), and the item nearest to MixGCF's synthetic vector; FHNS@10 for the
+    ten best of the draw where a sampler ranks."""
     generator = torch.Generator().manual_seed(seed)
     u, i = data["train"][some_of(len(data["train"]), generator)].T
     held = pair_keys(torch.cat([data["valid"], data["test"]]), model.n_items)
@@ -159,8 +163,8 @@ def fhns_of_samplers(model, data, m, seed):
 
 
 def fhns_of_vectors(pairs, vectors, items, data, n_items):
-    """FHNS of generated vectors (all, or MOST of them) through their nearest real items: pairs (n, 2), vectors (n, D),
-    items (I, D)."""
+    """FHNS of generated vectors (all, or MOST of them) through their nearest real items: pairs
+    (n, 2), vectors (n, D), items (I, D)."""
     rows = some_of(len(pairs), torch.Generator().manual_seed(0))
     pairs, vectors = pairs[rows], vectors[rows]
     held = pair_keys(torch.cat([data["valid"], data["test"]]), n_items)
@@ -236,7 +240,8 @@ def fhns_section(run, data, model, result, m=8, projected=None):
         fhns[name] = fhns_of_vectors(pairs, vectors, trained, data, data["n_items"])
     result["fhns"] = fhns
     return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
-            f"vector, its nearest real items that the user has no train pair with. Over {MOST:,} pairs or users at most."), "",
+            "vector, its nearest real items that the user has no train pair with. "
+            f"Over {MOST:,} pairs or users at most."), "",
             *markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
                 [name, *(f"{row[c]:.2%}" if c in row else "" for c in ("FHNS@1", "FHNS@10"))] for name, row in fhns.items()])]
 

@@ -546,7 +546,8 @@ def pretend(monkeypatch, rank, world):
 @pytest.mark.parametrize("kind", ["dns", "mixgcf", hnlmrec.HNLMRec, hnlmrec.PaperHNLMRec])
 @pytest.mark.parametrize("n_rows", [71, 2])
 def test_the_shares_of_three_processes_make_the_batch(kind, n_rows, monkeypatch):
-    """The mean of three processes' gradients is one process's gradient, with uneven shares and with fewer rows than processes."""
+    """The mean of three processes' gradients is one process's gradient, with uneven shares and with
+    fewer rows than processes."""
     if isinstance(kind, str):
         train = split_data()["train"]
         model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, train)
@@ -561,7 +562,8 @@ def test_the_shares_of_three_processes_make_the_batch(kind, n_rows, monkeypatch)
         for p in parameters:
             p.grad = None
         step(rows, torch.Generator().manual_seed(5))[0].backward()
-        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return torch.cat([gradient.flatten() for gradient in found])
 
     one, three = gradients(), []
     for number in range(3):
@@ -577,7 +579,8 @@ def test_a_validation_of_some_users_is_their_mean():
     users, values, _ = evaluation.evaluate(model, data, "valid", ks=(20,))
     assert backbones.validation(model, data)() == pytest.approx(float(values["NDCG@20"].mean()))
     some = torch.randperm(N_USERS, generator=torch.Generator().manual_seed(0))[:5]
-    assert backbones.validation(model, data, users=5)() == pytest.approx(float(values["NDCG@20"][some].mean()))
+    mean = float(values["NDCG@20"][some].mean())
+    assert backbones.validation(model, data, users=5)() == pytest.approx(mean)
 
 
 def test_every_parameter_is_trained():
@@ -1376,18 +1379,25 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
 
 
 def test_training_over_two_processes_is_that_of_one(finished, tmp_path):
-    """Mining, training and validation shared out: the model file that one process writes. Adam divides a gradient by its own
-    size, so where it is next to nothing, rounding may turn an update over (lr 1e-3 a step)."""
+    """Mining, training and validation shared out: the model file that one process writes. Adam
+    divides a gradient by its own size, so where it is next to nothing, rounding may turn an update
+    over (lr 1e-3 a step)."""
     run = tmp_path / "two"
     shutil.copytree(finished, run)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", HERE / "hnlmrec.py", "train", "--run", run,
-               "--out", "model-two.safetensors", "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--"]
+    command += [HERE / "hnlmrec.py", "train", "--run", run, "--out", "model-two.safetensors"]
+    command += ["--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5]
+    done = subprocess.run(
+        [*map(str, command), "--alpha", "0.3"], capture_output=True, text=True, check=False,
+        cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("wrote") == 1
-    (one, meta), (two, other) = (backbones.load_tensors(run / f"model-{name}.safetensors", "train") for name in ("hnlmrec", "two"))
-    assert one.keys() == two.keys() and all(torch.allclose(one[name].float(), two[name].float(), atol=9e-3) for name in one)
-    assert torch.cat([(one[name] - two[name]).abs().flatten() < 1e-5 for name in one]).float().mean() > 0.99
+    one, meta = backbones.load_tensors(run / "model-hnlmrec.safetensors", "train")
+    two, other = backbones.load_tensors(run / "model-two.safetensors", "train")
+    assert one.keys() == two.keys()
+    apart = {name: (one[name].float() - two[name].float()).abs().flatten() for name in one}
+    assert max(float(d.max()) for d in apart.values()) < 9e-3
+    assert (torch.cat(list(apart.values())) < 1e-5).float().mean() > 0.99
     for a, b in zip(meta["history"], other["history"]):
         assert a["valid_ndcg@20"] == pytest.approx(b["valid_ndcg@20"]) and a["epoch"] == b["epoch"]
 
