@@ -15,7 +15,12 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
+import re
+import shlex
+import shutil
+import signal
 import sys
 import time
 import warnings
@@ -53,6 +58,17 @@ def user_rows(pairs, n_users):
     return indptr, pairs[order, 1]
 
 
+def rows_of(rows, users):
+    """The items of some users: rows as user_rows gives them, users (B,) -> (n,) places in `users`
+    and (n,) items, in order of both."""
+    indptr, items = rows
+    start, count = indptr[users], indptr[users + 1] - indptr[users]
+    place = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
+    before = torch.repeat_interleave(count.cumsum(0) - count, count)
+    offset = torch.arange(len(place), device=users.device) - before
+    return place, items[start[place] + offset]
+
+
 def take(table, index):
     """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that adds in a fixed order: that of
     plain indexing adds from many threads at once on a CPU, so two runs with one seed would drift apart. On a CPU index_select's
@@ -61,26 +77,48 @@ def take(table, index):
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
 
+
+def whiten(text):
+    """Texts (I, H) float, one row an item -> (I, H), rows of norm 1 whose inner products are the
+    cosines of whitened texts: centred, turned to principal axes, each axis divided by its deviation
+    (otherwise what all texts share would decide). An axis with less than 1e-4 of the largest
+    variance counts as having that much, so that rounding is not blown up."""
+    centred = text - text.mean(0)
+    variance, axes = torch.linalg.eigh(centred.T @ centred)  # (H,), (H, H)
+    scale = variance.clamp(min=variance[-1] * 1e-4) ** -0.5
+    return F.normalize(centred @ axes * scale, dim=1)
+
 # --------------------------------------------------------------------------------------------------
 # Negative samplers. Each takes a batch of (user, positive) and returns negatives; none has a Python loop over pairs.
 # --------------------------------------------------------------------------------------------------
 
 class UnseenSampler:
-    """Draw items a user has not interacted with, with probability proportional to an item weight: exact, no rejection.
+    """Draw items a user has not interacted with, with probability proportional to an item weight:
+    exact, no rejection.
 
-    Uniform weights give RNS (Rendle et al., BPR, 2009); popularity ** beta gives PNS (Mikolov et al., 2013, beta 0.75).
+    Uniform weights give RNS (Rendle et al., BPR, 2009); popularity ** beta gives PNS (Mikolov et
+    al., 2013, beta 0.75).
 
-    How: put the weights of the unseen items end to end and draw a point r. With a user's seen items s_0 < s_1 < …, the
-    unseen weight before s_k is c_k = cum(s_k) - (seen weight before s_k). The number of c_k <= r says how much seen weight
-    lies before the point, and one more binary search in cum() gives the item. All users share one sorted array of keys
-    user * stride + c_k. Weights are whole numbers, so that no rounding can ever return a seen item. Memory: O(pairs).
+    How: put the weights of the unseen items end to end and draw a point r. With a user's seen items
+    s_0 < s_1 < …, the unseen weight before s_k is c_k = cum(s_k) - (seen weight before s_k). The
+    number of c_k <= r says how much seen weight lies before the point, and one more binary search
+    in cum() gives the item. All users share one sorted array of keys user * stride + c_k. Weights
+    are whole numbers, so that no rounding can ever return a seen item. Memory: O(pairs).
 
-    Raises SystemExit2 for a user who has seen every item: there is nothing to sample."""
+    Pairs given twice count once. Raises SystemExit2 for a user who has seen every item: there is
+    nothing to sample."""
 
     def __init__(self, pairs, n_users, n_items, beta=0.0):
-        popularity = torch.bincount(pairs[:, 1], minlength=n_items).double()
-        # +1 keeps an item without a train interaction reachable; 2**20 steps keep popularity ** beta to six digits
-        weight = ((popularity + 1) ** beta * 2**20).round().long() if beta else torch.ones_like(popularity).long()
+        keys = pair_keys(pairs, n_items).unique_consecutive()
+        pairs = torch.stack([keys // n_items, keys % n_items], 1)  # (N, 2)
+        # +1 keeps an item without a train interaction reachable
+        weight = (torch.bincount(pairs[:, 1], minlength=n_items).double() + 1) ** beta
+        # 2**20 steps keep popularity ** beta to six digits; fewer where keys would not fit 63 bits
+        steps = min(2.0**20, 2.0**61 / (n_users * float(weight.sum()))) if beta else 1.0
+        if steps < 1:
+            fail(f"--beta {beta}: popularity ** beta of {n_items} items and {n_users} users does "
+                 "not fit into 63 bits; lower it")
+        weight = (weight * steps).round().long()
         self.cum, self.uniform = F.pad(weight.cumsum(0), (1, 0)), not beta  # (I+1,)
         indptr, items = user_rows(pairs, n_users)
         self.seen = F.pad(weight[items].cumsum(0), (1, 0))  # (N+1,) seen weight, over all users in row order
@@ -106,8 +144,10 @@ def dns(score, users, items, candidates, top=1, pick=None, penalty=None):
     uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023). pick (B,), in 0..N - 1: which
     one; left out, drawn here.
 
-    score: the backbone's score function; users (B, D), items (I, D), candidates (B, M) -> item ids (B,). penalty (B, M), in
-    standard deviations of the row's scores, is taken off first: it keeps the choice clear of likely false negatives."""
+    score(users (…, D), items (…, D)) -> (…), with leading dimensions that broadcast: a backbone's
+    `score`, or any function of that shape. users (B, D), items (I, D), candidates (B, M) int64 ->
+    item ids (B,). top at most M. penalty (B, M), in standard deviations of the row's scores, is
+    taken off first: it keeps the choice clear of likely false negatives. No gradient."""
     with torch.no_grad():
         scores = score(users[:, None], items[candidates])  # (B, M)
         if penalty is not None:
@@ -123,7 +163,8 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
     beta * (score(positive) + alpha) ** (power + 1), so a high scored positive gets an easy negative and the reverse. The
     defaults are the published constants; power is a whole number, since the base can be below zero.
 
-    users (B, D), items (I, D), positives (B,), candidates (B, M) -> item ids (B,)."""
+    score as dns's; users (B, D), items (I, D), positives (B,), candidates (B, M) -> item ids (B,).
+    No gradient."""
     with torch.no_grad():
         target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
         return candidates.gather(1, (score(users[:, None], items[candidates]) - target).abs().argmin(1, keepdim=True))[:, 0]
@@ -132,7 +173,9 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
 def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shares=None):
     """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop mixing (eq. 7-9).
 
-    users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) -> vectors (B, D).
+    users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) ->
+    vectors (B, D). pool((B, K, d)) -> (B, D) joins the hops as the backbone does: D = d for a mean
+    (a MF has K = 1), D = K d for a concatenation.
     Each candidate is drawn towards the positive by a random share (shares (K, B); left out, drawn
     here from `generator`), then each hop of the result is taken from the candidate that scores
     highest at that hop. Gradients flow to the chosen candidates and the positives.
@@ -161,6 +204,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     four are of this one's rows (share_of); what is random is drawn for the whole batch by all of
     them, so that it does not depend on their number.
 
+    model: a Backbone, or any module with n_users, n_items, score as dns's and
+    forward() -> (users (U, D), items (I, D)); for mixgcf also layers() and pool().
     sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
     n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
@@ -170,8 +215,9 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
             user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
-            shape = len(u), item_layers.shape[1]
-            shares = share_of(torch.rand(shape, generator=generator, device=u.device)).T  # (K, B)
+            shape = item_layers.shape[1], len(u)
+            shares = torch.rand(shape, generator=generator, device=u.device)
+            shares = share_of(shares.T).T  # (K, B)
         else:
             user_vectors, item_vectors = model()
         if sampler == "dns":
@@ -213,7 +259,11 @@ def normalized_adjacency(pairs, n_users, n_items):
 
 
 class SymmetricMatmul(torch.autograd.Function):
-    """adjacency @ x for a symmetric sparse adjacency: backward multiplies by the same matrix, no transpose is ever built."""
+    """adjacency @ x for a symmetric sparse adjacency: backward multiplies by the same matrix, no
+    transpose is ever built.
+
+    SymmetricMatmul.apply(adjacency (n, n), x (n, d)) -> (n, d). The adjacency gets no gradient, and
+    that it is symmetric is not checked."""
 
     @staticmethod
     def forward(ctx, adjacency, x):
@@ -272,13 +322,18 @@ class MF(Backbone):
 
 
 class LightGCN(Backbone):
-    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), and the mean over hops 0..K (eq. 4)."""
+    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), then the mean over hops 0..K
+    (eq. 4).
+
+    adjacency (U+I, U+I): normalized_adjacency of the train pairs. A buffer, so that `.to` moves it;
+    not in the state_dict, since the train pairs give it back."""
 
     propagates, std = True, 0.1
 
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3):
         super().__init__(n_users, n_items, dim)
-        self.adjacency, self.n_layers = adjacency, n_layers
+        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.n_layers = n_layers
 
     def layers(self):
         hops = [self.embedding]
@@ -296,35 +351,26 @@ class LightGCN(Backbone):
 
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout
-    (on E') and node dropout (on A's edges), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim."""
+    (on E'), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim.
+
+    adjacency as LightGCN's."""
 
     propagates, std = True, 0.1
 
-    def __init__(self, n_users, n_items, dim, adjacency, n_layers=3, message_dropout=0.1, node_dropout=0.0):
+    def __init__(self, n_users, n_items, dim, adjacency, n_layers=3, message_dropout=0.1):
         super().__init__(n_users, n_items, dim)
-        self.adjacency, self.message_dropout, self.node_dropout = adjacency, message_dropout, node_dropout
+        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.message_dropout = message_dropout
         self.w1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(n_layers))
         self.w2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(n_layers))
         for linear in [*self.w1, *self.w2]:
             nn.init.xavier_uniform_(linear.weight)
 
-    def dropped_adjacency(self):
-        """The adjacency with each edge kept with probability 1 - node_dropout, both directions together, rescaled."""
-        a = self.adjacency
-        if not (self.training and self.node_dropout):
-            return a
-        row = torch.repeat_interleave(torch.arange(a.shape[0], device=a.device), a.crow_indices().diff())
-        low, high = torch.minimum(row, a.col_indices()), torch.maximum(row, a.col_indices())
-        edge = torch.unique(low * a.shape[0] + high, return_inverse=True)[1]  # both directions share one number
-        keep = torch.rand(int(edge.max()) + 1, device=a.device) >= self.node_dropout
-        values = a.values() * keep[edge] / (1 - self.node_dropout)
-        return torch.sparse_csr_tensor(a.crow_indices(), a.col_indices(), values, a.shape)
-
     def layers(self):
-        adjacency, x = self.dropped_adjacency(), self.embedding
+        x = self.embedding
         hops = [x]
         for w1, w2 in zip(self.w1, self.w2):
-            side = SymmetricMatmul.apply(adjacency, x)
+            side = SymmetricMatmul.apply(self.adjacency, x)
             x = F.leaky_relu(w1(side + x) + w2(side * x), 0.2)
             x = F.dropout(x, self.message_dropout, self.training)
             hops.append(F.normalize(x, dim=1))
@@ -359,28 +405,200 @@ class NeuMF(Backbone):
         return torch.cat([self.score(users[:, None], part[None]) for part in items.split(chunk)], 1)
 
 
-def build_backbone(name, n_users, n_items, dim, train, n_layers=3):
-    """One of mf, lightgcn, ngcf, neumf, on the device of `train` (N, 2)."""
-    if name == "mf":
-        model = MF(n_users, n_items, dim)
+def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False):
+    """One of mf, lightgcn, ngcf, neumf, or pop (an MF of width 1), on the device of `train` (N, 2).
+
+    cosine: forward() gives vectors of norm 1, so that inner products are cosines in training, in
+    the ranking and in the saved file alike."""
+    if name == "neumf" and dim % 2:
+        fail(f"--dim {dim}: neumf gives half of it to each of its two parts; give an even number")
+    if name in ("mf", "pop"):
+        model = MF(n_users, n_items, dim if name == "mf" else 1)
     elif name == "neumf":
         model = NeuMF(n_users, n_items, dim)
     else:
         adjacency = normalized_adjacency(train, n_users, n_items)
         model = {"lightgcn": LightGCN, "ngcf": NGCF}[name](n_users, n_items, dim, adjacency, n_layers)
+    if cosine:
+        model.register_forward_hook(unit_vectors)
     return model.to(train.device)
+
+
+def unit_vectors(_, __, vectors):
+    """A forward hook: users (U, D), items (I, D) -> the same with norm 1."""
+    return tuple(F.normalize(x, dim=-1) for x in vectors)
+
+# --------------------------------------------------------------------------------------------------
+# Closed forms: recommenders computed from the train pairs, without training. X (U, I) is the 0/1
+# matrix of the train pairs; a user's scores are the user's row of X times item weights W (I, I).
+# Nothing here holds users x items
+# --------------------------------------------------------------------------------------------------
+
+CLOSED_FORMS = {  # name -> the flags it reads
+    "pop": (), "itemknn": ("shrink", "topk", "max_gib"), "ease": ("ridge", "max_gib"),
+    "rp3": ("rp3_alpha", "rp3_beta", "topk", "max_gib")}
+
+
+class ItemWeights(nn.Module):
+    """score(u, i) = sum of W[j, i] over the train items j of u; 0 for a user without a train pair.
+
+    weight (I, I), dense or sparse CSR; train (N, 2). What stands for the vector of a user or item
+    is its number, (U, 1) and (I, 1), so that ranking and evaluation treat it as any backbone."""
+
+    def __init__(self, weight, train, n_users):
+        super().__init__()
+        self.n_users, self.n_items, self.weight = n_users, len(weight), weight
+        self.train_rows = user_rows(train, n_users)
+
+    def forward(self):
+        device = self.train_rows[0].device
+        return [torch.arange(n, device=device)[:, None] for n in (self.n_users, self.n_items)]
+
+    def score_all(self, users, items):
+        """users (B, 1), items (J, 1) -> (B, J)."""
+        place, seen = rows_of(self.train_rows, users[:, 0])
+        one = torch.ones(len(seen), device=seen.device)
+        profile = sparse_rows(place, seen, one, (len(users), self.n_items))  # their rows of X
+        scores = profile @ self.weight  # (B, I)
+        if scores.layout is not torch.strided:
+            scores = scores.to_dense()
+        return scores.index_select(1, items[:, 0])
+
+    def score(self, users, items):
+        """users (…, 1), items (…, 1) -> (…); leading dimensions broadcast."""
+        users, items = torch.broadcast_tensors(users[..., 0], items[..., 0])
+        some, place = users.unique(return_inverse=True)
+        return self.score_all(some[:, None], self()[1])[place, items]
+
+
+def sparse_rows(row, column, value, shape):
+    """A sparse CSR matrix from its entries, in order of their row: row, column, value (n,)."""
+    indptr = F.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
+    with warnings.catch_warnings():  # torch calls its CSR support beta, once a process
+        warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
+        return torch.sparse_csr_tensor(indptr, column, value, shape)
+
+
+def item_products(pairs, user_weight, n_items, entries=2**24):
+    """X' diag(user_weight) X, some rows (at most `entries` numbers) at a time; with weights of 1
+    these are the numbers of users that two items share.
+
+    pairs (N, 2), user_weight (U,) -> yields (the block's items (C,), block (C, I) dense)."""
+    everyone = torch.arange(len(user_weight), device=pairs.device)
+    users, items = rows_of(user_rows(pairs, len(user_weight)), everyone)
+    one = torch.ones(len(users), device=pairs.device)
+    matrix = sparse_rows(users, items, one, (len(user_weight), n_items))  # X
+    by_item = user_rows(pairs.flip(1), n_items)
+    for block in torch.arange(n_items, device=pairs.device).split(max(1, entries // n_items)):
+        place, users = rows_of(by_item, block)
+        left = sparse_rows(place, users, user_weight[users], (len(block), len(user_weight)))
+        yield block, (left @ matrix).to_dense()
+
+
+def sparse_weights(blocks, topk, max_gib):
+    """Blocks (items (C,), dense (C, I)) -> sparse CSR (I, I) without the diagonal; topk > 0 keeps
+    the `topk` highest of each row.
+
+    Raises SystemExit2 when the weights take more than max_gib GiB, at 12 bytes each."""
+    rows, columns, values, count = [], [], [], 0
+    for items, block in blocks:
+        block[torch.arange(len(items), device=items.device), items] = 0
+        if 0 < topk < block.shape[1]:
+            best = block.topk(topk, dim=1)
+            block = torch.zeros_like(block).scatter_(1, best.indices, best.values)
+        row, column = block.nonzero().T
+        count += len(row)
+        if count * 12 > max_gib * 2**30:
+            fail(f"--max-gib {max_gib:g}: the item weights take more than that; raise it, or give "
+                 "--topk to keep fewer")
+        rows.append(items[row])
+        columns.append(column)
+        values.append(block[row, column])
+    shape = (block.shape[1], block.shape[1])
+    return sparse_rows(torch.cat(rows), torch.cat(columns), torch.cat(values), shape)
+
+
+def item_knn(pairs, n_users, n_items, shrink=20.0, topk=0, max_gib=2.0):
+    """ItemKNN (Sarwar et al., WWW 2001), cosine with shrinkage (Bell and Koren, ICDM 2007):
+    W_ij = n_ij / (sqrt(n_i n_j) + shrink), with n_ij the number of users who have both items.
+
+    pairs (N, 2) -> sparse (I, I)."""
+    norm = torch.bincount(pairs[:, 1], minlength=n_items).float().sqrt()
+    shared = item_products(pairs, torch.ones(n_users, device=pairs.device), n_items)
+    weights = ((items, block / (norm[items, None] * norm + shrink).clamp(min=1e-9))
+               for items, block in shared)
+    return sparse_weights(weights, topk, max_gib)
+
+
+def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, topk=0, max_gib=2.0):
+    """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item, each
+    step's probability to the power alpha, the popularity of its end taken out to the power beta:
+    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. The first step's probability is the
+    same for all of a user's items, so it is left out.
+
+    pairs (N, 2) -> sparse (I, I)."""
+    of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()
+    of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
+    walks = item_products(pairs, of_user**-alpha, n_items)
+    weights = ((items, of_item[items, None] ** -alpha * block * of_item**-beta)
+               for items, block in walks)
+    return sparse_weights(weights, topk, max_gib)
+
+
+def ease(pairs, n_users, n_items, ridge=200.0, max_gib=2.0):
+    """EASE (Steck, WWW 2019): the W of least ||X - X W||^2 + ridge ||W||^2 with a zero diagonal.
+    With P = (X'X + ridge I)^-1: W_ij = -P_ij / P_jj (eq. 8). Float32, one Cholesky factorisation.
+
+    pairs (N, 2) -> dense (I, I). Raises SystemExit2 when W takes more than max_gib GiB; three times
+    that is needed at the peak."""
+    gib = 4 * n_items**2 / 2**30
+    if gib > max_gib:
+        fail(f"--max-gib {max_gib:g}: ease's {n_items} x {n_items} weights take {gib:.3g} GiB; "
+             "raise it where three times that fits into memory, or take --backbone rp3")
+    gram = torch.empty(n_items, n_items, device=pairs.device)
+    for items, block in item_products(pairs, torch.ones(n_users, device=pairs.device), n_items):
+        gram[items] = block
+    gram.diagonal().add_(ridge)
+    torch.linalg.cholesky(gram, out=gram)
+    inverse = torch.cholesky_inverse(gram)
+    del gram
+    return inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)
+
+
+def popularity(pairs, n_users, n_items):
+    """The number of train pairs of an item, alike for all -> an MF of width 1: 1 and the count."""
+    model = MF(n_users, n_items, 1).to(pairs.device)
+    # less a share of 1 that grows with the id: equal counts are in order already, and no ranking
+    # has to sort its ties
+    count = torch.bincount(pairs[:, 1], minlength=n_items)
+    count = count - torch.arange(n_items, device=pairs.device) / n_items
+    model.embedding.data = torch.cat([torch.ones_like(count[:1]).expand(n_users), count])[:, None]
+    return model
 
 # --------------------------------------------------------------------------------------------------
 # Losses, and the step that every baseline trains with
 # --------------------------------------------------------------------------------------------------
 
 def bpr_loss(positive_score, negative_score):
-    """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that it cannot overflow."""
+    """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative), written as softplus so that
+    it cannot overflow. Scores (B,), (B,) -> scalar."""
     return F.softplus(negative_score - positive_score).mean()
 
 
+def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
+    """Softmax cross-entropy of one positive against N negatives (sampled softmax: Jean et al., ACL
+    2015; for recommenders Wu et al., "On the Effectiveness of Sampled Softmax Loss for Item
+    Recommendation", TOIS 2024): -mean ln e^(s_p / tau) / (e^(s_p / tau) + sum_n e^(s_n / tau)).
+    No logQ correction: it would be the same for all negatives, which are drawn uniformly.
+
+    positive_score (B,), negative_scores (B, N), -inf where item n is no negative of b -> scalar."""
+    scores = torch.cat([positive_score[:, None], negative_scores], 1) / tau  # (B, 1 + N)
+    return (scores.logsumexp(1) - scores[:, 0]).mean()
+
+
 def l2_loss(*vectors):
-    """Half the squared norm, summed over the given (B, d) tensors and averaged over B: LightGCN's reg term."""
+    """Half the squared norm, summed over the given (B, d) tensors and averaged over B: LightGCN's
+    reg term. Give it the parameters of the batch (`ego()`), not what propagation makes of them."""
     return sum((vector * vector).sum() for vector in vectors) / (2 * len(vectors[0]))
 
 
@@ -406,18 +624,66 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 
     return step
 
+
+def make_softmax_step(model, pairs, *, reg, n, tau):
+    """The step of --loss softmax: n items, drawn each step uniformly and without repeats, are the
+    negatives of every row, save the user's own train items; L2 on the pair's own embeddings.
+
+    pairs (N, 2) train -> step(rows, generator) for `fit`, whose loss is that of this process's
+    share of the rows."""
+    train_rows = user_rows(pairs, model.n_users)
+    slot = torch.empty(model.n_items, dtype=torch.int64, device=pairs.device)
+
+    def step(rows, generator):
+        u, i = share_of(pairs[rows]).T
+        weight = share_weight(len(rows))
+        user_vectors, item_vectors = model()
+        users, items = take(user_vectors, u), take(item_vectors, i)  # (B, D)
+        drawn = torch.randperm(model.n_items, generator=generator, device=u.device)[:n]
+        scores = model.score_all(users, take(item_vectors, drawn))  # (B, n)
+        slot.fill_(-1)[drawn] = torch.arange(len(drawn), device=u.device)
+        row, seen = rows_of(train_rows, u)
+        among = slot[seen] >= 0
+        own = torch.zeros_like(scores, dtype=torch.bool)
+        own[row[among], slot[seen[among]]] = True
+        scores = scores.masked_fill(own, -torch.inf)
+        loss = sampled_softmax_loss(model.score(users, items), scores, tau)
+        logs = {"softmax": loss.item()}
+        if reg:
+            ego_users, ego_items = model.ego()
+            loss = loss + reg * l2_loss(take(ego_users, u), take(ego_items, i))
+        return loss * weight, logs
+
+    return step
+
 # --------------------------------------------------------------------------------------------------
 # CF-mined hard negatives: what the LLM learns to imitate
 # --------------------------------------------------------------------------------------------------
 
+BAND = 0.1985, 0.298  # of the catalogue: ranks 200-300 of the 1,008 items of MovieLens-100K
+
+
+def mining_band(data, first=0, last=0):
+    """The ranks first..last that are mined, 1 the best. Where one is 0 it is a share of the
+    catalogue (BAND), but never beyond what the user with the fewest unseen items has.
+
+    data: a dict of load_data. Raises SystemExit2 for a band that ends before it begins."""
+    fewest = data["n_items"] - int(torch.bincount(data["train"][:, 0]).max())  # unseen items
+    share = [max(1, min(fewest, round(part * data["n_items"]))) for part in BAND]
+    first, last = first or min(share[0], last or share[0]), last or max(share[1], first)
+    if first > last:
+        fail(f"--mine-first {first}: lies after --mine-last {last}; give the better rank first")
+    return first, last
+
+
 @torch.no_grad()
-def mine_hard_negatives(model, train, first=5, last=60):
+def mine_hard_negatives(model, train, first, last):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
-    train (N, 2) -> item ids (U, last - first + 1), best rank first. Several processes mine for
-    every world()-th user each. Raises SystemExit2 when a user has too few unseen items for the
-    band."""
+    model as rank_unseen's; train (N, 2) -> item ids (U, last - first + 1), best rank first. Several
+    processes mine for every world()-th user each. Raises SystemExit2 when a user has too few unseen
+    items for the band."""
     seen = user_rows(train, model.n_users)
     if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
@@ -460,6 +726,8 @@ def rank_unseen(model, users, seen, k, cells=2**23):
     """The k best unseen items of each user, in chunks of users so that no more than `cells` scores
     are held at once.
 
+    model: a Backbone, or any module with forward() -> (users (U, D), items (I, D)) and
+    score_all(users (B, D), items (I, D)) -> (B, I), a new tensor each time: it is written into.
     users (n,) ids; seen: (indptr, items) of user_rows, the pairs to leave out -> item ids (n, k). A user with fewer than k
     unseen items gets -1 in the places left."""
     was_training, _ = model.training, model.eval()
@@ -480,33 +748,32 @@ def nearest_items(vectors, users, items, seen, k, cells=2**23):
     """The k items nearest to each vector by cosine, the user's train items left out, since those
     are known positives; no more than `cells` cosines are held at once.
 
-    vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k)."""
+    vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k); -1 where a
+    user has fewer than k items left."""
     items, chunk = F.normalize(items.float(), dim=-1), max(1, cells // len(items))
     result = users.new_empty(len(users), min(k, len(items)))
     last = int(users.max()) if len(users) else -1
     bounds = torch.arange(last + 2, device=users.device) * len(items)
     seen = torch.searchsorted(seen, bounds), seen % len(items)  # as user_rows has it
     for part, user, nearest in zip(vectors.split(chunk), users.split(chunk), result.split(chunk)):
-        scores = F.normalize(part.float(), dim=-1) @ items.T  # (B, I)
-        nearest.copy_(top_k(leave_out(scores, user, seen), k))
+        scores = leave_out(F.normalize(part.float(), dim=-1) @ items.T, user, seen)  # (B, I)
+        index = top_k(scores, k)
+        nearest.copy_(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
     return result
 
 
 def leave_out(scores, users, seen):
     """Set the scores of the users' seen items to -inf, in place: scores (B, I), users (B,), seen as
     rank_unseen's -> scores."""
-    indptr, items = seen
-    start, count = indptr[users], indptr[users + 1] - indptr[users]
-    row = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-    before = count.cumsum(0) - count  # (B,) seen items of the users above
-    offset = torch.arange(len(row), device=users.device) - before[row]
-    scores.view(-1).index_fill_(0, row * scores.shape[1] + items[start[row] + offset], -torch.inf)
+    row, items = rows_of(seen, users)
+    scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
     return scores
 
 
 def ranking_hits(model, pairs, seen, k):
     """Full-ranking hits for every user who has a pair in `pairs`.
 
+    model as rank_unseen's, with n_users and n_items.
     pairs (N, 2) to find; seen: user_rows of the pairs left out of the ranking -> users (n,), hits (n, k) bool in rank order,
     relevant (n,) the number of pairs of each user. Users without a pair are not in the result: they have no metric."""
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)
@@ -553,6 +820,9 @@ def validation(model, data, k=20, users=None):
     """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs
     left out of the ranking. users: how many users are ranked, the same ones each time; left out,
     all. Several processes rank every world()-th user each."""
+    if not len(data["valid"]):
+        fail("data.safetensors: has no validation pair, and they choose the best epoch; "
+             "prepare it with some")
     seen, own = user_rows(data["train"], model.n_users), data["valid"]
     if users:
         everyone = own[:, 0].unique()
@@ -575,19 +845,21 @@ def validation(model, data, k=20, users=None):
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed, label="train"):
     """Train all parameters of `modules` with Adam and keep the state of the best validation.
 
-    modules: {name: nn.Module}; one optimizer over all of them, so none can be forgotten. step(rows (B,), generator) ->
-    (loss, {name: float}) on those rows of the train pairs. validate() -> float, higher is better; never the test split.
-    Stops after `patience` validations without a new best. Returns (best state {name.parameter: tensor}, history list).
+    modules: {name: nn.Module}; one optimizer over all of them, so none can be forgotten. step(rows
+    (B,), generator) -> (loss, {name: float}) on those rows of the train pairs. validate() -> float,
+    higher is better; never the test split. Stops after `patience` validations without a new best.
+    Returns (best state {name.parameter: tensor}, history list).
 
     Under torchrun every process gets the same rows, its step returns the loss of its share of them
     (share_of, times share_weight), and the gradients' mean over the processes, that of the whole
     batch, is what all of them step with. The history's losses are then those of process 0's share.
 
-    Raises SystemExit2 when the loss is not finite, naming the step."""
+    Raises SystemExit2 when the loss or the validation is not finite, naming the step or the
+    epoch."""
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)  # one pass over each parameter instead of ten
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
-    best, best_state, history, done, start = -1.0, None, [], 0, time.time()
+    best, best_state, history, done, start = -math.inf, None, [], 0, time.time()
     progress = Progress(label, epochs, "epochs")
     for epoch in range(1, epochs + 1):
         total, logs = 0.0, {}
@@ -608,6 +880,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                 logs[name] = logs.get(name, 0.0) + value * len(rows)
         if epoch % eval_every == 0 or epoch == epochs:
             score = validate()
+            if not math.isfinite(score):
+                fail(f"{label}: the validation is {score} at epoch {epoch}; lower --lr (now {lr})")
             logs = {name: value / n_rows for name, value in logs.items()}
             history.append({"epoch": epoch, "loss": total / n_rows, "valid_ndcg@20": score, "seconds": time.time() - start, **logs})
             if score > best:
@@ -623,39 +897,98 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
 
 def pretrain(args):
     """Train one backbone with one sampler; write its best state and its user/item vectors."""
-    out, data = Path(args.run) / args.out, load_data(args.run)
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "force", "device", "command", "export")}
-    settings["data"] = data["digest"]
-    if not up_to_date(out, settings, "python backbones.py pretrain", args.force):
+    run, data = Path(args.run), load_data(args.run)
+    out = run / output_name("--out", args.out, "backbones.py pretrain", ".safetensors")
+    settings = settings_of(args, *sum(CLOSED_FORMS.values(), ()))
+    if args.backbone in CLOSED_FORMS:  # no seed, no training: only its own constants are read
+        settings = {"command": "pretrain", "backbone": args.backbone, "seed": None}
+        settings |= {"dim": 1, "layers": 0}
+        settings |= {name: getattr(args, name) for name in CLOSED_FORMS[args.backbone]}
+    settings["inputs"] = stamp(run, "data.safetensors")
+    if up_to_date(out, settings, force=args.force):
+        return
+    if args.backbone in CLOSED_FORMS:
+        compute_baseline(args, data, settings, out)
+    else:
         train_baseline(args, data, settings, out)
-    if args.export and not rank():
-        tensors, meta = load_tensors(out, "python backbones.py pretrain")
-        save_tensors(Path(args.run) / args.export, {name: tensors[name] for name in ("user", "item")}, {"settings": meta["settings"]})
-        print(f"wrote {Path(args.run) / args.export}: user {tuple(tensors['user'].shape)}, item {tuple(tensors['item'].shape)}, "
-              "rows as in users.jsonl and items.jsonl")
 
 
 def train_baseline(args, data, settings, out):
     """The training of `pretrain`, from the data of load_data to the file `out`."""
-    _, _, device = start_processes(args.device)
+    device = start_processes(args.device)
     torch.manual_seed(args.seed)
     train = data["train"].to(device)
     data = {**data, "train": train, "valid": data["valid"].to(device)}
-    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train, args.layers)
-    step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
+    model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train,
+                           args.layers, args.cosine)
+    if args.loss == "softmax":
+        step = make_softmax_step(model, train, reg=args.reg, n=args.shared, tau=args.tau)
+    else:
+        step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n,
+                         beta=args.beta)
+    loss = args.sampler if args.loss == "bpr" else args.loss
     start = time.time()
     validate = validation(model, data, users=args.eval_users)
     state, history = fit({"backbone": model}, step, len(train), validate, epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
-                         seed=args.seed, label=f"{args.backbone} {args.sampler}")
+                         seed=args.seed, label=f"{args.backbone} {loss}")
     if rank():
         return
     restore({"backbone": model}, state)
     users, items = model.eval()()
-    save_tensors(out, {**state, "user": users, "item": items},
+    tensors = {**state, "user": users, "item": items}
+    check_finite(out, tensors, "nothing was written; lower --lr and run again")
+    save_tensors(out, tensors,
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
                   "seconds": time.time() - start})
     print(f"wrote {out}")
+
+
+def compute_baseline(args, data, settings, out):
+    """The computation of a closed form for `pretrain`, from the data of load_data to `out`."""
+    device = start_processes(args.device)
+    start, train = time.time(), data["train"].to(device)
+    shape = (data["n_users"], data["n_items"])
+    if args.backbone == "pop":
+        model = popularity(train, *shape)
+    elif args.backbone == "ease":
+        model = ItemWeights(ease(train, *shape, args.ridge, args.max_gib), train, shape[0])
+    elif args.backbone == "itemknn":
+        weight = item_knn(train, *shape, args.shrink, args.topk, args.max_gib)
+        model = ItemWeights(weight, train, shape[0])
+    else:
+        weight = rp3beta(train, *shape, args.rp3_alpha, args.rp3_beta, args.topk, args.max_gib)
+        model = ItemWeights(weight, train, shape[0])
+    score = validation(model, {"train": train, "valid": data["valid"].to(device)})()
+    if rank():
+        return
+    seconds = time.time() - start
+    history = [{"epoch": 0, "valid_ndcg@20": score, "seconds": seconds}]
+    save_tensors(out, closed_form_tensors(model), {
+        "settings": settings, "n_users": shape[0], "n_items": shape[1], "history": history,
+        "seconds": seconds})
+    print(f"{args.backbone}: valid NDCG@20 {score:.4f}, {seconds:.0f} s\nwrote {out}")
+
+
+def closed_form_tensors(model):
+    """What the file of a closed form holds: popularity's is that of an MF; item weights are dense,
+    or the three parts of a CSR."""
+    if isinstance(model, MF):
+        return {"backbone.embedding": model.embedding}
+    weight = model.weight
+    if weight.layout is torch.strided:
+        return {"weight": weight}
+    parts = (weight.crow_indices(), weight.col_indices(), weight.values())
+    return dict(zip(("indptr", "column", "value"), parts))
+
+
+def closed_form_weights(tensors):
+    """closed_form_tensors back -> weight (I, I), dense or sparse CSR."""
+    if "weight" in tensors:
+        return tensors["weight"]
+    count = tensors["indptr"].diff()
+    row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    return sparse_rows(row, tensors["column"], tensors["value"], (len(count), len(count)))
 
 # --------------------------------------------------------------------------------------------------
 # The files of a run: data, models, generated negatives
@@ -664,55 +997,78 @@ def train_baseline(args, data, settings, out):
 def load_data(run):
     """Read runs/NAME/data.safetensors.
 
-    Returns a dict: train, valid, test int64 (N, 2); n_users, n_items; digest (of the file); settings."""
-    path = Path(run) / "data.safetensors"
-    tensors, meta = load_tensors(path, f"python hnlmrec.py prepare --run {run}")
-    return {**tensors, "n_users": meta["n_users"], "n_items": meta["n_items"], "digest": file_digest(path),
-            "settings": meta["settings"]}
+    Returns a dict: train, valid, test int64 (N, 2); n_users, n_items; digest; settings."""
+    tensors, meta = load_tensors(Path(run) / "data.safetensors")
+    return {**tensors, **{key: meta[key] for key in ("n_users", "n_items", "digest", "settings")}}
 
 
-def load_model(path, maker, data):
-    """Rebuild a trained backbone from its file -> (model, meta, all tensors).
+def load_model(path, maker="", data=None):
+    """Rebuild a trained backbone from its file -> (model, meta, all tensors). data: a dict of
+    load_data.
 
-    Raises SystemExit2 when it was trained on another split than `data` (a dict of load_data)."""
+    Raises SystemExit2 when the file holds something else, or was trained on another split (as
+    load_tensors)."""
     tensors, meta = load_tensors(path, maker, data["train"].device)
     s = meta["settings"]
-    if s["data"] != data["digest"]:
-        fail(f"{path}: was trained on another data.safetensors; make it again with `{maker} --force`")
-    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"], s["layers"])
+    if s.get("command") not in ("pretrain", "train", "blend"):
+        fail(f"{path}: holds what `{s.get('command')}` writes, not a trained recommender; "
+             "name one, such as cf.safetensors")
+    if "value" in tensors or "weight" in tensors:
+        model = ItemWeights(closed_form_weights(tensors), data["train"], meta["n_users"])
+        return model, meta, tensors
+    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"],
+                           s["layers"], s.get("cosine", False))
     restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
 
 
-def load_negatives(run, name, digest):
-    """Join the shards NAME-00000.safetensors … and NAME-items.safetensors -> dict: pairs (n, 2), hidden (n, H) f16, vector (n, d)
-    f16, text (I, H) f16, digest of them all.
+def load_negatives(run, name, digest=None):
+    """Join the shards NAME-00000.safetensors … and NAME-items.safetensors -> dict: pairs (n, 2),
+    hidden (n, H) f16, vector (n, d) f16, text (I, H) f16; digest of them all. digest: of the split
+    they have to be for (load_data's); None: the run's.
 
-    Raises SystemExit2 when a shard is missing, or was made for another split."""
-    paths = [path for path in sorted(Path(run).glob(f"{name}-?????.safetensors")) if path.stem[-5:].isdigit()]
-    maker = f"python llm_negatives.py generate --run {run}"
-    if not paths:
-        fail(f"{Path(run) / name}-00000.safetensors: no such file; make it with `{maker}`")
-    n_shards, paths = len(paths), [*paths, Path(run) / f"{name}-items.safetensors"]
-    parts, metas = zip(*(load_tensors(path, maker) for path in paths))
+    Raises SystemExit2 when a shard is missing, was made from other files than the run's, or with
+    other settings than the rest."""
+    run, paths = Path(run), shards(run, name)
+    metas = [read_meta(path, check=True) for path in paths]
     for path, meta in zip(paths, metas):
-        if meta["settings"]["data"] != digest:
-            fail(f"{path}: was made for another split than {Path(run) / 'data.safetensors'}; run `{maker} --force`")
         if meta["settings"] != metas[0]["settings"]:
-            fail(f"{path}: was made with other settings than {paths[0].name}; run `{maker} --force`")
-    if n_shards != metas[0]["settings"]["shards"]:
-        fail(f"{Path(run) / name}: {n_shards} of {metas[0]['settings']['shards']} shards are there; run `{maker}` to make the rest")
-    # one shard after the other: files are read when they are copied, and let go of before the next
-    *parts, items = parts
-    n, done = sum(len(part["pairs"]) for part in parts), 0
-    joined = {key: value.new_empty(n, *value.shape[1:]) for key, value in parts[0].items()}
-    while parts:
-        part = parts.pop(0)
-        for key, value in part.items():
-            joined[key][done : done + len(value)] = value
-        done += len(value)
-    digest = hashlib.sha256("+".join(file_digest(path) for path in paths).encode()).hexdigest()[:16]
-    return {**joined, "text": items["text"], "digest": digest}
+            fail(f"{path}: was made with other settings than {paths[0].name}; "
+                 f"run `{maker_of(path)} --force`")
+    s = metas[0]["settings"]
+    if digest not in (None, s["inputs"]["data.safetensors"]):
+        fail(f"{paths[0]}: was made for another split; run `{maker_of(paths[0])} --force`")
+    if len(paths) - 1 != s["shards"]:
+        fail(f"{run / name}: {len(paths) - 1} of {s['shards']} shards are there; "
+             f"run `{maker_of(paths[0])}` to make the rest")
+
+    # one shard after the other into tables made at once, so that no shard is held twice
+    n, done = sum(tensor_shape(path, "pairs")[0] for path in paths[:-1]), 0
+    for path in paths[:-1]:
+        part, _ = load_tensors(path)
+        if not done:
+            joined = {key: part[key].new_empty(n, *part[key].shape[1:])
+                      for key in ("pairs", "hidden", "vector")}
+        for key, table in joined.items():
+            table[done:done + len(part[key])] = part[key]
+        done += len(part["pairs"])
+    text = load_tensors(paths[-1])[0]["text"]
+    return {**joined, "text": text, "digest": stamp(run, name)[name]}
+
+
+def tensor_shape(path, name):
+    """The shape of one tensor of a safetensors file, from its header alone."""
+    with safe_open(str(path), framework="pt") as file:
+        return file.get_slice(name).get_shape()
+
+
+def shards(run, name):
+    """The paths of a set of generated negatives: its shards, then its items; where none is there,
+    those that should be."""
+    output_name("--negatives", name, "llm_negatives.py generate", word="negatives")
+    run = Path(run)
+    paths = sorted(run.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
+    return [*(paths or [run / f"{name}-00000.safetensors"]), run / f"{name}-items.safetensors"]
 
 
 def restore(modules, state):
@@ -742,16 +1098,52 @@ class SystemExit2(SystemExit):
 
     def __init__(self, message):
         super().__init__(2)
-        self.message = " ".join(str(message).split())
+        self.message = printable(" ".join(str(message).split()))
 
     def __str__(self):
         return self.message
 
 
+def printable(text):
+    """Control characters, and those that turn the direction of writing, as visible escapes: titles
+    and ids are data."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+class Output:
+    """Standard output that costs no result: what a terminal would obey or cannot show is escaped,
+    and once its reader is gone the rest goes nowhere."""
+
+    def __init__(self, file):
+        file.reconfigure(errors="backslashreplace")
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        self.attempt(self.file.write, printable(text))
+
+    def flush(self):
+        self.attempt(self.file.flush)
+
+    def attempt(self, call, *args):
+        try:
+            call(*args)
+        except OSError:  # a closed pipe, a full disk; what is in the buffer must go somewhere too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def run_cli(main):
     """Run `main()` as a program: our errors become one line and status 2, Ctrl-C ends quietly with status 130."""
+    sys.stdout = Output(sys.stdout or open(os.devnull, "w"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill ends it as Ctrl-C does
     try:
         main()
+        sys.stdout.flush()
     except SystemExit2 as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(2)
@@ -761,13 +1153,18 @@ def run_cli(main):
     except OSError as error:  # a full disk or an unwritable folder: the temporary file is gone, the old file untouched
         print(f"error: {error.filename or 'output'}: {error.strerror or error}; mend that and run again", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{type(error).__name__} {error}".lower():
+            raise
+        print("error: out of memory; lower --batch-size, --m or --k, or --dim", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_atomic(path, data):
     """Write bytes to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the same each time: killed ones do not add up
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -782,74 +1179,220 @@ def write_atomic(path, data):
 
 
 def save_tensors(path, tensors, meta):
-    """Save {name: tensor} with a JSON-able dict `meta` (settings, digests of the inputs) as safetensors metadata."""
+    """Save {name: tensor} with a JSON-able dict `meta` as safetensors metadata. Its lineage is in
+    three places: meta["settings"], with the `command` that writes the file, its flags, and
+    `inputs`, the stamp() of all it is made from; meta["beside"] (optional), the stamp() of what was
+    written with it; meta["digest"], of settings, beside and tensors, which is added here: what
+    others' stamps name this file by. A rerun that comes to the same gets the same digest."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, save(tensors, metadata={"hnlmrec": json.dumps(meta, sort_keys=True)}))
+    meta = json.loads(json.dumps(meta))
+    meta["digest"] = tensors_digest(meta, tensors)
+    meta["checksum"] = json_digest(meta)
+    write_atomic(path, save(tensors, metadata={"hnlmrec": json.dumps(meta)}))
 
 
-def load_tensors(path, maker, device="cpu"):
-    """Read ({name: tensor}, meta) back. `maker` is the command that writes the file, for the error message.
+def load_tensors(path, maker="", device="cpu"):
+    """Read ({name: tensor}, meta) back. `maker`: the command that writes the file, for the error
+    message, where its name does not say so.
 
-    Raises SystemExit2 when the file is missing, truncated or not ours."""
-    path = Path(path)
+    Raises SystemExit2 when the file is missing, truncated, not ours or broken, has a NaN, or when a
+    file that it was made from or with is no longer the one it was. 0.1 s per 100 MB."""
+    path, maker = Path(path), maker or maker_of(path)
+    meta = read_meta(path, maker, check=True)
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if tensors_digest(meta, tensors) != meta["digest"]:
+        fail(f"{path}: its bytes are not those that were written; "
+             f"delete it and run `{maker}` again")
+    check_finite(path, tensors, f"delete it and run `{maker}` again")
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, meta
+
+
+def read_meta(path, maker="", check=False):
+    """The metadata of one of our files, without its tensors. check: also that its inputs, and what
+    was written beside it, are still those that it was made from and with. Raises SystemExit2 as
+    load_tensors."""
+    path, maker = Path(path), maker or maker_of(path)
     if not path.exists():
         fail(f"{path}: no such file; make it with `{maker}`")
     try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            meta, names = json.loads((file.metadata() or {})["hnlmrec"]), file.keys()
-            return {name: file.get_tensor(name) for name in names}, meta
-    except (SafetensorError, KeyError, ValueError) as error:
-        fail(f"{path}: not a readable file of this program ({type(error).__name__}: {error}); delete it and run `{maker}` again")
+        with safe_open(str(path), framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["hnlmrec"])
+            whole = meta.pop("checksum") == json_digest(meta)
+    except (SafetensorError, KeyError, ValueError, AttributeError, OSError) as error:
+        fail(f"{path}: not a readable file of this program ({type(error).__name__}); "
+             f"delete it and run `{maker}` again")
+    if not whole:
+        fail(f"{path}: its bytes are not those that were written; "
+             f"delete it and run `{maker}` again")
+    if check:
+        check_inputs(path, meta["settings"].get("inputs", {}), maker)
+        check_inputs(path, meta.get("beside", {}), maker)
+    return meta
+
+
+def stamp(run, *names):
+    """{name: digest} of files of a run: what a step keeps in settings["inputs"] of all that it
+    writes. One of our tensor files goes by the digest in its header, which costs nothing and is
+    checked when its tensors are read; any other by the sha256 of its bytes; a name without an
+    ending is a set of generated negatives. Raises SystemExit2 for what is not there."""
+    digests = {}
+    for name in names:
+        path = Path(run) / name
+        if name.startswith("negatives") and path.suffix not in (".safetensors", ".jsonl"):
+            digests[name] = json_digest(stamp(run, *(shard.name for shard in shards(run, name))))
+            continue
+        if not path.is_file():
+            fail(f"{path}: no such file; make it with `{maker_of(path)}`")
+        # adapter/ is written by peft
+        ours = path.suffix == ".safetensors" and path.parent == Path(run)
+        digests[name] = read_meta(path)["digest"] if ours else file_digest(path)
+    return digests
+
+
+def check_inputs(path, inputs, maker):
+    """Raise SystemExit2 unless every file that `path` was made from or with, {name: digest}, is
+    still that one."""
+    run = path.parent
+    if not (run / "data.safetensors").exists():  # a cell: compare/ is a folder of the run
+        run = run.parent
+    for name, digest in inputs.items():
+        if stamp(run, name)[name] != digest:
+            fail(f"{path}: was made with another {name} than the one that is there; "
+                 f"put the former back, or run `{maker} --force`")
+
+
+def tensors_digest(meta, tensors):
+    """16 hex digits of the settings, what was written beside, and each tensor's name, type, shape
+    and bytes."""
+    digest = hashlib.sha256(json_digest([meta["settings"], meta.get("beside")]).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def json_digest(value):
+    """16 hex digits of a JSON-able value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_digest(path):
     """The first 16 hex digits of a file's sha256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
-def require_digest(path, maker):
-    """The digest of an input file; one clear line when it is not there."""
-    if not Path(path).exists():
-        fail(f"{path}: no such file; make it with `{maker}`")
-    return file_digest(path)
+def check_finite(path, tensors, mend):
+    """Raise SystemExit2, naming file, tensor and row, when a value is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            row = int((~torch.isfinite(tensor)).nonzero()[0, 0]) if tensor.dim() else 0
+            fail(f"{path}: {name} has a NaN or infinity in row {row}; {mend}")
 
 
-def read_meta(path, maker):
-    """The metadata of one of our safetensors files, without its tensors."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {})["hnlmrec"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        fail(f"{path}: not a readable file of this program ({type(error).__name__}); delete it and run `{maker}` again")
+# first word of a file's name -> the command that writes it; other names are trained models'
+MAKERS = {
+    "data": "hnlmrec.py prepare", "items": "hnlmrec.py prepare", "users": "hnlmrec.py prepare",
+    "profiles": "llm_negatives.py profile", "sft": "llm_negatives.py finetune",
+    "adapter": "llm_negatives.py finetune", "negatives": "llm_negatives.py generate",
+    "judge": "llm_negatives.py judge", "report": "eval.py report", "metrics": "eval.py report", "compare": "eval.py compare",
+    "sweep": "eval.py sweep"}
 
 
-def up_to_date(path, settings, maker, force=False):
-    """True when `path` was made with exactly these settings (inputs' digests included): the step can be skipped.
+def maker_of(path):
+    """The command that writes this file of a run, for the ends of error messages; … where it takes
+    flags that only the reader knows."""
+    run, name = Path(path).parent, Path(path).name
+    if run.name == "compare":  # a cell
+        run, name = run.parent, name if name.startswith("sweep") else "compare"
+    elif run.name.startswith("adapter"):  # LoRA's folder
+        run, name = run.parent, run.name
+    stem = re.sub(r"(-\d{5}|-items)?(\.partial)?\.(safetensors|jsonl|json|md)$", "", name)
+    word = re.split("[-.]", stem)[0]
+    model = "hnlmrec.py train" if "hnlmrec" in stem else "backbones.py pretrain"
+    command = MAKERS.get(word, model)
+    if command.startswith("llm_negatives.py finetune"):
+        flags = f"--name sft{stem.removeprefix(word)}"
+    elif command.endswith("generate"):
+        flags = f"--out {stem}"
+    else:
+        flags = f"--out {name}" if command == model or word == "profiles" else "…"
+    return f"python {command} --run {shlex.quote(str(run))} {flags}"
 
-    Raises SystemExit2 when it was made with others, so that nothing stale is used and nothing is overwritten unasked."""
+
+def output_name(flag, name, command, suffix="", word=""):
+    """`name`, where a flag may call an output of `command` so: a plain name inside the run folder,
+    that begins with `word` if given, and with no word that stands for files of another command
+    (MAKERS). Cells lie in compare/.
+
+    Raises SystemExit2 otherwise."""
+    plain = name.removeprefix("compare/") if command.endswith("train") else name
+    if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain):
+        fail(f"{flag} {name!r}: give a plain name, of letters, digits, '-', '_' and '.', "
+             f"that ends in '{suffix}'")
+    first = re.split("[-.]", plain.lower())[0]
+    if word and first != word:
+        fail(f"{flag} {name}: has to begin with {word}, for example {word}-2{suffix}")
+    if plain == name and MAKERS.get(first, command) != command:
+        fail(f"{flag} {name}: names that begin with {first} are for files of "
+             f"`python {MAKERS[first]}`; choose another")
+    return name
+
+
+def up_to_date(path, settings, maker="", force=False):
+    """True when `path` was made with exactly these settings, `inputs` included, and what was
+    written beside it is there: the step can be skipped.
+
+    Raises SystemExit2 when it was made with others, so that nothing stale is used and nothing is
+    overwritten unasked; and, with force too, when it is not a file of the same command."""
     path = Path(path)
-    if force or not path.exists():
+    if not path.exists():
         return False
-    old = read_meta(path, maker).get("settings", {})
-    settings = json.loads(json.dumps(settings))
+    maker, settings = maker or maker_of(path), json.loads(json.dumps(settings))
+    meta = read_meta(path, maker)
+    old = meta["settings"]
+    if old.get("command") != settings.get("command"):
+        fail(f"{path}: holds what `{old.get('command')}` writes, not `{settings.get('command')}`; "
+             "choose another name")
+    if force:
+        return False
     for name in sorted(set(old) | set(settings)):
-        if old.get(name) != settings.get(name):
-            fail(f"{path}: made with {name}={old.get(name)}, now {name}={settings.get(name)}; "
-                 f"add --force to `{maker}` to remake it, or choose another folder")
+        if name == "inputs" or old.get(name) == settings.get(name):
+            continue
+        fail(f"{path}: made with {name}={old.get(name)}, now {name}={settings.get(name)}; "
+             f"run `{maker} --force` to remake it, or choose another folder")
+    for name in meta.get("beside", {}):
+        if not (path.parent / name).exists():
+            print(f"{path.parent / name} is gone: making it and {path.name} again")
+            return False
+    load_tensors(path, maker)  # that its inputs are still the same, and its own bytes
     print(f"skip: {path} is up to date")
     return True
 
 
-def read_jsonl(path, maker, growing=False):
+def settings_of(args, *others):
+    """The flags that decide what a step writes: all but where it runs and the names in `others`."""
+    left_out = ("run", "out", "force", "device", *others)
+    return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+def read_jsonl(path, maker="", growing=False):
     """All rows of a JSON-lines file. growing: the file is written line by line, so that a last line without its end, of a program
     killed while writing, is left out; in any other file it is an error."""
     path = Path(path)
+    maker = maker or maker_of(path)
     if not path.exists():
         fail(f"{path}: no such file; make it with `{maker}`")
-    rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n") and growing:
-            break
+    # no other character ends a line
+    rows, lines = [], path.read_bytes().decode(errors="replace").split("\n")
+    last = lines.pop()
+    if last and not growing:
+        lines.append(last)
+    for n, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -878,7 +1421,10 @@ class Progress:
         left = (self.total - done) / rate if rate else float("inf")
         line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  {extra}".rstrip()
         end = "\n" if not self.tty or done >= self.total else ""
-        print(f"\r\033[K{line}" if self.tty else line, end=end, flush=True)
+        if self.tty:  # a line wider than the terminal would not be rewritten
+            width = max(10, shutil.get_terminal_size().columns - 1)
+            line = "\r" + line[:width].ljust(width)
+        print(line, end=end, flush=True)
 
 # --------------------------------------------------------------------------------------------------
 # Several processes (torchrun): each does every world()-th part of the work, process 0 does the
@@ -886,8 +1432,8 @@ class Progress:
 # --------------------------------------------------------------------------------------------------
 
 def start_processes(device):
-    """-> (rank, world, device): (0, 1, device) unless torchrun started this program. Each process
-    takes its own GPU."""
+    """-> the device of this process: `device`, or a GPU of its own under torchrun. Processes of
+    other ranks than 0 print nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -895,7 +1441,7 @@ def start_processes(device):
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         if rank():
             sys.stdout = io.StringIO()
-    return rank(), world(), device
+    return device
 
 
 def end_processes():
@@ -940,6 +1486,14 @@ def sum_over(tensors):
         dist.all_reduce(tensor)
 
 
+def from_first(value):
+    """The value that the process of rank 0 has, for all."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def average_gradients(parameters):
     """The mean of each gradient over all processes, in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -951,46 +1505,52 @@ def average_gradients(parameters):
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-def number(kind, low, high=float("inf"), open_low=False):
-    """An argparse type: a number of `kind` in [low, high] (or (low, high]), with a message that names the range."""
+def number(kind, low, high=None, open_low=False):
+    """An argparse type: a finite number of `kind` in [low, high] (or (low, high]), with a message
+    that names the range."""
+    high = (2**31 - 1 if kind is int else math.inf) if high is None else high
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number ({kind.__name__})") from None
-        if not (low < value if open_low else low <= value) or not value <= high:
+        inside = (low < value if open_low else low <= value) and value <= high
+        if not inside or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is outside {'(' if open_low else '['}{low}, {high}]")
         return value
 
     return parse
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with a flag, its meaning and its default on one line where the terminal is wide enough; no default where there is
-    none, or where the flag is a switch."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=40)
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") or isinstance(action.default, bool) else super()._get_help_string(action)
+def device_name(text):
+    """An argparse type: cpu, cuda or cuda:N, where this machine has it."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give cpu, cuda or cuda:N")
+    if text != "cpu" and int(text[5:] or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text}: PyTorch sees {torch.cuda.device_count()} GPUs; give cpu, or mend the driver")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with Help, and with one line, no usage dump, on a bad flag (exit status 2)."""
+    """argparse with defaults in --help, no abbreviations, and one line, no usage dump, on a bad
+    flag (exit status 2)."""
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs, formatter_class=Help)
+        super().__init__(**kwargs, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         fail(f"{message} (see `python {self.prog} --help`)")
 
 
-def add_training_flags(parser):
-    """The flags that a baseline and HNLMRec share: the same backbone, the same budget."""
+def add_training_flags(parser, more=()):
+    """The flags that a baseline and HNLMRec share: the same backbone, the same budget. more:
+    further choices of --backbone."""
     group = parser.add_argument_group("backbone and training budget")
-    group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf"], default="lightgcn", help="recommender")
+    group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
+                       default="lightgcn", help="recommender")
     group.add_argument("--dim", type=number(int, 2), default=64, help="embedding width d")
     group.add_argument("--layers", type=number(int, 1), default=3, help="propagation layers of lightgcn and ngcf")
     group.add_argument("--epochs", type=number(int, 1), default=200, help="passes over the train pairs, at most")
@@ -1003,7 +1563,8 @@ def add_training_flags(parser):
     group.add_argument("--patience", type=number(int, 1), default=6, help="validations without a new best before stopping")
     group.add_argument("--seed", type=number(int, 0), default=0, help="decides initial weights, batches and negatives")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
 
 
@@ -1012,14 +1573,42 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     p = commands.add_parser("pretrain", help="train a backbone with one negative sampler",
                             epilog="example: python backbones.py pretrain --run runs/demo --sampler dns --out model-dns.safetensors")
-    add_training_flags(p)
+    add_training_flags(p, CLOSED_FORMS)
     p.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="rns", help="negative sampler")
-    p.add_argument("--m", type=number(int, 1), default=8, help="candidates of dns, mixgcf and ahns, items")
+    p.add_argument("--m", type=number(int, 1, 2**16), default=8,
+                   help="candidates of dns, mixgcf and ahns, items")
     p.add_argument("--n", type=number(int, 1), default=1, help="dns draws from the n highest of its m candidates")
     p.add_argument("--beta", type=number(float, 0), default=0.75, help="popularity exponent of pns")
+    p.add_argument("--loss", choices=["bpr", "softmax"], default="bpr",
+                   help="softmax: over the positive and --shared negatives, no sampler")
+    p.add_argument("--shared", type=number(int, 1), default=256,
+                   help="softmax's negatives, drawn each step and shared by the batch")
+    p.add_argument("--tau", type=number(float, 0, open_low=True), default=0.2,
+                   help="softmax's temperature")
+    p.add_argument("--cosine", action="store_true",
+                   help="softmax of cosines; the saved vectors have norm 1")
+    g = p.add_argument_group(
+        "closed forms: --backbone pop, itemknn, rp3, ease; they read no other flag")
+    g.add_argument("--shrink", type=number(float, 0), default=20.0,
+                   help="itemknn: added to the denominator of the cosine, users")
+    g.add_argument("--rp3-alpha", type=number(float, 0), default=0.4,
+                   help="rp3: exponent of the transition probabilities")
+    g.add_argument("--rp3-beta", type=number(float, 0), default=0.3,
+                   help="rp3: exponent of the popularity taken out")
+    g.add_argument("--topk", type=number(int, 0), default=0,
+                   help="itemknn and rp3: neighbours kept of each item (0: all)")
+    g.add_argument("--ridge", type=number(float, 0, open_low=True), default=200.0,
+                   help="ease: weight of its L2 term, lambda")
+    g.add_argument("--max-gib", type=number(float, 0, open_low=True), default=2.0,
+                   help="refuse item x item weights above this size, GiB")
     p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")
-    p.add_argument("--export", metavar="FILE", help="also write the user and item vectors alone, to FILE inside the run folder")
     args = parser.parse_args(argv)
+    if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
+        fail(f"--backbone {args.backbone}: has no vectors for the LLM step; give --out "
+             f"model-{args.backbone}.safetensors")
+    if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
+        fail("--cosine: needs --loss softmax, and a backbone that scores by inner products: mf, "
+             "lightgcn or ngcf")
     if args.n > args.m:
         fail(f"--n {args.n}: larger than --m {args.m}; dns draws from the n highest of m candidates")
     pretrain(args)

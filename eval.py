@@ -1,7 +1,9 @@
 """eval.py: what the trained models are worth, and what their negatives are.
 
+judge      what texts and LLM know of validation positives beyond CF -> judge.json. No test pair.
 report     runs/NAME/model-*.safetensors -> report.md and metrics.json. This, and nothing before it, reads the test pairs.
 compare    methods x backbones x seeds, ablations and controls -> compare.md, compare.json, pictures.
+tune       as many random trials for each method, on validation -> tuned.json. Reads no test pair.
 sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. Reads no test pair.
 recommend  one user's top items with titles and scores, and beside them the negatives the LLM made for that user.
 
@@ -11,7 +13,6 @@ scores rank by item id, lowest first. Users without a test pair have no metric: 
 Alone:  python eval.py report --run runs/NAME
 """
 
-import hashlib
 import html
 import json
 import math
@@ -23,15 +24,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from backbones import (
+    CLOSED_FORMS,
     Parser,
     Progress,
+    SystemExit2,
     UnseenSampler,
     contains,
     dns,
     fail,
+    file_digest,
     hit_rate,
+    json_digest,
     load_data,
     load_model,
     load_negatives,
@@ -41,8 +47,10 @@ from backbones import (
     ndcg,
     nearest_items,
     number,
+    output_name,
     pair_keys,
     precision,
+    printable,
     rank_unseen,
     ranking_hits,
     read_jsonl,
@@ -51,6 +59,7 @@ from backbones import (
     row_of,
     run_cli,
     user_rows,
+    whiten,
     write_atomic,
 )
 
@@ -66,6 +75,8 @@ def evaluate(model, data, split="test", ks=(10, 20)):
     """Metrics of every user with a pair in `split`.
 
     Returns users (n,), {name@k: (n,) float64}, and the number of users without a pair there."""
+    if not len(data[split]):
+        fail(f"data.safetensors: has no {split} pair to measure by; prepare it with some")
     seen = data["train"] if split == "valid" else torch.cat([data["train"], data["valid"]])
     users, hits, relevant = ranking_hits(model, data[split], user_rows(seen, model.n_users), max(ks))
     values = {f"{name}@{k}": metric(hits, relevant, k) for name, metric in METRICS.items() for k in ks}
@@ -83,13 +94,59 @@ def list_statistics(model, data, k=20):
     ranked = rank_unseen(model, users, user_rows(seen, model.n_users), k)  # (n, k)
     count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
     quarter = quartiles(count)
-    recommended = pair_keys(torch.stack([users[:, None].expand_as(ranked)[ranked >= 0], ranked[ranked >= 0]], 1), model.n_items)
-    hit = contains(recommended, *data["test"].T, model.n_items)
+    hit = hit_pairs(ranked, users, data["test"], model.n_items)
     shown = torch.bincount(ranked[ranked >= 0], minlength=model.n_items).double().sort().values
     rank = torch.arange(1, model.n_items + 1).double()
     return {"users": users, **values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
             "popularity": float(count[ranked[ranked >= 0]].double().mean()), "coverage": float((shown > 0).double().mean()),
             "gini": float((2 * rank - model.n_items - 1) @ shown / (model.n_items * shown.sum()))}
+
+
+def hit_pairs(ranked, users, pairs, n_items):
+    """Which pairs (N, 2) are among the ranked items (n, k) of their user? users (n,); an item of -1
+    is none -> (N,) bool."""
+    real = ranked >= 0
+    recommended = torch.stack([users[:, None].expand_as(ranked)[real], ranked[real]], 1)
+    return contains(pair_keys(recommended, n_items), *pairs.T, n_items)
+
+
+UNSEEN = ("users seen", "users unseen", "items seen", "items unseen")  # in train, at test
+
+
+def unseen_scores(model, data, users, values, k=20):
+    """Scores apart of what train has seen and what it has not, from evaluate's users and values:
+    NDCG@k of the users, Recall@k over the test pairs by their item -> {name of UNSEEN: score}; a
+    group without anything in it is left out."""
+    u, i = data["train"].T
+    new_users, new_items = ~torch.isin(users, u), ~torch.isin(data["test"][:, 1], i)
+    ndcg_of, groups = values[f"NDCG@{k}"], {}
+    if new_users.any():
+        groups |= {"users seen": ndcg_of[~new_users], "users unseen": ndcg_of[new_users]}
+    if new_items.any():
+        seen = user_rows(torch.cat([data["train"], data["valid"]]), model.n_users)
+        ranked = rank_unseen(model, users, seen, k)
+        hit = hit_pairs(ranked, users, data["test"], model.n_items).double()
+        groups |= {"items seen": hit[~new_items], "items unseen": hit[new_items]}
+    return {name: float(scores.mean()) for name, scores in groups.items() if len(scores)}
+
+
+def unseen_section(data, methods):
+    """Lines on the test users and items that train has not seen; methods {name: row of metrics}."""
+    u, i = data["test"].T
+    new_users = u[~torch.isin(u, data["train"][:, 0])]
+    new_items = i[~torch.isin(i, data["train"][:, 1])]
+    lines = ["", "## Users and items unseen in train", "",
+             (f"{len(new_users.unique())} of {len(u.unique()):,} test users, "
+              f"{len(new_items.unique())} of {len(i.unique()):,} test items ({len(new_items)} of "
+              f"{len(i):,} test pairs).")]
+    if not len(new_users) and not len(new_items):
+        return lines
+    rows = []
+    for name, row in methods.items():
+        scores = [f"{row[group]:.4f}" if group in row else "" for group in UNSEEN]
+        rows.append([NAMES.get(name, name), *scores])
+    return [*lines, "", "NDCG@20 of the users, Recall@20 over the test pairs by their item:", "",
+            *markdown_table(["method", *UNSEEN], rows)]
 
 
 def quartiles(count):
@@ -121,7 +178,8 @@ def fhns_rate(users, items, held_keys, n_items):
     """Share of negatives that are held-out positives of their user: users (n,), items (n, k), held_keys from pair_keys of
     valid + test pairs -> float. An item of -1 (no such item) counts in neither."""
     real = items >= 0
-    return float((contains(held_keys, users[:, None], items.clamp(min=0), n_items) & real).sum() / real.sum())
+    false = contains(held_keys, users[:, None], items.clamp(min=0), n_items) & real
+    return float(false.sum() / real.sum().clamp(min=1))
 
 
 MOST = 2**17  # pairs or users that a rate is taken over; the standard error of one below 10 % is
@@ -172,10 +230,278 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
     return {"FHNS@1": fhns_rate(pairs[:, 0], nearest[:, :1], held, n_items), "FHNS@10": fhns_rate(pairs[:, 0], nearest, held, n_items)}
 
 # --------------------------------------------------------------------------------------------------
+# Judges: how much a score of users and items knows of held-out positives that CF does not, in nats.
+# Seconds, and no recommender is trained
+# --------------------------------------------------------------------------------------------------
+
+def logistic_regression(x, y, ridge=1e-3, steps=50):
+    """Weights (F,) of P(y = 1) = sigmoid(x w) by Newton's method (Bishop, PRML, 2006, 4.3.3): the
+    minimum of the negative log-likelihood + ridge / 2 * |w|^2.
+
+    x (n, F), y (n,) of 0 and 1, both float64. The ridge keeps w finite where y is separable."""
+    def loss(w):
+        return F.softplus(x @ w).sum() - y @ (x @ w) + ridge / 2 * w @ w
+
+    w = x.new_zeros(x.shape[1])
+    for _ in range(steps):
+        p = torch.sigmoid(x @ w)  # (n,)
+        gradient = x.T @ (p - y) + ridge * w
+        hessian = (x * (p * (1 - p))[:, None]).T @ x  # (F, F)
+        hessian.diagonal().add_(ridge)
+        step = torch.linalg.solve(hessian, gradient)
+        while loss(w - step) > loss(w):  # a full step can overshoot, a short enough one cannot
+            step = step / 2
+        w = w - step
+        if step.abs().max() < 1e-9:
+            break
+    return w
+
+
+def cross_fitted(x, y, half):
+    """Log-odds (n,) of each row by the logistic regression of the rows of the other half: x (n, F),
+    y (n,), half (n,) bool."""
+    log_odds = torch.empty_like(y)
+    for part in (half, ~half):
+        log_odds[part] = x[part] @ logistic_regression(x[~part], y[~part])
+    return log_odds
+
+
+def auc(score, label):
+    """Probability that a positive scores above a negative, one half where they are equal (Mann and
+    Whitney, 1947): score (n,), label (n,) bool -> float."""
+    _, place, count = score.unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count.double() - 1) / 2)[place]  # from 1; equals share their mean
+    n = label.sum()
+    return float((rank[label].sum() - n * (n + 1) / 2) / (n * (len(label) - n)))
+
+
+def fit_of_features(features, label, user, n_users, seed=0):
+    """How well features tell the positives among pairs, users cross-fitted in two random halves.
+
+    features: list of (n,); label (n,) bool; user (n,) ids -> each user's log-likelihood in nats
+    (U,) float64, and the AUC."""
+    x = torch.stack(features, 1).double()
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
+    x, y = torch.cat([torch.ones_like(x[:, :1]), x], 1), label.double()
+    half = torch.randperm(n_users, generator=torch.Generator().manual_seed(seed)) % 2 == 0
+    log_odds = cross_fitted(x, y, half[user])
+    nats = y * log_odds - F.softplus(log_odds)
+    return nats.new_zeros(n_users).index_add_(0, user, nats), auc(log_odds, label)
+
+
+@torch.no_grad()
+def cf_candidates(model, data, labels="valid", top=50):
+    """The pairs judges are measured on: of each user the `top` best unseen items of a CF model.
+
+    labels: valid, or test, where what is in valid counts as seen too -> items (U, top), -1 where a
+    user has fewer unseen ones; and of the others (n,), user by user: the label (bool: is in
+    `labels`), the users, and what CF says of them: [score, log rank, log(1 + train count)]."""
+    seen = data["train"] if labels == "valid" else torch.cat([data["train"], data["valid"]])
+    everyone, top = torch.arange(model.n_users), min(top, model.n_items)
+    items = rank_unseen(model, everyone, user_rows(seen, model.n_users), top)  # (U, top)
+    user_vectors, item_vectors = model()
+    scores = []
+    for part in everyone.split(1024):
+        chosen = item_vectors[items[part].clamp(min=0)]  # (B, top, D)
+        scores.append(model.score(user_vectors[part][:, None], chosen))
+    user, place = (items >= 0).nonzero().T
+    item = items[user, place]
+    label = contains(pair_keys(data[labels], model.n_items), user, item, model.n_items)
+    count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
+    cf = [torch.cat(scores)[user, place], (place + 1.0).log(), (count[item] + 1.0).log()]
+    return items, label, user, cf
+
+
+def factor_scores(users, items, candidates):
+    """Inner products: users (U, k), items (I, k), candidates (U, top) of cf_candidates -> (n,)."""
+    scores = []
+    for u, c in zip(users.split(512), candidates.split(512)):
+        scores.append(torch.einsum("uk,unk->un", u, items[c.clamp(min=0)]))
+    return torch.cat(scores)[candidates >= 0]
+
+
+def text_judge(text, train, n_users):
+    """Cosine of an item's whitened text with the sum over the user's train items, as factors: text
+    (I, H), train (N, 2) -> users (U, H), items (I, H)."""
+    items = whiten(text.float())
+    users = items.new_zeros(n_users, items.shape[1]).index_add_(0, train[:, 0], items[train[:, 1]])
+    return F.normalize(users, dim=1), items
+
+
+def find_judges(run, data):
+    """Whatever in the run scores users and items by an inner product: yields (name, users (U, k),
+    items (I, k)). Raises SystemExit2 for a file of another split or of a wrong shape."""
+    yield from text_judges(run, data)
+    yield from generated_judges(run, data)
+    yield from file_judges(run, data)
+
+
+def item_texts(run):
+    """The item texts of each set of negatives: yields (name of the set, texts (I, H) float16, are
+    they bags of words?)."""
+    for path in sorted(run.glob("negatives*-items.safetensors")):
+        tensors, meta = load_tensors(path)
+        name = path.name[: -len("-items.safetensors")]
+        yield name, tensors["text"], not meta["settings"]["read_items"]
+
+
+def text_judges(run, data, shuffles=3):
+    """Judges by the items' texts of each set of negatives, as find_judges yields them; sets with
+    equal texts have one, by the first one's name. Also by the first set's texts shuffled between
+    items, some times over: what a judge that knows nothing can seem to know by chance."""
+    judged = []
+    for name, text, bag_of_words in item_texts(run):
+        if any(torch.equal(text, other) for other in judged):
+            continue
+        kind = "bag of words" if bag_of_words else "texts"
+        yield f"{kind} ({name})", *text_judge(text, data["train"], data["n_users"])
+        judged.append(text)
+    for seed in range(shuffles if judged else 0):
+        generator = torch.Generator().manual_seed(seed)
+        text = judged[0][torch.randperm(data["n_items"], generator=generator)]
+        yield f"shuffled texts {seed}", *text_judge(text, data["train"], data["n_users"])
+
+
+def generated_judges(run, data):
+    """Judges by the cosine of an item's centred CF vector with the mean direction of the vectors
+    generated for the user, as find_judges yields them; sets with equal vectors (such as one that
+    differs in its bags of words alone) have one, by the first one's name."""
+    judged = []
+    for path in sorted(run.glob("negatives*-00000.safetensors")):
+        name = path.name[: -len("-00000.safetensors")]
+        made = load_negatives(run, name, data["digest"])
+        if any(torch.equal(made["vector"], other) for other in judged):
+            continue
+        judged.append(made["vector"])
+        vectors = F.normalize(made["vector"].float(), dim=1)
+        users = vectors.new_zeros(data["n_users"], vectors.shape[1])
+        users.index_add_(0, made["pairs"][:, 0], vectors)
+        # the head's space is that of the centred item vectors (llm_negatives.SftTask)
+        items = load_tensors(run / "cf.safetensors")[0]["item"]
+        yield (f"generated vectors ({name})", F.normalize(users, dim=1),
+               F.normalize(items - items.mean(0), dim=1))
+
+
+def file_judges(run, data):
+    """Judges in files of their own, judge*.safetensors with tensors user (U, k) and item (I, k), as
+    find_judges yields them."""
+    for path in sorted(run.glob("judge*.safetensors")):
+        tensors, meta = load_tensors(path, "the command that wrote it")
+        if "data.safetensors" not in meta["settings"].get("inputs", {}):
+            fail(f"{path}: does not say for which split it was made; make it again, with the stamp "
+                 "of data.safetensors in its settings' inputs")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        k = shapes.get("user", ("k",))[-1]
+        needed = {"user": (data["n_users"], k), "item": (data["n_items"], k)}
+        if shapes | needed != shapes:
+            fail(f"{path}: needs tensors {needed}, has {shapes}; make it again")
+        yield path.stem, tensors["user"].float(), tensors["item"].float()
+
+
+def measure_judges(model, data, judges, labels="valid", top=50):
+    """How much each judge adds to what a CF model trained on train alone knows of the positives of
+    `labels` (valid or test) among its own `top` best unseen items of each user.
+
+    judges: (name, users (U, k), items (I, k)), any iterable -> dict: labels, top, pairs, positives,
+    rows {name: {AUC, "over CF": gain, "over CF and bag of words": gain}}, each gain as
+    gain_interval's; the bag of words is the first judge whose name begins so. No rows where none of
+    the pairs is a positive, or all are. Raises SystemExit2 when a judge's score is not finite."""
+    candidates, label, user, cf = cf_candidates(model, data, labels, top)
+    positives, rows = int(label.sum()), {}
+    result = {"labels": labels, "top": top, "pairs": len(label), "positives": positives,
+              "rows": rows}
+    if not 0 < positives < len(label):
+        return result
+    scores = {}
+    for name, users, items in judges:
+        scores[name] = factor_scores(users, items, candidates)
+        if not torch.isfinite(scores[name]).all():
+            fail(f"judge {name}: has scores that are not finite; make its file again")
+
+    words = next((name for name in scores if name.startswith("bag of words")), None)
+    base, own_auc = fit_of_features(cf, label, user, model.n_users)
+    rows["CF alone"] = {"AUC": own_auc}
+    if words:
+        known = [*cf, scores[words]]
+        known_base, _ = fit_of_features(known, label, user, model.n_users)
+    for name, score in scores.items():
+        fit, own_auc = fit_of_features([*cf, score], label, user, model.n_users)
+        rows[name] = {"AUC": own_auc, "over CF": gain_interval(fit - base, positives)}
+        if words and name != words:
+            fit, _ = fit_of_features([*known, score], label, user, model.n_users)
+            rows[name]["over CF and bag of words"] = gain_interval(fit - known_base, positives)
+    return result
+
+
+def gain_interval(gain, positives):
+    """Each user's gain in log-likelihood (U,) -> {nats, per 1000 positives}: [total, low and high
+    end of its 95 % interval by bootstrap over users]."""
+    total = len(gain) * np.array(paired_bootstrap(gain, draws=2000)[:3])
+    return {"nats": total.tolist(), "per 1000 positives": (total * 1000 / positives).tolist()}
+
+
+def judge_lines(result):
+    """Lines of the table of measure_judges; `cf` of the result names the CF model."""
+    lines = [f"{result['positives']:,} {result['labels']} positives among {result['pairs']:,} "
+             f"pairs: the {result['top']} best unseen items of each user by {result['cf']}. "
+             "Logistic regression of \"is a positive\" on CF score, log rank, log popularity and "
+             "the judge, users cross-fitted in two halves: AUC, and gain in log-likelihood (nats, "
+             "and nats per 1,000 positives) with its 95 % interval by bootstrap over users. How "
+             "far from 0 chance alone comes is what the shuffled texts show."]
+    if not result["rows"]:
+        return [f"Of {result['pairs']:,} pairs {result['positives']:,} are positives, so there is "
+                "nothing to tell apart."]
+    rows = []
+    for name, row in result["rows"].items():
+        cells = [name, f"{row['AUC']:.4f}"]
+        for known in ("over CF", "over CF and bag of words"):
+            for unit in ("nats", "per 1000 positives"):
+                gain = row[known][unit] if known in row else None
+                cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain) if gain else "")
+        rows.append(cells)
+    header = ["judge", "AUC", "nats over CF", "per 1,000", "nats over CF + bag of words",
+              "per 1,000"]
+    return [*lines, "", *markdown_table(header, rows)]
+
+
+def judge(args):
+    """Measure the run's judges on the validation pairs -> judge.json. Reads no test pair."""
+    run, data = Path(args.run), load_data(args.run)
+    model, _, _ = load_model(run / args.cf, data=data)
+    result = measure_judges(model, data, find_judges(run, data), "valid", args.top)
+    result |= {"data": data["digest"], "cf": args.cf}
+    if not result["rows"]:
+        fail(f"--top {args.top}: {result['positives']} of the {result['pairs']} best unseen items "
+             "are validation positives, nothing to tell apart; raise it or give another --cf")
+    write_atomic(run / "judge.json", (json.dumps(result, indent=1) + "\n").encode())
+    print("\n".join(judge_lines(result)))
+    if not any(name.startswith("bag of words") for name in result["rows"]):
+        print("\nno bag of words to compare with: make it with `python llm_negatives.py generate "
+              f"--run {run} --bag-of-words --out negatives-words`")
+    print(f"\nwrote {run / 'judge.json'}")
+
+
+def judge_section(run, data, cf, metrics):
+    """The report's lines on the run's judges, by the validation and by the test pairs; none where
+    there is no judge. What is measured also goes into metrics["judges"]."""
+    lines, metrics["judges"] = [], {}
+    if next(find_judges(run, data), None) is None:
+        return lines
+    model, _, _ = load_model(run / cf, data=data)
+    for labels in ("valid", "test"):
+        result = measure_judges(model, data, find_judges(run, data), labels) | {"cf": cf}
+        metrics["judges"][labels] = result
+        title = f"## What the judges know beyond CF: {labels} pairs"
+        lines += ["", title, "", *judge_lines(result)]
+    return lines
+
+# --------------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------------
 
-NAMES = {"rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS", "hnlmrec": "HNLMRec"}
+NAMES = {"pop": "Popularity", "itemknn": "ItemKNN", "rp3": "RP3β", "ease": "EASE",
+         "rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS",
+         "softmax": "Softmax", "hnlmrec": "HNLMRec", "hnlmrec-full": "HNLMRec, judge in the score"}
 
 
 def report(args):
@@ -186,32 +512,45 @@ def report(args):
         fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or `python hnlmrec.py train`")
     order = list(NAMES)
     paths.sort(key=lambda p: (order.index(p.stem[6:]) if p.stem[6:] in order else len(order), p.name))
-    metrics, models = {"data": data["digest"], "methods": {}}, {}
+    metrics, models, per_user = {"data": data["digest"], "methods": {}}, {}, {}
     for path in paths:
-        model, meta, tensors = load_model(path, "python hnlmrec.py train", data)
-        _, values, skipped = evaluate(model, data)
+        model, meta, tensors = load_model(path, data=data)
+        users, values, skipped = evaluate(model, data)
         best = best_epoch(meta)
         row = {name: float(value.mean()) for name, value in values.items()}
         row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"], "seconds": meta["seconds"],
                 "backbone": meta["settings"]["backbone"], "seed": meta["settings"]["seed"]}
         if not all(math.isfinite(row[name]) for name in COLUMNS):
             fail(f"{path}: its metrics are not finite; train it again with --force")
+        row |= unseen_scores(model, data, users, values)
         metrics["methods"][path.stem[6:]] = row
         models[path.stem[6:]] = (model, tensors)
+        per_user[path.stem[6:]] = values["NDCG@20"].numpy()
     metrics["users tested"], metrics["users without a test pair"] = data["n_users"] - skipped, skipped
 
-    lines = [f"# Report: {run.name}", "", (f"{data['n_users']:,} users, {data['n_items']:,} items; train {len(data['train']):,}, "
-             f"valid {len(data['valid']):,}, test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
-             f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
+    with_z = [name for name, (_, tensors) in models.items() if "z" in tensors]
+    ours = "hnlmrec" if "hnlmrec" in with_z else next(iter(with_z), None)
+    lines = [f"# Report: {markdown(run.name)}", *verdict_section(run, metrics, per_user, ours)]
+    lines += example_section(run, data, *models[ours or next(iter(models))])
+    lines += ["", "## All models", "",
+              (f"{data['n_users']:,} users, {data['n_items']:,} items; "
+               f"train {len(data['train']):,}, valid {len(data['valid']):,}, "
+               f"test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
+               f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
     lines += markdown_table(["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], [
         [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
          row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
 
-    reference = next((models[name] for name in ("rns", "dns") if name in models), next(iter(models.values())))[0]
+    lines += unseen_section(data, metrics["methods"])
+    methods = metrics["methods"].items()
+    trained = [name for name, row in methods if row["backbone"] not in CLOSED_FORMS]
+    name = next((name for name in ("rns", "dns", *trained) if name in models), None)
+    reference = models[name][0] if name else None
     lines += fhns_section(run, data, reference, metrics, args.m, {
         f"{NAMES.get(name, name)}, projected z": (tensors["z_pairs"], tensors["z"], tensors["item"]) for name, (_, tensors) in models.items() if "z" in tensors})
+    lines += judge_section(run, data, args.cf, metrics)
     if (run / "sft.safetensors").exists():
-        log = read_meta(run / "sft.safetensors", "python llm_negatives.py finetune")["log"]
+        log = read_meta(run / "sft.safetensors")["log"]
         metrics["sft"] = log
         lines += ["", "## Fine-tuning", "", (f"Loss at chance {log['chance_loss']:.3f}, last steps "
                   f"{(sum(log['steps'][-10:]) / max(1, len(log['steps'][-10:]))):.3f}. How often the item nearest to the generated "
@@ -220,17 +559,82 @@ def report(args):
         sets = sorted({name for rates in log["hit_rates"].values() for name in rates})
         lines += markdown_table(["", *sets], [[name, *(f"{rates[s]:.3f}" if s in rates else "" for s in sets)]
                                               for name, rates in log["hit_rates"].items()])
-    print("\n".join(lines))
     write_atomic(run / "report.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    print("\n".join(lines))
     print(f"\nwrote {run / 'report.md'} and {run / 'metrics.json'}")
 
 
+def verdict_section(run, metrics, per_user, ours):
+    """The report's opening: is `ours` above the best baseline, by how much, and report.svg, every
+    model's difference from that baseline. per_user {model: NDCG@20 of the users tested (n,)}; ours:
+    None when the run has no model with the LLM's negatives. What is found goes into metrics too."""
+    valid = {name: row["valid NDCG@20"] for name, row in metrics["methods"].items()}
+    baselines = [name for name in per_user if name != ours and not name.startswith("hnlmrec")]
+    if not baselines or len(per_user) < 2:
+        return ["", "There is nothing to compare here yet. A baseline: `python backbones.py "
+                f"pretrain --run {run} --sampler dns --out model-dns.safetensors`."]
+    best = max(baselines, key=valid.get)  # the rival is named by validation, as every choice is
+    others = [name for name in per_user if name != best]
+    rival, metrics["tests"], tests = NAMES.get(best, best), {}, {}
+    for name in others:
+        tests[name] = mean, low, high, p = paired_bootstrap(per_user[name] - per_user[best])
+        metrics["tests"][name] = {"against": best, "mean": float(mean), "low": float(low),
+                                  "high": float(high), "p": float(p)}
+    write_atomic(run / "report.svg", svg_chart(
+        f"test NDCG@20 minus that of {rival}, 95 % intervals", [NAMES.get(n, n) for n in others],
+        *zip(*(tests[name][:3] for name in others)), reference=0.0).encode())
+    lines = [""]
+    if ours:
+        mean, low, high, p = tests[ours]
+        level = per_user[best].mean()
+        word = "beats" if low > 0 else "falls behind" if high < 0 else "is level with"
+        lines += [f"**HNLMRec {word} {rival}**, the best baseline on validation: NDCG@20 on the "
+                  f"test pairs is {per_user[ours].mean():.4f} against {level:.4f}, a difference of "
+                  f"{mean:+.4f} ({mean / max(level, 1e-12):+.1%}), 95 % interval "
+                  f"[{low:+.4f}, {high:+.4f}], "
+                  f"p {'< 0.001' if p < 0.001 else f'{p:.3f}'} (paired bootstrap over users)."]
+    lines += ["NDCG@20 is 1 when a user's held-out items head the list of twenty and 0 when none "
+              "is in it. One seed of training: how far another would move these numbers, "
+              f"`python eval.py compare --run {run} --seeds 5` measures.", "",
+              f"![NDCG@20 minus that of {markdown(rival)}](report.svg)"]
+    return lines
+
+
+def example_section(run, data, model, tensors, k=5):
+    """What the first user with a test pair gets: k titles liked, recommended, and held against the
+    user as negatives by the LLM (the real items nearest to the projected z)."""
+    items = read_jsonl(run / "items.jsonl")
+    users = read_jsonl(run / "users.jsonl")
+    user = int(data["test"][:, 0].min())
+    held = set(data["test"][data["test"][:, 0] == user, 1].tolist())
+
+    def titles(ids):
+        note = " (**a held-out positive**)"
+        return "; ".join(markdown(items[i]["title"]) + note * (i in held) for i in ids)
+
+    liked = data["train"][data["train"][:, 0] == user, 1].tolist()
+    seen = user_rows(torch.cat([data["train"], data["valid"]]), data["n_users"])
+    best = rank_unseen(model, torch.tensor([user]), seen, min(k, len(items)))[0]
+    lines = ["", f"## An example: user {markdown(users[user]['raw'])}", "",
+             f"- liked ({min(k, len(liked))} of {len(liked)}): {titles(liked[:k])}",
+             f"- recommended: {titles(best[best >= 0].tolist())}"]
+    if "z" in tensors:
+        mine = (tensors["z_pairs"][:, 0] == user).nonzero()[:, 0]
+        near = nearest_items(tensors["z"][mine], tensors["z_pairs"][mine, 0], tensors["item"],
+                             pair_keys(data["train"], data["n_items"]), min(k, len(items)))
+        by_rank = dict.fromkeys(near.T[near.T >= 0].tolist())  # the nearest of each vector first
+        lines.append(f"- negatives from the LLM: {titles(list(by_rank)[:k])}")
+    return lines
+
+
 def fhns_section(run, data, model, result, m=8, projected=None):
-    """Lines of the table of false hard negatives: what the samplers hand `model`, every set of generated negatives of the run,
-    and projected {name: (pairs, vectors, items)}. Also put into result["fhns"]."""
-    fhns, paths = fhns_of_samplers(model, data, m, 0), sorted(run.glob("negatives*-00000.safetensors"))
-    items = load_tensors(run / "cf.safetensors", "python backbones.py pretrain")[0]["item"] if paths else None
+    """Lines of the table of false hard negatives: what the samplers hand `model` (None: no such
+    rows), every set of generated negatives of the run, and projected {name: (pairs, vectors,
+    items)}. Also put into result["fhns"]. No lines when there is none of them."""
+    fhns = fhns_of_samplers(model, data, m, 0) if model else {}
+    paths = sorted(run.glob("negatives*-00000.safetensors"))
+    items = load_tensors(run / "cf.safetensors")[0]["item"] if paths else None
     for path in paths:
         name = path.name[: -len("-00000.safetensors")]
         made = load_negatives(run, name, data["digest"])
@@ -239,6 +643,8 @@ def fhns_section(run, data, model, result, m=8, projected=None):
     for name, (pairs, vectors, trained) in (projected or {}).items():
         fhns[name] = fhns_of_vectors(pairs, vectors, trained, data, data["n_items"])
     result["fhns"] = fhns
+    if not fhns:
+        return []
     return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
             "vector, its nearest real items that the user has no train pair with. "
             f"Over {MOST:,} pairs or users at most."), "",
@@ -254,7 +660,11 @@ def best_epoch(meta):
 # Compare: methods x backbones x seeds on one split. A cell is one command, echoed, that trains one model
 # --------------------------------------------------------------------------------------------------
 
-BASELINES = {"RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns", "DNS(M,N)": "--sampler dns --m 24 --n 2",
+# closed forms have a backbone of their own, and no seed
+CLOSED = {"Popularity": "pop", "ItemKNN": "itemknn", "RP3β": "rp3", "EASE": "ease"}
+BASELINES = {**dict.fromkeys(CLOSED, ""), "Softmax": "--loss softmax --cosine",
+             "RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns",
+             "DNS(M,N)": "--sampler dns --m 24 --n 2",
              "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
 OURS = {
     "HNLMRec": "", "HNLMRec, cleared negatives": "--clear 0.3",
@@ -267,6 +677,16 @@ ABLATIONS = {
     "cleared by shuffled texts": "--clear 0.3 --control cleared",
     "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
     "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0",
+}
+# nothing of the LLM but the likely false hard negatives of a judge, on a plain backbone: name -> the
+# judge's file, and the flags of llm_negatives.py that make it
+ALONE = ("--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --clear 0 "
+         "--lambda-f 1 --judge ")
+JUDGED = {
+    "judged negatives alone": ("judge.safetensors", ""),
+    "judged by a bag of words": ("judge-words.safetensors", "--layers 0"),
+    "judged by shuffled texts": ("judge-shuffled.safetensors", "--control shuffled"),
+    "judged by an LLM of random weights": ("judge-random.safetensors", "--control random"),
 }
 LLM_ABLATIONS = {  # name -> the negatives it trains with, and the steps of llm_negatives.py that make them: minutes each
     "LLM not fine-tuned": ("negatives-zeroshot", ["generate --no-finetune --out negatives-zeroshot"]),
@@ -282,10 +702,15 @@ LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew 
 
 def compare(args):
     """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
-    run, data = Path(args.run), load_data(args.run)
-    seeds, every = range(args.seeds), {name: f"{words} {args.baseline_flags}".split() for name, words in BASELINES.items()}
+    run, data, seeds = Path(args.run), load_data(args.run), range(args.seeds)
+    report_name(run, args.out, "compare")
+    flags = words_of("--flags", args.flags, CELL_FLAGS)
+    baseline_flags = words_of("--baseline-flags", args.baseline_flags, CELL_FLAGS)
+    hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
+    every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
     ours = OURS | ABLATIONS | {name: f"--negatives {negatives}" for name, (negatives, _) in LLM_ABLATIONS.items()}
-    every |= {name: f"{args.hnlmrec_flags} {words}".split() for name, words in ours.items()}
+    ours |= {name: ALONE + judge for name, (judge, _) in JUDGED.items()}
+    every |= {name: hnlmrec_flags + words.split() for name, words in ours.items()}
     methods = []
     for entry in args.methods.split(";") if args.methods else [*BASELINES, *OURS]:
         name, *words = entry.strip().partition(" --")  # "MixGCF --lr 2e-3": a method with flags of its own
@@ -293,40 +718,59 @@ def compare(args):
             fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
         if name in methods:
             fail(f"--methods: {name} is there twice, and a method is one row; compare the second one's flags in another --out")
-        every[name] += "".join(words).split()
+        every[name] += words_of(f"--methods {name}", "".join(words), CELL_FLAGS)
         methods.append(name)
     more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]
     backbones = args.backbones.split(",")
     plan = dict.fromkeys([(name, backbone) for backbone in backbones for name in methods] + [(name, backbones[0]) for name in more])
     for name, _ in plan:  # one after the other, on all cores
+        words_of("--flags", args.flags, every[name])
+        if name in JUDGED and not (run / JUDGED[name][0]).exists():
+            judge, words = JUDGED[name]
+            program("llm_negatives.py", "judge", "--run", run, "--llm", args.llm, *words.split(),
+                    "--out", judge)
         if name in LLM_ABLATIONS:
-            make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user)
-    cells = [("backbones.py" if name in BASELINES else "hnlmrec.py", name, [*args.flags.split(), *every[name]], backbone, seed)
-             for name, backbone in plan for seed in seeds]
-    paths = dict(zip([(name, backbone, seed) for _, name, _, backbone, seed in cells], make_cells(run, cells, args.jobs)))
+            make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
+    tuned = read_tuned(run / args.tuned, data["digest"]) if args.tuned else None
+    cells = {}  # (method, backbone, seed) -> its cell; a closed form has one for all of them
+    for name, backbone in plan:
+        words = tuned_words(tuned, name, backbone, every[name]) if tuned else every[name]
+        script = "backbones.py" if name in BASELINES else "hnlmrec.py"
+        words = (*flags, *words)
+        for seed in seeds:
+            own = (CLOSED[name], 0) if name in CLOSED else (backbone, seed)
+            cells[name, backbone, seed] = (script, name, words, *own)
+    unique = list(dict.fromkeys(cells.values()))
+    made = dict(zip(unique, make_cells(run, unique, args.jobs, args.force)))
+    paths = {key: made[cell] for key, cell in cells.items()}
 
-    rows, digests, progress = {}, {}, Progress("evaluate", len(paths), "cells")  # rows: (method, backbone) -> list over seeds
+    # rows: (method, backbone) -> list over seeds; statistics: path -> what one evaluation gives
+    rows, statistics, progress = {}, {}, Progress("evaluate", len(paths), "cells")
     for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
-        model, meta, _ = load_model(path, "python eval.py compare", data)
-        best = best_epoch(meta)["valid_ndcg@20"]
-        source, digest = (meta["settings"].get(name) for name in ("negatives", "negatives_digest"))  # None for the baselines
-        if digests.setdefault(source, digest) != digest:
-            fail(f"{path}: was trained with other {source}-*.safetensors than the cells before it; delete {run / 'compare'} and run again")
-        rows.setdefault((name, backbone), []).append(list_statistics(model, data, 20) | {"valid": best, "seconds": meta["seconds"]})
+        if path not in statistics:
+            model, meta, _ = load_model(path, data=data)
+            statistics[path] = list_statistics(model, data, 20)
+            best = best_epoch(meta)["valid_ndcg@20"]
+            statistics[path] |= {"valid": best, "seconds": meta["seconds"]}
+        rows.setdefault((name, backbone), []).append(statistics[path])
         progress.update(n)
     # … -> arrays with seeds as the first axis: metrics per user (S, n), the rest (S,) or (S, 4)
     table = {key: {column: np.array([np.asarray(cell[column]) for cell in cells]) for column in cells[0]} for key, cells in rows.items()}
     result = {"data": data["digest"], "seeds": list(seeds), "tests": {}, "cells": {" | ".join(key): {
         column: (v.mean(1) if column in COLUMNS else v).tolist() for column, v in cell.items() if column in (*COLUMNS, *LIST_COLUMNS)} for key, cell in table.items()}}
-    lines = [f"# Comparison: {run.name}", "",
+    lines = [f"# Comparison: {markdown(run.name)}", "",
              (f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one set of generated "
              f"negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch.")]
+    if tuned:
+        trials = max(entry["trials"] for methods in tuned.values() for entry in methods.values())
+        lines += ["", f"Flags by {trials} random trials a method on validation ({args.tuned})."]
     for backbone in dict.fromkeys(backbone for _, backbone in plan):
         lines += backbone_section(run, args.out, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
-    lines += fhns_section(run, data, load_model(next(iter(paths.values())), "", data)[0], result)
-    print("\n".join(lines))
+    trained = next((path for (name, *_), path in paths.items() if name not in CLOSED), None)
+    lines += fhns_section(run, data, load_model(trained, data=data)[0] if trained else None, result)
     write_atomic(run / f"{args.out}.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
+    print("\n".join(lines))
     print(f"\nwrote {run / args.out}.md and {args.out}.json")
 
 
@@ -355,8 +799,11 @@ def backbone_section(run, out, backbone, table, data, tests):
         groups = [cell["NDCG@20"][:, quarter[cell["users"][0]] == q].mean() for q in range(4)]
         bias.append([name, *(f"{v:.4f}" for v in (*groups, *cell["item_recall"].mean(0))), f"{cell['popularity'].mean():.0f}",
                      f"{cell['coverage'].mean():.1%}", f"{cell['gini'].mean():.3f}"])
-    write_atomic(run / f"{out}-{backbone}.svg", svg_chart(f"test NDCG@20, {backbone}", list(table), *zip(*(
-        spread(cell["NDCG@20"].mean(1)) for cell in table.values()))).encode())
+    seeds = len(table[best]["valid"])
+    spreads = {name: spread(cell["NDCG@20"].mean(1)) for name, cell in table.items()}
+    write_atomic(run / f"{out}-{backbone}.svg", chart_of_spreads(
+        f"test NDCG@20, {backbone}: mean and sd over {seeds} seeds; dashed: {best}", list(table),
+        list(spreads.values()), spreads[best][0]).encode())
     lines = ["", f"## {backbone}", "",
              (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired bootstrap over "
              "users (each user's mean over seeds); seeds in which it is above."), "",
@@ -373,21 +820,31 @@ def backbone_section(run, out, backbone, table, data, tests):
 def sweep(args):
     """Train HNLMRec (or the baseline of --method) with each value of one flag, and rank the values on validation. Reads no test pair."""
     run, flag, values, cells = Path(args.run), args.flag.replace("_", "-"), args.values.split(","), []
+    out = args.out or f"sweep-{flag}"
+    report_name(run, out, "sweep")
+    taken = CELL_FLAGS + words_of("--flag", f"--{flag}", CELL_FLAGS)
+    if flag in LLM_FLAGS:
+        taken.append("--negatives")
+    more = words_of("--flags", args.flags, taken) + words_of("--method", args.method, taken)
     for value in values:
         words = [f"--{flag}", value]
         if flag in LLM_FLAGS:
             words, sft = ["--negatives", f"negatives-{flag}-{value}"], f"sft-{flag}-{value}"
-            make_negatives(run, words[1], [f"finetune --{flag} {value} --name {sft}", f"generate --sft {sft} --out {words[1]}"], args.llm, args.pairs_per_user)
-        words = [*args.flags.split(), *args.method.split(), *words]
+            steps = [f"finetune --{flag} {value} --name {sft}",
+                     f"generate --sft {sft} --out {words[1]}"]
+            make_negatives(run, words[1], steps, args.llm, args.pairs_per_user, args.force)
+        words = [*more, *words]
         cells += [("backbones.py" if args.method else "hnlmrec.py", f"sweep {flag} {value}", words, args.backbone, seed) for seed in range(args.seeds)]
-    best = [best_epoch(read_meta(path, "python eval.py sweep"))["valid_ndcg@20"] for path in make_cells(run, cells, args.jobs)]
+    paths = make_cells(run, cells, args.jobs, args.force)
+    best = [best_epoch(read_meta(path, check=True))["valid_ndcg@20"] for path in paths]
     charts = [spread(best[at:at + args.seeds]) for at in range(0, len(best), args.seeds)]
     rows = [[value, "{:.4f} ± {:.4f}".format(*chart)] for value, chart in zip(values, charts)]
-    out = args.out or f"sweep-{flag}"
-    lines = [f"## {flag}", "", *markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows), "", f"![{flag}]({out}.svg)"]
-    print("\n".join(lines))
-    write_atomic(run / f"{out}.svg", svg_chart(f"valid NDCG@20 by {flag}", values, *zip(*charts), line=True).encode())
+    table = markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows)
+    lines = [f"# Sweep: {flag}", "", *table, "", f"![{flag}]({out}.svg)"]
+    write_atomic(run / f"{out}.svg", chart_of_spreads(
+        f"valid NDCG@20 by {flag}: mean and sd over {args.seeds} seeds", values, charts).encode())
     write_atomic(run / f"{out}.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
     print(f"wrote {run / out}.md")
 
 
@@ -400,26 +857,235 @@ def program(script, *words):
         fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
 
-def make_negatives(run, name, steps, llm, pairs_per_user):
-    """Fine-tune and generate a variant's negatives, unless they are there: their items file is written last."""
-    for step in () if (run / f"{name}-items.safetensors").exists() else steps:
+CELL_FLAGS = ["--run", "--backbone", "--seed", "--out", "--force"]  # what a cell sets itself
+
+
+def words_of(flag, text, taken):
+    """The words of a string of further flags. Raises SystemExit2 where it has one that is `taken`:
+    it would be lost in silence."""
+    words = text.split()
+    for word in words:
+        if word.startswith("--") and word.split("=")[0] in taken:
+            fail(f"{flag}: {word} is set for each cell by itself; leave it out")
+    return words
+
+
+def report_name(run, out, command):
+    """Raise SystemExit2 unless `out` may be the first part of the names of what `command` writes
+    (compare or sweep)."""
+    output_name("--out", out, f"eval.py {command}")
+    start, old = {"compare": "# Comparison: ", "sweep": "# Sweep: "}[command], run / f"{out}.md"
+    if old.exists():
+        ours = old.read_text(encoding="utf-8").startswith(start)
+    else:
+        ours = not (run / f"{out}.json").exists()
+    if not ours:
+        fail(f"--out {out}: {old} is there and not by `{command}`; choose another name")
+
+
+def make_negatives(run, name, steps, llm, pairs_per_user, force=False):
+    """Fine-tune and generate a variant's negatives, unless they are there: their items file is
+    written last."""
+    items = run / f"{name}-items.safetensors"
+    if items.exists() and not force:
+        maker = f"python eval.py compare --run {run} …"
+        made = read_meta(items, maker, check=True)["settings"]["pairs_per_user"]
+        if made != pairs_per_user:
+            fail(f"{items}: made with --pairs-per-user {made}, now {pairs_per_user}; "
+                 f"give that, or run `{maker} --force`")
+        return
+    for step in steps:
         more = ["--pairs-per-user", pairs_per_user] if step.startswith("generate") else []
-        program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more)
+        program("llm_negatives.py", *step.split(), "--run", run, "--llm", llm, *more,
+                *["--force"] * force)
 
 
-def make_cell(run, script, name, words, backbone, seed):
-    """Train one cell, by backbones.py or hnlmrec.py, unless its file is there -> the path of the model."""
-    flags = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # other flags are another cell
-    out = Path("compare") / ("-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone, f"seed{seed}", flags)) + ".safetensors")
-    if not (run / out).exists():
-        program(script, "pretrain" if script == "backbones.py" else "train", "--run", run, "--backbone", backbone, "--seed", seed, *words, "--out", out)
+def make_cell(run, force, script, name, words, backbone, seed):
+    """Train one cell, by backbones.py or hnlmrec.py, unless its file is there -> the path of the
+    model. Raises SystemExit2 where it was made from other files than those of the run."""
+    slug = [re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (name, backbone)]
+    # other flags are another cell
+    out = Path("compare") / f"{'-'.join(slug)}-seed{seed}-{json_digest(words)[:6]}.safetensors"
+    if (run / out).exists() and not force:
+        read_meta(run / out, check=True)
+    else:
+        command = "pretrain" if script == "backbones.py" else "train"
+        program(script, command, "--run", run, "--backbone", backbone, "--seed", seed, *words,
+                "--out", out, *["--force"] * force)
     return run / out
 
 
-def make_cells(run, cells, jobs):
+def make_cells(run, cells, jobs, force=False):
     """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda cell: make_cell(run, *cell), cells))
+        return list(pool.map(lambda cell: make_cell(run, force, *cell), cells))
+
+# --------------------------------------------------------------------------------------------------
+# Tune: the same number of random trials for every method (random search: Bergstra and Bengio, JMLR
+# 2012), on validation. Reads no test pair
+# --------------------------------------------------------------------------------------------------
+
+TRAINED = {"lr": ("log", 3e-4, 1e-2), "reg": ("log", 1e-6, 1e-1)}
+M = [2, 4, 8, 16, 32, 64]
+# method -> {flag: the values to choose from, or (scale, low, high)}. --dim is the same for all: 64
+SPACES = {
+    "Popularity": {},
+    "ItemKNN": {"shrink": ("log", 0.1, 1000), "topk": [0, 10, 20, 50, 100, 200]},
+    "RP3β": {"rp3-alpha": ("linear", 0, 1), "rp3-beta": ("linear", 0, 1),
+             "topk": [0, 50, 100, 200]},
+    "EASE": {"ridge": ("log", 10, 3000)},
+    "RNS": TRAINED,
+    "PNS": TRAINED | {"beta": ("linear", 0, 1)},
+    "DNS": TRAINED | {"m": M},
+    "DNS(M,N)": TRAINED | {"m": [8, 16, 32, 64], "n": [2, 3, 4, 8]},
+    "MixGCF": TRAINED | {"m": M},
+    "AHNS": TRAINED | {"m": M},
+    "Softmax": TRAINED | {"tau": ("log", 0.05, 1), "shared": [64, 256, 1024]},
+    "HNLMRec": TRAINED | {
+        "m": M, "alpha": [0, 0.02, 0.1, 0.3], "lambda-s": [0, 0.003, 0.01, 0.03],
+        "text-init": [0, 0.5, 1], "clear": [0, 0.15, 0.3, 0.6]},
+    "HNLMRec, as in the paper": TRAINED | {
+        "alpha": ("log", 1e-4, 0.3), "lambda1": ("log", 1e-4, 1), "tau-c": ("log", 0.05, 1)},
+}
+
+
+def draw(space, rng):
+    """One random point of a space of SPACES, as words of a command; numbers have three digits."""
+    words = []
+    for flag, values in space.items():
+        if isinstance(values, list):
+            value = values[rng.integers(len(values))]
+        elif values[0] == "log":
+            value = math.exp(rng.uniform(math.log(values[1]), math.log(values[2])))
+        else:
+            value = rng.uniform(values[1], values[2])
+        words += [f"--{flag}", f"{value:.3g}" if isinstance(value, float) else str(value)]
+    return words
+
+
+def tune(args):
+    """Random search of each method's space, `budget` trials each; trial 0 is the method's defaults.
+
+    A trial is one command and one line of OUT.jsonl, so a killed search goes on where it was;
+    OUT.json holds the flags of the best trial by validation NDCG@20, for `compare --tuned`."""
+    run, log = Path(args.run), Path(args.run) / f"{args.out}.jsonl"
+    names = [name.strip() for name in args.methods.split(";")] if args.methods else list(SPACES)
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if name not in SPACES:
+            fail(f"--methods {name}: has no declared space; choose from {'; '.join(SPACES)}")
+
+    # what the trials depend on: lines of another split, seed or set of flags are refused
+    shared = {"data": load_data(run)["digest"], "seed": args.seed, "flags": args.flags}
+    paths = sorted(run.glob("negatives-[0-9]*.safetensors"))
+    paths += [run / name for name in ("negatives-items.safetensors", "cf.safetensors")]
+    digests = [file_digest(path) for path in paths if path.exists()]  # of what HNLMRec reads
+    llm = json_digest(digests)
+    rows = read_jsonl(log, "python eval.py tune", growing=True) if log.exists() else []
+    done = {(row["method"], row["backbone"], row["trial"]): row for row in rows}
+    todo = []
+    for name in names:
+        backbone = CLOSED.get(name, args.backbone)
+        inputs = shared | ({"llm": llm} if name in OURS else {})
+        for n in range(args.budget if SPACES[name] else 1):
+            rng = np.random.default_rng([args.seed, n, *name.encode()])
+            row = {"method": name, "backbone": backbone, "trial": n, **inputs}
+            row["words"] = draw(SPACES[name], rng) if n else []
+            old = done.get((name, backbone, n))
+            if old is None:
+                todo.append(row)
+            elif {key: old.get(key) for key in row} != row:
+                fail(f"{log}: trial {n} of {name} was made from other inputs, flags or space; "
+                     "delete the file or choose another --out")
+
+    def one(row):
+        return row | tune_trial(run, row)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for finished in pool.map(one, todo):
+            rows.append(finished)
+            write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    groups, methods, table = {}, {}, []
+    for row in rows:
+        groups.setdefault((row["backbone"], row["method"]), []).append(row)
+    for (backbone, name), trials in groups.items():
+        finished = [row for row in trials if row["valid"] is not None]
+        best = max(finished, key=lambda row: row["valid"])
+        entry = {key: best[key] for key in ("words", "valid", "trial")}
+        entry |= {"trials": len(trials), "failed": len(trials) - len(finished)}
+        methods.setdefault(backbone, {})[name] = entry
+        table.append([name, backbone, len(trials), entry["failed"], f"{trials[0]['valid']:.4f}",
+                      f"{best['valid']:.4f}", " ".join(best["words"]) or "its defaults"])
+    result = {**shared, "methods": methods}
+    header = ["method", "backbone", "trials", "failed", "valid NDCG@20, defaults", "best", "flags"]
+    print("\n".join(markdown_table(header, table)))
+    write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
+    print(f"\nwrote {run / args.out}.json")
+
+
+def tune_trial(run, row):
+    """Train one trial and throw the model away -> {"valid": NDCG@20, None when training failed}.
+    The failure of trial 0, the defaults, is an error: it is not the random flags' fault."""
+    script, command, words = command_of(row["method"])
+    name = f"tune {row['method']} {row['backbone']} {row['trial']}"
+    out = Path("compare") / (re.sub("[^a-z0-9]+", "-", name.lower()) + ".safetensors")
+    words = [*row["flags"].split(), *words, *row["words"]]
+    try:
+        program(script, command, "--run", run, "--backbone", row["backbone"], "--seed", row["seed"],
+                *words, "--out", out, "--force")
+        return {"valid": best_epoch(read_meta(run / out, "python eval.py tune"))["valid_ndcg@20"]}
+    except SystemExit2 as error:
+        if row["trial"] == 0:
+            raise
+        print(f"failed: {error.message}")
+        return {"valid": None, "failed": error.message}
+    finally:
+        (run / out).unlink(missing_ok=True)
+
+
+def command_of(name):
+    """A method's program, its command there and the method's own flags."""
+    if name in BASELINES:
+        return "backbones.py", "pretrain", BASELINES[name].split()
+    return "hnlmrec.py", "train", OURS[name].split()
+
+
+def read_tuned(path, digest):
+    """tuned.json of `tune` -> {backbone: {method: its entry}}.
+
+    Raises SystemExit2 when it is not there, was made on another split, or with unequal budgets."""
+    if not path.exists():
+        fail(f"{path}: no such file; make it with `python eval.py tune --run {path.parent}`")
+    try:
+        tuned = json.loads(path.read_text())
+        tuned = {key: tuned[key] for key in ("data", "methods")}
+    except (ValueError, KeyError):
+        fail(f"{path}: is not what `python eval.py tune` writes; delete it and run that again")
+    if tuned["data"] != digest:
+        fail(f"{path}: was tuned on another data.safetensors; run `python eval.py tune` again")
+    budgets = {}
+    for methods in tuned["methods"].values():
+        for name, entry in methods.items():
+            if SPACES.get(name):
+                budgets[entry["trials"]] = name
+    if len(budgets) > 1:
+        (low, one), *_, (high, other) = sorted(budgets.items())
+        fail(f"{path}: {one} had {low} trials, {other} {high}; run `python eval.py tune` with one "
+             "--budget for all")
+    return tuned["methods"]
+
+
+def tuned_words(tuned, name, backbone, words):
+    """A method's flags with its tuned ones. A variant of HNLMRec that was not tuned by itself takes
+    HNLMRec's, and its own flags on top: they are what makes it another variant."""
+    methods = tuned.get(CLOSED.get(name, backbone), {})
+    if name in methods:
+        return [*words, *methods[name]["words"]]
+    if name in BASELINES or "HNLMRec" not in methods:
+        fail(f"--tuned: {name} on {backbone} is not in it; run `python eval.py tune --methods "
+             f"\"{name}\"`")
+    return [*methods["HNLMRec"]["words"], *words]
 
 # --------------------------------------------------------------------------------------------------
 # Recommend
@@ -428,11 +1094,11 @@ def make_cells(run, cells, jobs):
 def recommend(args):
     """Print one user's best unseen items, and the items nearest to the negatives that the LLM made for that user."""
     run, data = Path(args.run), load_data(args.run)
-    users, items = (read_jsonl(run / name, f"python hnlmrec.py prepare --run {run}") for name in ("users.jsonl", "items.jsonl"))
+    users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
     row = row_of(users, args.user, "--user", run / "users.jsonl")
     if args.k > len(items):
         fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
-    model, _, tensors = load_model(run / args.model, "python hnlmrec.py train", data)
+    model, _, tensors = load_model(run / args.model, data=data)
     title = lambda n: items[n]["title"]
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
     print(f"user {args.user} liked: " + "; ".join(map(title, liked[:8])) + (f"; … ({len(liked)} items)" if len(liked) > 8 else ""))
@@ -440,6 +1106,7 @@ def recommend(args):
     with torch.no_grad():
         vectors, item_vectors = model()
         best = rank_unseen(model, torch.tensor([row]), user_rows(seen, data["n_users"]), args.k)[0]
+        best = best[best >= 0]  # a user may have fewer than k unseen items
         scores = model.score(vectors[row][None], item_vectors[best])
     print("recommended:")
     for rank, (item, score) in enumerate(zip(best.tolist(), scores.tolist()), 1):
@@ -450,39 +1117,89 @@ def recommend(args):
         near = nearest_items(tensors["z"][mine], pairs[:, 0], item_vectors, pair_keys(data["train"], data["n_items"]), 3)
         print("hard negatives the LLM made (liked item -> items nearest to the vector):")
         for (_, item), group in zip(pairs.tolist(), near.tolist()):
-            print(f"       {title(item)} -> " + "; ".join(map(title, group)))
+            print(f"       {title(item)} -> " + "; ".join(title(n) for n in group if n >= 0))
 
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures
 # --------------------------------------------------------------------------------------------------
 
+def markdown(text):
+    """A name or title as one line of plain text in Markdown: no markup, no end of a table's
+    cell."""
+    text = " ".join(printable(text).split())
+    return re.sub(r"[|<>&\[\]`*\\]", lambda found: f"&#{ord(found[0])};", text)
+
+
 def markdown_table(header, rows):
-    """Rows of cells -> the lines of a Markdown table."""
-    return ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header),
-            *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
+    """Rows of cells -> the lines of a Markdown table. The first column holds names, which may be
+    anybody's."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for name, *cells in rows:
+        lines.append("| " + " | ".join([markdown(name), *map(str, cells)]) + " |")
+    return lines
 
 
-def svg_chart(title, labels, means, spreads, line=False):
-    """One small picture: bars (or a line) of means with error bars of one spread, as SVG text. No plotting package."""
-    low, high = min(m - s for m, s in zip(means, spreads)), max(m + s for m, s in zip(means, spreads))
-    low, high = (low - 0.5 * (high - low + 1e-9), high + 0.1 * (high - low + 1e-9))
-    width, left, top, height = 90 * len(labels) + 80, 60, 30, 200
-    y = lambda v: top + height * (1 - (v - low) / (high - low))
-    x = [left + 90 * n + 45 for n in range(len(labels))]
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height + 60}" font-family="sans-serif" font-size="11">',
-             f'<rect width="100%" height="100%" fill="white"/><text x="{left}" y="16" font-size="13">{html.escape(title)}</text>']
-    for k in range(5):
-        v = low + (high - low) * k / 4
-        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(v):.1f}" y2="{y(v):.1f}" stroke="#ddd"/><text x="4" y="{y(v) + 4:.1f}">{v:.4f}</text>')
-    if line:
-        parts.append('<polyline fill="none" stroke="#36c" stroke-width="2" points="' + " ".join(f"{a},{y(m):.1f}" for a, m in zip(x, means)) + '"/>')
-    for n, (a, m, s) in enumerate(zip(x, means, spreads)):
-        if not line:
-            parts.append(f'<rect x="{a - 28}" width="56" y="{y(m):.1f}" height="{top + height - y(m):.1f}" fill="#8ab4e8"/>')
-        parts.append(f'<line x1="{a}" x2="{a}" y1="{y(m - s):.1f}" y2="{y(m + s):.1f}" stroke="black" stroke-width="1.5"/>')
-        for k, word in enumerate(str(labels[n]).split(" ", 2)):
-            parts.append(f'<text x="{a}" y="{top + height + 15 + 13 * k}" text-anchor="middle">{html.escape(word[:16])}</text>')
+def one_line(text):
+    """Any text as one line that XML can hold: controls as visible escapes, and "?" for what has no
+    place in it."""
+    line = " ".join(printable(text).split()).encode("utf-8", "replace").decode()
+    return re.sub("[\ufffe\uffff]", "?", line)
+
+
+def axis_ticks(low, high):
+    """About five round values from at most `low` to at least `high`, and the decimals they need."""
+    rough = max(high - low, 1e-9) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    ticks = [n * step for n in range(first, max(last, first + 1) + 1)]
+    return ticks, max(0, -math.floor(math.log10(step) + 1e-6))
+
+
+def svg_chart(title, labels, means, lows, highs, reference=None):
+    """Dots with intervals, one row a label, as SVG text. No plotting package.
+
+    labels any text; means, lows, highs (n,) finite numbers; reference: a dashed line at this value.
+    A dot says its value by its place and not by a length, so that the axis, with round ticks that
+    hold all intervals, need not begin at zero; mean and interval stand beside it in numbers."""
+    labels = [one_line(label) for label in labels]
+    marks = [] if reference is None else [reference]
+    ticks, decimals = axis_ticks(min([*lows, *marks]), max([*highs, *marks]))
+    left, plot, row, top = 24 + 8 * max(map(len, labels)), 340, 22, 44
+    width, bottom = left + plot + 200, top + row * len(labels)
+    scale = plot / (ticks[-1] - ticks[0])
+
+    def x(value):
+        return f"{left + (value - ticks[0]) * scale:.1f}"
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 34}"'
+             ' font-family="DejaVu Sans, Verdana, sans-serif" font-size="12">',
+             '<rect width="100%" height="100%" fill="white"/>',
+             f'<text x="12" y="20" font-size="14">{html.escape(one_line(title))}</text>']
+    for tick in ticks:
+        parts.append(f'<line class="tick" x1="{x(tick)}" x2="{x(tick)}" y1="{top - 8}"'
+                     f' y2="{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text class="tick" x="{x(tick)}" y="{bottom + 16}" text-anchor="middle"'
+                     f' fill="#555">{tick + 0.0:.{decimals}f}</text>')
+    for mark in marks:
+        parts.append(f'<line x1="{x(mark)}" x2="{x(mark)}" y1="{top - 8}" y2="{bottom}"'
+                     ' stroke="#c33" stroke-dasharray="4 3"/>')
+    for n, (label, mean, low, high) in enumerate(zip(labels, means, lows, highs)):
+        y = top + row * n + 6
+        parts.append(f'<text x="12" y="{y + 4}">{html.escape(label)}</text>')
+        parts.append(f'<line class="interval" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"'
+                     ' stroke="#26c" stroke-width="2"/>')
+        parts.append(f'<circle cx="{x(mean)}" cy="{y}" r="4" fill="#26c"/>')
+        parts.append(f'<text x="{left + plot + 16}" y="{y + 4}">{mean:.4f}'
+                     f' [{low:.4f}, {high:.4f}]</text>')
     return "\n".join([*parts, "</svg>\n"])
+
+
+def chart_of_spreads(title, labels, spreads, reference=None):
+    """svg_chart of (mean, sd) pairs: the interval is one standard deviation to each side."""
+    means = [mean for mean, _ in spreads]
+    lows, highs = [mean - sd for mean, sd in spreads], [mean + sd for mean, sd in spreads]
+    return svg_chart(title, labels, means, lows, highs, reference)
 
 # --------------------------------------------------------------------------------------------------
 # Command line
@@ -494,6 +1211,28 @@ def main(argv=None):
     p = commands.add_parser("report", help="evaluate all models of a run on its test pairs", epilog="example: python eval.py report --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--m", type=number(int, 1), default=8, help="candidates of DNS and MixGCF in the table of false hard negatives")
+    p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
+    p = commands.add_parser("judge", help="what texts and LLM know beyond CF, on validation",
+                            epilog="example: python eval.py judge --run runs/demo")
+    p.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
+    p.add_argument("--top", type=number(int, 1), default=50, help="unseen items of each user")
+    p = commands.add_parser(
+        "tune", help="choose each method's flags by random trials on validation",
+        epilog="example: python eval.py tune --run runs/ml-100k --methods 'DNS;EASE' --budget 20")
+    p.add_argument("--run", required=True, metavar="DIR",
+                   help="run folder in which `bash run.sh` has finished")
+    p.add_argument("--methods", default="",
+                   help=f"semicolon-separated, of {'; '.join(SPACES)} (left out: all)")
+    p.add_argument("--budget", type=number(int, 1), default=20,
+                   help="trials a method; the first is its defaults")
+    p.add_argument("--seed", type=number(int, 0), default=0,
+                   help="decides the trials and their trainings")
+    p.add_argument("--backbone", default="lightgcn", help="backbone of the trained methods")
+    p.add_argument("--flags", default="", help="further flags of every training, in one string")
+    p.add_argument("--out", default="tuned", help="names OUT.json and OUT.jsonl in the run folder")
+    p.add_argument("--jobs", type=number(int, 1), default=1,
+                   help="trials at a time; set OMP_NUM_THREADS=1 beside it")
     for name, text, example in (("compare", "train methods x seeds and test the differences", "--seeds 5 --ablations"),
                                 ("sweep", "try values of one flag on validation", "--flag tau_c --values 0.05,0.1,0.2,0.5")):
         p = commands.add_parser(name, help=text, description=text, epilog=f"example: python eval.py {name} --run runs/ml-100k {example}")
@@ -503,12 +1242,15 @@ def main(argv=None):
         p.add_argument("--pairs-per-user", type=number(int, 0), default=8, help="as `llm_negatives.py generate`, for the variants")
         p.add_argument("--flags", default="", help="further flags of every training, in one string")
         p.add_argument("--out", default="compare" if name == "compare" else "", help="first part of the report's names, inside the run folder (a sweep's: sweep-FLAG)")
+        p.add_argument("--force", action="store_true", help="train all cells anew")
         p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         if name == "compare":
             p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")
             p.add_argument("--methods", default="", help="semicolon-separated names instead of all, ablations included, each with flags of its own if wanted")
             p.add_argument("--baseline-flags", default="", help="further flags of the baselines, in one string")
             p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
+            p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
+                           help="take each method's flags from this file of `tune` (tuned.json)")
             p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")
             p.add_argument("--llm-ablations", action="store_true", help="these, and the ablations that fine-tune or generate anew")
         else:
@@ -522,7 +1264,8 @@ def main(argv=None):
     p.add_argument("--k", type=number(int, 1), default=10, help="items to show")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file inside the run folder")
     args = parser.parse_args(argv)
-    {"report": report, "compare": compare, "sweep": sweep, "recommend": recommend}[args.command](args)
+    {"judge": judge, "report": report, "compare": compare, "tune": tune, "sweep": sweep,
+     "recommend": recommend}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta i
         python hnlmrec.py train --run runs/NAME
 """
 
-import calendar
+import ast
 import csv
 import gzip
+import html
+import html.entities
 import json
 import math
 import re
@@ -27,20 +29,29 @@ import time
 import zlib
 from argparse import Namespace
 from array import array
+from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from backbones import (
+    MF,
     Parser,
     add_training_flags,
     bpr_loss,
     build_backbone,
+    check_finite,
     end_processes,
     fail,
     file_digest,
@@ -52,18 +63,21 @@ from backbones import (
     load_tensors,
     make_sampler,
     mine_hard_negatives,
+    mining_band,
     nearest_items,
     number,
+    output_name,
     pair_keys,
     rank,
     read_jsonl,
-    require_digest,
     restore,
     row_of,
     run_cli,
     save_tensors,
+    settings_of,
     share_of,
     share_weight,
+    stamp,
     start_processes,
     take,
     up_to_date,
@@ -250,6 +264,18 @@ class Relevance:
         return torch.cat(parts)
 
 
+def blend_vectors(users, items, judge_users, judge_items, weight):
+    """The recommender and a judge of texts in one score, that stays an inner product, so that any
+    index can serve it: z(e_u · e_i) + weight z(t_u · t_i), each in standard deviations of the
+    user's scores over all items (and a constant a user apart, which ranks nothing).
+
+    users (U, D), items (I, D); judge_users (U, k), judge_items (I, k) -> (U, D + k), (I, D + k)."""
+    behaviour = Relevance(users, items)
+    texts = Relevance(judge_users, judge_items, weight)
+    return (torch.cat([behaviour.users, texts.users], 1),
+            torch.cat([behaviour.items, texts.items], 1))
+
+
 class NegativeTable:
     """Which K generated vectors belong to a train pair: its own first, then others of its user.
 
@@ -292,10 +318,25 @@ class NegativeTable:
         return self.start[users][:, None] + point % self.count[users][:, None]
 
 
+class LikelyFalse:
+    """Draws, for each user of a batch, one unseen item that a judge holds for likely to be liked: a
+    false hard negative. items (U, n) ids, share (U, n) >= 0, how often each is drawn; of a user
+    without any (shares all 0) the first is drawn. users (B,) -> items (B,)."""
+
+    def __init__(self, items, share):
+        self.items, self.border = items.long().clamp(min=0), share.cumsum(1)  # (U, n), (U, n)
+
+    def __call__(self, users, generator=None):
+        border = self.border[users]  # (B, n)
+        point = torch.rand(len(users), 1, generator=generator, device=users.device)
+        place = torch.searchsorted(border, point * border[:, -1:], right=True)
+        return self.items[users].gather(1, place.clamp(max=border.shape[1] - 1))[:, 0]
+
+
 class HNLMRec(nn.Module):
     """Backbone, projector and semantic projector, trained together: `loss` is one step of
 
-        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda2 ‖Θ‖².
+        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
 
     backbone: has forward() -> users (U, D), items (I, D), score() and ego(), as backbones.Backbone.
     projector, semantic: a Projector and a SemanticProjector into the same D.
@@ -307,24 +348,28 @@ class HNLMRec(nn.Module):
         lambda1     weight of L_align                 align_rows  pairs that L_align sees, a step
         lambda_s    weight of L_sem                   k           generated vectors in a set
         reg         lambda2, weight of the L2 term    refresh     steps between new values of z
-    All tensors on one device."""
+        lambda_f    weight of L_false                 gamma       of it, of positive above false
+    likely: a LikelyFalse, for L_false. All tensors on one device."""
 
     def __init__(
-            self, backbone, projector, semantic, sample, table, hidden, mined, pairs, settings):
+            self, backbone, projector, semantic, sample, table, hidden, mined, pairs, settings,
+            likely=None):
         super().__init__()
         self.backbone, self.projector, self.semantic = backbone, projector, semantic
         self.sample, self.table, self.settings = sample, table, settings
-        self.hidden, self.mined, self.pairs = hidden, mined, pairs
+        self.hidden, self.mined, self.pairs, self.likely = hidden, mined, pairs, likely
         self.z, self.steps = None, 0  # see z_of_all
 
     def loss(self, rows, generator):
         """Rows (B,) of the train pairs -> (scalar, {term: float}). A step for backbones.fit.
 
-        Where processes share the rows, BPR and L2 are of this one's share; L_align and L_sem, which
-        contrast a batch's rows with each other and see few of them, are computed by all alike."""
+        Where processes share the rows, BPR, L2 and L_false are of this one's share; L_align and
+        L_sem, which contrast a batch's rows with each other and see few of them, are computed by
+        all alike."""
         s = self.settings
         u, i = self.pairs[rows].T  # (B,), (B,)
-        own = share_of(self.table(rows, 1, generator)[:, 0])  # (B,) each pair's generated vector
+        if self.table:  # (B,) each pair's generated vector
+            own = share_of(self.table(rows, 1, generator)[:, 0])
         user_vectors, item_vectors, users, items, negatives, j = self.sample(u, i, generator)
 
         # BPR: the positive e_i above e⁻. Its gradient stops at z: it would teach the projector to
@@ -338,6 +383,17 @@ class HNLMRec(nn.Module):
         ego_users, ego_items = self.backbone.ego()
         l2 = l2_loss(take(ego_users, share_of(u)), take(ego_items, share_of(i)), take(ego_items, j))
         loss = (bpr + s.reg * l2) * share_weight(len(rows))
+
+        # L_false: an unseen item f that the judge holds for a likely false hard negative stands
+        # above e⁻ and below the positive, so that what the texts say of the user reaches the vectors
+        if s.lambda_f:
+            f = share_of(self.likely(u, generator))  # (B,)
+            false_score = self.backbone.score(users, take(item_vectors, f))  # (B,)
+            above = bpr_loss(false_score, self.backbone.score(users, negatives))
+            below = bpr_loss(self.backbone.score(users, items), false_score)
+            false = above + s.gamma * below + s.reg * l2_loss(take(ego_items, f))
+            loss = loss + s.lambda_f * false * share_weight(len(rows))
+            logs["false"] = above.item()
 
         # L_align, on the first rows: z near one of the user's mined items. It trains the projector
         # alone, towards where the backbone has these items now
@@ -419,28 +475,67 @@ PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4,
          "alpha": 1e-4, "lambda1": 1e-3, "tau_c": 0.2, "lambda_s": 0.0, "text_init": 0.0}
 
 
+def load_generated(run, name, data, text_vectors=None):
+    """load_negatives, with a person's own item vectors (read_text_vectors) as the items' texts;
+    None for the name `none`: a run without generated vectors."""
+    if name == "none":
+        return None
+    made = load_negatives(run, name, data["digest"])
+    if text_vectors:
+        made["text"] = read_text_vectors(text_vectors, data["n_items"])
+    return made
+
+
+def read_text_vectors(path, n_items):
+    """The tensor `text` (I, H) of a safetensors file: a vector of each item, as in items.jsonl.
+
+    Raises SystemExit2 when it is not there, has another shape, or a row that is not finite."""
+    try:
+        text = load_file(path)["text"]
+    except FileNotFoundError:
+        fail(f"--text-vectors {path}: no such file")
+    except KeyError:
+        fail(f"--text-vectors {path}: has no tensor `text`; name it so")
+    except (SafetensorError, OSError) as error:
+        fail(f"--text-vectors {path}: cannot be read as safetensors ({error})")
+    if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
+        fail(f"--text-vectors {path}: text is {tuple(text.shape)}, not ({n_items}, width); give a "
+             "row for each item, as in items.jsonl")
+    bad = (~text.isfinite().all(1)).nonzero()
+    if len(bad):
+        fail(f"--text-vectors {path}: row {int(bad[0])} of text is not finite; mend that row")
+    return text.float()
+
+
 def train(args):
     """Train backbone and projector together; write the state of the best validation."""
     check_flags(args)
-    run, out, data = Path(args.run), Path(args.run) / args.out, load_data(args.run)
+    run, data = Path(args.run), load_data(args.run)
+    out = run / output_name("--out", args.out, "hnlmrec.py train", ".safetensors")
+    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
 
     # a file made with these settings from these inputs need not be made again
-    settings = {key: value for key, value in vars(args).items()
-                if key not in ("run", "out", "force", "device", "command")}
-    made = load_negatives(run, args.negatives, data["digest"])
-    settings["data"], settings["negatives_digest"] = data["digest"], made["digest"]
-    settings["cf_digest"] = require_digest(
-        run / args.cf, f"python backbones.py pretrain --run {run}")
-    if up_to_date(out, settings, "python hnlmrec.py train", args.force):
+    settings = settings_of(args)
+    made = load_generated(run, args.negatives, data, args.text_vectors)
+    settings["inputs"] = stamp(run, "data.safetensors")
+    if made:
+        settings["inputs"] |= stamp(run, args.cf, args.negatives)
+        settings["negatives_digest"] = made["digest"]
+    if args.lambda_f:
+        settings["inputs"] |= stamp(run, args.judge)
+    if args.text_vectors:
+        settings["text_digest"] = file_digest(args.text_vectors)
+    if up_to_date(out, settings, force=args.force):
         return
 
     # everything that trains, on the device of the train pairs
-    _, _, device = start_processes(args.device)
+    device = start_processes(args.device)
     data |= {name: data[name].to(device) for name in ("train", "valid")}
     method = build(run, args, data, made)
-    own, n = method.table.own, len(data["train"])
-    print(f"train: {own} of {n} train pairs have a generated negative of their own; "
-          f"the other {n - own} use their user's other ones", flush=True)
+    own, n = method.table.own if made else 0, len(data["train"])
+    if made:
+        print(f"train: {own} of {n} train pairs have a generated negative of their own; "
+              f"the other {n - own} use their user's other ones", flush=True)
 
     # train; what the file keeps is the state of the best validation, not the last one
     start, modules = time.time(), dict(method.named_children())
@@ -457,16 +552,66 @@ def train(args):
     # that it is repeatable
     with torch.no_grad():
         users, items = method.backbone.eval()()
-        z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
-    vectors = {"user": users, "item": items, "z": z.half(), "z_pairs": made["pairs"]}
+        vectors = {"user": users, "item": items}
+        if made:
+            z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
+            vectors |= {"z": z.half(), "z_pairs": made["pairs"]}
+    check_finite(out, state | vectors, "nothing was written; lower --lr and run again")
     save_tensors(out, {**state, **vectors},
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
                   "history": history, "own_negatives": own, "seconds": time.time() - start})
     print(f"wrote {out}")
 
 
+def blend(args):
+    """Put a trained model and the judge into one score, with the weight of the judge that is best
+    on validation; 0, the model alone, is among them. Writes a model like any other."""
+    run, data, start = Path(args.run), load_data(args.run), time.time()
+    out = run / output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
+    try:
+        weights = [float(weight) for weight in args.weights.split(",")]
+    except ValueError:
+        fail(f"--weights {args.weights}: give numbers, comma-separated, such as 0,0.5,1")
+    model, meta, _ = load_model(run / args.model, data=data)
+    if meta["settings"]["backbone"] not in ("mf", "lightgcn", "ngcf"):
+        fail(f"--model {args.model}: its score is no inner product; give an mf, lightgcn or ngcf")
+    judge, _ = load_tensors(run / args.judge)
+    with torch.no_grad():
+        users, items = model()
+    # a plain MF whose vectors are given, so that everything reads it as any model
+    settings = settings_of(args) | {
+        "inputs": stamp(run, "data.safetensors", args.model, args.judge), "backbone": "mf",
+        "dim": users.shape[1] + judge["user"].shape[1], "layers": 0,
+        "seed": meta["settings"]["seed"]}
+    if up_to_date(out, settings, force=args.force):
+        return
+
+    # each weight's ranking of the validation pairs
+    n_users, n_items, best = data["n_users"], data["n_items"], -1.0
+    for weight in weights:
+        vectors = blend_vectors(users, items, judge["user"], judge["item"], weight)
+        blended = MF(n_users, n_items, vectors[0].shape[1])
+        blended.embedding.data = torch.cat(vectors)
+        score = validation(blended, data)()
+        print(f"blend: weight {weight:g} of the judge, valid NDCG@20 {score:.4f}", flush=True)
+        if score > best:
+            best, chosen, kept = score, weight, vectors
+
+    history = [{"epoch": 0, "valid_ndcg@20": best, "seconds": time.time() - start}]
+    tensors = {"backbone.embedding": torch.cat(kept), "user": kept[0], "item": kept[1]}
+    save_tensors(out, tensors, {
+        "settings": settings, "n_users": n_users, "n_items": n_items, "history": history,
+        "weight": chosen, "seconds": meta["seconds"] + time.time() - start})
+    print(f"wrote {out}: weight {chosen:g}, valid NDCG@20 {best:.4f}")
+
+
 def check_flags(args):
-    """Raises SystemExit2 for flags of `train` that would have no effect beside the others."""
+    """Raises SystemExit2 for flags of `train` that do not go together."""
+    if args.negatives == "none":
+        for name in ("alpha", "lambda1", "lambda_s", "text_init", "clear", "paper"):
+            if getattr(args, name):
+                fail(f"--negatives none: --{name.replace('_', '-')} needs generated vectors; give "
+                     "it as 0, or run `python llm_negatives.py generate`")
     if args.clear and args.sampler != "dns":
         fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, "
              f"not {args.sampler}")
@@ -486,6 +631,21 @@ def build(run, settings, data, made):
     On the device of data["train"]. Seeds torch's global generator with settings.seed."""
     train, n_users, n_items = data["train"], data["n_users"], data["n_items"]
     device = train.device
+
+    # the judge's likely false hard negatives
+    likely = None
+    if settings.lambda_f:
+        judged, _ = load_tensors(run / settings.judge, device=device)
+        likely = LikelyFalse(judged["likely"], judged["share"])
+
+    # without generated vectors, that is all there is of the LLM
+    if made is None:
+        torch.manual_seed(settings.seed)
+        backbone = build_backbone(
+            settings.backbone, n_users, n_items, settings.dim, train, settings.layers)
+        sample = make_sampler(backbone, settings.sampler, train, m=settings.m)
+        return HNLMRec(
+            backbone, None, None, sample, None, None, None, train, settings, likely)
 
     # the hard negatives that the CF model mines, which z is to lie near
     maker = f"python backbones.py pretrain --run {run}"
@@ -521,7 +681,8 @@ def build(run, settings, data, made):
     sample = make_sampler(backbone, settings.sampler, train, m=settings.m, penalty=penalty)
 
     form = PaperHNLMRec if settings.paper else HNLMRec
-    return form(backbone, projector, semantic, sample, table, hidden, mined, train, settings)
+    return form(
+        backbone, projector, semantic, sample, table, hidden, mined, train, settings, likely)
 
 
 def controlled(made, control, seed):
@@ -552,7 +713,10 @@ def trace(args):
     if "paper" not in settings:
         fail(f"--model {args.model}: is no model of this version's `hnlmrec.py train`; "
              "give another, or train it again with --force")
-    made = load_negatives(run, settings.negatives, data["digest"])
+    made = load_generated(run, settings.negatives, data, getattr(settings, "text_vectors", None))
+    if made is None:
+        fail(f"--model {args.model}: was trained with --negatives none, so no generated vector can "
+             "be followed; give another")
     method = build(run, settings, data, made)
     restore(dict(method.named_children()), tensors)
     cf, _ = load_tensors(run / settings.cf, f"python backbones.py pretrain --run {run}")
@@ -623,7 +787,8 @@ def trace_negative(settings, data, made, method, row, titles, cf):
     # the generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     centred, seen = cf["item"] - cf["item"].mean(0), pair_keys(data["train"], len(titles))
     near = nearest_items(made["vector"][at][None], torch.tensor([u]), centred, seen, 5)[0]
-    mark = [titles[n] + (" (mined)" if n in method.mined[u] else "") for n in near.tolist()]
+    mark = [titles[n] + (" (mined)" if n in method.mined[u] else "")
+            for n in near.tolist() if n >= 0]
     print(f"6. generated  h {shown(made['hidden'][at].float())}{of}\n"
           f"              nearest real items: {'; '.join(mark)}")
 
@@ -671,77 +836,158 @@ def gradient_norm(module):
 def prepare(args):
     """Raw files -> data.safetensors, items.jsonl, users.jsonl."""
     run, out = Path(args.run), Path(args.run) / "data.safetensors"
-    preset = PRESETS.get(args.preset, {})
-    for name in ("format", "min_rating", "since", "until", "k_core"):
-        if getattr(args, name) is None:
-            setattr(args, name, preset.get(name, {"format": "table", "min_rating": "4", "k_core": 5}.get(name)))
-    own = {"train": args.train_file, "valid": args.valid_file, "test": args.test_file}
-    own = {name: path for name, path in own.items() if path}
-    if own and len(own) < 3:
-        fail("--train-file, --valid-file and --test-file go together; give all three")
-    if not own and not args.reviews:
-        fail("--reviews: give the interactions file (or --train-file, --valid-file and --test-file)")
-    sources = list(own.values()) or [args.reviews]
-    for path in [*sources, *filter(None, [args.meta])]:
-        if not Path(path).is_file():
-            fail(f"{path}: no such file; check --reviews, --meta and the three split files")
-    settings = {name: getattr(args, name) for name in ("format", "min_rating", "since", "until", "k_core", "split", "seed", "reviews_per_user")}
-    settings["files"] = {Path(path).name: Path(path).stat().st_size for path in [*sources, *filter(None, [args.meta])]}
-    if up_to_date(out, settings, "python hnlmrec.py prepare", args.force):
+    # settings: the flags that were given, else the preset's, else the defaults
+    s, files, published = prepare_settings(args)
+    own = "train" in files
+    # files of the same contents under the same settings: nothing to do
+    s.files = {role: file_digest(path) for role, path in files.items()}
+    s.command = "prepare"
+    if up_to_date(out, vars(s), force=args.force):
         return
 
-    min_rating = -np.inf if str(args.min_rating) == "none" else number(float, -1e9)(str(args.min_rating))
-    since, until = (parse_day(day, flag) if day else default
-                    for day, flag, default in ((args.since, "--since", -np.inf), (args.until, "--until", np.inf)))
+    # interactions: one row a pair
+    counts, source = Counter(), files["train" if own else "reviews"]
+    form = FORMATS[s.format](source)
     if own:
-        user, item, part, names_u, names_i, total = read_own_split(own, args.format)
+        rows, part = read_own_split(files, s.format, counts)
     else:
-        user, item, seconds, names_u, names_i, total = read_interactions(args.reviews, args.format, min_rating, since, until)
-        order = np.lexsort((-np.nan_to_num(seconds), item, user))  # of repeated pairs keep the latest
-        first = np.append(True, (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)) if len(order) else np.zeros(0, bool)
-        keep = order[first]
-        user, item, seconds = user[keep], item[keep], seconds[keep]
-        core = k_core(user, item, args.k_core)
-        if not core.any():
-            fail(f"{args.reviews}: nothing is left of {len(user)} interactions after --min-rating {args.min_rating} and "
-                 f"--k-core {args.k_core}; lower one of them")
-        user, item, seconds = user[core], item[core], seconds[core]
-        if args.split == "last" and np.isnan(seconds).any():
-            fail(f"{args.reviews}: --split last needs a timestamp in each row; use --split random")
-        part = None
-
-    # contiguous ids, in order of the raw id, so that they do not depend on the order of the file
-    kept_u, kept_i = np.unique(user), np.unique(item)
-    kept_u, kept_i = (np.array(sorted(kept, key=lambda code: natural(names[code]))) for kept, names in ((kept_u, names_u), (kept_i, names_i)))
-    to_u, to_i = np.full(len(names_u), -1), np.full(len(names_i), -1)
-    to_u[kept_u], to_i[kept_i] = np.arange(len(kept_u)), np.arange(len(kept_i))
-    user, item = to_u[user], to_i[item]
-    if part is None:
-        part = split_pairs(user, item, seconds, args.split, args.seed)
-    raw_u, raw_i = [names_u[code] for code in kept_u], [names_i[code] for code in kept_i]
-
+        rows = read_interactions(files["reviews"], s, counts)
+        rows = filter_pairs(rows, files["reviews"], s, counts)
+    # contiguous ids, in order of the raw id
+    user, raw_users = renumber(rows.user, rows.users)
+    item, raw_items = renumber(rows.item, rows.items)
+    # train, valid, test
+    if not own:
+        check_split(user, raw_users, rows.seconds, files["reviews"], s)
+        part = split_pairs(user, item, rows.seconds, s.split, s.seed)
     pairs = np.stack([user, item], 1)
-    parts = {name: pairs[part == code] for code, name in enumerate(("train", "valid", "test"))}
-    parts = {name: p[np.lexsort((p[:, 1], p[:, 0]))] for name, p in parts.items()}
-    items = read_items(args.meta, args.format, raw_i)
-    reviews = read_reviews(sources[0], args.format, raw_u, raw_i, parts["train"], args.reviews_per_user)
-    users = [{"raw": raw, "reviews": reviews.get(code, [])} for code, raw in enumerate(raw_u)]
+    pairs = {name: pairs[part == code] for code, name in enumerate(PARTS)}
+    for name, of_part in pairs.items():
+        pairs[name] = of_part[np.lexsort((of_part[:, 1], of_part[:, 0]))]
+        if not len(of_part):
+            fail(f"{source}: --split {s.split} leaves the {name} part empty; "
+                 "use --split random, or more pairs")
+    # texts: of the items, and of the train pairs' reviews alone
+    items = read_items(files.get("meta"), form, raw_items, counts)
+    of_row = dict(zip(rows.row[part == 0].tolist(), user[part == 0].tolist()))
+    reviews = read_reviews(source, s.format, of_row, s.reviews_per_user, counts)
+    users = [{"raw": raw, "reviews": reviews.get(n, [])} for n, raw in enumerate(raw_users)]
 
-    lines = summarize(parts, len(raw_u), len(raw_i), items)
-    print(f"prepare: {total:,} rows read")
-    if preset.get("published"):
-        print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*preset["published"]))
-    print("\n".join(lines))
-    for name, rows in (("items.jsonl", items), ("users.jsonl", users)):
-        write_atomic(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    save_tensors(out, {name: torch.from_numpy(p) for name, p in parts.items()},
-                 {"settings": settings, "n_users": len(raw_u), "n_items": len(raw_i), "seed": args.seed,
-                  "items": file_digest(run / "items.jsonl"), "users": file_digest(run / "users.jsonl")})
+    # write, the data last: it names the rest. Killed between the files, nothing is taken for whole
+    out.unlink(missing_ok=True)
+    for name, lines in (("items.jsonl", items), ("users.jsonl", users)):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(run / name, text.encode())
+    save_tensors(out, {name: torch.from_numpy(of_part) for name, of_part in pairs.items()},
+                 {"settings": vars(s), "n_users": len(users), "n_items": len(items),
+                  "seed": s.seed, "beside": stamp(run, "items.jsonl", "users.jsonl")})
+
+    # say what was read, left out and repaired
+    print(f"prepare: {counts.pop('rows'):,} rows read")
+    for what, n in counts.items():
+        if n:
+            print(f"  {n:,} {what}")
+    if s.format == "table":
+        for role, column in zip(ROLES, form):
+            if column not in (role, None):
+                print(f"  column {column} is read as {role}")
+    if published:
+        print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*published))
+    print("\n".join(summarize(pairs, len(users), items, rows.seconds, "meta" in files)))
     print(f"wrote {out}, items.jsonl, users.jsonl")
 
 
+def prepare_settings(args):
+    """Flags -> settings (a Namespace), {role: path} of the raw files, the paper's statistics.
+
+    Raises SystemExit2 for files that are missing or do not go together."""
+    chosen = {"format": "table", "min_rating": 4.0, "since": None, "until": None, "k_core": 5}
+    chosen |= PRESETS.get(args.preset, {})
+    published = chosen.pop("published", None)
+    for name in chosen:
+        if getattr(args, name) is not None:
+            chosen[name] = getattr(args, name)
+    s = Namespace(**chosen, split=args.split, seed=args.seed,
+                  reviews_per_user=args.reviews_per_user)
+    own = {name: getattr(args, f"{name}_file") for name in PARTS}
+    if any(own.values()):
+        if not all(own.values()):
+            fail("--train-file, --valid-file and --test-file go together; give all three")
+        if args.reviews:
+            fail("--reviews: is split here, --train-file, --valid-file and --test-file are not; "
+                 "give one or the other")
+        files = own
+    elif args.reviews:
+        files = {"reviews": args.reviews}
+    else:
+        fail("--reviews: give the interactions file (or --train-file, --valid-file, --test-file)")
+    if args.meta:
+        files["meta"] = args.meta
+    for path in files.values():
+        if not Path(path).is_file():
+            fail(f"{path}: no such file; check --reviews, --meta and the three split files")
+    return s, files, published
+
+
+PARTS = ("train", "valid", "test")
+
+
+class Interactions(NamedTuple):
+    """Interactions as arrays (N,): codes of user and item, rating and seconds since 1970 (NaN:
+    none), the row's number in the file; the raw ids by code."""
+
+    user: np.ndarray
+    item: np.ndarray
+    rating: np.ndarray
+    seconds: np.ndarray
+    row: np.ndarray
+    users: list
+    items: list
+
+    def at(self, index):
+        """The rows of this index, int or bool (N,)."""
+        return self._replace(**{name: getattr(self, name)[index]
+                                for name in ("user", "item", "rating", "seconds", "row")})
+
+
+def filter_pairs(rows, path, s, counts):
+    """The latest row of each pair, then the rating filter, then the core: a rating that was taken
+    back does not make a positive. Interactions -> Interactions, ordered by first sight."""
+    keep = latest(rows.user, rows.item, rows.rating, rows.seconds)
+    counts["earlier ratings of a repeated pair"] += len(rows.user) - len(keep)
+    rows = rows.at(keep)
+    if s.min_rating != "none":
+        low = rows.rating < s.min_rating
+        counts[f"pairs below --min-rating {s.min_rating:g}"] += int(low.sum())
+        rows = rows.at(~low)
+    core = k_core(rows.user, rows.item, s.k_core)
+    counts[f"pairs outside the {s.k_core}-core"] += int((~core).sum())
+    if not core.any():
+        fail(f"{path}: nothing is left ({counts['rows']:,} rows; "
+             + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n and what != "rows")
+             + "); lower --k-core or --min-rating, or widen --since and --until")
+    # the split draws its random numbers in this order
+    first_user, first_item = (np.full(len(names), rows.row.max() + 1)
+                              for names in (rows.users, rows.items))
+    np.minimum.at(first_user, rows.user, rows.row)
+    np.minimum.at(first_item, rows.item, rows.row)
+    rows = rows.at(core)
+    return rows.at(np.lexsort((first_item[rows.item], first_user[rows.user])))
+
+
+def latest(user, item, rating, seconds):
+    """Of each (user, item) the row latest in time -> their indices, int (P,).
+
+    Where times are equal or missing, the lowest rating: the order of the file decides nothing."""
+    pair = user.astype(np.int64) * (item.max(initial=0) + 1) + item
+    order = np.lexsort((rating, -seconds, pair))  # NaN comes last in each
+    return order[np.diff(pair[order], prepend=-1) != 0]
+
+
 def k_core(user, item, k):
-    """Drop users and items with fewer than k interactions until none is left. int (N,), (N,) -> bool (N,) kept."""
+    """Drop users and items with fewer than k interactions until none is left.
+
+    int (N,), (N,) -> bool (N,) kept."""
     keep = np.ones(len(user), bool)
     while k > 1:
         ok = (np.bincount(user, keep)[user] >= k) & (np.bincount(item, keep)[item] >= k) & keep
@@ -751,251 +997,755 @@ def k_core(user, item, k):
     return keep
 
 
-def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
-    """Give each interaction to a part: 0 train, 1 valid, 2 test, user by user.
+def check_split(user, raw_users, seconds, path, s):
+    """Refuse a split that the rows do not allow, naming the user or the rows."""
+    if s.split != "random" and np.isnan(seconds).any():
+        fail(f"{path}: --split {s.split} needs a timestamp in each row, "
+             f"{np.isnan(seconds).sum():,} have none; use --split random")
+    few = np.flatnonzero(np.bincount(user) < 3)
+    if s.split != "time" and len(few):
+        fail(f"{path}: user {raw_users[few[0]]} has fewer than 3 interactions after filtering "
+             f"({len(few):,} users have), and a split needs 3; use --k-core 3 or more")
 
-    how: 'random' (a seeded share of each user's items, at least one each) or 'last' (the last in time is test, the one
-    before it valid). user, item, seconds (N,) -> int (N,). Raises SystemExit2 for a user with fewer than 3."""
+
+def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
+    """Give each interaction to a part: 0 train, 1 valid, 2 test.
+
+    how: 'random', user by user a seeded share of the items, at least one each; 'last', user by
+    user the last in time is test, the one before it valid (both want 3 interactions a user);
+    'time', one cut in time for all: train is earlier than valid, valid earlier than test.
+    user, item, seconds (N,) -> int (N,)."""
+    if how == "time":  # rows of one moment stay together: the shares are nearly met
+        n_valid, n_test = (max(1, int(len(user) * share)) for share in (valid, test))
+        valid_from, test_from = np.sort(seconds)[[-n_valid - n_test, -n_test]]
+        return np.where(seconds >= test_from, 2, np.where(seconds >= valid_from, 1, 0))
     count = np.bincount(user)
-    if (count[user] < 3).any():
-        row = int(np.argmax(count[user] < 3))
-        fail(f"user code {user[row]} has {count[user[row]]} interaction(s) after filtering, and a split needs 3; use --k-core 3 or more")
     key = np.random.default_rng(seed).random(len(user)) if how == "random" else -seconds
-    order = np.lexsort((item, key, user))  # by user, then key; the item breaks ties in time the same way each run
+    order = np.lexsort((item, key, user))  # the item breaks ties in time the same way each run
     place = np.empty(len(user), np.int64)
     place[order] = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+    n_test = n_valid = 1
     if how == "random":
-        n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user] for share in (test, valid))
-    else:
-        n_test = n_valid = 1
+        n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user]
+                           for share in (test, valid))
     return np.where(place < n_test, 2, np.where(place < n_test + n_valid, 1, 0))
 
 
-def read_interactions(path, fmt, min_rating, since, until):
-    """Stream a file into three arrays; memory grows with the rows kept and the distinct ids, never with the text.
+def read_interactions(path, s, counts):
+    """Stream a file into arrays; memory grows with the rows and the distinct ids, never with the
+    text. Rows outside --since and --until are left out, ratings are not judged yet.
 
-    Returns user (N,), item (N,) int64 codes, seconds (N,) float64, user names, item names, rows read."""
-    users, items, seen_rating, seen_time, total = {}, {}, False, False, 0
-    u, i, t = array("q"), array("q"), array("d")
-    start = time.time()
-    for user, item, rating, seconds, _ in interactions(path, fmt):
+    Returns Interactions. Raises SystemExit2 for a row that a filter cannot judge."""
+    since, until = parse_day(s.since, "--since", -np.inf), parse_day(s.until, "--until", np.inf)
+    by_day, by_rating = s.since or s.until, s.min_rating != "none"
+    users, items = Ids(), Ids()
+    user, item, row = array("i"), array("i"), array("q")
+    rating, seconds = array("d"), array("d")
+    total, outside, start = 0, 0, time.time()
+    for n, raw_user, raw_item, stars_given, moment, _ in interactions(path, s.format):
         total += 1
         if total % 1_000_000 == 0:
-            print(f"  read {total:,} rows, kept {len(u):,}, {total / (time.time() - start):,.0f} rows/s", flush=True)
-        seen_rating |= not math.isnan(rating)
-        seen_time |= not math.isnan(seconds)
-        if rating < min_rating or seconds < since or seconds >= until:  # NaN compares false: no rating, no filter
+            print(f"  read {total:,} rows, {total / (time.time() - start):,.0f} rows/s", flush=True)
+        if by_day and not since <= moment < until:
+            if moment != moment:  # NaN
+                fail(f"{path}: line {n}: no timestamp, so --since and --until cannot be applied; "
+                     "mend that line, or leave them out")
+            outside += 1
             continue
-        u.append(users.setdefault(user, len(users)))
-        i.append(items.setdefault(item, len(items)))
-        t.append(seconds)
+        if by_rating and stars_given != stars_given:
+            fail(f"{path}: line {n}: no rating, so --min-rating {s.min_rating:g} cannot be "
+                 "applied; mend or delete such lines, or give --min-rating none to keep them all")
+        try:
+            user.append(users[raw_user])
+            item.append(items[raw_item])
+        except (ValueError, TypeError) as error:
+            fail(f"{path}: line {n}: {error}; mend or delete that line")
+        rating.append(stars_given)
+        seconds.append(moment)
+        row.append(total)
     if not total:
-        fail(f"{path}: no rows; is --format {fmt} right?")
-    if min_rating > -np.inf and not seen_rating:
-        fail(f"{path}: no rating column, so --min-rating {min_rating} cannot be applied; give --min-rating none")
-    if (since > -np.inf or until < np.inf) and not seen_time:
-        fail(f"{path}: no timestamp column, so --since and --until cannot be applied; leave them out")
-    return np.array(u), np.array(i), np.array(t), list(users), list(items), total
+        fail(f"{path}: no rows; is --format {s.format} right?")
+    counts["rows"] += total
+    counts["rows outside --since and --until"] += outside
+    columns = (np.array(column) for column in (user, item, rating, seconds, row))
+    return Interactions(*columns, users.checked(path, counts), items.checked(path, counts))
 
 
-def read_own_split(own, fmt):
-    """The user's own three files, taken as they are: no rating filter, no core. A pair in two parts is an error."""
-    users, items, rows = {}, {}, {}
-    for code, (name, path) in enumerate(own.items()):
-        for user, item, *_ in interactions(path, fmt):
-            pair = (users.setdefault(user, len(users)), items.setdefault(item, len(items)))
-            if rows.setdefault(pair, code) != code:
-                fail(f"{path}: user {user}, item {item} is in another part too; each pair belongs to one of train, valid, test")
-    pairs = np.array(list(rows))
-    return pairs[:, 0], pairs[:, 1], np.array(list(rows.values())), list(users), list(items), len(rows)
+def read_own_split(files, fmt, counts):
+    """The user's own three files, taken as they are: no rating filter, no core.
+
+    Returns Interactions, part int (N,). Raises SystemExit2 for a pair in two parts, or a part
+    without pairs."""
+    users, items, part_of, row_of_pair = Ids(), Ids(), {}, {}
+    for code, name in enumerate(PARTS):
+        path, before, total = files[name], len(part_of), 0
+        for n, raw_user, raw_item, *_ in interactions(path, fmt):
+            total += 1
+            try:
+                pair = users[raw_user], items[raw_item]
+            except (ValueError, TypeError) as error:
+                fail(f"{path}: line {n}: {error}; mend or delete that line")
+            if part_of.setdefault(pair, code) != code:
+                fail(f"{path}: line {n}: user {raw_user}, item {raw_item} is in another part too; "
+                     "each pair belongs to one of train, valid, test")
+            row_of_pair.setdefault(pair, total)
+        if len(part_of) == before:
+            fail(f"{path}: no pairs; --{name}-file needs at least one")
+        counts["rows"] += total
+    counts["repeated rows"] += counts["rows"] - len(part_of)
+    pairs, none = np.array(list(part_of)), np.full(len(part_of), np.nan)
+    rows = Interactions(pairs[:, 0], pairs[:, 1], none, none, np.array(list(row_of_pair.values())),
+                        users.checked(path, counts), items.checked(path, counts))
+    return rows, np.array(list(part_of.values()))
+
+
+class Ids(dict):
+    """Raw id -> code 0, 1, 2 … by first sight; `names`: the ids by code.
+
+    Spaces around an id are no part of it. Looking up what cannot be an id raises ValueError, or
+    TypeError for a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.spaced = [], 0
+
+    def __missing__(self, raw):  # once for each distinct id
+        name = id_text(raw)
+        self.spaced += name != raw and isinstance(raw, str)
+        code = self.get(name)
+        if code is None:
+            code = self[name] = len(self.names)
+            self.names.append(name)
+        self[raw] = code
+        return code
+
+    def checked(self, path, counts):
+        """The ids by code. Raises SystemExit2 when one id is written in two ways, 1 and 1.0."""
+        for name in self.names:
+            if name.endswith(".0") and name[:-2] in self:
+                fail(f"{path}: ids {name[:-2]} and {name} both occur; write one id in one way")
+        counts["ids with spaces around them (taken off)"] += self.spaced
+        return self.names
+
+
+def id_text(raw):
+    """An id as text. Raises ValueError when it is null, empty, or no id."""
+    if raw is None:
+        raise ValueError("an id is null")
+    if isinstance(raw, (bool, dict)) or raw != raw:
+        raise ValueError(f"{raw} is no id")
+    name = str(int(raw) if isinstance(raw, float) and raw.is_integer() else raw).strip()
+    if not name:
+        raise ValueError("an id is empty")
+    if name.lower() in ("null", "none", "nan", "<na>"):
+        raise ValueError(f"the id is {name!r}, which other programs write where there is none")
+    if len(name) > 200:
+        raise ValueError(f"an id of {len(name):,} characters ({name[:20]}…), 200 are allowed")
+    if NOT_IN_IDS.search(name):
+        raise ValueError(f"the id {ascii(name)} has a control character or half of one")
+    return name
+
+
+def renumber(codes, names):
+    """Codes (N,) of the kept rows -> 0 … n-1 in the order of the raw ids, the n raw ids."""
+    kept = sorted(np.unique(codes).tolist(), key=lambda code: natural(names[code]))
+    new = np.full(len(names), -1)
+    new[kept] = np.arange(len(kept))
+    return new[codes], [names[code] for code in kept]
 
 
 def natural(name):
-    """Sort key: whole numbers by value, before everything else by text."""
-    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+    """Sort key: whole numbers by value, before everything else by text; 1, 01, 001 in one order."""
+    if name.isascii() and name.isdecimal():
+        digits = name.lstrip("0")
+        return 0, len(digits), digits, name
+    return 1, 0, name, name
 
 
-def parse_day(day, flag):
-    """2015-01-01 -> seconds since 1970, UTC."""
+def stars(text):
+    """--min-rating: a finite number, or 'none' for no filter."""
+    return text if text == "none" else number(float, -1e9, 1e9)(text)
+
+
+def parse_day(day, flag, default=None):
+    """2015-01-01 -> seconds since 1970, UTC; `default` when there is no day."""
+    if not day:
+        return default
     try:
-        return calendar.timegm(datetime.fromisoformat(day).timetuple())
+        return iso_seconds(day)
     except ValueError:
         fail(f"{flag} {day}: not a date; write it as 2015-01-01")
 
 
-def summarize(parts, n_users, n_items, items):
-    """The printed statistics, one list of lines."""
-    pairs = np.concatenate(list(parts.values()))
-    lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   density {len(pairs) / n_users / n_items:.3%}   "
-             + "   ".join(f"{name} {len(part):,}" for name, part in parts.items())]
-    for axis, name in ((0, "user"), (1, "item")):
-        q = np.quantile(np.bincount(pairs[:, axis], minlength=(n_users, n_items)[axis]), [0, 0.25, 0.5, 0.75, 1])
-        lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} {q[3]:.0f}, max {q[4]:.0f}")
-    lines.append(f"  items with a title {np.mean([bool(r['known']) for r in items]):.1%}, with further text "
-                 f"{np.mean([bool(r['text']) for r in items]):.1%}; for example:")
-    lines += [f"    {row['raw']}: {row['title']} | {row['text'][:90]}" for row in items[:: max(1, len(items) // 3)][:3]]
+def summarize(parts, n_users, items, seconds, with_meta):
+    """The printed statistics, a list of lines."""
+    n_items, pairs = len(items), np.concatenate(list(parts.values()))
+    sizes = "   ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   "
+             f"density {len(pairs) / n_users / n_items:.3%}   {sizes}"]
+    for axis, (name, n) in enumerate((("user", n_users), ("item", n_items))):
+        q = np.quantile(np.bincount(pairs[:, axis], minlength=n), [0, 0.25, 0.5, 0.75, 1])
+        lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} "
+                     f"{q[3]:.0f}, max {q[4]:.0f}")
+    if not np.isnan(seconds).all():
+        first, last = (datetime.fromtimestamp(t, timezone.utc)
+                       for t in (np.nanmin(seconds), np.nanmax(seconds)))
+        lines.append(f"  times: {first:%Y-%m-%d} to {last:%Y-%m-%d}")
+    lines += cold_lines(parts, n_users, n_items)
+    titled, further = (np.mean([bool(row[name]) for row in items]) for name in ("known", "text"))
+    lines.append(f"  items with a title {titled:.1%}, with further text {further:.1%}; "
+                 "for example:")
+    for row in items[:: max(1, n_items // 3)][:3]:
+        lines.append(f"    {row['raw']}: {row['title']} | {row['text'][:90]}")
+    if with_meta:
+        alike = len({row["title"] for row in items}) == 1 < n_items
+        texts = " and no text tells them apart" if len({row["text"] for row in items}) == 1 else ""
+        if alike:
+            lines.append(f"  WARNING: all {n_items:,} items have the title {items[0]['title']!r}"
+                         f"{texts}: nothing can be learnt from it; is --meta the right file?")
     return lines
 
 
-def read_items(path, fmt, raw_items):
-    """Metadata of the kept items, in id order -> rows {raw, title, text, known}. An item without a title gets its raw id."""
-    found, form, wanted = {}, FORMATS[fmt], set(raw_items)
-    for n, row in form["meta"](path) if path else ():
-        raw = str(row.get(form["item"], ""))
-        if raw in wanted and raw not in found:
-            try:
-                found[raw] = form["fields"](row)
-            except KeyError as error:
-                fail(f"{path}: line {n} has no column {error} (found: {', '.join(list(row)[:8])}); --format {fmt} needs it")
-    return [{"raw": raw, "title": found.get(raw, ("", ""))[0] or f"Item {raw}", "text": found.get(raw, ("", ""))[1],
-             "known": bool(found.get(raw, ("", ""))[0])} for raw in raw_items]
+def cold_lines(parts, n_users, n_items):
+    """What the split leaves without a train pair: such users and items cannot be learnt from
+    behaviour. Their pairs stay in valid and test. -> no line when there are none."""
+    train, lines = parts["train"], []
+    cold_user = np.bincount(train[:, 0], minlength=n_users) == 0
+    cold_item = np.bincount(train[:, 1], minlength=n_items) == 0
+    if cold_user.any() or cold_item.any():
+        of = ", ".join(f"{(cold_user[p[:, 0]] | cold_item[p[:, 1]]).sum():,} of {len(p):,} {name}"
+                       for name, p in parts.items() if name != "train")
+        lines.append(f"  cold: {cold_user.sum():,} users and {cold_item.sum():,} items have no "
+                     f"train pair; {of} pairs are theirs (kept)")
+    return lines
 
-
-def read_reviews(path, fmt, raw_users, raw_items, train, per_user, limit=200):
-    """A second pass over the file for review texts: up to `per_user` of each user, of train pairs alone, so that no word
-    about a validation or test item reaches a profile -> {user id: [text]}."""
-    if not per_user or not FORMATS[fmt]["columns"][4]:
-        return {}
-    u, i = {raw: n for n, raw in enumerate(raw_users)}, {raw: n for n, raw in enumerate(raw_items)}
-    keys, texts = set((train[:, 0] * len(raw_items) + train[:, 1]).tolist()), {}
-    for user, item, _, _, text in interactions(path, fmt):
-        if text and user in u and item in i and u[user] * len(raw_items) + i[item] in keys:
-            own = texts.setdefault(u[user], [])
-            if len(own) < per_user:
-                own.append(clean(text)[:limit])
-    return texts
 
 # --------------------------------------------------------------------------------------------------
-# prepare, part 2: readers. Each yields rows as they stand in the file; nothing is held.
-# interactions: (user, item, rating or None, seconds since 1970 or None, text)      items: (item, title, text)
+# prepare, part 2: the texts of items and reviews
+# --------------------------------------------------------------------------------------------------
+
+def read_items(path, form, raw_items, counts, title_limit=200, text_limit=400):
+    """Metadata of the kept items, in id order -> rows {raw, title, text, known}. An item without a
+    title gets its raw id; of an item's repeated rows the fullest counts.
+
+    Raises SystemExit2 when no item is found, naming the column that would match."""
+    found, wanted = {}, set(raw_items)
+
+    def is_row(row):
+        return metadata_id(row, form) in wanted
+
+    for n, row in form.meta(path, is_row) if path else ():
+        raw = metadata_id(row, form)
+        if raw not in wanted:
+            continue
+        try:
+            title, texts = form.fields(row)
+            texts = (clean(text, counts) for text in texts)
+            fields = clean(title, counts), ". ".join(filter(None, texts))
+        except KeyError as error:
+            fail(f"{path}: line {n} has no column {error} (found: {', '.join(list(row)[:8])})")
+        except ValueError as error:
+            fail(f"{path}: line {n}: {error}; mend that line")
+        if raw in found:
+            counts["repeated metadata rows (the fullest counts)"] += 1
+            fields = max(found[raw], fields, key=fullness)
+        found[raw] = fields
+    if path and len(found) < len(wanted) / 2:
+        explain_missing(path, form, wanted, len(found))
+
+    items = []
+    for raw in raw_items:
+        title, text = found.get(raw, ("", ""))
+        counts[f"titles cut to {title_limit} characters"] += len(title) > title_limit
+        counts[f"texts cut to {text_limit} characters"] += len(text) > text_limit
+        title, text = title[:title_limit].rstrip(), text[:text_limit].rstrip()
+        items.append({"raw": raw, "title": title or f"Item {raw}", "text": text,
+                      "known": bool(title)})
+    return items
+
+
+def metadata_id(row, form):
+    """The item id of a metadata row, None where there is none."""
+    try:
+        return id_text(row.get(form.key))
+    except (ValueError, TypeError):
+        return None
+
+
+def fullness(fields):
+    """Sort key of (title, text): one with a title first, then the longer; no ties but equals."""
+    title, text = fields
+    return bool(title), len(title) + len(text), title, text
+
+
+def explain_missing(path, form, wanted, n_found):
+    """Say that metadata lacks most items, and which column has them, exactly or written otherwise
+    (1.0 or 01 against 1, small letters). Raises SystemExit2 when it has none of the items."""
+    alike = {loose(raw): raw for raw in wanted}
+    exact, other, example, n_rows = {}, {}, {}, 0
+    for _, row in form.meta(path, None):
+        n_rows += 1
+        for column, value in row.items():
+            if not isinstance(value, (str, int, float)):
+                continue
+            raw, value = alike.get(loose(value)), str(value).strip()
+            if value in wanted:
+                exact.setdefault(column, set()).add(value)
+            elif raw is not None:
+                other.setdefault(column, set()).add(raw)
+                example.setdefault(column, f"{value!r} there, {raw!r} in the interactions")
+    best, near = (max(found, key=lambda column: len(found[column]), default=None)
+                  for found in (exact, other))
+    if best not in (None, form.key) and len(exact[best]) > n_found:
+        mend = (f"its column {best!r} has {len(exact[best]):,} of them: rename that column to "
+                f"{form.key!r}, or give the --format that reads it")
+    elif near is not None and len(other[near]) > n_found:
+        mend = (f"its column {near!r} would match {len(other[near]):,} of them if ids were written "
+                f"alike ({example[near]}): write them alike")
+    else:
+        mend = "no column has more of them; is it the metadata of these interactions?"
+    said = (f"{path}: column {form.key!r} of {n_rows:,} rows has {n_found:,} of the "
+            f"{len(wanted):,} items; {mend}")
+    if not n_found:
+        fail(said)
+    print(f"  WARNING: {said}", flush=True)
+
+
+def loose(value):
+    """An id as somebody else may have written it: 1.0 and 01 like 1, small letters."""
+    return str(value).strip().lower().removesuffix(".0").lstrip("0")
+
+
+def read_reviews(path, fmt, user_of_row, per_user, counts, limit=200):
+    """A second pass over the file for review texts: up to `per_user` of each user. user_of_row:
+    {number of a row: user id} of the train pairs' rows, so that no word about a validation or test
+    item reaches a profile -> {user id: [text]}."""
+    if not per_user or not FORMATS[fmt](path).text:
+        return {}
+    texts = {}
+    for row, (n, *_, text) in enumerate(interactions(path, fmt), 1):
+        own = texts.setdefault(user_of_row[row], []) if text and row in user_of_row else None
+        if own is None or len(own) == per_user:
+            continue
+        try:
+            whole, broken = SURROGATES.subn("\ufffd", text)
+            text = clean(whole, counts)
+        except (ValueError, TypeError) as error:
+            fail(f"{path}: line {n}: {error}; mend that line")
+        counts["halves of a character in reviews (replaced)"] += broken
+        counts[f"reviews cut to {limit} characters"] += len(text) > limit
+        if text:
+            own.append(text[:limit].rstrip())
+    return texts
+
+
+SURROGATES = re.compile(r"[\ud800-\udfff]")  # half of a character: valid in JSON, not in UTF-8
+NOT_IN_IDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+TAG = re.compile(
+    r"<!--.*?-->|</?(?:a|abbr|b|big|blockquote|body|br|center|cite|code|dd|div|dl|dt|em|embed|font|"
+    r"form|h[1-6]|head|hr|html|i|iframe|img|input|li|link|meta|ol|object|p|param|pre|s|script|"
+    r"small|span|strike|strong|style|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul)"
+    r"(?:\s[^<>]*)?/?>", re.I | re.S)
+BLOCK = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)", re.I | re.S)
+# what a page's own program or style sheet looks like when its tags are gone
+PROGRAM = re.compile(r"\bvar \w+ ?=.*;|\bfunction ?\w* ?\([^)]*\) ?\{|\(new Date\(\)\)|"
+                     r"\bdocument\.\w+[(.=]|[.#]?[\w-]+ ?\{[^{}]*[\w-]+ ?:[^{}]+;[^{}]*\}", re.S)
+
+
+def clean(value, counts):
+    """A raw field as one line of text: lists joined, HTML entities decoded, tags, scripts, control
+    characters and runs of white space taken out. `5 < 6 > 3` is no tag.
+
+    counts: a Counter of repairs. Raises ValueError for what is no text: a dict, half of a
+    character."""
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(filter(None, (clean(one, counts) for one in value)))
+    if isinstance(value, (bool, dict)):
+        raise ValueError(f"{str(value)[:40]} is no text")
+    text = str(value)
+    if SURROGATES.search(text):
+        raise ValueError(f"{ascii(text[:40])} holds half of a character (a lone surrogate)")
+    decoded = text
+    while (further := ENTITY.sub(decode, decoded)) != decoded:  # &amp;amp; is found in the wild
+        decoded = further
+    counts["texts with HTML entities (decoded)"] += decoded != text
+    plain = TAG.sub(" ", BLOCK.sub(" ", decoded))
+    counts["texts with HTML tags (taken out)"] += plain != decoded
+    if PROGRAM.search(plain):
+        counts["texts that were a page's script or style (left out)"] += 1
+        return ""
+    return " ".join(CONTROL.sub(" ", plain).split())
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
+
+
+def decode(match):
+    """The character of an HTML entity; as it stands when it is none (AT&T, Q&notes;)."""
+    entity = match[0]
+    known = entity[1] == "#" or entity[1:] in html.entities.html5
+    return html.unescape(entity) if known else entity
+
+# --------------------------------------------------------------------------------------------------
+# prepare, part 3: readers. Each yields rows as they stand in the file; nothing is held.
 # --------------------------------------------------------------------------------------------------
 
 def interactions(path, fmt):
-    """(user, item, rating, seconds, text) of each row; rating and seconds are NaN, text None, where the file has none.
+    """(line, user, item, rating, seconds, text) of each row; rating and seconds are NaN, text None,
+    where the file has none. Times may be seconds, milli-, micro- or nanoseconds since 1970, one
+    unit a file, or ISO dates (UTC where they name no zone).
 
-    Raises SystemExit2 for a missing column or a value that is no number, naming the file and the line."""
-    form = FORMATS[fmt]
-    user_c, item_c, rating_c, time_c, text_c = form["columns"]
-    for n, row in form["rows"](path):
-        if user_c not in row or item_c not in row:
-            missing = user_c if user_c not in row else item_c
-            fail(f"{path}: line {n} has no column {missing!r} (found: {', '.join(list(row)[:8])}); "
-                 f"--format {fmt} needs {user_c} and {item_c}")
+    Raises SystemExit2 for a missing column or a value that is no number, naming file and line."""
+    form, unit = FORMATS[fmt](path), 0  # unit of the times: not known yet
+
+    def is_row(row):  # of a line inside quotes: is it a row that a quote left open has swallowed?
         try:
-            rating = float(row[rating_c]) if row.get(rating_c) not in (None, "") else float("nan")
-            seconds = form["time"](row[time_c]) if row.get(time_c) not in (None, "") else float("nan")
+            numbers = [parse_number(row.get(form.rating)), parse_time(row.get(form.time))]
+        except ValueError:
+            return False
+        ids = row.get(form.user), row.get(form.item)
+        return any(x == x for x in numbers) or all(ids) and not any(" " in name for name in ids)
+
+    for n, row in form.rows(path, is_row):
+        try:
+            user, item = row[form.user], row[form.item]
+        except KeyError as error:
+            fail(f"{path}: line {n} has no column {error} (found: {', '.join(list(row)[:8])}); "
+                 f"--format {fmt} needs {form.user} and {form.item}")
+        try:
+            rating, moment = parse_number(row.get(form.rating)), parse_time(row.get(form.time))
         except (ValueError, TypeError):
-            fail(f"{path}: line {n}: {rating_c} {row.get(rating_c)!r} or {time_c} {row.get(time_c)!r} is not a value; "
-                 "mend that line")
-        yield str(row[user_c]), str(row[item_c]), rating, seconds, row.get(text_c)
+            fail(f"{path}: line {n}: {form.rating} {row.get(form.rating)!r} is no number, or "
+                 f"{form.time} {row.get(form.time)!r} no time; write a rating as 4.5, a time in "
+                 "seconds since 1970 or as 2016-03-01 12:30:00")
+        if moment:
+            size = abs(moment)
+            if not unit and moment == moment:  # the first time of the file that is there
+                unit = next((u for u in (1, 1e3, 1e6, 1e9) if size < 7.3e9 * u), 0)  # year 2200
+            if size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:  # NaN is neither
+                fail(f"{path}: line {n}: {form.time} {row[form.time]!r} is no time in the unit of "
+                     "the rows before, or none at all; write seconds since 1970")
+        yield n, user, item, rating, moment / (unit or 1), row.get(form.text)
+
+
+def parse_number(value):
+    """A field as a number, NaN where it is empty. Raises ValueError for anything else."""
+    if value is None or value == "":
+        return math.nan
+    number = float(value)
+    if math.isinf(number):
+        raise ValueError(value)
+    return number
+
+
+def parse_time(value):
+    """A number, or the seconds since 1970 of an ISO date; NaN where the field is empty."""
+    try:
+        return parse_number(value)
+    except ValueError:
+        return iso_seconds(value)
+
+
+def iso_seconds(text):
+    """2016-03-01, 2016-03-01 12:30:00, 2016-03-01T12:30:00Z -> seconds since 1970; UTC where it
+    names no zone. Raises ValueError for anything else."""
+    moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return moment.timestamp()
 
 
 @contextmanager
-def open_text(path, encoding="utf-8"):
-    """A text file, gzip-compressed when its name says so. newline="" leaves quoted line ends to csv.
+def open_text(path, encoding="utf-8-sig"):  # -sig: without the mark that some programs put first
+    """A text file, gzip-compressed when it begins as one. newline="" leaves quoted line ends to
+    csv.
 
     Raises SystemExit2 when it is not there, is cut off, or holds something else than text."""
     path = Path(path)
     if not path.is_file():
         fail(f"{path}: no such file; check --reviews and --meta")
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    opener = gzip.open if compressed else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=encoding, newline="") as file:
+        with opener(path, "rt", encoding=encoding, newline="") as file:
             yield file
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        fail(f"{path}: cannot be read to its end ({type(error).__name__}: {error}); is the download whole, and --format right?")
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read to its end ({type(error).__name__}: {error}); is the "
+             f"download whole, the text {encoding.removesuffix('-sig')}, and --format right?")
 
 
-def table_rows(path, sep="\t", columns=None, encoding="utf-8"):
-    """Rows of a delimited file as dicts. columns: the names, when the file has no header line. RecBole's header types
-    (`user_id:token`) are dropped. A tab-separated file has no quoting; a comma-separated one follows the csv rules."""
-    csv.field_size_limit(2**31 - 1)  # a review can be longer than the csv module's own limit
+def table_rows(path, is_row=None, sep=None, columns=None, encoding="utf-8-sig"):
+    """(line, {column: value}) of each row of a delimited file.
+
+    sep: left out, that of the first line.
+    columns: the names, when the file has no header line. Comma and semicolon go with the csv rules
+    of quoting, the others with none. is_row: tells a row from a line of text, to find rows that
+    a quote swallowed. Raises SystemExit2 for a row with too few or too many fields, a quote that
+    is never closed or closed rows later, and a column named twice."""
+    csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     with open_text(path, encoding) as file:
+        first = first_line(path, file)
+        sep = sep or separator(first)
+        lines = chain([first] if first else [], file)
         if len(sep) > 1:  # MovieLens 1M's "::"
-            reader = (line.rstrip("\r\n").split(sep) for line in file)
+            reader = (line.rstrip("\r\n").split(sep) if line.strip() else [] for line in lines)
         else:
-            reader = csv.reader(file, delimiter=sep, quoting=csv.QUOTE_MINIMAL if sep == "," else csv.QUOTE_NONE)
-        names = columns or [name.split(":")[0].strip().lstrip("\ufeff") for name in next(reader, [])]
-        for n, row in enumerate(reader, 1 if columns else 2):
-            if row and len(row) < len(names) and not columns:
-                fail(f"{path}: line {n} has {len(row)} fields, the header has {len(names)}; mend that line")
-            if row:
-                yield n, dict(zip(names, row))
+            quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
+            reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
+        names, line, end = columns, 1, 0
+        try:
+            for row in reader:
+                line, end = end + 1, getattr(reader, "line_num", end + 1)
+                if names is None:
+                    names = header_names(path, row)
+                elif row:
+                    if len(row) != len(names):
+                        fail(f"{path}: line {line} has {len(row)} fields, the header has "
+                             f"{len(names)}; mend that line (a separator inside a field wants "
+                             "quotes around it, a quote inside quotes is doubled)")
+                    if end > line and is_row and swallowed(row, names, sep, is_row):
+                        fail(f"{path}: line {line}: a quote opened there is closed {end - line} "
+                             "lines later, with whole rows inside; close or double it")
+                    yield line, dict(zip(names, row))
+        except csv.Error as error:
+            fail(f"{path}: line {end + 1}: {error}: a quote is opened and not closed, or stands "
+                 "inside quotes without being doubled; mend that line")
 
 
-def json_rows(path):
-    """Rows of a JSON-lines file (.json or .jsonl, also .gz)."""
+def first_line(path, file):
+    """The first line of a table. Raises SystemExit2 where it is JSON."""
+    line = next(file, "")
+    if line.startswith(("{", "[")):
+        fail(f"{path}: holds JSON, not a table; give the --format that reads it")
+    return line
+
+
+def separator(line):
+    """That of tab, comma, semicolon and bar which a table's first line has most of."""
+    return max("\t,;|", key=line.count)
+
+
+def header_names(path, row):
+    """Column names of a header line; RecBole's types (`user_id:token`) are dropped."""
+    names = [name.split(":")[0].strip() for name in row]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice:
+        fail(f"{path}: column {twice!r} stands twice in the header; rename one of them")
+    return names
+
+
+def swallowed(row, names, sep, is_row):
+    """Whether a field that spans lines holds lines that are rows of their own."""
+    for field in row:
+        for line in field.split("\n")[1:]:
+            fields = line.rstrip("\r").split(sep)
+            if len(fields) == len(names) and is_row(dict(zip(names, fields))):
+                return True
+    return False
+
+
+def json_rows(path, is_row=None):
+    """(line, object) of each line of a JSON-lines file; lines of 2014's metadata, which are
+    Python literals, too. is_row is for tables. Raises SystemExit2 for any other line."""
     with open_text(path) as file:
         for n, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield n, json.loads(line)
-                except ValueError:
-                    fail(f"{path}: line {n} is not JSON; these files hold one JSON object a line")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = python_literal(line)
+            if not isinstance(row, dict):
+                fail(f"{path}: line {n} is no JSON object ({line.strip()[:30]} …); these files "
+                     "hold one JSON object a line (`jq -c .[] FILE` makes them of an array)")
+            yield n, row
 
 
-def clean(value):
-    """Metadata to one line of text: lists joined, HTML tags and runs of white space removed."""
-    if isinstance(value, (list, tuple)):
-        value = ", ".join(clean(v) for v in value if v)
-    return " ".join(re.sub(r"<[^>]+>", " ", str(value or "")).split())
+def python_literal(line):
+    """A line of the form {'asin': 'x'}; None when it is none. Evaluates no code."""
+    try:
+        return ast.literal_eval(line.strip()) if line.lstrip().startswith("{") else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+# --------------------------------------------------------------------------------------------------
+# prepare, part 4: the formats, one function each: path of the interactions -> Format
+# --------------------------------------------------------------------------------------------------
+
+class Format(NamedTuple):
+    """How a format's two files are read. Columns that a file lacks are None."""
+
+    user: str  # columns of the interactions
+    item: str
+    rating: str
+    time: str
+    text: str
+    key: str  # the metadata's column of item ids
+    fields: Callable  # metadata row -> title, [further texts], both as they stand in the file
+    rows: Callable = json_rows  # reads the interactions: path, is_row -> (line, row) of each
+    meta: Callable = json_rows  # reads the metadata, in the same way
 
 
-def join_text(*parts, limit=400):
-    """Non-empty parts as sentences, at most `limit` characters."""
-    return ". ".join(part for part in map(clean, parts) if part)[:limit]
+def table(path):
+    """A table with a header line: user, item and, if there, rating, timestamp, text. Its metadata:
+    item, title, and all further columns as text. Other usual names of columns are understood."""
+    names = header(path)
+    user, item, rating, time, text = (column_of(names, role, path) for role in ROLES)
+
+    def fields(row):
+        title = column_of(list(row), "title", "the metadata")
+        others = (value for name, value in row.items() if name not in ("", key, title))
+        return row[title or "title"], others
+
+    # the metadata's ids stand under the name that the interactions give them, or under `item`
+    key = item or "item"
+    return Format(user or "user", item or "item", rating, time, text, key, fields,
+                  rows=table_rows, meta=table_rows)
 
 
-def recbole_fields(row):
-    """Title and text of a row of a RecBole .item file, whose columns differ from dataset to dataset."""
-    name = next((column for column in ("movie_title", "title", "name") if column in row), None)
-    if name is None:
-        raise KeyError("title")
-    title = f"{row[name]} ({row['release_year']})" if row.get("release_year") else row[name]
-    return clean(title), join_text(*(value for column, value in row.items() if column not in ("item_id", name, "release_year")))
+ROLES = ("user", "item", "rating", "timestamp", "text")
+# in small letters, without spaces and underscores
+SYNONYMS = {"user": ("userid", "uid", "reviewerid"), "rating": ("stars", "overall", "score"),
+            "item": ("itemid", "iid", "movieid", "bookid", "productid", "businessid", "asin",
+                     "parentasin"),
+            "timestamp": ("time", "date", "datetime", "unixreviewtime"),
+            "text": ("review", "reviewtext"), "title": ("name", "movietitle", "itemname")}
 
 
-# rows: reads the interactions; columns: the names of user, item, rating, time, text; time: that column's value -> seconds;
-# meta: reads the items; item: the name of the id; fields: row -> (title, text)
-FORMATS = {
-    "table": {"rows": lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"),
-              "columns": ("user", "item", "rating", "timestamp", "text"), "time": float,
-              "meta": lambda p: table_rows(p, "," if ".csv" in Path(p).name else "\t"), "item": "item",
-              "fields": lambda r: (r["title"], join_text(*[v for k, v in r.items() if k not in ("item", "title")]))},
-    "recbole": {"rows": table_rows, "columns": ("user_id", "item_id", "rating", "timestamp", None), "time": float,
-                "meta": table_rows, "item": "item_id", "fields": lambda r: recbole_fields(r)},
-    "ml-100k": {"rows": lambda p: table_rows(p, "\t", ["user", "item", "rating", "time"]),
-                "columns": ("user", "item", "rating", "time", None), "time": float,
-                "meta": lambda p: table_rows(p, "|", ["item", "title", "date", "video", "url", *ML100K_GENRES], "latin-1"),
-                "item": "item", "fields": lambda r: (r["title"], ", ".join(g for g in ML100K_GENRES if r.get(g) == "1"))},
-    "ml-1m": {"rows": lambda p: table_rows(p, "::", ["user", "item", "rating", "time"], "latin-1"),
-              "columns": ("user", "item", "rating", "time", None), "time": float,
-              "meta": lambda p: table_rows(p, "::", ["item", "title", "genres"], "latin-1"), "item": "item",
-              "fields": lambda r: (r["title"], r["genres"].replace("|", ", "))},
-    "ml-latest": {"rows": lambda p: table_rows(p, ","), "columns": ("userId", "movieId", "rating", "timestamp", None), "time": float,
-                  "meta": lambda p: table_rows(p, ","), "item": "movieId",
-                  "fields": lambda r: (r["title"], r["genres"].replace("|", ", "))},
-    "amazon2018": {"rows": json_rows, "columns": ("reviewerID", "asin", "overall", "unixReviewTime", "reviewText"), "time": float,
-                   "meta": json_rows, "item": "asin",
-                   "fields": lambda r: (clean(r.get("title")), join_text(r.get("brand"), (r.get("category") or [])[-2:], r.get("description")))},
-    "amazon2023": {"rows": json_rows, "columns": ("user_id", "parent_asin", "rating", "timestamp", "text"),
-                   "time": lambda t: float(t) / 1000, "meta": json_rows, "item": "parent_asin",
-                   "fields": lambda r: (clean(r.get("title")), join_text(r.get("store"), (r.get("categories") or [])[-2:], r.get("description")))},
-    "yelp": {"rows": json_rows, "columns": ("user_id", "business_id", "stars", "date", "text"),
-             "time": lambda t: calendar.timegm(datetime.fromisoformat(t).timetuple()),
-             "meta": json_rows, "item": "business_id", "fields": lambda r: (clean(r.get("name")), join_text(r.get("city"), r.get("categories")))},
-}
+def header(path):
+    """The column names in a table's first line."""
+    with open_text(path) as file:
+        first = first_line(path, file)
+    return header_names(path, next(csv.reader([first], delimiter=separator(first)), []))
+
+
+def column_of(names, role, path):
+    """The column that plays a role: the one of that name, else the only one of another usual name,
+    else None. Raises SystemExit2 when there are two of those."""
+    if role in names:
+        return role
+    found = [name for name in names
+             if re.sub(r"[\s_]", "", name).lower() in (role, *SYNONYMS[role])]
+    if len(found) > 1:
+        fail(f"{path}: columns {' and '.join(found)} could each be the {role}; "
+             f"rename the right one to {role}")
+    return found[0] if found else None
+
+
+def recbole(path):
+    """RecBole's atomic files .inter and .item, whose title column differs from set to set."""
+
+    def fields(row):
+        name = next((column for column in ("movie_title", "title", "name") if column in row), None)
+        if name is None:
+            raise KeyError("title")
+        year = row.get("release_year")
+        others = (value for column, value in row.items()
+                  if column not in ("item_id", name, "release_year"))
+        return f"{row[name]} ({year})" if year else row[name], others
+
+    tabs = partial(table_rows, sep="\t")
+    return Format("user_id", "item_id", "rating", "timestamp", None, "item_id", fields, tabs, tabs)
+
+
+def ml_100k(path):
+    """MovieLens 100K: u.data (tabs) and u.item (bars, Latin-1, a 0/1 column for each genre)."""
+
+    def fields(row):
+        return row["title"], [", ".join(genre for genre in ML100K_GENRES if row[genre] == "1")]
+
+    columns = ["item", "title", "date", "video", "url", *ML100K_GENRES]
+    return Format("user", "item", "rating", "time", None, "item", fields,
+                  partial(table_rows, sep="\t", columns=["user", "item", "rating", "time"]),
+                  partial(table_rows, sep="|", columns=columns, encoding="latin-1"))
+
+
 ML100K_GENRES = [
-    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
-    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary",
+    "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi",
+    "Thriller", "War", "Western"]
+
+
+def title_and_genres(row):
+    """The fields of MovieLens' later sets, genres as Action|Drama."""
+    return row["title"], [row["genres"].replace("|", ", ")]
+
+
+def ml_1m(path):
+    """MovieLens 1M: ratings.dat and movies.dat, both with `::`, the second in Latin-1."""
+    columns = ["user", "item", "rating", "time"]
+    return Format("user", "item", "rating", "time", None, "item", title_and_genres,
+                  partial(table_rows, sep="::", columns=columns, encoding="latin-1"),
+                  partial(table_rows, sep="::", columns=["item", "title", "genres"],
+                          encoding="latin-1"))
+
+
+def ml_latest(path):
+    """MovieLens latest, 10M to 32M: ratings.csv and movies.csv."""
+    commas = partial(table_rows, sep=",")
+    return Format("userId", "movieId", "rating", "timestamp", None, "movieId", title_and_genres,
+                  commas, commas)
+
+
+def amazon2018(path):
+    """Amazon Reviews 2018, and 2014, whose categories are a list of paths. The last two categories
+    are the narrowest."""
+
+    def fields(row):
+        categories = row.get("category") or row.get("categories")
+        return row.get("title"), [row.get("brand"), last_two(categories), row.get("description")]
+
+    return Format("reviewerID", "asin", "overall", "unixReviewTime", "reviewText", "asin", fields)
+
+
+def amazon2023(path):
+    """Amazon Reviews 2023. An item's id is parent_asin: its variants share one."""
+
+    def fields(row):
+        store, categories = row.get("store"), last_two(row.get("categories"))
+        return row.get("title"), [store, categories, row.get("description")]
+
+    return Format("user_id", "parent_asin", "rating", "timestamp", "text", "parent_asin", fields)
+
+
+def yelp(path):
+    """The Yelp Open Dataset: review.json and business.json."""
+
+    def fields(row):
+        return row.get("name"), [row.get("city"), row.get("categories")]
+
+    return Format("user_id", "business_id", "stars", "date", "text", "business_id", fields)
+
+
+def last_two(categories):
+    """The end of a path of categories, or of the last path of several; a string is one category."""
+    if categories is None or isinstance(categories, str):
+        return categories
+    if not isinstance(categories, list):
+        raise ValueError(f"the category {str(categories)[:40]} is neither a text nor a list")
+    if categories and isinstance(categories[-1], list):
+        categories = categories[-1]
+    return categories[-2:]
+
+
+FORMATS = {"table": table, "recbole": recbole, "ml-100k": ml_100k, "ml-1m": ml_1m,
+           "ml-latest": ml_latest, "amazon2018": amazon2018, "amazon2023": amazon2023, "yelp": yelp}
 # the paper's filters; published: users, items, interactions as the paper prints them
 PRESETS = {
-    "toys": {"format": "amazon2018", "min_rating": 4.0, "since": "2015-01-01", "until": "2018-01-01", "k_core": 10, "published": (22338, 9023, 200511)},
-    "cds": {"format": "amazon2018", "min_rating": 4.0, "since": "2014-01-01", "until": "2016-01-01", "k_core": 10, "published": (19385, 8279, 186535)},
-    "yelp2018": {"format": "yelp", "min_rating": 4.0, "since": "2015-01-01", "until": "2018-01-01", "k_core": 10, "published": (29832, 16781, 513976)},
-    "electronics2023": {"format": "amazon2023", "min_rating": 3.0, "since": "2010-01-01", "until": "2018-01-01", "k_core": 10,
-                        "published": (97570, 44669, 178259)},
-    "ml-100k": {"format": "ml-100k", "min_rating": 4.0, "k_core": 5, "published": None},
-    "ml-1m": {"format": "ml-1m", "min_rating": 4.0, "k_core": 5, "published": None},
+    "toys": {"format": "amazon2018", "min_rating": 4.0, "since": "2015-01-01",
+             "until": "2018-01-01", "k_core": 10, "published": (22338, 9023, 200511)},
+    "cds": {"format": "amazon2018", "min_rating": 4.0, "since": "2014-01-01",
+            "until": "2016-01-01", "k_core": 10, "published": (19385, 8279, 186535)},
+    "yelp2018": {"format": "yelp", "min_rating": 4.0, "since": "2015-01-01",
+                 "until": "2018-01-01", "k_core": 10, "published": (29832, 16781, 513976)},
+    "electronics2023": {"format": "amazon2023", "min_rating": 3.0, "since": "2010-01-01",
+                        "until": "2018-01-01", "k_core": 10, "published": (97570, 44669, 178259)},
+    "ml-100k": {"format": "ml-100k", "min_rating": 4.0, "k_core": 5},
+    "ml-1m": {"format": "ml-1m", "min_rating": 4.0, "k_core": 5},
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -1005,27 +1755,42 @@ PRESETS = {
 def main(argv=None):
     parser = Parser(prog="hnlmrec.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    p = commands.add_parser("prepare", help="read, filter, split",
-                            epilog="example: python hnlmrec.py prepare --run runs/demo --format recbole --reviews ml-100k.inter --meta ml-100k.item")
-    p.add_argument("--run", required=True, metavar="DIR", help="folder for this run's files, made if needed")
+    p = commands.add_parser(
+        "prepare", help="read, filter, split",
+        epilog="example: python hnlmrec.py prepare --run runs/demo --format recbole "
+               "--reviews ml-100k.inter --meta ml-100k.item")
+    p.add_argument("--run", required=True, metavar="DIR",
+                   help="folder for this run's files, made if needed")
     g = p.add_argument_group("raw files")
-    g.add_argument("--format", choices=list(FORMATS), metavar="NAME", help="%(choices)s (preset's, else table: TSV or CSV with a header)")
+    g.add_argument("--format", choices=list(FORMATS), metavar="NAME",
+                   help="%(choices)s (preset's, else table: a header line, then rows separated by "
+                        "tabs, commas or semicolons)")
     g.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
     g.add_argument("--meta", metavar="FILE", help="item metadata; without it items have no text")
-    g.add_argument("--reviews-per-user", type=number(int, 0), default=2, metavar="N", help="review texts kept for a user's profile, of train pairs alone")
+    g.add_argument("--reviews-per-user", type=number(int, 0), default=2, metavar="N",
+                   help="review texts kept for a user's profile, of train pairs alone")
     g = p.add_argument_group("filters")
-    g.add_argument("--preset", choices=list(PRESETS), metavar="NAME", help="format and filters of %(choices)s; flags given beside it win")
-    g.add_argument("--min-rating", metavar="STARS", help="keep ratings of at least this many, or `none` (preset's, else 4)")
-    g.add_argument("--since", metavar="DAY", help="keep interactions from this day on, as 2015-01-01, UTC")
+    g.add_argument("--preset", choices=list(PRESETS), metavar="NAME",
+                   help="format and filters of %(choices)s; flags given beside it win")
+    g.add_argument("--min-rating", type=stars, metavar="STARS",
+                   help="keep ratings of at least this many, or `none` (preset's, else 4); of a "
+                        "repeated pair the latest counts")
+    g.add_argument("--since", metavar="DAY",
+                   help="keep interactions from this day on, as 2015-01-01, UTC")
     g.add_argument("--until", metavar="DAY", help="keep interactions before this day")
-    g.add_argument("--k-core", type=number(int, 1), metavar="N", help="interactions each user and item must have (preset's, else 5)")
+    g.add_argument("--k-core", type=number(int, 1), metavar="N",
+                   help="interactions each user and item must have (preset's, else 5)")
     g = p.add_argument_group("split")
-    g.add_argument("--split", choices=["random", "last"], default="random", help="80/10/10 a user, or each user's last two in time")
+    g.add_argument("--split", choices=["random", "last", "time"], default="random",
+                   help="80/10/10 a user, each user's last two in time, or 80/10/10 of all pairs "
+                        "by one cut in time")
     g.add_argument("--seed", type=number(int, 0), default=0, help="decides the random split")
-    g.add_argument("--train-file", metavar="FILE", help="your own split instead, with --valid-file and --test-file")
+    g.add_argument("--train-file", metavar="FILE",
+                   help="your own split instead, with --valid-file and --test-file")
     g.add_argument("--valid-file", metavar="FILE", help="your own split's validation pairs")
     g.add_argument("--test-file", metavar="FILE", help="your own split's test pairs")
-    p.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
+    p.add_argument("--force", action="store_true",
+                   help="remake the output though it was made with other settings")
 
     p = commands.add_parser(
         "train", help="train backbone and projector with the LLM's negatives",
@@ -1044,7 +1809,7 @@ def main(argv=None):
     g.add_argument("--alpha", type=number(float, 0, 1), default=0.02, help="share of z in it")
     g.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="dns",
                    help="negative sampler of e_j")
-    g.add_argument("--m", type=number(int, 1), default=8, help="its uniform candidates")
+    g.add_argument("--m", type=number(int, 1, 2**16), default=8, help="its uniform candidates")
     g.add_argument("--clear", type=number(float, 0), default=0.0, metavar="G",
                    help="dns takes the candidate of highest score - G x relevance of its text to "
                         "the user, both in standard deviations")
@@ -1060,7 +1825,7 @@ def main(argv=None):
     g.add_argument("--text-init", type=number(float, 0, 1), default=1.0,
                    help="share of the items' texts in the initial vectors; the rest is random")
     g = p.add_argument_group("the projector")
-    g.add_argument("--k", type=number(int, 1), default=4,
+    g.add_argument("--k", type=number(int, 1, 2**16), default=4,
                    help="generated vectors of the user that the self-attention sees")
     g.add_argument("--projector-width", type=number(int, 1), default=128, help="its width")
     g.add_argument("--no-attention", dest="attention", action="store_false",
@@ -1072,12 +1837,34 @@ def main(argv=None):
     g.add_argument("--control", choices=["none", "random", "shuffled", "cleared"], default="none",
                    help="replace the LLM's vectors, to see what they are worth; cleared: shuffle "
                         "the texts of --clear alone")
+    g.add_argument("--lambda-f", type=number(float, 0), default=0.0,
+                   help="weight of L_false: likely false hard negatives above e⁻, below positives")
+    g.add_argument("--gamma", type=number(float, 0), default=0.2,
+                   help="within L_false, weight of the positive above the likely false one")
+    g.add_argument("--judge", default="judge.safetensors", metavar="FILE",
+                   help="where L_false has them from, of `llm_negatives.py judge`")
+    g.add_argument("--text-vectors", metavar="FILE",
+                   help="safetensors file with your own item vectors, `text` (I, H), rows as in "
+                        "items.jsonl, in place of the LLM's reading")
     g.add_argument("--cf", default="cf.safetensors",
                    help="CF vectors that the alignment's hard negatives are mined with")
-    g.add_argument("--mine-first", type=number(int, 1), default=200,
-                   help="best rank of the mined band")
-    g.add_argument("--mine-last", type=number(int, 1), default=300,
-                   help="last rank of the mined band")
+    g.add_argument("--mine-first", type=number(int, 0), default=0,
+                   help="best rank of the mined band; 0: 19.85 %% of the catalogue")
+    g.add_argument("--mine-last", type=number(int, 0), default=0,
+                   help="last rank of the mined band; 0: 29.8 %% of the catalogue")
+
+    p = commands.add_parser(
+        "blend", help="put a trained model and the judge of texts into one score",
+        epilog="example: python hnlmrec.py blend --run runs/demo")
+    p.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    p.add_argument("--model", default="model-hnlmrec.safetensors", help="trained model")
+    p.add_argument("--judge", default="judge.safetensors",
+                   help="vectors of `llm_negatives.py judge`")
+    p.add_argument("--weights", default="0,0.25,0.5,1,2",
+                   help="weights of the judge to choose from, on validation")
+    p.add_argument("--force", action="store_true",
+                   help="remake the output though it was made with other settings")
+    p.add_argument("--out", default="model-hnlmrec-full.safetensors", help="output file")
 
     p = commands.add_parser(
         "trace", help="follow one (user, item) pair through a finished run",
@@ -1094,7 +1881,7 @@ def main(argv=None):
     if args.command == "train" and args.paper:  # the paper's values as defaults, and once more
         commands.choices["train"].set_defaults(**PAPER)
         args = parser.parse_args(argv)
-    {"prepare": prepare, "train": train, "trace": trace}[args.command](args)
+    {"prepare": prepare, "train": train, "blend": blend, "trace": trace}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
 """llm_negatives.py: the LLM makes the hard negatives, in three steps, each a subcommand.
 
-profile   items.jsonl, users.jsonl, data.safetensors (train pairs) -> profiles.jsonl: a sentence on who would enjoy an item, and
-          a sentence on what a user enjoys, written by the LLM (or built from metadata: --profiles template).
-finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sft.safetensors (soft-token maps, head).
-          h(u, i) is the LLM's hidden state at the last prompt token, z = head(h), and InfoNCE pulls z to the CF vectors of
-          the hard negatives mined for u, away from those of i, of u's other train items and of the rest of the catalogue:
-              L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s) / sum_{j} exp(cos(z, e_j) / tau_s) )
-generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …: h and z for each train pair.
+profile   items.jsonl, users.jsonl, data.safetensors (train pairs) -> profiles.jsonl: a sentence on
+          who would enjoy an item, and a sentence on what a user enjoys, written by the LLM (or
+          built from metadata: --profiles template).
+finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sft.safetensors
+          (soft-token maps, head). h(u, i) is the LLM's hidden state at the last prompt token,
+          z = head(h), and InfoNCE pulls z to the CF vectors of the hard negatives mined for u, away
+          from those of i, of u's other train items and of the rest of the catalogue:
+              L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
+                       / sum_{j} exp(cos(z, e_j) / tau_s) )
+judge     items.jsonl -> judge.safetensors: by a frozen LLM's reading of the texts alone, what a user likes (user (U, k), item
+          (I, k)), and of each user the likely false hard negatives (U, n), for `hnlmrec.py train --lambda-f`.
+generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …:
+          h and z for each train pair.
 
 Alone:  python llm_negatives.py finetune --run runs/NAME --llm assets/SmolLM2-135M-Instruct
-More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune … (also profile and generate)
+More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune … (also profile and
+generate)
 """
 
 import functools
@@ -17,113 +24,145 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
+from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from backbones import (
     Parser,
     Progress,
+    check_finite,
+    check_inputs,
+    contains,
+    device_name,
     end_processes,
     fail,
-    file_digest,
+    fit,
+    from_first,
     load_data,
     load_model,
     load_tensors,
     mine_hard_negatives,
+    mining_band,
     mixgcf,
     number,
+    output_name,
+    pair_keys,
+    rank_unseen,
     read_jsonl,
     read_meta,
-    require_digest,
     restore,
     run_cli,
+    sampled_softmax_loss,
     save_tensors,
+    settings_of,
+    stamp,
     start_processes,
     sum_over,
     up_to_date,
     user_rows,
+    validation,
+    whiten,
     write_atomic,
 )
 
+# Under torchrun each process does every WORLD-th part of the work, the one of rank 0 the talking
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
 # --------------------------------------------------------------------------------------------------
 # The hybrid prompt: text plus soft tokens, in four pieces so that what is shared is computed once
-# shared instruction | user: profile | item: title and profile | ask, with the item vector and the user vector
-# The user vector comes last, so that the hidden state that is read, of the last token, starts from e_u itself and gathers the
-# item and the texts by attention. Measured on ML-100K, frozen LLM of 8 layers, a head fitted on 3,000 pairs: e_u of users
-# unseen in fitting is read back linearly from h with R2 .39, and the nearest item is a mined one for .93 of held-back pairs;
-# with each vector after its own text, as in "User: … [vector] Item: … [vector]", R2 .03 and .78.
+# shared instruction | user: profile | item: title and profile | ask, with the item vector and the
+# user vector. The user vector comes last, so that the hidden state that is read, of the last token,
+# starts from e_u itself and gathers the item and the texts by attention. Measured on ML-100K,
+# frozen LLM of 8 layers, a head fitted on 3,000 pairs: e_u of users unseen in fitting is read back
+# linearly from h with R2 .39, and the nearest item is a mined one for .93 of held-back pairs; with
+# each vector after its own text, as in "User: … [vector] Item: … [vector]", R2 .03 and .78.
 # --------------------------------------------------------------------------------------------------
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
-INSTRUCTION = "Name a hard negative: an item close to this user's taste that the user would still not choose."
+INSTRUCTION = ("Name a hard negative: an item close to this user's taste that the user would still "
+               "not choose.")
 
 
 class Prompt:
-    """Token ids of the prompt's pieces for one tokenizer. SOFT marks the places of the soft tokens; n_soft = 0 is the prompt of
-    the ablation without CF vectors. `tokens` counts the ids given out, for the log.
+    """Token ids of the prompt's pieces for one tokenizer. SOFT marks the places of the soft tokens;
+    n_soft = 0 is the prompt of the ablation without CF vectors. `tokens` counts the ids that were
+    run, for the log.
 
-    Pieces are tokenized one by one, in training and generation alike, so that a prefix is the same ids for all its items."""
+    frame: (head, tail), the chat template around the pieces as chat_frame() gave it to an earlier
+    step, since a template may print the date; None: rendered now. Pieces are tokenized one by one,
+    in training and generation alike, so that a prefix is the same ids for all its items."""
 
-    def __init__(self, tokenizer, n_soft=1, max_tokens=48):
+    def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
         self.tokenizer, self.n_soft, self.max_tokens = tokenizer, n_soft, max_tokens
-        head, tail = chat(tokenizer, INSTRUCTION, "<<pieces>>").split("<<pieces>>")
-        self.shared = self.ids(head)
+        self.frame = head, tail = frame or chat_frame(tokenizer, INSTRUCTION)
         self.tokens, soft = 0, [SOFT] * n_soft
-        self.template = head + "User: {user}\nItem: {item}" + tail + ("Item vector:[e_i] User vector:[e_u]" if n_soft else "")  # for people
-        self.ask = self.ids(tail + "Item vector:") + soft + self.ids(" User vector:") + soft if n_soft else self.ids(tail)
+        self.shared, self.ask = frame_ids(tokenizer, head), frame_ids(tokenizer, tail)
+        self.template = head + "User: {user}\nItem: {item}" + tail  # for people
+        if n_soft:
+            self.ask = frame_ids(tokenizer, tail + "Item vector:") + soft
+            self.ask += self.ids(" User vector:") + soft
+            self.template += "Item vector:[e_i] User vector:[e_u]"
 
     def ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """Any text -> ids, as nothing but text."""
+        return text_ids(self.tokenizer, text)
 
     def user(self, text):
         """profile -> ids."""
-        return self.count(self.ids("User: ") + self.ids(text)[: self.max_tokens])
+        return self.ids("User: ") + self.ids(text)[: self.max_tokens]
 
     def item(self, text):
-        """title and profile -> ids, followed by the ask, whose last token is the one that is read."""
-        return self.count(self.ids("\nItem: ") + self.ids(text)[: self.max_tokens] + self.ask)
-
-    def count(self, ids):
-        self.tokens += len(ids)
-        return ids
+        """title and profile -> ids, followed by the ask, whose last token is the one that is
+        read."""
+        return self.ids("\nItem: ") + self.ids(text)[: self.max_tokens] + self.ask
 
 
 class SoftTokens(nn.Module):
-    """Learned maps R^d -> n_soft * R^H, one for users and one for items, scaled to the LLM's own token-embedding norm.
+    """Learned maps R^d -> n_soft * R^H, one for users and one for items, scaled to the LLM's own
+    token-embedding norm.
 
-    CF vectors are standardised first (each dimension, over all users or items): their mean, which every user shares and
-    which is mostly popularity, would otherwise fill the token."""
+    CF vectors are standardised first (each dimension, over all users or items): their mean, which
+    every user shares and which is mostly popularity, would otherwise fill the token."""
 
     def __init__(self, user, item, hidden_size, norm, n_soft=1):
         super().__init__()
-        self.n_soft = n_soft
+        self.n_soft, self.hidden_size = n_soft, hidden_size
+        mean, std = [user.mean(0), item.mean(0)], [user.std(0), item.std(0)]
         self.register_buffer("norm", torch.as_tensor(float(norm)))
-        self.register_buffer("mean", torch.stack([user.mean(0), item.mean(0)]))  # (2, d)
-        self.register_buffer("std", torch.stack([user.std(0), item.std(0)]).clamp(min=1e-6))
-        self.hidden_size = hidden_size
-        self.maps = nn.ModuleList(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False) for _ in range(2 if n_soft else 0))
+        self.register_buffer("mean", torch.stack(mean))  # (2, d)
+        self.register_buffer("std", torch.stack(std).clamp(min=1e-6))
+        self.maps = nn.ModuleList()
+        for _ in range(2 if n_soft else 0):
+            self.maps.append(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False))
 
     def forward(self, side, vectors):
         """side 0 users, 1 items; vectors (B, d) -> (B, n_soft, H), each of norm `norm`."""
         if not self.n_soft:
             return vectors.new_zeros(len(vectors), 0, self.hidden_size)
-        x = self.maps[side]((vectors - self.mean[side]) / self.std[side]).unflatten(-1, (self.n_soft, -1))
-        return F.normalize(x, dim=-1) * self.norm
+        x = self.maps[side]((vectors - self.mean[side]) / self.std[side])
+        return F.normalize(x.unflatten(-1, (self.n_soft, -1)), dim=-1) * self.norm
 
 
 class Head(nn.Module):
-    """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d). mean and std are of the frozen
-    LLM's hidden states: a few of its dimensions are a hundred times larger than the rest and would drown them."""
+    """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d). mean
+    and std are of the frozen LLM's hidden states: a few of its dimensions are a hundred times
+    larger than the rest and would drown them."""
 
     def __init__(self, hidden_size, dim):
         super().__init__()
@@ -138,107 +177,166 @@ class Head(nn.Module):
 def pad(pieces, device):
     """List of id lists -> ids (B, L) and mask (B, L) int64, padded on the right."""
     length = max(map(len, pieces))
-    ids = torch.tensor([piece + [0] * (length - len(piece)) for piece in pieces], device=device)
-    mask = torch.tensor([[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces], device=device)
-    return ids, mask
+    ids = [piece + [0] * (length - len(piece)) for piece in pieces]
+    mask = [[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner):
-    """The same h(u, i), each pair's whole prompt in one plain forward pass without a cache: slower, but the only form that
-    gradient checkpointing allows, and the oracle that encode() is tested against. Arguments and result as encode()."""
+def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
+                 owner):
+    """What encode() computes, written plainly: each pair's whole prompt in one forward pass without
+    a cache. Slower, but the only form that gradient checkpointing allows, and the oracle that
+    encode() is tested against. Arguments and result as encode()."""
     device = user_vectors.device
     prefixes = [prompt.user(text) for text in user_texts]
-    ids, mask = pad([prompt.shared + prefixes[own] + prompt.item(text) for own, text in zip(owner.tolist(), item_texts)], device)
-    x = llm.get_input_embeddings()(ids.clamp(min=0))
+    pieces = []
+    for own, text in zip(owner.tolist(), item_texts):
+        pieces.append(prompt.shared + prefixes[own] + prompt.item(text))
+    prompt.tokens += sum(map(len, pieces))
+    ids, mask = pad(pieces, device)
+    x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
     x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
     hidden = llm(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1].float()
 
 
-def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner, batch=0, instruction=None):
-    """h(u, i): the hidden state of the last prompt token. The one encoder of training and generation.
+def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner,
+           batch=0, instruction=None):
+    """h(u, i): the hidden state of the last prompt token. The one encoder of training and
+    generation.
 
-    user_texts G strings, user_vectors (G, d); item_texts R strings, item_vectors (R, d); owner (R,) int64: which of the G
-    users each item belongs to -> (R, H) float32. The instruction runs once, a user once, an item suffix once a pair.
-    batch: suffixes a call, those of like length together, so that little of it is padding; 0: all in one call. instruction:
-    the past of an earlier call's run_piece(llm, [prompt.shared]), where no gradient is wanted; None: it is run here."""
+    llm: a decoder without its language-model head (AutoModel), as for run_piece; prompt: a Prompt
+    of its tokenizer; soft_tokens: a SoftTokens of its width, with the prompt's n_soft.
+    user_texts G strings, user_vectors (G, d); item_texts R strings, item_vectors (R, d); owner (R,)
+    int64: which of the G users each item belongs to -> (R, H) float32. The instruction runs once, a
+    user once, an item suffix once a pair.
+    batch: suffixes a call, those of like length together, so that little of it is padding; 0: all
+    in one call. instruction: the past of an earlier call's run_piece(llm, [prompt.shared]), where
+    no gradient is wanted; None: it is run here."""
     device = user_vectors.device
-    past = instruction or run_piece(llm, [prompt.shared])[2]
-    _, _, past = run_piece(llm, [prompt.user(text) for text in user_texts], None, past,
-                           torch.zeros(len(user_texts), dtype=torch.int64, device=device))
-    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)  # (R, 2 n_soft, H)
+    prefixes = [prompt.user(text) for text in user_texts]
     pieces = [prompt.item(text) for text in item_texts]
-    order = torch.tensor(sorted(range(len(pieces)), key=lambda r: len(pieces[r])) if batch else range(len(pieces)), device=device)
+    longest = len(prompt.shared) + max(map(len, prefixes)) + max(map(len, pieces))
+    if longest <= attention_window(llm):
+        prompt.tokens += sum(map(len, prefixes))
+        past = instruction or run_piece(llm, [prompt.shared])[2]
+        first = torch.zeros(len(prefixes), dtype=torch.int64, device=device)
+        past = run_piece(llm, prefixes, None, past, first)[2]
+    else:  # padding between pieces would use up part of the window: run whole prompts
+        past = None
+        for row, own in enumerate(owner.tolist()):
+            pieces[row] = prompt.shared + prefixes[own] + pieces[row]
+    prompt.tokens += sum(map(len, pieces))
+
+    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
+    order = torch.arange(len(pieces), device=device)
+    if batch:
+        order = torch.tensor([len(piece) for piece in pieces], device=device).argsort(stable=True)
     result = []
     for part in order.split(batch or len(order)):
         hidden, mask, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
-        result.append(hidden[torch.arange(len(part), device=device), mask.sum(1) - 1].float())  # the last real token of each row
+        last = mask.sum(1) - 1  # the last real token of each row
+        result.append(hidden[torch.arange(len(part), device=device), last].float())
     return torch.cat(result)[order.argsort()]
 
 
 def run_piece(llm, pieces, soft=None, past=None, owner=None):
     """Run one piece of the prompt on top of what is cached.
 
-    pieces: B id lists; soft (B, n_soft, H) or None, the vectors for the SOFT places; past: (key/value list, mask (P, L0)) of
-    an earlier piece or None; owner (B,): which row of `past` each piece follows.
-    Returns hidden states (B, L, H), mask (B, L), and the new past for (key/values, mask (B, L0 + L)).
-    Padding may sit between the pieces: masks leave it out and positions are counted over real tokens only, so a row's
-    hidden states are those of its own prompt run alone."""
-    device = llm.get_input_embeddings().weight.device
-    ids, mask = pad(pieces, device)
+    llm: a decoder whose output has last_hidden_state (AutoModel, or model.base_model of a causal
+    LM: not the causal LM itself, whose output is logits), that takes inputs_embeds, position_ids
+    and a key/value cache.
+    pieces: B id lists; soft (B, n_soft, H) or None, the vectors for the SOFT places; past:
+    (key/value list, mask (P, L0)) of an earlier piece or None; owner (B,): which row of `past` each
+    piece follows, None: row b follows row b.
+    Returns hidden states (B, L, H), mask (B, L), and the new past for (key/values, mask (B, L0 +
+    L)). Padding may sit between the pieces: masks leave it out and positions are counted over real
+    tokens only, so a row's hidden states are those of its own prompt run alone, as long as no
+    attention window (attention_window) is shorter than L0 + L."""
+    ids, mask = pad(pieces, llm.get_input_embeddings().weight.device)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
     if soft is not None:
         x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
-    full, cache = mask, DynamicCache()
+    full, cache, in_place = mask, DynamicCache(), False
     if past is not None:
         keys_values, past_mask = past
-        full = torch.cat([past_mask[owner], mask], 1)  # (B, L0 + L)
-        cache = DynamicCache([(keys[owner], values[owner]) for keys, values in keys_values])
+        if owner is not None:
+            past_mask = past_mask[owner]
+            keys_values = [(keys[owner], values[owner]) for keys, values in keys_values]
+        full = torch.cat([past_mask, mask], 1)  # (B, L0 + L)
+        in_place = isinstance(keys_values, DynamicCache)
+        cache = keys_values if in_place else DynamicCache(keys_values)
     position = (full.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-    out = llm(inputs_embeds=x, attention_mask=full, position_ids=position, past_key_values=cache, use_cache=True)
-    keys_values = [(layer[0], layer[1]) for layer in out.past_key_values]
+    out = llm(inputs_embeds=x, attention_mask=full, position_ids=position, past_key_values=cache,
+              use_cache=True)
+    if not in_place:
+        keys_values = [(layer[0], layer[1]) for layer in out.past_key_values]
     return out.last_hidden_state, mask, (keys_values, full)
 
 
-def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0, encoder=encode):
-    """h(u, i) for pairs (n, 2), with cf {"user": (U, d), "item": (I, d)} and texts (user profiles, item texts) -> (n, H).
-    Training and generation both come through here.
+def attention_window(llm):
+    """Tokens that the LLM's narrowest layer looks back over; infinity where every layer sees all.
+    The libraries measure it in cache slots, padding included."""
+    config = llm.config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    windows = [getattr(config, name, None) for name in names]
+    return min((window for window in windows if isinstance(window, int)), default=math.inf)
 
-    drop: '', 'user vector', 'user profile', 'item vector': what the prompt goes without (a vector is replaced by the mean of
-    all, a profile by nothing). profile_dropout: share of the users whose profile is left out at random, so that the LLM
-    cannot lean on recognising a known user's text alone. encoder: encode or encode_whole."""
+
+def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0,
+                 encoder=encode):
+    """h(u, i) for pairs (n, 2), with cf {"user": (U, d), "item": (I, d)} and texts (user profiles,
+    item texts) -> (n, H). Training and generation both come through here; llm, prompt, soft_tokens
+    as for encode().
+
+    drop: '', 'user vector', 'user profile', 'item vector': what the prompt goes without (a vector
+    is replaced by the mean of all, a profile by nothing). profile_dropout: share of the users whose
+    profile is left out at random, so that the LLM cannot lean on recognising a known user's text
+    alone. encoder: encode or encode_whole."""
     users, owner = pairs[:, 0].unique(return_inverse=True)
     blank = torch.rand(len(users)) < profile_dropout
-    vectors = [table.mean(0).expand(len(ids), -1) if drop == f"{side} vector" else table[ids]
-               for side, table, ids in (("user", cf["user"], users), ("item", cf["item"], pairs[:, 1]))]
-    profiles = ["" if drop == "user profile" or blank[n] else texts[0][k] for n, k in enumerate(users)]
-    return encoder(llm, prompt, soft_tokens, profiles, vectors[0], [texts[1][k] for k in pairs[:, 1]], vectors[1], owner)
+    profiles = []
+    for n, user in enumerate(users.tolist()):
+        left_out = drop == "user profile" or blank[n]
+        profiles.append("" if left_out else texts[0][user])
+    titles = [texts[1][item] for item in pairs[:, 1].tolist()]
+    user_vectors, item_vectors = cf["user"][users], cf["item"][pairs[:, 1]]
+    if drop == "user vector":
+        user_vectors = cf["user"].mean(0).expand_as(user_vectors)
+    if drop == "item vector":
+        item_vectors = cf["item"].mean(0).expand_as(item_vectors)
+    return encoder(llm, prompt, soft_tokens, profiles, user_vectors, titles, item_vectors, owner)
 
 # --------------------------------------------------------------------------------------------------
 # Step 2: supervised fine-tuning with InfoNCE against CF-mined hard negatives
 # --------------------------------------------------------------------------------------------------
 
 def info_nce(z, candidates, positive, tau, ignore=None):
-    """InfoNCE with one or more positives a row (van den Oord et al., 2018; MIL-NCE, Miech et al., CVPR 2020):
-    -ln( sum_positive exp(s / tau) / sum_{not ignored} exp(s / tau) ), s the cosine.
+    """InfoNCE with one or more positives a row (van den Oord et al., 2018; MIL-NCE, Miech et al.,
+    CVPR 2020): -ln( sum_positive exp(s / tau) / sum_{not ignored} exp(s / tau) ), s the cosine.
 
-    z (B, d), candidates (C, d), positive (B, C) bool, ignore (B, C) bool: candidates left out of the sum, the mask against
-    false negatives -> scalar mean over B."""
+    z (B, d), candidates (C, d), positive (B, C) bool, ignore (B, C) bool: candidates left out of
+    the sum, the mask against false negatives (a positive is never left out) -> scalar mean over B.
+    A row without a positive makes the loss infinite: leave such rows out."""
     scores = F.normalize(z, dim=-1) @ F.normalize(candidates, dim=-1).T / tau  # (B, C)
     if ignore is not None:
         scores = scores.masked_fill(ignore & ~positive, -torch.inf)
-    return (scores.logsumexp(1) - scores.masked_fill(~positive, -torch.inf).logsumexp(1)).mean()
+    of_positives = scores.masked_fill(~positive, -torch.inf).logsumexp(1)
+    return (scores.logsumexp(1) - of_positives).mean()
 
 
 class SftTask:
-    """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was mined, the candidates."""
+    """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was
+    mined, the candidates."""
 
     def __init__(self, data, cf_model, cf, texts, first, last, seed, mine="dns"):
-        self.cf, self.texts, self.train, self.mine, self.cf_model = cf, texts, data["train"], mine, cf_model
+        self.cf, self.texts, self.train, self.mine = cf, texts, data["train"], mine
+        self.cf_model = cf_model
         self.item_layers = cf_model.layers()[1].detach()  # (I, K, d), for mixgcf
         self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, M)
-        # centred, so that cosine compares what tells items apart and not the direction that all popular items share
+        # centred, so that cosine compares what tells items apart and not the direction that all
+        # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=generator)
@@ -246,67 +344,86 @@ class SftTask:
         is_new = new_user[self.train[order, 0].cpu()]
         known = order[~is_new]
         n_held = min(256, max(1, len(known) // 10))
-        # two held-back sets of train pairs: new pairs of users that SFT does see, and pairs of users it never sees
+        # two held-back sets of train pairs: new pairs of users that SFT does see, and pairs of
+        # users it never sees
         self.held = {"known users": known[:n_held], "new users": order[is_new][:256]}
         self.rows = known[n_held:]  # (N,) rows of train that SFT learns from
         self.generator = generator
 
     def is_mined(self, rows):
-        """(R, I) bool: the mined hard negatives of each row's user; made for a batch, never for all users at once."""
+        """(R, I) bool: the mined hard negatives of each row's user; made for a batch, never for all
+        users at once."""
         users = self.train[rows, 0]
-        return torch.zeros(len(rows), len(self.candidates), dtype=torch.bool, device=users.device).scatter_(1, self.mined[users], True)
+        none = torch.zeros(len(rows), len(self.candidates), dtype=torch.bool, device=users.device)
+        return none.scatter_(1, self.mined[users], True)
 
     def loss(self, z, rows, tau):
-        """InfoNCE over the whole catalogue: positives are u's mined items, everything else pushes away, the item i and u's
-        other train items included. With mine='mixgcf' the one positive is the vector that MixGCF makes of the pair and 8 of
-        the mined items; the mined items themselves are left out of the sum, since they are no worse."""
+        """InfoNCE over the whole catalogue: positives are u's mined items, everything else pushes
+        away, the item i and u's other train items included. With mine='mixgcf' the one positive is
+        the vector that MixGCF makes of the pair and 8 of the mined items; the mined items
+        themselves are left out of the sum, since they are no worse."""
         mined = self.is_mined(rows)
         if self.mine == "dns":
             return info_nce(z, self.candidates, mined, tau)
         u, i = self.train[rows].T
-        some = self.mined[u].gather(1, torch.randint(self.mined.shape[1], (len(u), 8), device=u.device))
-        synthetic = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool) - self.cf["item"].mean(0)  # (R, d)
+        pick = torch.randint(self.mined.shape[1], (len(u), 8), device=u.device)
+        some = self.mined[u].gather(1, pick)
+        synthetic = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool)
+        synthetic = synthetic - self.cf["item"].mean(0)  # (R, d)
         own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        return info_nce(z, torch.cat([self.candidates, synthetic]), torch.cat([torch.zeros_like(mined), own], 1), tau,
-                        torch.cat([mined, torch.zeros_like(own)], 1))
+        candidates = torch.cat([self.candidates, synthetic])
+        positive = torch.cat([torch.zeros_like(mined), own], 1)
+        return info_nce(z, candidates, positive, tau, torch.cat([mined, torch.zeros_like(own)], 1))
 
     def hit_rate(self, z, rows):
-        """How often the item nearest to z (cosine, whole catalogue) is one mined for the pair's user."""
-        nearest = (F.normalize(z, dim=-1) @ F.normalize(self.candidates, dim=-1).T).argmax(1)
-        return self.is_mined(rows).gather(1, nearest[:, None]).float().mean().item()
+        """How often the item nearest to z (cosine, whole catalogue) is one mined for the pair's
+        user."""
+        scores = F.normalize(z, dim=-1) @ F.normalize(self.candidates, dim=-1).T
+        return self.is_mined(rows).gather(1, scores.argmax(1)[:, None]).float().mean().item()
 
     def floors(self, rows):
-        """(uniform chance, popularity floor: the hit rate of the best single item for everybody) on these rows."""
+        """(uniform chance, popularity floor: the hit rate of the best single item for everybody) on
+        these rows."""
         mined = self.is_mined(rows).float()
         return mined.mean().item(), mined.mean(0).max().item()
 
 
 def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
-    """Shuffle rows into batches of `groups` chunks, each chunk up to `per_user` rows of one user, so that a user's prefix
-    is run once for several items. users (N,) of all train rows; rows (R,); lengths (N,): how long each row's prompt is, so
-    that chunks of like length share a batch and little is padded -> list of int64 tensors, in random order."""
+    """Shuffle rows into batches of `groups` chunks, each chunk up to `per_user` rows of one user,
+    so that a user's prefix is run once for several items. users (N,) of all train rows; rows (R,);
+    lengths (N,): how long each row's prompt is, so that chunks of like length share a batch and
+    little is padded -> list of int64 tensors, in random order."""
     rows = rows[torch.randperm(len(rows), generator=generator)]
     rows = rows[users[rows].argsort(stable=True)]
-    chunks = [part for own in rows.split(users[rows].unique_consecutive(return_counts=True)[1].tolist())
-              for part in own.split(per_user)]
+    chunks = []
+    for own in rows.split(users[rows].unique_consecutive(return_counts=True)[1].tolist()):
+        chunks += own.split(per_user)
     order = torch.randperm(len(chunks), generator=generator).tolist()
-    if lengths is not None:  # sorted within windows of 8 batches: still near random, yet seldom padded
+    if lengths is not None:  # sorted within windows of 8 batches: near random, yet seldom padded
         longest = [int(lengths[chunk].max()) for chunk in chunks]
-        order = [k for at in range(0, len(order), 8 * groups) for k in sorted(order[at:at + 8 * groups], key=longest.__getitem__)]
-    batches = [torch.cat([chunks[k] for k in order[at:at + groups]]) for at in range(0, len(order), groups)]
+        shuffled, order = order, []
+        for at in range(0, len(chunks), 8 * groups):
+            order += sorted(shuffled[at:at + 8 * groups], key=longest.__getitem__)
+    batches = []
+    for at in range(0, len(order), groups):
+        batches.append(torch.cat([chunks[k] for k in order[at:at + groups]]))
     return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 @torch.no_grad()
-def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, batch=64, label="", rank=0, world=1):
-    """encode_pairs over many rows of train, grouped by user -> h (R, H) in the order of `rows`. Each process encodes its share."""
+def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, batch=64,
+                label=""):
+    """encode_pairs over many rows of train, grouped by user -> h (R, H) in the order of `rows`.
+    Each process encodes its share."""
     order = task.train[rows, 0].argsort(stable=True)
     progress = Progress(label, len(order), "pairs") if label else None
-    result = torch.zeros(len(rows), llm.config.get_text_config().hidden_size, device=task.train.device)
+    hidden_size = llm.config.get_text_config().hidden_size
+    result = torch.zeros(len(rows), hidden_size, device=task.train.device)
     for n, at in enumerate(order.split(batch)):
-        if n % world == rank:
+        if n % WORLD == RANK:
             torch.manual_seed(n)  # what is left out does not depend on which process encodes it
-            result[at] = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows[at]], drop, profile_dropout)
+            result[at] = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts,
+                                      task.train[rows[at]], drop, profile_dropout)
         if progress:
             progress.update(min(len(order), (n + 1) * batch))
     sum_over([result])
@@ -314,8 +431,9 @@ def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0
 
 
 def fit_head(task, head, hidden, rows, tau, steps=300, lr=3e-3, dropout=0.3, seed=0):
-    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H), so that LoRA starts from a head that already
-    reads what the soft tokens and the text brought (linear probing, then fine-tuning: Kumar et al., ICLR 2022)."""
+    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H), so that LoRA starts
+    from a head that already reads what the soft tokens and the text brought (linear probing, then
+    fine-tuning: Kumar et al., ICLR 2022) -> the last loss."""
     head.mean.copy_(hidden.mean(0))
     head.std.copy_(hidden.std(0).clamp(min=1e-4))
     generator = torch.Generator(hidden.device).manual_seed(seed)
@@ -323,15 +441,17 @@ def fit_head(task, head, hidden, rows, tau, steps=300, lr=3e-3, dropout=0.3, see
     for _ in range(steps):
         pick = torch.randperm(len(rows), generator=generator, device=hidden.device)[:2048]
         h = hidden[pick]
+        # dropout around the mean: what is left out reads as average
         keep = torch.rand(h.shape, generator=generator, device=h.device) >= dropout
-        loss = task.loss(head(head.mean + (h - head.mean) * keep / (1 - dropout)), rows[pick], tau)
+        z = head(head.mean + (h - head.mean) * keep / (1 - dropout))
+        loss = task.loss(z, rows[pick], tau)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return loss.item()
 
 
-def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",), rank=0, world=1):
+def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
     """Print and return hit rates on both held-back sets: {label: {set: rate}}."""
     result = {}
     for drop in drops:
@@ -339,29 +459,36 @@ def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",), rank=0
         rates = {}
         for held, rows in task.held.items():
             if len(rows):
-                hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop, rank=rank, world=world)
+                hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop)
                 rates[held] = task.hit_rate(head(hidden), rows)
         result[name] = rates
-        print(f"  hit rate {name:<45}" + "".join(f"{held} {rate:.3f}   " for held, rate in rates.items()), flush=True)
+        shown = [f"{held} {rate:.3f}   " for held, rate in rates.items()]
+        print(f"  hit rate {name:<45}" + "".join(shown), flush=True)
     return result
 
 
 def learning_rate(step, steps):
-    """Share of the full rate: linear warm-up over a tenth of the steps, then cosine decay to a tenth of the rate."""
-    return min((step + 1) / max(1, steps // 10), 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps)))
+    """Share of the full rate at `step` of `steps`, counted from 0: the smaller of two curves."""
+    warm_up = (step + 1) / max(1, steps // 10)  # rises to 1 over a tenth of the steps
+    decay = 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps))  # falls from 1 to a tenth
+    return min(warm_up, decay)
 
 
-def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed, profile_dropout=0.0, encoder=encode, rank=0, world=1):
-    """Loss of one step on rows (B,) of train, its gradient left in .grad of the parameters `trained`. Parts of `micro_pairs`
-    pairs go one after the other, so that few activations are held at once, and every process takes each world-th part; the
-    gradients add up to those of the whole batch."""
+def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed,
+                  profile_dropout=0.0, encoder=encode):
+    """Loss of one step on rows (B,) of train, its gradient left in .grad of the parameters
+    `trained`. Parts of `micro_pairs` pairs go one after the other, so that few activations are held
+    at once, and every process takes each WORLD-th part; the gradients add up to those of the whole
+    batch."""
     loss = torch.zeros((), device=rows.device)
     for p in trained:  # zeros, not None: every process brings a gradient for every parameter
         p.grad = torch.zeros_like(p)
     for n, part in enumerate(rows.split(micro_pairs)):
-        if n % world == rank:
-            torch.manual_seed(seed * 1009 + n)  # dropout is the part's own: a resumed run repeats it
-            hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "", profile_dropout, encoder)
+        if n % WORLD == RANK:
+            # dropout is the part's own: a resumed run repeats it
+            torch.manual_seed(seed * 1009 + n)
+            hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part],
+                                  "", profile_dropout, encoder)
             part_loss = task.loss(head(hidden), part, tau) * len(part) / len(rows)
             part_loss.backward()
             loss += part_loss.detach()
@@ -369,98 +496,365 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
     return loss.item()
 
 
+def add_lora(llm, targets, rank, alpha, dropout):
+    """LoRA (Hu et al., ICLR 2022) on the linear layers named in `targets`, its weights float32
+    whatever the LLM's. Prints what it is on; raises SystemExit2 when a name matches no linear
+    layer, so that no part of what was asked for is left out in silence."""
+    linear = {name: module for name, module in llm.named_modules()
+              if isinstance(module, (nn.Linear, Conv1D))}
+    names = Counter(name.rpartition(".")[2] for name in linear)
+    found, transposed = [], False
+    for target in targets:
+        matched = [name for name in linear if f".{name}".endswith(f".{target}")]
+        if not matched:
+            there = ", ".join(f"{name} ×{count}" for name, count in names.items())
+            fail(f"--lora-targets {target}: the LLM has no linear layer of this name; name some of "
+                 f"those it has: {there or 'none'}")
+        found.append(f"{target} ×{len(matched)}")
+        transposed |= isinstance(linear[matched[0]], Conv1D)  # GPT-2 keeps its weights as (in, out)
+    print(f"LoRA on {len(found)} of {len(names)} kinds of linear layer: {', '.join(found)}")
+    llm = get_peft_model(llm, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                                         target_modules=targets, fan_in_fan_out=transposed,
+                                         init_lora_weights=True))
+    for p in llm.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return llm
+
+
+def finetune_settings(args, dtype):
+    """What the result depends on: flags, the number format that --dtype stands for here, inputs."""
+    run = Path(args.run)
+    settings = settings_of(args, "name", "preset", "save_every", "checkpointing")
+    return settings | {
+        "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
+        "inputs": stamp(run, "data.safetensors", args.cf, args.profiles)}
+
+
+def training_order(task, warmup_pairs, steps, per_user, groups):
+    """The order of the data, the same whoever asks: passes over the train pairs, of which the first
+    `warmup_pairs` are for the head alone -> (rows (W,), list of `steps` batches of rows)."""
+    users, items = task.train.cpu().T
+    lengths = torch.tensor([len(text) for text in task.texts[1]])[items]
+    size, order, n = groups * per_user, [], 0
+    while n < warmup_pairs + steps * size:
+        order += grouped_batches(users, task.rows.cpu(), per_user, groups, task.generator, lengths)
+        n = sum(map(len, order))
+    order = torch.cat(order).to(task.train.device)
+    return order[:warmup_pairs], order[warmup_pairs:].split(size)[:steps]
+
+
+def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
+    """Before the first LoRA step: hit rates of the bare LLM, then of a head fitted on its hidden
+    states of `rows` -> the log so far."""
+    held = torch.cat(list(task.held.values()))
+    chance, popular = task.floors(held)
+    n_items, n_mined = len(task.candidates), task.mined.shape[1]
+    log = {"steps": [], "chance_loss": math.log(n_items / n_mined),
+           "uniform_floor": chance, "popularity_floor": popular}
+    print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; loss at chance "
+          f"ln({n_items}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform "
+          f"{chance:.3f}, popularity {popular:.3f}", flush=True)
+    log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "before")
+    if len(rows):
+        hidden = encode_rows(task, llm, prompt, soft_tokens, rows, label="warm-up",
+                             profile_dropout=args.profile_dropout)
+        loss = fit_head(task, head, hidden, rows, args.tau_s, seed=args.seed)
+        print(f"warm-up: head fitted on {len(rows)} pairs of the frozen LLM, loss {loss:.3f}",
+              flush=True)
+        log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
+    return log
+
+
 def finetune(args):
-    """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors. Resumes after a kill."""
-    run, data = Path(args.run), load_data(args.run)
-    out, maker = run / f"{args.name}.safetensors", "python llm_negatives.py finetune"
-    settings = {key: value for key, value in vars(args).items() if key not in
-                ("run", "force", "device", "command", "name", "preset", "save_every", "checkpointing")}
-    settings |= {"data": data["digest"], "llm": llm_digest(args.llm), "cf_digest": require_digest(run / args.cf, "python backbones.py pretrain"),
-                 "profiles_digest": require_digest(run / args.profiles, "python llm_negatives.py profile")}
-    if up_to_date(out, settings, maker, args.force):
-        return
-    rank, world, device = start_processes(args.device)
-    data["train"] = data["train"].to(device)
-    model, _, cf = load_model(run / args.cf, f"python backbones.py pretrain --run {run}", data)
-    task = SftTask(data, model, cf, load_profiles(run, args.profiles), args.mine_first, args.mine_last, args.seed, args.mine)
+    """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors. Goes on
+    after a kill from the last state that was saved. Raises SystemExit2 when an input is missing,
+    when the output was made with other settings, or when the loss is no number."""
+    run, data, start = Path(args.run), load_data(args.run), time.time()
+    name = output_name("--name", args.name, "llm_negatives.py finetune", word="sft")
+    if args.warmup_pairs == 1:
+        fail("--warmup-pairs 1: one pair has no deviation to standardise by; give 0, or 2 or more")
+    out, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
+    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
+    partial = out.with_suffix(".partial.safetensors")
+    device = start_processes(args.device)
     dtype = pick_dtype(args.dtype, device)
-    llm, prompt = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers), Prompt(load_tokenizer(args.llm), args.soft_tokens, args.max_tokens)
+    settings = finetune_settings(args, dtype)
+    if up_to_date(out, settings, force=args.force):
+        return
+    if RANK == 0:
+        clear_litter(run, out.name, partial.name, adapter.name)
+    saved = load_partial(partial, settings, args.force)
+
+    # the data: train pairs, what CF mined for their users, texts
+    data["train"] = data["train"].to(device)
+    model, _, cf = load_model(run / args.cf, data=data)
+    task = SftTask(data, model, cf, load_profiles(run, args.profiles), args.mine_first,
+                   args.mine_last, args.seed, args.mine)
+    steps, size = args.steps, args.users_per_step * args.items_per_user
+    if args.epochs:
+        steps = math.ceil(args.epochs * len(task.rows) / size)
+    warm, batches = training_order(task, args.warmup_pairs, steps, args.items_per_user,
+                                   args.users_per_step)
+
+    # the encoder: LLM, prompt, soft tokens, head; the chat template's rendering is fixed here
+    llm = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers)
+    tokenizer = load_tokenizer(args.llm)
+    frame = saved.meta["frame"] if saved else from_first(chat_frame(tokenizer, INSTRUCTION))
+    prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens, frame)
     hidden_size = llm.config.get_text_config().hidden_size
     torch.manual_seed(args.seed)
-    soft_tokens = SoftTokens(cf["user"], cf["item"], hidden_size, embedding_norm(llm), args.soft_tokens).to(device)
+    soft_tokens = SoftTokens(cf["user"], cf["item"], hidden_size, embedding_norm(llm),
+                             args.soft_tokens).to(device)
     head = Head(hidden_size, cf["item"].shape[1]).to(device)
     encoder = encode
-    if args.checkpointing:
+    if args.checkpointing:  # which runs layers twice, so that no cache can be kept
         llm.gradient_checkpointing_enable({"use_reentrant": False})
         encoder = encode_whole
-    llm = get_peft_model(llm, LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                                         target_modules=args.lora_targets.split(","), init_lora_weights=True))
-    for p in llm.parameters():
-        p.data = p.data.float() if p.requires_grad else p.data  # LoRA's own weights in full precision, whatever the LLM's
-    lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
-    others = {f"{prefix}.{name}": p for prefix, module in (("soft", soft_tokens), ("head", head)) for name, p in module.named_parameters()}
+    targets = [name.strip() for name in args.lora_targets.split(",")]
+    llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+
+    # what is trained, and with which rate; what a saved state holds beside it
+    lora, others = {}, {}
+    for name, p in llm.named_parameters():
+        if p.requires_grad:
+            lora[f"lora.{name}"] = p
+    for prefix, module in (("soft", soft_tokens), ("head", head)):
+        others |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
     trained = [*lora.values(), *others.values()]
-    optimizer = torch.optim.AdamW([{"params": list(lora.values()), "lr": args.lr}, {"params": list(others.values()), "lr": args.lr_maps}], weight_decay=0.01)
     kept = lora | others | {"head.mean": head.mean, "head.std": head.std}
-    partial, share = out.with_suffix(".partial.safetensors"), {"rank": rank, "world": world}
+    optimizer = torch.optim.AdamW([{"params": list(lora.values()), "lr": args.lr},
+                                   {"params": list(others.values()), "lr": args.lr_maps}],
+                                  weight_decay=0.01)
 
-    # the order of the data, the same whoever asks: passes over the train pairs, the first pairs for the head alone
-    size = args.users_per_step * args.items_per_user
-    steps = math.ceil(args.epochs * len(task.rows) / size) if args.epochs else args.steps
-    lengths, order = torch.tensor([len(text) for text in task.texts[1]])[data["train"][:, 1].cpu()], []
-    while sum(map(len, order)) < args.warmup_pairs + steps * size:
-        order += grouped_batches(data["train"][:, 0].cpu(), task.rows.cpu(), args.items_per_user, args.users_per_step, task.generator, lengths)
-    order = torch.cat(order).to(device)
-    warm, batches = order[: args.warmup_pairs], order[args.warmup_pairs:].split(size)
-
-    start = time.time()
-    done, log = load_partial(partial, settings, kept, optimizer)
-    if log is None:
-        chance, popular = task.floors(torch.cat(list(task.held.values())))
-        n_mined = task.mined.shape[1]
-        log = {"dtype": str(dtype), "steps": [], "chance_loss": math.log(data["n_items"] / n_mined), "uniform_floor": chance, "popularity_floor": popular}
-        print(f"finetune: {len(task.rows)} train pairs, {sum(map(len, task.held.values()))} held back; loss at chance "
-              f"ln({data['n_items']}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform {chance:.3f}, popularity {popular:.3f}", flush=True)
-        log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "before", **share)
-        if len(warm):
-            hidden = encode_rows(task, llm, prompt, soft_tokens, warm, profile_dropout=args.profile_dropout, label="warm-up", **share)
-            loss = fit_head(task, head, hidden, warm, args.tau_s, seed=args.seed)
-            print(f"warm-up: head fitted on {len(warm)} pairs of the frozen LLM, loss {loss:.3f}", flush=True)
-            log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after warm-up", **share)
-        for value in kept.values() if world > 1 else ():
-            dist.broadcast(value.data, 0)
-    else:
+    # start: from the saved state, or with the head's warm-up
+    done = 0
+    if saved:
+        done, log = saved.meta["step"], saved.meta["log"]
+        restore_partial(saved.tensors, kept, optimizer)
         print(f"finetune: going on after step {done} of {steps}")
+    else:
+        log = warm_up(task, llm, prompt, soft_tokens, head, warm, args)
+        log["dtype"] = dtype_name(dtype)
+        if WORLD > 1:
+            for value in kept.values():
+                dist.broadcast(value.data, 0)
+
+    # LoRA, maps and head together
     progress, prompt.tokens, begin = Progress("finetune", steps, "steps"), 0, time.time()
     llm.train()
     for k in range(done, steps):
         for group, rate in zip(optimizer.param_groups, (args.lr, args.lr_maps)):
             group["lr"] = rate * learning_rate(k, steps)
-        loss = sft_gradients(task, llm, prompt, soft_tokens, head, trained, batches[k], args.tau_s, micro_pairs=args.micro_pairs,
-                             seed=args.seed * 1_000_003 + k, profile_dropout=args.profile_dropout, encoder=encoder, **share)
+        loss = sft_gradients(task, llm, prompt, soft_tokens, head, trained, batches[k], args.tau_s,
+                             micro_pairs=args.micro_pairs, seed=args.seed * 1_000_003 + k,
+                             profile_dropout=args.profile_dropout, encoder=encoder)
         if not math.isfinite(loss):
-            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr (now {args.lr}) or use --dtype fp32")
+            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr (now {args.lr}) or use "
+                 "--dtype fp32")
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         log["steps"].append(round(loss, 4))
-        recent = log["steps"][-10:]
-        progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}  {prompt.tokens * world / (time.time() - begin):.0f} tokens/s")
-        if rank == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
-            save_partial(partial, settings, k + 1, kept, optimizer, log)
+        recent, speed = log["steps"][-10:], prompt.tokens * WORLD / (time.time() - begin)
+        progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}  {speed:.0f} tokens/s")
+        if RANK == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
+            save_partial(partial, settings, frame, k + 1, kept, optimizer, log)
+
+    # what was learned, and what it takes from each part of the prompt
     llm.eval()
-    log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", ("", "user vector", "user profile", "item vector"), **share)
-    if rank:
+    drops = ("", "user vector", "user profile", "item vector")
+    log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", drops)
+    if RANK == 0:
+        save_adapter(llm, adapter, f"it goes on from {partial.name}")
+        tensors = state_of({"soft": soft_tokens, "head": head})
+        check_finite(out, tensors, "lower --lr, use --dtype fp32, or give --warmup-pairs more "
+                     "than 1, with --force")
+        save_tensors(out, tensors, {
+            "settings": settings, "beside": stamp(run, *adapter_files(adapter)), "frame": frame,
+            "dim": cf["item"].shape[1], "dtype": dtype_name(dtype), "prompt": prompt.template,
+            "log": log, "seconds": time.time() - start})
+        partial.unlink(missing_ok=True)
+        print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
+
+# --------------------------------------------------------------------------------------------------
+# The judge: what the texts, as the LLM reads them, say a user likes. Its label is one that the CF
+# vectors do not hold: a train item left out of its user's own text, to be found again among the
+# rest of the catalogue. What it then ranks high and the user has not seen is a likely false hard
+# negative. Beyond the paper.
+# --------------------------------------------------------------------------------------------------
+
+class Judge(nn.Module):
+    """A user's liking of an item by their texts alone, learned maps on what a frozen LLM reads:
+
+        score(u, j) = s cos(W_u t_u, W_i t_j) + b_j,    t_u = sum of t_i over u's train items i
+
+    with t_j the whitened readings of item j's text at several layers, one after the other. t_u
+    leaves out the item that is judged. W_u and W_i start as identities, so that an untrained judge
+    compares the texts as they are; b starts at half the log popularity.
+
+    readings: a list of (I, H) float, one a layer, row i of item i; train (N, 2); width: k, of the
+    maps. forward() -> users (U, k + 1), items (I, k + 1), whose inner product is the score: plain
+    vectors, which rank_unseen and any index can use."""
+
+    def __init__(self, readings, train, n_users, width=576):
+        super().__init__()
+        text = F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
+        popularity = torch.bincount(train[:, 1], minlength=len(text)).float()
+        total = text.new_zeros(n_users, text.shape[1])
+        total.index_add_(0, train[:, 0], text[train[:, 1]])
+        self.n_users, self.n_items = n_users, len(text)
+        self.register_buffer("text", text, persistent=False)  # (I, T)
+        self.register_buffer("total", total, persistent=False)  # (U, T)
+        width = min(width, text.shape[1])
+        self.user_map = nn.Linear(text.shape[1], width, bias=False)
+        self.item_map = nn.Linear(text.shape[1], width, bias=False)
+        nn.init.eye_(self.user_map.weight)
+        nn.init.eye_(self.item_map.weight)
+        self.bias = nn.Parameter(0.5 * (popularity + 1).log())  # (I,)
+        self.scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def user_vectors(self, text):
+        """Sums of texts (B, T) -> (B, k), of length s."""
+        return F.normalize(self.user_map(F.normalize(text, dim=1)), dim=1) * self.scale.exp()
+
+    def item_vectors(self, items):
+        """Item ids (B,) -> (B, k), of length 1."""
+        return F.normalize(self.item_map(self.text[items]), dim=1)
+
+    def forward(self):
+        users = self.user_vectors(self.total)
+        items = self.item_vectors(torch.arange(self.n_items, device=self.text.device))
+        return F.pad(users, (0, 1), value=1.0), torch.cat([items, self.bias[:, None]], 1)
+
+    def score_all(self, users, items):
+        return users @ items.T
+
+
+def make_judge_step(judge, train, n_negatives):
+    """A step for backbones.fit: softmax of each left-out train item against `n_negatives` items of
+    the whole catalogue, drawn uniformly and shared by the batch; the user's other train items among
+    them push nothing away. train (N, 2) -> step(rows (B,), generator) -> (scalar, {})."""
+    seen = pair_keys(train, judge.n_items)
+
+    def step(rows, generator):
+        u, i = train[rows].T
+        users = judge.user_vectors(judge.total[u] - judge.text[i])  # (B, k): i is left out
+        drawn = torch.randint(judge.n_items, (n_negatives,), generator=generator, device=u.device)
+        positive = (users * judge.item_vectors(i)).sum(1) + judge.bias[i]  # (B,)
+        negative = users @ judge.item_vectors(drawn).T + judge.bias[drawn]  # (B, N)
+        own = contains(seen, u[:, None], drawn[None], judge.n_items)
+        return sampled_softmax_loss(positive, negative.masked_fill(own, -torch.inf)), {}
+
+    return step
+
+
+@torch.no_grad()
+def likely_items(judge, train, n):
+    """The n items that the judge ranks highest of those the user has not seen, and how likely each
+    is beside the others: (U, n) int64, (U, n) shares that add up to 1. -1 and share 0 where a user
+    has fewer unseen items."""
+    everyone = torch.arange(judge.n_users, device=train.device)
+    items = rank_unseen(judge, everyone, user_rows(train, judge.n_users), n)  # (U, n)
+    user_vectors, item_vectors = judge.eval()()
+    scores = []
+    for u, j in zip(everyone.split(1024), items.split(1024)):  # so that (1024, n, k) is gathered
+        scores.append(torch.einsum("bk,bnk->bn", user_vectors[u], item_vectors[j.clamp(min=0)]))
+    return items, torch.cat(scores).masked_fill(items < 0, -torch.inf).softmax(1).nan_to_num()
+
+
+def judge(args):
+    """Fit the judge on a frozen LLM's readings; write its vectors and each user's likely items."""
+    run, data, start = Path(args.run), load_data(args.run), time.time()
+    out = run / output_name("--out", args.out, "llm_negatives.py judge", ".safetensors", "judge")
+    device = start_processes(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    layers = judge_layers(args.layers, args.llm)
+    args.layers = ",".join(map(str, layers))
+    settings = settings_of(args) | {
+        "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
+        "inputs": stamp(run, "data.safetensors", "items.jsonl")}
+    if up_to_date(out, settings, force=args.force):
         return
-    adapter = run / adapter_folder(args.name)
-    temporary = run / f".{adapter.name}.{os.getpid()}.tmp"
-    llm.save_pretrained(temporary)
-    shutil.rmtree(adapter, ignore_errors=True)
-    os.replace(temporary, adapter)
-    save_tensors(out, {**{f"soft.{k}": v for k, v in soft_tokens.state_dict().items()}, **{f"head.{k}": v for k, v in head.state_dict().items()}},
-                 {"settings": settings, "adapter": file_digest(adapter / "adapter_model.safetensors"),
-                  "dim": cf["item"].shape[1], "dtype": str(dtype).removeprefix("torch."), "prompt": prompt.template, "log": log, "seconds": time.time() - start})
-    partial.unlink(missing_ok=True)
-    print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
+
+    # what the LLM, or the control in its place, reads of each item's title and metadata
+    items = read_jsonl(run / "items.jsonl")
+    texts = [f"{row['title']}. {row['text']}" for row in items]
+    torch.manual_seed(args.seed)
+    if args.control == "shuffled":  # each text given to another item
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))
+        texts = [texts[n] for n in order.tolist()]
+    llm = load_llm(args.llm, AutoModel, dtype, device, max(1, layers[-1]))  # 0 would be all
+    if args.control == "random":  # the same architecture, that has read nothing yet
+        llm = AutoModel.from_config(llm.config).to(device, dtype).eval()
+    prompt = Prompt(load_tokenizer(args.llm))
+    readings = read_layers(llm, prompt, texts, layers)
+    print(f"judge: {len(texts)} texts read at layers {args.layers}, {time.time() - start:.0f} s",
+          flush=True)
+    del llm
+
+    # the maps; validation stops them, as it stops every model here. Small data, small batches
+    train = data["train"].to(device)
+    model = Judge(readings, train, data["n_users"], args.width).to(device)
+    step = make_judge_step(model, train, args.negatives)
+    batch = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
+    state, history = fit(
+        {"judge": model}, step, len(train),
+        validation(model, {"train": train, "valid": data["valid"].to(device)}), epochs=args.epochs,
+        batch_size=batch, lr=args.lr, eval_every=1, patience=2, seed=args.seed, label="judge")
+    restore({"judge": model}, state)
+
+    likely, share = likely_items(model, train, min(args.likely, data["n_items"]))
+    with torch.no_grad():
+        user, item = model()
+    tensors = {"user": user, "item": item, "likely": likely.int(), "share": share}
+    check_finite(out, tensors, "lower --lr and run again with --force")
+    save_tensors(out, tensors, {"settings": settings, "history": history,
+                                "seconds": time.time() - start})
+    print(f"wrote {out}, {time.time() - start:.0f} s")
+
+
+def judge_layers(text, llm):
+    """--layers as a list of numbers; where it is empty, the token embeddings and the layers at two
+    fifths and two thirds of the LLM's depth: 0, 12, 20 of 30. Raises SystemExit2 for a layer that
+    the LLM lacks."""
+    try:
+        config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 as in load_llm
+        fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: "
+             f"{str(error)[:200]}); give a local folder or a Hugging Face id")
+    depth = config.get_text_config().num_hidden_layers
+    if not text:
+        return sorted({0, round(depth * 2 / 5), round(depth * 2 / 3)})
+    try:
+        layers = sorted({int(layer) for layer in text.split(",")})
+    except ValueError:
+        fail(f"--layers {text}: give numbers of layers, such as 0,12,20")
+    if layers[0] < 0 or layers[-1] > depth:
+        fail(f"--layers {text}: {llm} has layers 0 (its token embeddings) to {depth}; give some of "
+             "these")
+    return layers
+
+
+@torch.no_grad()
+def read_layers(llm, prompt, texts, layers, batch=64, max_tokens=64):
+    """What the LLM makes of each text alone at several layers, 0 being its token embeddings, a bag
+    of words: the mean of the hidden states over the text's tokens but the first (see encode_items)
+    -> a list of (I, H) float32, one a layer."""
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # like lengths together
+    device, width = llm.get_input_embeddings().weight.device, llm.config.get_text_config().hidden_size
+    result = [torch.zeros(len(texts), width, device=device) for _ in layers]
+    progress = Progress("read", len(texts), "texts")
+    for at in range(0, len(order), batch):
+        part = order[at:at + batch]
+        ids, mask = pad([prompt.ids(texts[k])[:max_tokens] for k in part], device)
+        hidden = llm(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        weight = mask.float()
+        weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
+        weight /= weight.sum(1, keepdim=True)
+        for layer, rows in zip(layers, result):
+            rows[part] = torch.einsum("bl,blh->bh", weight, hidden[layer].float())
+        progress.update(at + len(part))
+    return result
 
 # --------------------------------------------------------------------------------------------------
 # Step 3: generation, offline, in shards
@@ -468,11 +862,13 @@ def finetune(args):
 
 @torch.no_grad()
 def encode_items(llm, prompt, texts, read=True, batch=64):
-    """What the LLM makes of each item's text alone: the mean of its last hidden states over the text's tokens -> (I, H) float32.
-    Without read, the mean of its token embeddings: a bag of words, the control for what the layers add.
-    The first token is left out: it takes the attention that goes nowhere, and its state is a hundred times larger than the
-    rest (Xiao et al., attention sinks, ICLR 2024)."""
-    order, result, embedding = sorted(range(len(texts)), key=lambda k: len(texts[k])), None, llm.get_input_embeddings()
+    """What the LLM makes of each item's text alone: the mean of its last hidden states over the
+    text's tokens -> (I, H) float32. llm as for run_piece; prompt: any Prompt of its tokenizer.
+    Without read, the mean of its token embeddings: a bag of words, the control for what the layers
+    add. The first token is left out: it takes the attention that goes nowhere, and its state is a
+    hundred times larger than the rest (Xiao et al., attention sinks, ICLR 2024)."""
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # like lengths together
+    embedding, result = llm.get_input_embeddings(), None
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
         pieces = [prompt.ids(texts[k])[:64] for k in part]
@@ -482,25 +878,29 @@ def encode_items(llm, prompt, texts, read=True, batch=64):
         weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
         if result is None:
             result = hidden.new_zeros(len(texts), hidden.shape[-1], dtype=torch.float32)
-        result[part] = torch.einsum("bl,blh->bh", weight, hidden.float()) / weight.sum(1, keepdim=True)
+        total = torch.einsum("bl,blh->bh", weight, hidden.float())
+        result[part] = total / weight.sum(1, keepdim=True)
     return result
 
 
 def choose_pairs(train, n_users, per_user, seed):
-    """Up to `per_user` train rows of each user (0: all), the same ones for a seed -> row numbers (n,), sorted by user."""
+    """Up to `per_user` train rows of each user (0: all), the same ones for a seed -> row numbers
+    (n,), sorted by user."""
     indptr = F.pad(torch.bincount(train[:, 0], minlength=n_users).cumsum(0), (1, 0))
-    key = torch.rand(len(train), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.rand(len(train), generator=generator, dtype=torch.float64)
     order = torch.argsort(train[:, 0].double() + key * 0.999)  # by user, random within a user
     place = torch.arange(len(train)) - indptr[train[order, 0]]
     chosen = order[place < per_user] if per_user else order
-    return chosen[torch.argsort(train[chosen, 0] * (int(train[:, 1].max()) + 1) + train[chosen, 1])]
+    n_items = int(train[:, 1].max()) + 1
+    return chosen[torch.argsort(train[chosen, 0] * n_items + train[chosen, 1])]
 
 
 def user_blocks(users, batch):
-    """Cut rows that are sorted by user into blocks of whole users of about `batch` rows -> list of index tensors."""
-    counts = users.unique_consecutive(return_counts=True)[1].tolist()
+    """Cut rows that are sorted by user into blocks of whole users of about `batch` rows -> list of
+    index tensors. A block is over `batch` only where one user is."""
     blocks, start, end = [], 0, 0
-    for count in counts:
+    for count in users.unique_consecutive(return_counts=True)[1].tolist():
         if end - start and end - start + count > batch:
             blocks.append(torch.arange(start, end))
             start = end
@@ -508,86 +908,131 @@ def user_blocks(users, batch):
     return [*blocks, torch.arange(start, end)]
 
 
-@torch.no_grad()
-def generate(args):
-    """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) = head(h); and
-    negatives-items.safetensors: text f16 (I, H), encode_items() of titles and metadata, for the semantic alignment.
-
-    A shard holds whole users; finished shards are kept when the run goes on after a kill. Memory is flat in the number of
-    pairs: a shard is written when its users are done."""
-    run, data = Path(args.run), load_data(args.run)
-    sft, sft_maker = run / f"{args.sft}.safetensors", f"python llm_negatives.py finetune --run {run}"
-    digest = require_digest(sft, sft_maker)
-    tuned = read_meta(sft, sft_maker)["settings"]  # CF vectors and profiles are those of fine-tuning
-    cf_path, profiles = run / tuned["cf"], run / tuned["profiles"]
-    settings = {"data": data["digest"], "cf": require_digest(cf_path, "python backbones.py pretrain"), "sft": digest,
-                "profiles": require_digest(profiles, "python llm_negatives.py profile"),
-                "pairs_per_user": args.pairs_per_user, "seed": args.seed, "finetune": args.finetune, "read_items": args.read_items,
-                "shard_pairs": args.shard_pairs,
-                "llm": llm_digest(args.llm)}
-    rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.seed)
-    # shard borders fall between users
-    users = data["train"][rows, 0]
-    ends = torch.cat([(users[1:] != users[:-1]).nonzero()[:, 0] + 1, torch.tensor([len(rows)])])
+def cut_shards(rows, users, size):
+    """Cut rows (n,) that are sorted by user into shards of at least `size`, whole users in each;
+    the last may be smaller -> list of int64 tensors. users (n,) of the rows."""
+    changes = (users[1:] != users[:-1]).nonzero()[:, 0] + 1
     shards, start = [], 0
-    for end in ends.tolist():
-        if end - start >= args.shard_pairs or end == len(rows):
+    for end in [*changes.tolist(), len(rows)]:
+        if end - start >= size or end == len(rows):
             shards.append(rows[start:end])
             start = end
-    paths = [run / f"{args.out}-{n:05d}.safetensors" for n in range(len(shards))]
-    settings["shards"] = len(shards)
-    if args.force:
-        for path in run.glob(f"{args.out}-?????.safetensors"):
-            path.unlink()
-    maker = "python llm_negatives.py generate"
-    stale = [path for path in run.glob(f"{args.out}-?????.safetensors") if read_meta(path, maker).get("settings") != settings]
-    for path in sorted(stale):
-        up_to_date(path, settings, maker)  # ends here, naming what differs
-    todo, items_path = [(path, part) for path, part in zip(paths, shards) if not path.exists()], run / f"{args.out}-items.safetensors"
-    if not todo and items_path.exists() and read_meta(items_path, maker).get("settings") == settings:
-        return print(f"skip: {len(paths)} shards {args.out}-*.safetensors and {items_path.name} are up to date")
-    if (tuned["cf_digest"], tuned["profiles_digest"], tuned["data"]) != (settings["cf"], settings["profiles"], data["digest"]):
-        fail(f"{sft}: was fine-tuned on other CF vectors, profiles or another split; run `{sft_maker} --force`")
-    rank, world, device = start_processes(args.device)
-    llm, prompt, soft_tokens, head, meta = load_sft(run, args.sft, args.llm, device, lora=args.finetune)
-    if not args.finetune:  # the zero-shot ablation: the LLM as it came, maps as they are before any training
+    return shards
+
+
+def load_encoder(run, args, tuned, device):
+    """Fine-tuned (llm, prompt, soft_tokens, head), checked against the run's CF vectors, and the
+    vectors. Without args.finetune the zero-shot ablation: the LLM as it came, maps untrained."""
+    llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, device, args.finetune)
+    if not args.finetune:
         torch.manual_seed(args.seed)
         for module in (*soft_tokens.maps, head.linear):
             module.reset_parameters()
-    tensors, _ = load_tensors(cf_path, "python backbones.py pretrain", device)
-    if tensors["user"].shape[1] != meta["dim"]:
-        fail(f"{cf_path}: vectors of width {tensors['user'].shape[1]}, the fine-tuned head has {meta['dim']}; run `{sft_maker} --force`")
-    texts, train = load_profiles(run, tuned["profiles"]), data["train"].to(device)
-    made = sum(len(part) for _, part in todo)
-    done, todo = len(rows) - made, todo[rank::world]  # each process makes shards of its own
-    in_batches = functools.partial(encode, batch=args.batch_size, instruction=run_piece(llm, [prompt.shared])[2])
-    progress, begin = Progress("generate", done + sum(len(part) for _, part in todo), "pairs"), time.time()
+    cf, _ = load_tensors(run / tuned.cf, device=device)
+    return llm, prompt, soft_tokens, head, cf
+
+
+@torch.no_grad()
+def generate(args):
+    """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) =
+    head(h); and negatives-items.safetensors: text f16 (I, H), encode_items() of titles and
+    metadata, for the semantic alignment.
+
+    A shard holds whole users; finished shards are kept when the run goes on after a kill. Memory is
+    flat in the number of pairs: a shard is written when its users are done."""
+    run, data = Path(args.run), load_data(args.run)
+    device = start_processes(args.device)
+    output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
+    sft = f"{args.sft}.safetensors"
+
+    # what the result depends on; CF vectors and profiles are those of fine-tuning
+    tuned = Namespace(**read_meta(run / sft)["settings"])
+    if tuned.command != "finetune":
+        fail(f"--sft {args.sft}: {run / sft} holds what `{tuned.command}` writes; give the --name "
+             "of a fine-tuning")
+    settings = {"command": "generate", "llm": llm_digest(args.llm),
+                "inputs": stamp(run, "data.safetensors", sft, tuned.cf, tuned.profiles)}
+    for name in ("pairs_per_user", "seed", "finetune", "read_items", "shard_pairs"):
+        settings[name] = getattr(args, name)
+
+    # the shards, and which of them an earlier run has finished
+    rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.seed)
+    shards = cut_shards(rows, data["train"][rows, 0], args.shard_pairs)
+    settings["shards"] = len(shards)
+    old = sorted(run.glob(f"{args.out}-?????.safetensors"))
+    if args.force and RANK == 0:
+        for path in old:
+            path.unlink()
+    elif not args.force:
+        for path in old:
+            if read_meta(path)["settings"] != settings:
+                up_to_date(path, settings)  # ends here, naming what differs
+            load_tensors(path)  # a broken shard ends it too
+    if WORLD > 1:
+        dist.barrier()
+    todo, made = [], 0
+    for n, part in enumerate(shards):
+        path = run / f"{args.out}-{n:05d}.safetensors"
+        if not path.exists():
+            todo.append((path, part))
+            made += len(part)
+    items_path, has_items = run / f"{args.out}-items.safetensors", False
+    if items_path.exists():
+        has_items = read_meta(items_path)["settings"] == settings
+    if not todo and has_items:
+        print(f"skip: {len(shards)} shards {args.out}-*.safetensors and {items_path.name} are up "
+              "to date")
+        return
+
+    # the pairs: each process makes shards of its own
+    llm, prompt, soft_tokens, head, cf = load_encoder(run, args, tuned, device)
+    texts, train = load_profiles(run, tuned.profiles), data["train"].to(device)
+    instruction = run_piece(llm, [prompt.shared])[2]
+    in_batches = functools.partial(encode, batch=args.batch_size, instruction=instruction)
+    done, mine = len(rows) - made, todo[RANK::WORLD]
+    total = done + sum(len(part) for _, part in mine)
+    progress, begin = Progress("generate", total, "pairs"), time.time()
     progress.update(done)
-    for path, part in todo:
+    for path, part in mine:
         hidden = torch.empty(len(part), head.mean.shape[0], dtype=torch.float16)
-        for at in user_blocks(train[part, 0].cpu(), 8 * args.batch_size):  # many users' suffixes to sort by length
-            hidden[at] = encode_pairs(llm, prompt, soft_tokens, tensors, texts, train[part[at]], encoder=in_batches).half().cpu()
+        # many users at a time, so that there are many suffixes to sort by length
+        for at in user_blocks(train[part, 0].cpu(), 8 * args.batch_size):
+            hidden[at] = encode_pairs(llm, prompt, soft_tokens, cf, texts, train[part[at]],
+                                      encoder=in_batches).half().cpu()
             done += len(at)
             progress.update(done, f"{prompt.tokens / (time.time() - begin):.0f} tokens/s")
         if not torch.isfinite(hidden).all():
-            fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype fp32 in finetune")
+            fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype "
+                 "fp32 in finetune")
         vector = head(hidden.to(device).float()).half()
-        save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector}, {"settings": settings})
-    if rank == 0:
-        items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
-        text = encode_items(llm, prompt, [f"{row['title']}. {row['text']}" for row in items], args.read_items)
+        check_finite(path, {"vector": vector}, "use --dtype fp32 in finetune")
+        save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector},
+                     {"settings": settings})
+
+    # the items' texts alone
+    if RANK == 0:
+        items = read_jsonl(run / "items.jsonl")
+        item_texts = [f"{row['title']}. {row['text']}" for row in items]
+        text = encode_items(llm, prompt, item_texts, args.read_items)
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
-    if world > 1:
+    if WORLD > 1:
         dist.barrier()
-    print(f"generate: {made} pairs in {time.time() - begin:.0f} s, {prompt.tokens * world / (time.time() - begin):.0f} tokens/s; "
-          f"{len(paths)} shards {args.out}-*.safetensors and {items_path.name} are there")
+    seconds = time.time() - begin
+    speed = prompt.tokens * WORLD / seconds
+    print(f"generate: {made} pairs in {seconds:.0f} s, {speed:.0f} tokens/s; {len(shards)} shards "
+          f"{args.out}-*.safetensors and {items_path.name} are there")
 
 # --------------------------------------------------------------------------------------------------
-# Step 1: profiles (the paper's system prompt, item metadata -> item profile, sampled history -> user profile)
+# Step 1: profiles (the paper's system prompt, item metadata -> item profile, sampled history ->
+# user profile)
 # --------------------------------------------------------------------------------------------------
 
 ITEM_SYSTEM = "You describe, in one short sentence, what an item is like and who would enjoy it."
-USER_SYSTEM = "You describe, in one short sentence, the taste of a person from the items they liked."
+USER_SYSTEM = ("You describe, in one short sentence, the taste of a person from the items they "
+               "liked.")
+PLACE = "<<pieces>>"  # stands for the user's turn while a chat template is rendered
+# a mark after a word of four letters or more, not one as in "Mr. " or "U.S. ", and a space
+SENTENCE_END = re.compile(r"\w{4,}[\"')\]]*[.!?][\"')\]]*\s")
 
 
 def item_request(item):
@@ -596,204 +1041,455 @@ def item_request(item):
 
 
 def user_request(history, reviews):
-    """The user turn for one user: history is a list of (title, profile), reviews a list of the user's own texts."""
-    lines = [f"- {title}: {profile}" for title, profile in history] + [f"They wrote: {text}" for text in reviews]
+    """The user turn for one user: history is a list of (title, profile), reviews a list of the
+    user's own texts."""
+    lines = [f"- {title}: {profile}" for title, profile in history]
+    lines += [f"They wrote: {text}" for text in reviews]
     return "Liked items:\n" + "\n".join(lines)
 
 
 def first_sentence(text):
-    """One line, cut after the last full sentence end if there is one, so that a token limit leaves no half sentence."""
+    """One line, cut after the last full sentence end if there is one, so that a token limit leaves
+    no half sentence."""
     text = " ".join(text.split())
     end = max(text.rfind(mark) for mark in ".!?")
     return text[: end + 1] if end > 0 else text
 
 
-def chat(tokenizer, system, user):
-    """One system and one user turn, ready for the answer, in the model's chat format; plain text where it has none.
-    Models whose template knows no system role get both in the user turn."""
+def answer(text):
+    """What was said, without what was thought: <think>…</think> of reasoning models left out."""
+    return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).lstrip()
+
+
+def chat_frame(tokenizer, system):
+    """What the model's chat format puts before and after a user turn that follows the instruction
+    `system`, up to where the answer begins -> (head, tail). Plain text where the tokenizer has no
+    template; both in the user turn where it knows no system role; a template that can think is told
+    not to. Rendered once for a step, then kept: it may print the date."""
     if not tokenizer.chat_template:
-        return f"{tokenizer.bos_token or ''}{system}\n{user}\n"
+        return f"{tokenizer.bos_token or ''}{system}\n", "\n"
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": PLACE}]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     try:
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, **options)
     except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
-        return tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n{user}"}], tokenize=False,
-                                             add_generation_prompt=True)
+        turns = [{"role": "user", "content": f"{system}\n{PLACE}"}]
+        text = tokenizer.apply_chat_template(turns, **options)
+    if text.count(PLACE) != 1:
+        fail("--llm: its chat template prints the user's turn "
+             f"{text.count(PLACE)} times; give an LLM whose template prints it once")
+    head, tail = text.split(PLACE)
+    if tail.rstrip().endswith("<think>"):  # thoughts are always opened: close them
+        tail += "\n</think>\n\n"
+    return head, tail
+
+
+def frame_ids(tokenizer, text):
+    """Token ids of a part of the chat template, in which control tokens are control tokens."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@functools.lru_cache(maxsize=4)
+def control_tokens(tokenizer):
+    """A pattern of the strings that the tokenizer reads as one token of its own ("<|im_end|>")."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    added |= set(tokenizer.all_special_tokens)
+    # runs of spaces, and single characters, are text; the longest first, as the tokenizer does
+    words = [word for word in added if len(word) > 1 and not word.isspace()]
+    words.sort(key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")
+
+
+def text_ids(tokenizer, text):
+    """Token ids of titles, reviews and profiles: of nothing but text. A control token that is
+    spelled out in it is cut after its first character and tokenised in parts, so that no title can
+    end its turn in the prompt. Unlike split_special_tokens=True this holds for added tokens that
+    are not called special too ("<think>"), and for every kind of tokenizer."""
+    ids, found = [], control_tokens(tokenizer).search(text)
+    while found:
+        cut = found.start() + 1
+        ids += tokenizer(text[:cut], add_special_tokens=False).input_ids
+        text = text[cut:]
+        found = control_tokens(tokenizer).search(text)
+    return ids + tokenizer(text, add_special_tokens=False).input_ids
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer of the key/value cache, of keys and values (B, heads, L, head width), with room for
+    `room` more tokens: they are written in place, where the library copies all that came before."""
+
+    def __init__(self, keys, values, room):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self.buffers = [F.pad(keys, (0, 0, 0, room)), F.pad(values, (0, 0, 0, room))]
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.keys.shape[2]
+        end = start + keys.shape[2]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def with_room(past, rows, room):
+    """The past of these rows alone, as run_piece takes it, in a cache with room for more tokens."""
+    keys_values, mask = past
+    cache = DynamicCache()
+    for keys, values, *_ in keys_values:
+        cache.layers.append(RoomyLayer(keys[rows], values[rows], room))
+    return cache, mask[rows]
 
 
 @torch.no_grad()
-def write_texts(model, tokenizer, requests, new_tokens):
-    """Greedy, batched, left-padded decoding with the model's key/value cache: list of prompts -> (list of sentences, number of
-    tokens read and written). The same on each run."""
-    tokenizer.padding_side = "left"
-    batch = tokenizer(requests, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
-    return [first_sentence(text) for text in texts], int(batch.attention_mask.sum()) + out[:, batch.input_ids.shape[1]:].numel()
+def write_texts(model, tokenizer, head, requests, new_tokens):
+    """Greedy decoding in a batch, each row up to the end of its first sentence.
+
+    model: a causal LM; head: run_piece(model.base_model, [ids])[2] of the ids that all prompts
+    begin with, run once for all batches; requests: B id lists, the rest of each prompt, best of
+    like length -> (list of B sentences, number of tokens read and written). The same on each run.
+    Rows that have ended leave the batch, a quarter of it at a time, since that copies the cache of
+    the others."""
+    base, to_logits, device = model.base_model, model.get_output_embeddings(), model.device
+    ends = {tokenizer.eos_token_id}
+    told = model.generation_config.eos_token_id  # some models end a turn with another token
+    ends |= set(told) if isinstance(told, list) else {told}
+
+    # read the requests, all after the one head
+    first = torch.zeros(len(requests), dtype=torch.int64, device=device)
+    hidden, mask, past = run_piece(base, requests, None, head, first)
+    last = hidden[torch.arange(len(requests), device=device), mask.sum(1) - 1]  # (B, H)
+    alive, ended = list(range(len(requests))), set()  # rows of the batch; those that are done
+    written, n_tokens = [[] for _ in requests], sum(map(len, requests))
+    for step in range(new_tokens):
+        # write one token in each row, and see which rows are at their end
+        n_tokens += len(alive)
+        for row, token in zip(alive, to_logits(last).argmax(1).tolist()):
+            if row in ended:
+                continue
+            if token not in ends:
+                written[row].append(token)
+                text = answer(tokenizer.decode(written[row], skip_special_tokens=True))
+            if token in ends or SENTENCE_END.search(text):
+                ended.add(row)
+        if len(ended) == len(written) or step == new_tokens - 1:
+            break
+        # read it, on top of all before
+        places = [place for place, row in enumerate(alive) if row not in ended]
+        if step == 0 or len(places) <= 0.75 * len(alive):
+            past = with_room(past, torch.tensor(places, device=device), new_tokens - step)
+            alive = [alive[place] for place in places]
+        pieces = [written[row][-1:] or [0] for row in alive]
+        hidden, _, past = run_piece(base, pieces, None, past)
+        last = hidden[:, 0]
+    texts = [answer(tokenizer.decode(row, skip_special_tokens=True)) for row in written]
+    return [first_sentence(text) for text in texts], n_tokens
+
+
+class Writer:
+    """The LLM that writes profiles. frames: {kind: (head, tail)} of the chat template, as an
+    earlier start of this step fixed them; empty: rendered now."""
+
+    def __init__(self, llm, dtype, device, new_tokens, batch_size, frames):
+        self.model = load_llm(llm, AutoModelForCausalLM, dtype, device)
+        self.tokenizer, self.frames = load_tokenizer(llm), frames
+        self.new_tokens, self.batch_size = new_tokens, batch_size
+        if not frames:
+            for kind, system in (("item", ITEM_SYSTEM), ("user", USER_SYSTEM)):
+                frames[kind] = from_first(chat_frame(self.tokenizer, system))
+        self.tokens, self.written, self.empty, self.start = 0, 0, 0, time.time()
+
+    def batches(self, requests):
+        """Row numbers in batches of like length, the shortest first. Of equal length where an
+        attention window is shorter than a prompt: padding would use up part of it."""
+        lengths = [len(ids) for ids in requests]
+        exact = max(lengths, default=0) + self.new_tokens > attention_window(self.model) // 2
+        batches = []
+        for row in sorted(range(len(requests)), key=lengths.__getitem__):
+            full = not batches or len(batches[-1]) == self.batch_size
+            if full or (exact and lengths[batches[-1][0]] != lengths[row]):
+                batches.append([])
+            batches[-1].append(row)
+        return batches
+
+    def write(self, kind, requests):
+        """Sentences for requests (list of strings): yields (row numbers, texts) batch by batch.
+        Each process writes every WORLD-th batch, and all get all: users' prompts quote items'
+        profiles."""
+        head, tail = self.frames[kind]
+        tail = frame_ids(self.tokenizer, tail)
+        ids = [text_ids(self.tokenizer, text) + tail for text in requests]
+        past = run_piece(self.model.base_model, [frame_ids(self.tokenizer, head)])[2]
+        batches = self.batches(ids)
+        for at in range(0, len(batches), WORLD):
+            parts = batches[at:at + WORLD]
+            result = ([], 0)
+            if RANK < len(parts):
+                result = write_texts(self.model, self.tokenizer, past,
+                                     [ids[row] for row in parts[RANK]], self.new_tokens)
+            results = [result]
+            if WORLD > 1:
+                results = [None] * WORLD
+                dist.all_gather_object(results, result)
+            for rows, (texts, tokens) in zip(parts, results):
+                self.tokens += tokens
+                self.written += len(rows)
+                self.empty += texts.count("")
+                yield rows, texts
+
+    def speed(self):
+        return f"{self.tokens / (time.time() - self.start):.0f} tokens/s"
+
+
+class ProfileFile:
+    """profiles.jsonl while it grows: first the settings and the chat template's frames, then a line
+    a profile. made: {(kind, raw id): text} of what an earlier start has written, kept."""
+
+    def __init__(self, path, header, made, total):
+        self.made, self.progress = made, Progress("profile", total, "profiles")
+        if RANK == 0:  # whole lines alone; new ones are appended
+            lines = [header]
+            for (kind, raw), text in made.items():
+                lines.append({"kind": kind, "raw": raw, "profile": text})
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.file = open(path if RANK == 0 else os.devnull, "a", encoding="utf-8")
+
+    def add(self, kind, raws, texts, extra=""):
+        for raw, text in zip(raws, texts):
+            self.made[kind, raw] = text
+            self.file.write(json.dumps({"kind": kind, "raw": raw, "profile": text}) + "\n")
+        self.file.flush()
+        self.progress.update(len(self.made), extra)
+
+
+def started_profiles(path, settings, force):
+    """({(kind, raw id): text}, frames) of a profiles.jsonl that is there, finished or not. Raises
+    SystemExit2 when it was made with other settings, unless force."""
+    if force or not path.exists():
+        return {}, {}
+    rows = read_jsonl(path, growing=True)
+    if not rows:
+        return {}, {}
+    old = rows[0].get("settings", {})
+    differ = [f"{name}={old.get(name)}, now {name}={settings[name]}" for name in settings
+              if old.get(name) != settings[name]]
+    if differ:
+        fail(f"{path}: made with {'; '.join(differ)}; add --force to "
+             "`python llm_negatives.py profile` to remake it, or choose another --out")
+    made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+    return made, rows[0].get("frames", {})
+
+
+def draw_histories(train, n_users, size, seed):
+    """Up to `size` train items of each user at random, drawn for all users in order, so that a
+    resumed run asks for the same ones -> list of lists of item rows."""
+    indptr, rows = user_rows(train, n_users)
+    generator = torch.Generator().manual_seed(seed)
+    histories = []
+    for u in range(n_users):
+        own = rows[indptr[u]:indptr[u + 1]]
+        histories.append(own[torch.randperm(len(own), generator=generator)[:size]].tolist())
+    return histories
 
 
 def profile(args):
-    """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Resumes after a kill."""
-    data, run = load_data(args.run), Path(args.run)
-    items = read_jsonl(run / "items.jsonl", "python hnlmrec.py prepare")
-    users = read_jsonl(run / "users.jsonl", "python hnlmrec.py prepare")
-    path, (rank, world, device) = run / args.out, start_processes(args.device)
-    settings = {"data": data["digest"], "profiles": args.profiles, "history": args.history, "new_tokens": args.new_tokens,
-                "llm_rows": args.llm_rows, "llm": llm_digest(args.llm) if args.profiles == "llm" else "", "seed": args.seed}
-    made = {}
-    if path.exists() and not args.force:
-        rows = read_jsonl(path, "python llm_negatives.py profile", growing=True)
-        old = rows[0].get("settings") if rows else settings
-        if old != settings:
-            differ = [name for name in settings if old.get(name) != settings[name]]
-            fail(f"{path}: made with other settings ({', '.join(differ)}); add --force to `python llm_negatives.py profile` "
-                 "to remake it, or choose another folder")
-        made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+    """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Goes on
+    after a kill. Raises SystemExit2 when the file was made with other settings."""
+    run, data = Path(args.run), load_data(args.run)
+    items = read_jsonl(run / "items.jsonl")
+    users = read_jsonl(run / "users.jsonl")
+    path = run / output_name("--out", args.out, "llm_negatives.py profile", ".jsonl", "profiles")
+    device = start_processes(args.device)
+    dtype, by_llm = pick_dtype(args.dtype, device), args.profiles == "llm"
+    settings = {"command": "profile", "inputs": stamp(run, "data.safetensors"),
+                "profiles": args.profiles, "history": args.history,
+                "new_tokens": args.new_tokens, "llm_rows": args.llm_rows, "seed": args.seed,
+                "llm": llm_digest(args.llm) if by_llm else "",
+                "dtype": dtype_name(dtype) if by_llm else ""}
+    made, frames = started_profiles(path, settings, args.force)
     total = len(items) + len(users)
     if len(made) == total:
-        return print(f"skip: {path} is up to date")
+        print(f"skip: {path} is up to date")
+        return
+    if RANK == 0:
+        clear_litter(run, path.name)
+    writer = None
+    if by_llm:
+        writer = Writer(args.llm, dtype, device, args.new_tokens, args.batch_size, frames)
+    file = ProfileFile(path, {"settings": settings, "frames": frames}, made, total)
+    earlier, start = len(made), time.time()
 
-    indptr, rows = user_rows(data["train"], data["n_users"])
-    generator = torch.Generator().manual_seed(args.seed)
-    histories = []  # drawn for all users in order, so that a resumed run asks for the same items
-    for u in range(data["n_users"]):
-        own = rows[indptr[u]:indptr[u + 1]]
-        histories.append(own[torch.randperm(len(own), generator=generator)[: args.history]].tolist())
-    model = tokenizer = None
-    if args.profiles == "llm":
-        tokenizer = load_tokenizer(args.llm)
-        model = load_llm(args.llm, AutoModelForCausalLM, pick_dtype(args.dtype, device), device)
-
+    # whom the LLM writes for: the most popular items and the first users, or all of them
     popularity = torch.bincount(data["train"][:, 1], minlength=data["n_items"])
-    limit = args.llm_rows or total
-    chosen_items = set(popularity.argsort(descending=True, stable=True)[:limit].tolist())
-    kept = [{"settings": settings}] + [{"kind": kind, "raw": raw, "profile": text} for (kind, raw), text in made.items()]
-    if rank == 0:  # whole lines alone; new ones are appended below
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    progress, written, tokens, start = Progress("profile", total, "profiles"), 0, 0, time.time()
-    with open(path if rank == 0 else os.devnull, "a", encoding="utf-8") as file:
+    ranked = popularity.argsort(descending=True, stable=True).tolist()
+    limit = (args.llm_rows or total) if by_llm else 0
+    chosen = {"item": set(ranked[:limit]), "user": set(range(limit))}
 
-        def write(kind, raws, texts):
-            for raw, text in zip(raws, texts):
-                made[kind, raw] = text
-                file.write(json.dumps({"kind": kind, "raw": raw, "profile": text}) + "\n")
-            file.flush()
-            progress.update(len(made), f"{tokens / (time.time() - start):.0f} tokens/s" if tokens else "")
+    # items: what is known of them, or a sentence made of it
+    todo = [n for n, row in enumerate(items) if ("item", row["raw"]) not in made]
+    plain = [n for n in todo if n not in chosen["item"]]
+    file.add("item", [items[n]["raw"] for n in plain], [items[n]["text"] for n in plain])
+    asked = [n for n in todo if n in chosen["item"]]
+    if asked:
+        for rows, texts in writer.write("item", [item_request(items[n]) for n in asked]):
+            own = [items[asked[row]] for row in rows]
+            texts = [text or item["text"] for item, text in zip(own, texts)]
+            file.add("item", [item["raw"] for item in own], texts, writer.speed())
 
-        for kind, group in (("item", items), ("user", users)):
-            todo = [n for n, row in enumerate(group) if (kind, row["raw"]) not in made]
-            by_llm = [n for n in todo if args.profiles == "llm" and (n in chosen_items if kind == "item" else n < limit)]
-            by_template = sorted(set(todo) - set(by_llm))
-            if kind == "item":
-                write(kind, [items[n]["raw"] for n in by_template], [items[n]["text"] for n in by_template])
-                prompts = {n: item_request(items[n]) for n in by_llm}
-            else:
-                titles = [[items[i]["title"] for i in histories[n]] for n in by_template]
-                write(kind, [users[n]["raw"] for n in by_template], ["Likes " + "; ".join(names) + "." for names in titles])
-                prompts = {n: user_request([(items[i]["title"], made["item", items[i]["raw"]]) for i in histories[n]],
-                                           users[n].get("reviews", [])[:2]) for n in by_llm}
-            by_llm.sort(key=lambda n: len(prompts[n]))  # like lengths together: less padding
-            system = ITEM_SYSTEM if kind == "item" else USER_SYSTEM
-            for at in range(0, len(by_llm), args.batch_size * world):
-                parts = [by_llm[b:b + args.batch_size] for b in range(at, min(at + args.batch_size * world, len(by_llm)), args.batch_size)]
-                texts, count = ([], 0) if rank >= len(parts) else write_texts(
-                    model, tokenizer, [chat(tokenizer, system, prompts[n]) for n in parts[rank]], args.new_tokens)
-                results = [(texts, count)]
-                if world > 1:  # everybody needs the items' profiles for the users' prompts
-                    results = [None] * world
-                    dist.all_gather_object(results, (texts, count))
-                for part, (texts, count) in zip(parts, results):
-                    tokens, written = tokens + count, written + len(part)
-                    write(kind, [group[n]["raw"] for n in part], [text or group[n].get("text", "") for n, text in zip(part, texts)])
-    seconds = time.time() - start
-    print(f"profile: {written} written by the LLM, {total - written} from metadata or an earlier run, {seconds:.0f} s, "
-          f"{tokens / seconds:.0f} tokens/s, read and written")
+    # users: some of their train items, with those items' profiles
+    histories = draw_histories(data["train"], data["n_users"], args.history, args.seed)
+    todo = [n for n, row in enumerate(users) if ("user", row["raw"]) not in made]
+    for n in todo:
+        if n not in chosen["user"]:
+            titles = "; ".join(items[i]["title"] for i in histories[n])
+            file.add("user", [users[n]["raw"]], [f"Likes {titles}."])
+    asked, requests = [n for n in todo if n in chosen["user"]], []
+    for n in asked:
+        history = [(items[i]["title"], made["item", items[i]["raw"]]) for i in histories[n]]
+        requests.append(user_request(history, users[n].get("reviews", [])[:2]))
+    if asked:
+        for rows, texts in writer.write("user", requests):
+            file.add("user", [users[asked[row]]["raw"] for row in rows], texts, writer.speed())
+
+    written = f"{total - earlier} from metadata"
+    if by_llm:
+        plain = total - earlier - writer.written
+        written = f"{writer.written} written by the LLM, {plain} from metadata"
+        if writer.empty:
+            written += f" ({writer.empty} empty answers: an item's metadata stand in for them)"
+        written += f", {writer.speed()}, read and written"
+    print(f"profile: {written}, {earlier} of an earlier start, {time.time() - start:.0f} s")
     print(f"wrote {path}")
 
 # --------------------------------------------------------------------------------------------------
 # The LLM: loading, digest, number format
 # --------------------------------------------------------------------------------------------------
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def pick_dtype(name, device):
-    """auto, fp32, bf16 or fp16 -> torch dtype. auto is bf16 where the device multiplies bf16 matrices clearly faster than
-    fp32 ones (most GPUs; CPUs with AVX512-BF16 or AMX), found by timing both for a few milliseconds."""
+    """auto, fp32, bf16 or fp16 -> torch dtype. auto is bf16 where the processor has instructions
+    for it (GPU: as CUDA says; CPU: AVX512-BF16, AMX or Arm's BF16), else fp32. Nothing is timed:
+    one machine decides alike at each start."""
     if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype, device=device)
-        laps = []
-        for _ in range(6):
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            laps.append(time.perf_counter() - start)
-        seconds[dtype] = min(laps[1:])
-    return torch.bfloat16 if seconds[torch.bfloat16] * 1.3 < seconds[torch.float32] else torch.float32
+        return DTYPES[name]
+    has_bf16 = False
+    if str(device).startswith("cuda"):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif str(device) == "cpu" and os.path.exists("/proc/cpuinfo"):
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        has_bf16 = not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def dtype_name(dtype):
+    """torch.bfloat16 -> 'bfloat16', as it stands in files."""
+    return str(dtype).removeprefix("torch.")
 
 
 def load_tokenizer(llm):
-    """The tokenizer of a Hugging Face id or a local folder; a missing pad token becomes the end-of-text token."""
+    """The tokenizer of a Hugging Face id or a local folder."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(llm)
-    except Exception as error:  # noqa: BLE001 the library raises many kinds; all mean the same to the user
-        fail(f"--llm {llm}: no tokenizer can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
-             "give a local folder or a Hugging Face id that this machine can reach")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
+        return AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 many kinds; all mean the same to the user
+        fail(f"--llm {llm}: no tokenizer can be loaded from it ({type(error).__name__}: "
+             f"{str(error)[:200]}); give a local folder or a Hugging Face id that this machine can "
+             "reach")
 
 
 def load_llm(llm, cls, dtype, device, layers=0):
-    """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers > 0 keeps only the first layers;
-    the rest is neither loaded nor run. cls: AutoModel (hidden states, no logits) or AutoModelForCausalLM."""
+    """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers > 0 keeps only
+    the first layers; the rest is neither loaded nor run. cls: AutoModel (hidden states, no logits)
+    or AutoModelForCausalLM. Raises SystemExit2 when there are fewer layers, or when the files lack
+    some of the weights: the library would draw them at random. No code of the model's own is run,
+    and no pickle is read."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments inside the libraries, not the user's to mend
+    warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments in the libraries
+    options = {"trust_remote_code": False}
     try:
-        model = cls.from_pretrained(llm, dtype=dtype, **({"num_hidden_layers": layers} if layers else {}))
+        config = AutoConfig.from_pretrained(llm, **options)
+        depth = config.get_text_config().num_hidden_layers
+        if layers:
+            config.get_text_config().num_hidden_layers = min(layers, depth)
+        model, loaded = cls.from_pretrained(llm, config=config, dtype=dtype, use_safetensors=True,
+                                            output_loading_info=True, **options)
     except Exception as error:  # noqa: BLE001 as above
-        fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: {str(error)[:200]}); "
-             "give a local folder with config.json and safetensors weights, or a Hugging Face id that this machine can reach")
+        fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: "
+             f"{str(error)[:200]}); give a local folder with config.json and safetensors weights, "
+             "or a Hugging Face id that this machine can reach")
+    if layers > depth:
+        fail(f"--llm-layers {layers}: {llm} has {depth} layers; give {depth} or less, or 0 for all")
+    lacking = sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"]))
+    if lacking:
+        fail(f"--llm {llm}: its files lack {len(lacking)} of its weights (the first: "
+             f"{lacking[0]}); download or convert the model again")
     return model.requires_grad_(False).eval().to(device)
 
 
 @torch.no_grad()
 def embedding_norm(llm):
-    """Mean norm of what the embedding gives, over the vocabulary. Not that of its weights: Gemma's embedding scales them."""
+    """Mean norm of what the embedding gives, over the vocabulary. Not that of its weights: Gemma's
+    embedding scales them."""
     embed = llm.get_input_embeddings()
     ids = torch.arange(embed.weight.shape[0], device=embed.weight.device)
     return torch.cat([embed(part).float().norm(dim=1) for part in ids.split(4096)]).mean()
 
 
 def llm_digest(llm):
-    """16 hex digits that tell one local model folder from another: its config, and the name, size and first MiB of each
-    weight file (an 8B model is not read whole). A hub id stands for itself."""
+    """What tells one LLM from another: 16 hex digits of the sha256 of all files of a local folder
+    that a model is loaded from (config, tokenizer, chat template, weights); of a hub id, its name
+    and commit. Whole files, each time: about a second a gigabyte, less than loading takes, and a
+    stored digest could be one of former files."""
     folder = Path(llm)
     if not folder.is_dir():
-        return llm
+        try:
+            config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 as above
+            fail(f"--llm {llm}: neither a local folder nor a Hugging Face id that this machine can "
+                 f"reach ({type(error).__name__}: {str(error)[:200]})")
+        return f"{llm}@{getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not name.startswith(".") and path.suffix in LLM_FILES and path.is_file():
+            digest.update(f"{name} {path.stat().st_size} ".encode())
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
     return digest.hexdigest()[:16]
+
+
+LLM_FILES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin"}
 
 # --------------------------------------------------------------------------------------------------
 # Files: profiles in, adapter and fine-tuned maps out, half-finished states
 # --------------------------------------------------------------------------------------------------
 
 def load_profiles(run, name="profiles.jsonl"):
-    """Profiles in the order of the contiguous ids -> (user profiles list[str], item texts list[str]).
+    """Profiles in the order of the contiguous ids -> (user profiles list[str], item texts
+    list[str]).
 
     An item's text is its title, then its profile. Raises SystemExit2 when profiles are missing."""
+    run = Path(run)
     maker = f"python llm_negatives.py profile --run {run} --out {name}"
-    users = read_jsonl(Path(run) / "users.jsonl", f"python hnlmrec.py prepare --run {run}")
-    items = read_jsonl(Path(run) / "items.jsonl", f"python hnlmrec.py prepare --run {run}")
-    rows = read_jsonl(Path(run) / name, maker, growing=True)
+    users, items = read_jsonl(run / "users.jsonl"), read_jsonl(run / "items.jsonl")
+    rows = read_jsonl(run / name, maker, growing=True)
+    settings = rows[0].get("settings", {}) if rows and isinstance(rows[0], dict) else {}
+    whole = all({"kind", "raw", "profile"} <= set(row) for row in rows[1:])
+    if settings.get("command") != "profile" or not whole:
+        fail(f"{run / name}: is not what `profile` writes; delete it and run `{maker}`, or name "
+             "another with --profiles")
+    check_inputs(run / name, settings["inputs"], maker)
     made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
-    missing = [raw for kind, group in (("user", users), ("item", items)) for raw in
-               (row["raw"] for row in group) if (kind, raw) not in made]
+    missing = []
+    for kind, group in (("user", users), ("item", items)):
+        missing += [row["raw"] for row in group if (kind, row["raw"]) not in made]
     if missing:
-        fail(f"{Path(run) / name}: {len(missing)} profiles are missing, the first for {missing[0]!r}; run `{maker}` again")
+        fail(f"{run / name}: {len(missing)} profiles are missing, the first for {missing[0]!r}; "
+             f"run `{maker}` again")
     return ([made["user", row["raw"]] for row in users],
             [f"{row['title']}. {made['item', row['raw']]}" for row in items])
 
@@ -803,49 +1499,108 @@ def adapter_folder(name):
     return "adapter" + name.removeprefix("sft")
 
 
+def adapter_files(adapter):
+    """An adapter's weights and its config, which says how they are scaled, as names in the run."""
+    return [f"{adapter.name}/adapter_model.safetensors", f"{adapter.name}/adapter_config.json"]
+
+
+def save_adapter(llm, adapter, then):
+    """Write LoRA's folder beside its place, then rename it: none is seen half-written. then: what a
+    run after a failure does, for the message."""
+    temporary = adapter.with_name(f".{adapter.name}.{os.getpid()}.tmp")
+    try:
+        llm.save_pretrained(temporary)
+        # peft writes this list from a set: sorted, two runs give one file
+        config = json.loads((temporary / "adapter_config.json").read_text())
+        config["target_modules"] = sorted(config["target_modules"])
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2))
+        shutil.rmtree(adapter, ignore_errors=True)
+        os.replace(temporary, adapter)
+    except (OSError, SafetensorError) as error:
+        fail(f"{adapter}: cannot be written ({error}); make room and run again, {then}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_litter(run, *names):
+    """Remove what killed processes have left half-written under these names."""
+    for name in names:
+        for path in run.glob(f".{name}.*.tmp"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def state_of(modules):
+    """{prefix: module} -> {prefix.name: tensor}, what backbones.restore undoes."""
+    tensors = {}
+    for prefix, module in modules.items():
+        for name, value in module.state_dict().items():
+            tensors[f"{prefix}.{name}"] = value
+    return tensors
+
+
 def load_sft(run, name, llm, device, lora=True):
-    """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). Refuses an adapter of another LLM or CF width, and
-    one that does not belong to sft.safetensors; an adapter that cannot be loaded is an error, never skipped.
-    lora=False leaves the LLM as it came (with the maps and head of `name`)."""
+    """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). Refuses
+    an adapter of another LLM, and one that does not belong to NAME.safetensors; an adapter that
+    cannot be loaded is an error, never skipped. lora=False leaves the LLM as it came (with the maps
+    and head of `name`)."""
     maker = f"python llm_negatives.py finetune --run {run}"
     path, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
     tensors, meta = load_tensors(path, maker, device)
-    s = meta["settings"]
-    if s["llm"] != llm_digest(llm):
-        fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run `{maker} --force`")
-    dtype = getattr(torch, meta["dtype"])
-    model = load_llm(llm, AutoModel, dtype, device, s["llm_layers"])
+    s = Namespace(**meta["settings"])
+    if s.llm != llm_digest(llm):
+        fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run "
+             f"`{maker} --force`")
+    model = load_llm(llm, AutoModel, getattr(torch, meta["dtype"]), device, s.llm_layers)
     if lora:
-        weights = adapter / "adapter_model.safetensors"
-        if not weights.exists() or file_digest(weights) != meta["adapter"]:
-            fail(f"{adapter}: missing, or not the adapter that {path.name} was saved with; run `{maker} --force`")
         try:
             model = PeftModel.from_pretrained(model, adapter).eval()
         except Exception as error:  # noqa: BLE001 as above
-            fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: {str(error)[:200]}); run `{maker} --force`")
+            fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: "
+                 f"{str(error)[:200]}); run `{maker} --force`")
     d, hidden_size = meta["dim"], model.config.get_text_config().hidden_size
-    soft_tokens = SoftTokens(torch.zeros(2, d), torch.zeros(2, d), hidden_size, 1.0, s["soft_tokens"]).to(device)
+    some = torch.zeros(2, d)
+    soft_tokens = SoftTokens(some, some, hidden_size, 1.0, s.soft_tokens).to(device)
     head = Head(hidden_size, d).to(device)
     restore({"soft": soft_tokens, "head": head}, tensors)
-    return model, Prompt(load_tokenizer(llm), s["soft_tokens"], s["max_tokens"]), soft_tokens.eval(), head.eval(), meta
+    prompt = Prompt(load_tokenizer(llm), s.soft_tokens, s.max_tokens, meta["frame"])
+    return model, prompt, soft_tokens.eval(), head.eval(), meta
 
 
-def save_partial(path, settings, step, modules, optimizer, log):
-    """Everything that training needs to go on after `step` steps: weights, Adam's moments, the log."""
-    tensors = {key: p for key, p in modules.items()}
+def save_partial(path, settings, frame, step, modules, optimizer, log):
+    """Everything that training needs to go on after `step` steps: weights, Adam's moments, the
+    log."""
+    tensors = dict(modules)
     for n, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{n}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    save_tensors(path, tensors, {"settings": settings, "step": step, "log": log})
+        for key, value in state.items():
+            tensors[f"adam.{n}.{key}"] = torch.as_tensor(value)
+    save_tensors(path, tensors, {"settings": settings, "frame": frame, "step": step, "log": log})
 
 
-def load_partial(path, settings, modules, optimizer):
-    """Undo save_partial -> (step, log), or (0, None) when there is nothing to go on from."""
+def load_partial(path, settings, force=False):
+    """A state that save_partial wrote -> Namespace(tensors, meta), or None when there is nothing to
+    go on from. Raises SystemExit2 when it is of other settings, another number format among them;
+    with force it is left aside."""
     if not path.exists():
-        return 0, None
-    tensors, meta = load_tensors(path, "python llm_negatives.py finetune")
-    if meta["settings"] != json.loads(json.dumps(settings)):
-        print(f"{path}: half-finished with other settings; starting anew")
-        return 0, None
+        return None
+    old, new = read_meta(path)["settings"], json.loads(json.dumps(settings))
+    differ = [name for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name)]
+    if not differ:
+        tensors, meta = load_tensors(path)
+        return Namespace(tensors=tensors, meta=meta)
+    if not force:
+        name = differ[0]
+        fail(f"{path}: half-finished with {name}={old.get(name)}, now {name}={new.get(name)}; "
+             "give that again to go on, or add --force to `python llm_negatives.py finetune` to "
+             "start anew")
+    print(f"{path}: half-finished with other settings ({', '.join(differ)}); starting anew")
+    return None
+
+
+def restore_partial(tensors, modules, optimizer):
+    """Put weights and Adam's moments of a saved state back in their places."""
     for key, p in modules.items():
         p.data.copy_(tensors[key])
     state = optimizer.state_dict()
@@ -854,14 +1609,15 @@ def load_partial(path, settings, modules, optimizer):
             _, n, name = key.split(".")
             state["state"].setdefault(int(n), {})[name] = value
     optimizer.load_state_dict(state)
-    return meta["step"], meta["log"]
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "lora_rank": 32, "lora_alpha": 8.0, "lora_dropout": 0.05, "lr": 2e-5, "tau_s": 0.05,
-             "epochs": 5.0, "dtype": "bf16"}  # what the paper states; its alpha of LoRA is not stated
+# what the paper states; LoRA's alpha is its library's default, as in the published code
+PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "dtype": "bf16",
+         "lora_rank": 32, "lora_alpha": 8.0, "lora_dropout": 0.05,
+         "lr": 2e-5, "tau_s": 0.05, "epochs": 5.0}
 
 
 def main(argv=None):
@@ -869,70 +1625,130 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     def command(name, text, example):
-        p = commands.add_parser(name, help=text, description=text, epilog=f"example: python llm_negatives.py {name} --run runs/demo {example}")
-        p.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
-        p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct", help="local folder or Hugging Face id of a causal LM")
-        p.add_argument("--preset", choices=["paper"], help="the paper's LLM and settings; flags given beside it win")
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-        p.add_argument("--seed", type=number(int, 0), default=0, help="decides every random choice of this step")
-        p.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
+        example = f"example: python llm_negatives.py {name} --run runs/demo {example}"
+        p = commands.add_parser(name, help=text, description=text, epilog=example)
+        p.add_argument("--run", required=True, metavar="DIR",
+                       help="run folder, as made by `hnlmrec.py prepare`")
+        p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
+                       help="local folder or Hugging Face id of a causal LM")
+        p.add_argument("--preset", choices=["paper"],
+                       help="the paper's LLM and settings; flags given beside it win")
+        p.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
+                       default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--seed", type=number(int, 0), default=0,
+                       help="decides every random choice of this step")
+        p.add_argument("--force", action="store_true",
+                       help="remake the output though it was made with other settings")
         return p
 
     p = command("profile", "write a text profile of each user and item", "--profiles template")
-    p.add_argument("--profiles", choices=["llm", "template"], default="llm", help="who writes them; template uses metadata alone")
-    p.add_argument("--history", type=number(int, 1), default=4, help="train items quoted in a user's prompt")
+    p.add_argument("--profiles", choices=["llm", "template"], default="llm",
+                   help="who writes them; template uses metadata alone")
+    p.add_argument("--history", type=number(int, 1), default=4,
+                   help="train items quoted in a user's prompt")
     p.add_argument("--new-tokens", type=number(int, 1), default=40, help="tokens written at most")
-    p.add_argument("--llm-rows", type=number(int, 0), default=0, help="users and items that the LLM writes for; 0: all")
-    p.add_argument("--batch-size", type=number(int, 1), default=32, help="prompts a call (64 takes 4.3 GiB, 32 takes 2.9)")
-    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM")
+    p.add_argument("--llm-rows", type=number(int, 0), default=0,
+                   help="users and items that the LLM writes for; 0: all")
+    p.add_argument("--batch-size", type=number(int, 1), default=32,
+                   help="prompts a call")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                   help="weights of the LLM")
     p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
-    p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives", "--steps 100")
+    p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives",
+                "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
     p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
-    p.add_argument("--name", default="sft", help="first part of the output's name: NAME.safetensors, and adapter/ or adapter-…/")
+    p.add_argument("--name", default="sft",
+                   help="first part of the output's name: NAME.safetensors, and adapter/ or "
+                        "adapter-…/")
     g = p.add_argument_group("what is learned")
-    g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns", help="targets: the mined items, or MixGCF's mixture of them")
-    g.add_argument("--mine-first", type=number(int, 1), default=200, help="best rank of the mined band")
-    g.add_argument("--mine-last", type=number(int, 1), default=300, help="last rank of the mined band")
-    g.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05, help="InfoNCE temperature")
-    g.add_argument("--soft-tokens", type=number(int, 0), default=1, help="soft tokens for each CF vector; 0: none (an ablation)")
-    g.add_argument("--max-tokens", type=number(int, 1), default=48, help="tokens of a profile at most; longer ones are cut")
-    g.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.2, help="share of users trained without their profile")
+    g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns",
+                   help="targets: the mined items, or MixGCF's mixture of them")
+    g.add_argument("--mine-first", type=number(int, 0), default=0,
+                   help="best rank of the mined band; 0: 19.85 %% of the catalogue")
+    g.add_argument("--mine-last", type=number(int, 0), default=0,
+                   help="last rank of the mined band; 0: 29.8 %% of the catalogue")
+    g.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05,
+                   help="InfoNCE temperature")
+    g.add_argument("--soft-tokens", type=number(int, 0), default=1,
+                   help="soft tokens for each CF vector; 0: none (an ablation)")
+    g.add_argument("--max-tokens", type=number(int, 1), default=48,
+                   help="tokens of a profile at most; longer ones are cut")
+    g.add_argument("--profile-dropout", type=number(float, 0, 1), default=0.2,
+                   help="share of users trained without their profile")
     g = p.add_argument_group("the LLM and LoRA")
-    g.add_argument("--llm-layers", type=number(int, 0), default=8, help="first layers that are kept; 0: all")
-    g.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="weights of the LLM; LoRA's own are fp32")
+    g.add_argument("--llm-layers", type=number(int, 0), default=8,
+                   help="first layers that are kept; 0: all")
+    g.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                   help="weights of the LLM; LoRA's own are fp32")
     g.add_argument("--lora-rank", type=number(int, 1), default=8, help="LoRA r")
-    g.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16, help="LoRA alpha")
+    g.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16,
+                   help="LoRA alpha")
     g.add_argument("--lora-dropout", type=number(float, 0, 1), default=0.05, help="LoRA dropout")
-    g.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers with LoRA, by name")
+    g.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj",
+                   help="linear layers with LoRA, by name")
     g = p.add_argument_group("steps")
-    g.add_argument("--warmup-pairs", type=number(int, 0), default=2048, help="pairs the head is fitted on before LoRA; 0: none")
+    g.add_argument("--warmup-pairs", type=number(int, 0), default=2048,
+                   help="pairs the head is fitted on before LoRA; 0: none")
     g.add_argument("--steps", type=number(int, 0), default=60, help="LoRA steps")
-    g.add_argument("--epochs", type=number(float, 0), default=0, help="passes over the train pairs instead of --steps; 0: --steps counts")
+    g.add_argument("--epochs", type=number(float, 0), default=0,
+                   help="passes over the train pairs instead of --steps; 0: --steps counts")
     g.add_argument("--users-per-step", type=number(int, 1), default=16, help="users a step")
-    g.add_argument("--items-per-user", type=number(int, 1), default=2, help="pairs of each user in a step, at most")
-    g.add_argument("--micro-pairs", type=number(int, 1), default=8, help="pairs whose activations are held at once")
-    g.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, more time, no shared prefix")
-    g.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate of LoRA")
-    g.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=3e-4, help="learning rate of soft-token maps and head")
-    g.add_argument("--save-every", type=number(int, 1), default=20, help="steps between the states that a killed run goes on from")
+    g.add_argument("--items-per-user", type=number(int, 1), default=2,
+                   help="pairs of each user in a step, at most")
+    g.add_argument("--micro-pairs", type=number(int, 1), default=8,
+                   help="pairs whose activations are held at once")
+    g.add_argument("--checkpointing", action="store_true",
+                   help="gradient checkpointing: less memory, more time, no shared prefix")
+    g.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4,
+                   help="learning rate of LoRA")
+    g.add_argument("--lr-maps", type=number(float, 0, open_low=True), default=3e-4,
+                   help="learning rate of soft-token maps and head")
+    g.add_argument("--save-every", type=number(int, 1), default=20,
+                   help="steps between the states that a killed run goes on from")
 
-    p = command("generate", "write the hard negatives' vectors for the train pairs", "--pairs-per-user 8")
+    p = command("generate", "write the hard negatives' vectors for the train pairs",
+                "--pairs-per-user 8")
     p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
-    p.add_argument("--pairs-per-user", type=number(int, 0), default=0, help="train pairs of each user; 0: all")
-    p.add_argument("--no-finetune", dest="finetune", action="store_false", help="zero-shot ablation: the LLM and maps before fine-tuning")
-    p.add_argument("--bag-of-words", dest="read_items", action="store_false", help="ablation: items' texts as means of token embeddings, no layer run")
+    p.add_argument("--pairs-per-user", type=number(int, 0), default=0,
+                   help="train pairs of each user; 0: all")
+    p.add_argument("--no-finetune", dest="finetune", action="store_false",
+                   help="zero-shot ablation: the LLM and maps before fine-tuning")
+    p.add_argument("--bag-of-words", dest="read_items", action="store_false",
+                   help="ablation: items' texts as means of token embeddings, no layer run")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
     p.add_argument("--batch-size", type=number(int, 1), default=96, help="pairs a call")
-    p.add_argument("--shard-pairs", type=number(int, 1), default=2048, help="pairs a shard, at least")
+    p.add_argument("--shard-pairs", type=number(int, 1), default=2048,
+                   help="pairs a shard, at least")
+
+    p = command("judge", "fit what the texts say a user likes; list likely false hard negatives",
+                "--layers 0,12,20")
+    p.add_argument("--layers", default="",
+                   help="layers whose readings are used, comma-separated; 0: a bag of words (left "
+                        "out: 0 and those at 2/5 and 2/3 of the depth)")
+    p.add_argument("--control", choices=["none", "shuffled", "random"], default="none",
+                   help="what a judge is worth: texts given to other items, or an LLM of random "
+                        "weights")
+    p.add_argument("--width", type=number(int, 1), default=576, help="width k of its vectors")
+    p.add_argument("--negatives", type=number(int, 1), default=2048,
+                   help="items a step that each left-out item is told apart from")
+    p.add_argument("--likely", type=number(int, 1), default=20,
+                   help="likely false hard negatives listed of each user")
+    p.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the train pairs")
+    p.add_argument("--batch-size", type=number(int, 0), default=0,
+                   help="pairs a step; 0: a 64th of the train pairs, 256 to 2,048")
+    p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                   help="weights of the LLM")
+    p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
     args = parser.parse_args(argv)
     if args.preset:
         p = commands.choices[args.command]
         p.set_defaults(**{key: value for key, value in PAPER.items() if key in vars(args)})
         args = parser.parse_args(argv)
-    {"profile": profile, "finetune": finetune, "generate": generate}[args.command](args)
+    {"profile": profile, "finetune": finetune, "judge": judge, "generate": generate}[args.command](args)
 
 
 if __name__ == "__main__":

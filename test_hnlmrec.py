@@ -1,24 +1,30 @@
 """Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases. `bash run.sh test` runs them."""
 
+import ast
+import builtins
 import calendar
+import dis
 import functools
 import gzip
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
 from argparse import Namespace
-from datetime import datetime
+from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -26,6 +32,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -179,12 +186,12 @@ def test_ngcf_against_dense_oracle():
     assert torch.allclose(torch.cat(model()), torch.cat(hops, 1), atol=1e-5)
 
 
-def test_ngcf_node_dropout_keeps_both_directions_of_an_edge():
-    model = backbones.NGCF(N_USERS, N_ITEMS, 4, backbones.normalized_adjacency(random_pairs(), N_USERS, N_ITEMS), node_dropout=0.5)
-    full, dropped = model.adjacency.to_dense(), model.dropped_adjacency().to_dense()
-    assert torch.equal(dropped, dropped.T)
-    kept = dropped != 0
-    assert 0.3 < kept.sum() / (full != 0).sum() < 0.7 and torch.allclose(dropped[kept], full[kept] * 2)
+@pytest.mark.parametrize("name", ["lightgcn", "ngcf"])
+def test_the_adjacency_moves_with_the_model_and_is_not_saved(name):
+    model = backbones.build_backbone(name, N_USERS, N_ITEMS, 4, random_pairs(), 2).eval()
+    single, double = model()[0], model.to(torch.float64)()[0]  # float64 stands for another device
+    assert double.dtype == torch.float64 and torch.allclose(double.float(), single, atol=1e-6)
+    assert "adjacency" not in model.state_dict()
 
 
 def test_neumf_ranks_as_it_scores():
@@ -192,6 +199,93 @@ def test_neumf_ranks_as_it_scores():
     users, items = model()
     one_by_one = torch.stack([torch.stack([model.score(u, i) for i in items]) for u in users])
     assert torch.allclose(model.score_all(users, items), one_by_one, atol=1e-6)
+    with pytest.raises(SystemExit):  # two equal halves
+        backbones.build_backbone("neumf", N_USERS, N_ITEMS, 7, random_pairs())
+
+
+def pairs_with_gaps():
+    """The train pairs of split_data without those of user 3 and of item 5, and X (U, I) float64."""
+    train = split_data()["train"]
+    train = train[(train[:, 0] != 3) & (train[:, 1] != 5)]
+    x = np.zeros((N_USERS, N_ITEMS))
+    x[tuple(train.T.numpy())] = 1
+    return train, x
+
+
+def dense_item_knn(x, shrink):
+    w = np.zeros((N_ITEMS, N_ITEMS))
+    for i in range(N_ITEMS):
+        for j in range(N_ITEMS):
+            shared, norm = (x[:, i] * x[:, j]).sum(), math.sqrt(x[:, i].sum() * x[:, j].sum())
+            if i != j and shared:
+                w[i, j] = shared / (norm + shrink)
+    return w
+
+
+def dense_rp3beta(x, alpha, beta):
+    """Step by step: from item i to each of its users, from there to each of the user's items."""
+    w = np.zeros((N_ITEMS, N_ITEMS))
+    for i in range(N_ITEMS):
+        for u in np.flatnonzero(x[:, i]):
+            for j in np.flatnonzero(x[u]):
+                if i != j:
+                    to_user, to_item = 1 / x[:, i].sum(), 1 / x[u].sum()
+                    w[i, j] += to_user**alpha * to_item**alpha / x[:, j].sum() ** beta
+    return w
+
+
+def dense_ease(x, ridge):
+    p = np.linalg.inv(x.T @ x + ridge * np.eye(N_ITEMS))
+    w = -p / np.diag(p)
+    np.fill_diagonal(w, 0)
+    return w
+
+
+@pytest.mark.parametrize("ours, oracle, constants", [
+    (backbones.item_knn, dense_item_knn, (7.0,)), (backbones.item_knn, dense_item_knn, (0.0,)),
+    (backbones.rp3beta, dense_rp3beta, (0.6, 0.3)), (backbones.ease, dense_ease, (3.0,))])
+def test_closed_forms_against_dense_algebra(ours, oracle, constants):
+    """Weights, scores and ranking; a user and an item without a train pair are no trouble."""
+    train, x = pairs_with_gaps()
+    weight, dense = ours(train, N_USERS, N_ITEMS, *constants), oracle(x, *constants)
+    assert (weight.layout is torch.strided) == (oracle is dense_ease)
+    assert weight.to_dense().numpy() == pytest.approx(dense, abs=1e-5)
+    model, scores = backbones.ItemWeights(weight, train, N_USERS), torch.tensor(x @ dense)
+    users, items = model()
+    assert model.score_all(users, items).numpy() == pytest.approx(scores.numpy(), abs=1e-5)
+    some = torch.tensor([[0, 3], [3, 7]])
+    ours_some = model.score(users[some][:, :, None], items[[2, 2, 9]])
+    assert ours_some.numpy() == pytest.approx(scores[some][:, :, [2, 2, 9]].numpy(), abs=1e-5)
+    data = split_data() | {"train": train}
+    _, values, _ = evaluation.evaluate(model, data, "test", ks=(3,))
+    expected = brute_force_metrics(model.score_all(users, items), data, 3)
+    assert values["NDCG@3"].tolist() == pytest.approx([expected[u]["NDCG"] for u in range(N_USERS)])
+
+
+@pytest.mark.parametrize("ours", [backbones.item_knn, backbones.rp3beta])
+def test_topk_keeps_the_highest_neighbours_and_blocks_change_nothing(ours, monkeypatch):
+    train, _ = pairs_with_gaps()
+    whole = ours(train, N_USERS, N_ITEMS).to_dense()
+    kept = ours(train, N_USERS, N_ITEMS, topk=4).to_dense()
+    assert torch.equal(kept[kept != 0], whole[kept != 0])
+    highest = F.pad(whole.topk(4).values, (0, N_ITEMS - 4))
+    assert torch.equal(kept.sort(descending=True).values, highest)
+    products = functools.partial(backbones.item_products, entries=4 * N_ITEMS)
+    monkeypatch.setattr(backbones, "item_products", products)
+    assert torch.equal(ours(train, N_USERS, N_ITEMS).to_dense(), whole)
+    with pytest.raises(SystemExit) as error:
+        ours(train, N_USERS, N_ITEMS, max_gib=1e-6)
+    assert "--topk" in error.value.message
+
+
+def test_popularity_ranks_by_train_count_then_by_id():
+    train, x = pairs_with_gaps()
+    model, rows = backbones.popularity(train, N_USERS, N_ITEMS), backbones.user_rows(train, N_USERS)
+    ranked = backbones.rank_unseen(model, torch.arange(N_USERS), rows, N_ITEMS)
+    for u, row in enumerate(ranked.tolist()):
+        unseen = [i for i in range(N_ITEMS) if not x[u, i]]
+        oracle = sorted(unseen, key=lambda i: (-x[:, i].sum(), i))
+        assert [i for i in row if i >= 0] == oracle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +309,30 @@ def test_sampler_is_exact(beta):
         chi2 = ((torch.bincount(draws, minlength=N_ITEMS) - expected)[free] ** 2 / expected[free]).sum()
         degrees = int(free.sum()) - 1
         assert chi2 < degrees + 4 * math.sqrt(2 * degrees) + 4  # mean + 4 standard deviations, and a little for few degrees
+
+
+def test_sampler_takes_a_repeated_pair_once():
+    pairs, draws = random_pairs(), []
+    for rows in (pairs, torch.cat([pairs, pairs[:30]])):
+        sampler = backbones.UnseenSampler(rows, N_USERS, N_ITEMS, 0.75)
+        draws.append(sampler(torch.arange(N_USERS), 50, torch.Generator().manual_seed(0)))
+    assert torch.equal(*draws)
+
+
+def test_weights_that_would_not_fit_into_63_bits_are_scaled_or_refused():
+    """Item 0 has every user but the last, whom popularity ** 5 therefore gives nothing else."""
+    n = 1000
+    seeded = torch.Generator().manual_seed
+    pairs = torch.stack([torch.arange(n), torch.zeros(n, dtype=torch.int64)], 1)
+    pairs[-1, 1] = 1
+    sampler = backbones.UnseenSampler(pairs, n, 4, beta=5.0)
+    assert set(sampler(torch.tensor([n - 1]), 100, seeded(0)).flatten().tolist()) == {0}
+    draws = sampler(torch.tensor([n - 2]), 3400, seeded(0)).flatten()  # weights 0, 2**5, 1, 1
+    expected = [0, 3200, 100, 100]
+    assert torch.bincount(draws, minlength=4).tolist() == pytest.approx(expected, abs=50)
+    with pytest.raises(SystemExit) as error:
+        backbones.UnseenSampler(pairs, n, 4, beta=12.0)
+    assert "--beta 12.0" in error.value.message
 
 
 def test_a_user_who_has_seen_everything_is_refused():
@@ -274,9 +392,67 @@ def test_mined_negatives_are_the_band_and_never_train_pairs():
         assert mined[u].tolist() == ranked[1:6]
 
 
+@pytest.mark.parametrize("n_items, most, flags, band", [
+    (1008, 300, (0, 0), (200, 300)), (14, 6, (0, 0), (3, 4)), (14, 12, (0, 0), (2, 2)),
+    (1008, 300, (5, 60), (5, 60)),
+    (1008, 300, (0, 50), (50, 50)), (1008, 300, (400, 0), (400, 400))])
+def test_the_mined_band_is_a_share_of_the_catalogue_unless_given(n_items, most, flags, band):
+    train = torch.stack([torch.zeros(most, dtype=torch.int64), torch.arange(most)], 1)
+    assert backbones.mining_band({"train": train, "n_items": n_items}, *flags) == band
+
+
+def test_a_reversed_band_is_refused():
+    with pytest.raises(SystemExit) as error:
+        backbones.mining_band({"train": random_pairs(), "n_items": N_ITEMS}, 5, 1)
+    assert "--mine-first 5: lies after --mine-last 1" in error.value.message
+
+
+def test_nearest_items_are_never_train_items_even_when_too_few_are_left():
+    pairs = torch.tensor([[0, i] for i in range(8)])
+    user, seen = torch.tensor([0]), backbones.pair_keys(pairs, 10)
+    near = backbones.nearest_items(torch.ones(1, 2), user, torch.rand(10, 2), seen, 4)
+    assert sorted(near[0].tolist()) == [-1, -1, 8, 9]
+    held = backbones.pair_keys(torch.tensor([[0, 8]]), 10)
+    assert evaluation.fhns_rate(user, near, held, 10) == 0.5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses, projector, mixing
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_softmax_against_direct_sum():
+    generator, tau, total = torch.Generator().manual_seed(0), 0.3, 0.0
+    p, n = torch.randn(4, generator=generator), torch.randn(4, 6, generator=generator)
+    n[1, 2:4] = -torch.inf  # no negatives of row 1
+    for b in range(4):
+        up = math.exp(p[b] / tau)
+        total -= math.log(up / (up + sum(math.exp(s / tau) for s in n[b].tolist())))
+    assert backbones.sampled_softmax_loss(p, n, tau).item() == pytest.approx(total / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("name, cosine", [("mf", True), ("lightgcn", False), ("neumf", False)])
+def test_softmax_step_against_loops(name, cosine):
+    """The loss over the drawn items that are none of the user's own; each backbone's own score."""
+    torch.manual_seed(0)
+    train = split_data()["train"]
+    model = backbones.build_backbone(name, N_USERS, N_ITEMS, 4, train, 2, cosine)
+    step = backbones.make_softmax_step(model, train, reg=0.1, n=20, tau=0.5)
+    rows = torch.tensor([0, 1, 40])
+    loss, _ = step(rows, torch.Generator().manual_seed(3))
+    drawn = torch.randperm(N_ITEMS, generator=torch.Generator().manual_seed(3))[:20].tolist()
+    users, items = model()
+    if cosine:
+        users, items = (F.normalize(v, dim=1) for v in model.ego())
+    total, (ego_users, ego_items) = 0.0, model.ego()
+    for u, i in train[rows].tolist():
+        own = train[train[:, 0] == u, 1].tolist()
+        assert set(own) & set(drawn)
+        scores = (model.score(users[u], items) / 0.5).tolist()
+        up, rest = math.exp(scores[i]), [math.exp(scores[j]) for j in set(drawn) - set(own)]
+        total -= math.log(up / (up + sum(rest)))
+        total += 0.1 * (ego_users[u].pow(2).sum() + ego_items[i].pow(2).sum()).item() / 2
+    assert loss.item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_info_nce_against_direct_sum():
@@ -363,6 +539,98 @@ def test_text_start_against_svd():
     assert torch.allclose(hnlmrec.text_start(text, train, 4, 12, 0.1)[:, 9:], torch.zeros(24, 3))
 
 
+def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
+    """The step's loss against loops over pairs, with the cosine, the sum without i and the mask."""
+    torch.manual_seed(0)
+    train = split_data()["train"]
+    readings = [torch.randn(N_ITEMS, 5), torch.randn(N_ITEMS, 4)]
+    judge = llm_negatives.Judge(readings, train, N_USERS, width=6)
+    torch.nn.init.normal_(judge.user_map.weight)
+    text = F.normalize(torch.cat([backbones.whiten(layer) for layer in readings], 1), dim=1)
+    assert torch.allclose(judge.text, text)
+    rows = torch.tensor([0, 7, 20])
+    drawn = torch.randint(N_ITEMS, (9,), generator=torch.Generator().manual_seed(3))
+    losses, scale = [], float(judge.scale.exp())
+    for u, i in train[rows].tolist():
+        own = [j for v, j in train.tolist() if v == u]
+        user = judge.user_map.weight @ sum(text[j] for j in own if j != i)
+        scores = [scale * F.cosine_similarity(user, judge.item_map.weight @ text[j], 0) + judge.bias[j]
+                  for j in [i, *(j for j in drawn.tolist() if j not in own)]]
+        losses.append(torch.stack(scores).logsumexp(0) - scores[0])
+    step = llm_negatives.make_judge_step(judge, train, 9)
+    loss, _ = step(rows, torch.Generator().manual_seed(3))
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    # the exported vectors' inner product is the score with all of the user's items
+    users, items = judge()
+    whole = sum(text[j] for v, j in train.tolist() if v == 2)
+    cosine = F.cosine_similarity(judge.user_map.weight @ whole, judge.item_map.weight @ text[4], 0)
+    assert float(users[2] @ items[4]) == pytest.approx(float(scale * cosine + judge.bias[4]), rel=1e-5)
+
+
+def test_judge_finds_what_the_texts_decide_and_lists_it():
+    """Two groups of users, each liking its own half of the items, which the texts tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.arange(40) % 2
+    text = torch.randn(40, 8, generator=generator) + 3 * (half[:, None] == 0)
+    pairs = torch.cat([torch.stack([torch.full((4,), u), (half == u % 2).nonzero()[:, 0][
+        torch.randperm(20, generator=generator)[:4]].sort().values], 1) for u in range(30)])
+    judge = llm_negatives.Judge([text], pairs, 30)
+    items, share = llm_negatives.likely_items(judge, pairs, 6)
+    own = half[items] == (torch.arange(30) % 2)[:, None]
+    assert own.float().mean() > 0.9
+    assert not backbones.contains(backbones.pair_keys(pairs, 40), torch.arange(30)[:, None], items, 40).any()
+    users, vectors = judge()
+    scores = (users[:, None] * vectors[items]).sum(2)
+    assert torch.allclose(share, scores.softmax(1), atol=1e-6) and (scores.diff(dim=1) <= 1e-5).all()
+    # more than there are unseen: places left over are never drawn
+    items, share = llm_negatives.likely_items(judge, pairs, 40)
+    assert (items[:, 36:] == -1).all() and (share[:, 36:] == 0).all()
+    drawn = hnlmrec.LikelyFalse(items, share)(torch.arange(30).repeat(50), generator)
+    seen = backbones.pair_keys(pairs, 40)
+    assert not backbones.contains(seen, torch.arange(30).repeat(50), drawn, 40).any()
+
+
+def test_likely_false_items_are_drawn_by_their_shares():
+    likely = hnlmrec.LikelyFalse(torch.tensor([[3, 5, 7], [1, 2, -1]]),
+                                 torch.tensor([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0]]))
+    drawn = likely(torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0))
+    for item, share in ((3, 0.5), (5, 0.3), (7, 0.2)):
+        assert float((drawn == item).float().mean()) == pytest.approx(share, abs=0.02)
+    assert (likely(torch.ones(100, dtype=torch.long)) == 2).all()
+
+
+def test_false_hard_negatives_stand_between_positive_and_negative():
+    """L_false of a step, by hand: above e⁻, below the positive, and its L2."""
+    data = split_data()
+    train = data["train"]
+    model = backbones.MF(N_USERS, N_ITEMS, 4)
+    torch.nn.init.normal_(model.embedding)
+    settings = Namespace(alpha=0, lambda1=0, lambda_s=0, reg=0.1, lambda_f=2.0, gamma=0.3)
+    likely = hnlmrec.LikelyFalse(data["test"][:, 1:], torch.ones(N_USERS, 1))
+    sample = backbones.make_sampler(model, "rns", train)
+    rows, generators = torch.tensor([1, 9]), [torch.Generator().manual_seed(0) for _ in range(2)]
+    method = hnlmrec.HNLMRec(model, None, None, sample, None, None, None, train, settings, likely)
+    loss, logs = method.loss(rows, generators[0])
+    _, _, users, items, negatives, j = sample(*train[rows].T, generators[1])
+    false = model.ego()[1][data["test"][train[rows, 0], 1]]
+    s_p, s_n, s_f = ((users * v).sum(1) for v in (items, negatives, false))
+    l2 = [float((v**2).sum()) / 4 for v in (users, items, negatives, false)]
+    expected = (F.softplus(s_n - s_p).mean() + 0.1 * sum(l2[:3])
+                + 2 * (F.softplus(s_n - s_f).mean() + 0.3 * F.softplus(s_f - s_p).mean() + 0.1 * l2[3]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logs["false"] == pytest.approx(F.softplus(s_n - s_f).mean().item(), rel=1e-5)
+
+
+def test_blended_vectors_rank_as_the_sum_of_the_two_standardised_scores():
+    generator = torch.Generator().manual_seed(0)
+    users, items, t_u, t_i = (torch.randn(n, d, generator=generator, dtype=torch.float64)
+                              for n, d in ((5, 3), (12, 3), (5, 7), (12, 7)))
+    a, b = users @ items.T, t_u @ t_i.T
+    expected = sum(w * (s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True) for w, s in ((1, a), (0.5, b)))
+    vectors = hnlmrec.blend_vectors(users, items, t_u, t_i, 0.5)
+    assert torch.allclose(vectors[0] @ vectors[1].T, expected)
+
+
 def test_text_relevance_against_the_inverse_root_of_the_covariance():
     """Whitening by C^-1/2 turns the texts but keeps their cosines; here user by user and item by item, with numpy."""
     torch.manual_seed(0)
@@ -422,7 +690,7 @@ def hnlmrec_parts(alpha, lambda1, sampler="dns", form=hnlmrec.HNLMRec, **more):
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
     semantic = hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8)
     settings = {"alpha": alpha, "lambda1": lambda1, "lambda_s": 0.0, "tau_c": 0.2, "reg": 0.0,
-                "k": 2, "align_rows": 16, "refresh": 1, "hinge": 0.0}
+                "k": 2, "align_rows": 16, "refresh": 1, "hinge": 0.0, "lambda_f": 0.0}
     settings = Namespace(**settings | more)
     sample = backbones.make_sampler(model, sampler, train, m=1)
     method = form(model, projector, semantic, sample, table, hidden, mined, train, settings)
@@ -543,7 +811,8 @@ def pretend(monkeypatch, rank, world):
     monkeypatch.setattr(backbones, "world", lambda: world)
 
 
-@pytest.mark.parametrize("kind", ["dns", "mixgcf", hnlmrec.HNLMRec, hnlmrec.PaperHNLMRec])
+@pytest.mark.parametrize(
+    "kind", ["dns", "mixgcf", "softmax", hnlmrec.HNLMRec, hnlmrec.PaperHNLMRec])
 @pytest.mark.parametrize("n_rows", [71, 2])
 def test_the_shares_of_three_processes_make_the_batch(kind, n_rows, monkeypatch):
     """The mean of three processes' gradients is one process's gradient, with uneven shares and with
@@ -551,9 +820,16 @@ def test_the_shares_of_three_processes_make_the_batch(kind, n_rows, monkeypatch)
     if isinstance(kind, str):
         train = split_data()["train"]
         model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, train)
-        step, modules = backbones.make_step(model, kind, train, reg=0.1, m=5, n=2), [model]
+        if kind == "softmax":
+            step = backbones.make_softmax_step(model, train, reg=0.1, n=9, tau=0.5)
+        else:
+            step = backbones.make_step(model, kind, train, reg=0.1, m=5, n=2)
+        modules = [model]
     else:
-        model, projector, method, train = hnlmrec_parts(0.3, 1.0, form=kind, lambda_s=0.5, reg=0.1)
+        model, projector, method, train = hnlmrec_parts(
+            0.3, 1.0, form=kind, lambda_s=0.5, reg=0.1, lambda_f=2.0, gamma=0.3)
+        method.likely = hnlmrec.LikelyFalse(
+            torch.randint(N_ITEMS, (N_USERS, 3)), torch.rand(N_USERS, 3))
         step, modules = method.loss, [model, projector, method.semantic]
     parameters = [p for module in modules for p in module.parameters()]
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:n_rows]
@@ -591,6 +867,16 @@ def test_every_parameter_is_trained():
                   eval_every=1, patience=9, seed=0)
     still = [name for name, p in [*projector.named_parameters(), *model.named_parameters()] if torch.equal(p, before[name])]
     assert set(still) <= {"key.bias"}  # softmax is blind to a constant in all keys
+
+
+def test_fit_keeps_a_state_whatever_the_scale_of_the_validation():
+    model, fit = rigged(torch.randn(2, 2), torch.randn(3, 2)), functools.partial(
+        backbones.fit, n_rows=4, epochs=2, batch_size=2, lr=0.1, eval_every=1, patience=9, seed=0)
+    step = lambda rows, generator: (model.embedding.sum(), {})
+    state, history = fit({"backbone": model}, step, validate=lambda: -5.0)
+    assert "backbone.embedding" in state and history[0]["valid_ndcg@20"] == -5
+    with pytest.raises(SystemExit):
+        fit({"backbone": model}, step, validate=lambda: math.nan)
 
 
 def test_fit_returns_the_best_state_not_the_last():
@@ -656,6 +942,32 @@ def test_fhns_against_loops():
     assert ours["FHNS@1"] == pytest.approx(hits[1] / len(pairs)) and ours["FHNS@10"] == pytest.approx(hits[10] / len(pairs))
 
 
+def test_unseen_users_and_items_are_scored_apart():
+    train, x = pairs_with_gaps()
+    data = split_data() | {"train": train}
+    torch.manual_seed(2)
+    model = rigged(torch.randn(N_USERS, 4), torch.randn(N_ITEMS, 4))
+    users, values, _ = evaluation.evaluate(model, data)
+    ours = evaluation.unseen_scores(model, data, users, values)
+    oracle = brute_force_metrics(model.ego()[0] @ model.ego()[1].T, data, 20)
+    others = [oracle[u]["NDCG"] for u in range(N_USERS) if u != 3]
+    assert ours["users unseen"] == pytest.approx(oracle[3]["NDCG"])
+    assert ours["users seen"] == pytest.approx(sum(others) / len(others))
+    # one test pair a user, so that its Recall is its pair's
+    new = {u for u, i in data["test"].tolist() if not x[:, i].any()}
+    for name, group in (("items unseen", new), ("items seen", set(range(N_USERS)) - new)):
+        assert ours[name] == pytest.approx(sum(oracle[u]["Recall"] for u in group) / len(group))
+    lines = evaluation.unseen_section(data, {"rns": ours})
+    items = {i for _, i in data["test"].tolist()}
+    unseen = sum(not x[:, i].any() for i in items)
+    assert f"1 of 12 test users, {unseen} of {len(items)} test items ({len(new)} of" in lines[3]
+    assert lines[-1].startswith("| RNS | ")
+    user_0 = torch.tensor([[0, i] for i in range(N_ITEMS)])
+    whole = split_data() | {"train": torch.cat([split_data()["train"], user_0])}
+    assert evaluation.unseen_scores(model, whole, users, values) == {}
+    assert len(evaluation.unseen_section(whole, {"rns": {}})) == 4
+
+
 def test_paired_bootstrap_against_the_normal_law():
     rng = np.random.default_rng(0)
     for shift in (0.0, 0.05, 0.12):
@@ -664,6 +976,129 @@ def test_paired_bootstrap_against_the_normal_law():
         error = d.std() / math.sqrt(len(d))
         assert mean == pytest.approx(d.mean()) and low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
         assert p == pytest.approx(math.erfc(abs(mean) / error / math.sqrt(2)), abs=0.02)
+
+
+def log_odds_world(n_users=300, top=40, seed=0):
+    """Labels drawn from log-odds -3 + cf + 1.5 hidden -> user (n,), label, cf, hidden, log-odds."""
+    generator = torch.Generator().manual_seed(seed)
+    cf, hidden = torch.randn(2, n_users * top, generator=generator, dtype=torch.float64)
+    log_odds = -3 + cf + 1.5 * hidden
+    label = torch.rand(len(cf), generator=generator, dtype=torch.float64) < torch.sigmoid(log_odds)
+    return torch.arange(n_users).repeat_interleave(top), label, cf, hidden, log_odds
+
+
+def test_logistic_regression_against_lbfgs_and_a_closed_form():
+    _, label, cf, hidden, _ = log_odds_world(20)
+    x, y = torch.stack([torch.ones_like(cf), cf, hidden], 1), label.double()
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-10,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(x @ w, y, reduction="sum") + 0.5 * w @ w
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    ours = evaluation.logistic_regression(x, y, ridge=1.0)
+    assert ours.tolist() == pytest.approx(w.tolist(), abs=1e-6)
+    # an intercept alone: the log-odds of the share of positives
+    share = y.mean()
+    ours = evaluation.logistic_regression(x[:, :1], y, ridge=0.0)
+    assert float(ours) == pytest.approx(float(torch.log(share / (1 - share))))
+    # separable, and far from the start: the ridge and the halved steps keep it finite
+    x = torch.tensor([[1.0, -300], [1, -1], [1, 1], [1, 500]], dtype=torch.float64)
+    ours = evaluation.logistic_regression(x, torch.tensor([0.0, 0, 1, 1], dtype=torch.float64))
+    assert torch.isfinite(ours).all() and 1 < ours[1] < 20
+
+
+def test_auc_against_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(0, 6, (60,), generator=generator).double()  # full of ties
+    label = torch.rand(60, generator=generator) < 0.3
+    wins = (score[label][:, None] > score[~label]).double()
+    wins += 0.5 * (score[label][:, None] == score[~label])
+    assert evaluation.auc(score, label) == pytest.approx(float(wins.mean()))
+
+
+def test_cross_fitting_reads_the_other_half_alone():
+    """Where the two halves contradict each other, each is predicted as the other has it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    half = torch.arange(400) < 150
+    y = torch.where(half, x[:, 0] > 0, x[:, 0] < 0).double()
+    y[::7] = 1 - y[::7]
+    log_odds = evaluation.cross_fitted(x, y, half)
+    assert (log_odds[half] * x[half, 0] < 0).all() and (log_odds[~half] * x[~half, 0] > 0).all()
+    other = y.clone()
+    other[half] = 1 - other[half]  # a half's own labels say nothing of its own prediction
+    assert torch.equal(evaluation.cross_fitted(x, other, half)[half], log_odds[half])
+
+
+def test_a_judge_that_knows_the_log_odds_gains_what_it_knows():
+    user, label, cf, hidden, log_odds = log_odds_world()
+    y = label.double()
+    base, base_auc = evaluation.fit_of_features([cf], label, user, 300)
+    full, full_auc = evaluation.fit_of_features([cf, hidden], label, user, 300)
+    # what the true log-odds give, less one nat for the weights that have to be found
+    known = y * log_odds - F.softplus(log_odds)
+    assert float(full.sum()) == pytest.approx(float(known.sum()), abs=6)
+    by_user = known.new_zeros(300).index_add_(0, user, known)
+    assert torch.allclose(full, by_user, atol=0.5) and full_auc > base_auc + 0.1
+    # without it the best there is: P(y | cf), by quadrature over the hidden part
+    node, weight = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(40))
+    p = torch.sigmoid(-3 + cf[:, None] + 1.5 * node) @ weight / weight.sum()
+    blind = y * p.log() + (1 - y) * (1 - p).log()
+    gain = evaluation.gain_interval(full - base, int(label.sum()))
+    mean, low, high = gain["nats"]
+    assert mean == pytest.approx(float(known.sum() - blind.sum()), abs=8) and 0 < low < mean < high
+    assert gain["per 1000 positives"][0] == pytest.approx(1000 * mean / float(y.sum()))
+    # one that is shuffled knows nothing, and neither does what CF says already
+    mixed = hidden[torch.randperm(len(hidden), generator=torch.Generator().manual_seed(1))]
+    for nothing in (mixed, 2 * cf + 1):
+        fit, _ = evaluation.fit_of_features([cf, nothing], label, user, 300)
+        assert abs(float((fit - base).sum())) < 5
+
+
+@pytest.mark.parametrize("labels, top", [("valid", 7), ("test", 26)])
+def test_cf_candidates_against_loops(labels, top):
+    data, generator = split_data(), torch.Generator().manual_seed(3)
+    users = torch.randn(N_USERS, 4, generator=generator)
+    items = torch.randn(N_ITEMS, 4, generator=generator)
+    ours = evaluation.cf_candidates(rigged(users, items), data, labels, top)
+    candidates, label, user, (score, rank, popularity) = ours
+    factors = evaluation.factor_scores(users, items, candidates)
+    expected = []
+    for u in range(N_USERS):
+        own = {name: {i for v, i in data[name].tolist() if v == u} for name in data if
+               torch.is_tensor(data[name])}
+        seen = own["train"] | (own["valid"] if labels == "test" else set())
+        unseen = sorted(set(range(N_ITEMS)) - seen, key=lambda i: -float(users[u] @ items[i]))
+        for place, i in enumerate(unseen[:top], 1):
+            count = sum(j == i for _, j in data["train"].tolist())
+            expected.append([u, int(i in own[labels]), float(users[u] @ items[i]),
+                             math.log(place), math.log(count + 1)])
+    columns = torch.stack([user, label, score, rank, popularity], 1)
+    assert columns.tolist() == [pytest.approx(row, abs=1e-5) for row in expected]
+    assert factors.tolist() == pytest.approx([row[2] for row in expected], abs=1e-5)
+
+
+def test_whiten_against_the_inverse_root_of_the_covariance():
+    """Rows of norm 1, and their cosines those of the texts times C^-1/2 (with numpy); of two axes
+    with hardly any variance neither is blown up."""
+    torch.manual_seed(0)
+    text = torch.randn(20, 5) * torch.tensor([5, 1, 1, 1, 0.2]) + 3
+    centred = (text - text.mean(0)).double().numpy()
+    values, axes = np.linalg.eigh(centred.T @ centred)
+    white = centred @ (axes * values**-0.5) @ axes.T
+    white /= np.linalg.norm(white, axis=1, keepdims=True)
+    ours = backbones.whiten(text)
+    assert (ours @ ours.T).flatten().tolist() == pytest.approx((white @ white.T).ravel(), abs=1e-4)
+    flat = torch.cat([text, 1e-6 * torch.randn(20, 2)], 1)
+    assert torch.allclose(backbones.whiten(flat).pow(2).sum(1), torch.ones(20))
+    ours = backbones.whiten(flat)
+    assert (ours @ ours.T).flatten().tolist() == pytest.approx((white @ white.T).ravel(), abs=1e-3)
 
 
 def test_list_statistics_against_loops():
@@ -721,6 +1156,44 @@ def test_splits():
         assert last[own[-1]] == 2 and last[own[-2]] == 1 and (last[own[:-2]] == 0).all()
 
 
+@pytest.mark.parametrize("moments", [1000, 40])  # all different, and some twenty rows a moment
+def test_split_by_time_is_one_cut_for_all(moments):
+    rng = np.random.default_rng(0)
+    n = min(moments * 20, 1000)
+    seconds = rng.permutation(np.arange(n) % moments).astype(float)
+    user, item = rng.integers(0, 50, n), np.arange(n)
+    part = hnlmrec.split_pairs(user, item, seconds, "time", 0)
+    train, valid, test = (seconds[part == code] for code in range(3))
+    assert train.max() < valid.min() and valid.max() < test.min()
+    off = np.abs(np.bincount(part) - [0.8 * n, 0.1 * n, 0.1 * n]).max()
+    assert off <= (moments < n) * n / moments
+
+
+def test_the_latest_row_of_a_pair_against_loops():
+    rng = np.random.default_rng(0)
+    user, item, rating = rng.integers(0, [[5], [6], [3]], (3, 200))
+    seconds = np.where(rng.random(200) < 0.2, np.nan, rng.integers(0, 4, 200))
+    expected = {}
+    for row in zip(user, item, rating, np.nan_to_num(seconds, nan=-1)):
+        old = expected.get(row[:2], (-2, 0))  # later wins; at equal times the lower rating does
+        expected[row[:2]] = max(old, (row[3], -row[2]))
+    user, item = user.astype(np.int32), item.astype(np.int32)
+    kept = hnlmrec.latest(user, item, rating.astype(float), seconds)
+    found = {(user[n], item[n]): (np.nan_to_num(seconds[n], nan=-1), -rating[n]) for n in kept}
+    assert found == expected and len(kept) == len(expected)
+    user, item = np.array([[0, 65536, 1], [5, 5, 65535]], np.int32)  # keys beyond 32 bits
+    assert len(hnlmrec.latest(user, item, np.zeros(3), np.zeros(3))) == 3
+
+
+def test_pairs_are_ordered_by_first_sight_of_user_and_item():
+    """The random split draws in this order: with another one, published splits would change."""
+    user, item = np.array([1, 1, 0, 0, 1, 0]), np.array([2, 0, 2, 0, 1, 1])
+    five, none = np.full(6, 5.0), np.full(6, np.nan)
+    rows = hnlmrec.Interactions(user, item, five, none, np.arange(6), "ab", "xyz")
+    kept = hnlmrec.filter_pairs(rows, "r.tsv", Namespace(min_rating=4.0, k_core=2), Counter())
+    assert list(zip(kept.user, kept.item)) == [(1, 2), (1, 0), (1, 1), (0, 2), (0, 0), (0, 1)]
+
+
 def write_lines(path, lines, encoding="utf-8"):
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding=encoding) as file:
@@ -754,9 +1227,11 @@ SAMPLES = {
 def test_readers_hand_worked(fmt, tmp_path):
     name, lines, meta, meta_lines, fields, text = SAMPLES[fmt]
     encoding = "latin-1" if fmt in ("ml-1m", "ml-100k") else "utf-8"
-    rows = list(hnlmrec.interactions(write_lines(tmp_path / name, lines), fmt))
-    assert rows == [("a", "x", 4.5, 1456790400.0, text)]
-    items = hnlmrec.read_items(write_lines(tmp_path / meta, meta_lines, encoding), fmt, ["w", "x"])
+    path = write_lines(tmp_path / name, lines)
+    rows = list(hnlmrec.interactions(path, fmt))
+    assert rows == [(len(lines), "a", "x", 4.5, 1456790400.0, text)]
+    meta = write_lines(tmp_path / meta, meta_lines, encoding)
+    items = hnlmrec.read_items(meta, hnlmrec.FORMATS[fmt](path), ["w", "x"], Counter())
     assert items[1] == {"raw": "x", "title": fields[0], "text": fields[1], "known": True}
     assert items[0] == {"raw": "w", "title": "Item w", "text": "", "known": False}
 
@@ -811,6 +1286,333 @@ def test_of_repeated_pairs_the_latest_counts_and_ids_do_not_depend_on_the_files_
     one, two = (backbones.load_tensors(tmp_path / name / "data.safetensors", "prepare")[0] for name in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert [0, 0] in one["test"].tolist() and len(torch.cat(list(one.values()))) == 25
+
+
+HEAD = "user\titem\trating\ttimestamp\ttext"
+GRID = [f"u{u}\ti{i}\t5\t{10 * u + i}\tfine" for u in range(6) for i in range(6)]
+
+
+def prepared(folder, lines, *flags, meta=None, name="r.tsv"):
+    """prepare of a file of these lines -> its data (as of load_data), items, users."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    args = ["prepare", "--run", folder / "run", "--reviews", write_lines(folder / name, lines)]
+    if meta is not None:
+        args += ["--meta", write_lines(folder / f"items{Path(name).suffix}", meta)]
+    hnlmrec.main([str(arg) for arg in (*args, *flags)])
+    rows = (backbones.read_jsonl(folder / "run" / f"{kind}.jsonl", "prepare")
+            for kind in ("items", "users"))
+    return backbones.load_data(folder / "run"), *rows
+
+
+def raw_pairs(data, items, users):
+    """The pairs of all parts as (raw user, raw item)."""
+    pairs = torch.cat([data[name] for name in ("train", "valid", "test")]).tolist()
+    return {(users[u]["raw"], items[i]["raw"]) for u, i in pairs}
+
+
+def refused_lines(folder, lines, *flags, meta=None, name="r.tsv"):
+    """prepare of these lines must end in one line that names the file, and write nothing -> it."""
+    with pytest.raises(SystemExit) as error:
+        prepared(folder, lines, *flags, meta=meta, name=name)
+    message = str(error.value)
+    assert error.value.code == 2 and str(folder) in message
+    assert not (folder / "run" / "data.safetensors").exists()
+    return message
+
+
+def test_a_rating_taken_back_is_no_positive_and_order_decides_nothing(tmp_path, capsys):
+    """A pair rated 5, then 1, is left out; rated 1, then 5, stays; 5 and 1 at once: left out."""
+    again = ["u0\ti0\t1\t900\tx", "u1\ti0\t1\t0\tx", "u2\ti0\t1\t20\tx"]
+    seen = []
+    for lines in (GRID + again, (GRID + again)[::-1]):
+        seen.append(raw_pairs(*prepared(tmp_path / "a", [HEAD, *lines], "--k-core", 4)))
+        out = capsys.readouterr().out
+        assert "3 earlier ratings of a repeated pair" in out and "2 pairs below" in out
+    assert seen[0] == seen[1] and len(seen[0]) == 34
+    assert not {("u0", "i0"), ("u2", "i0")} & seen[0] and ("u1", "i0") in seen[0]
+
+
+def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path, capsys):
+    lines = [f"{u}\t{i}\t5" for u in ("10", "7", "07", "007", "b", " a ", "a") for i in range(6)]
+    for order in (1, -1):
+        data, _, users = prepared(tmp_path / "a", ["user\titem\trating", *lines[::order]])
+        assert [row["raw"] for row in users] == ["007", "07", "7", "10", "a", "b"]
+    assert "1 ids with spaces around them" in capsys.readouterr().out
+    assert "7 and 7.0 both occur" in refused_lines(
+        tmp_path / "b", ["user\titem\trating", *lines, "7.0\t1\t5"])
+
+
+@pytest.mark.parametrize("separator, header, times, name", [
+    (";", "user;item;rating;timestamp;text", "{}", "r.csv"),
+    (",", "userId,movieId,rating,timestamp,review", "{}", "r.csv"),
+    (",", "user_id,item_id,stars,date,text", "iso", "r.csv"),
+    ("\t", "user_id:token\titem_id:token\trating:float\ttimestamp:float\ttext:seq", "{}", "x"),
+    (",", "\ufeffuser,item,rating,timestamp,text", "{}000", "r.tsv"),  # milliseconds
+    (",", "user,item,rating,timestamp,text", "{}000000", "r.csv.gz"),
+])
+def test_tables_as_people_have_them(tmp_path, separator, header, times, name):
+    lines = [header]
+    for row in GRID:
+        user, item, rating, second, text = row.split("\t")
+        moment = 1456790400 + int(second)
+        iso = datetime.fromtimestamp(moment, timezone.utc)
+        iso = iso.isoformat(sep=" ")[:19] if moment % 2 else iso.isoformat().replace("+00:00", "Z")
+        moment = iso if times == "iso" else times.format(moment)
+        text = text if separator == "\t" else f'"{text}{separator}"'
+        lines.append(separator.join([user, item, rating, moment, text]))
+    rows = list(hnlmrec.interactions(write_lines(tmp_path / name, lines), "table"))
+    assert len(rows) == 36 and rows[7][:4] == (9, "u1", "i1", 5.0)
+    assert [row[4] - 1456790400 for row in rows] == [10 * u + i for u in range(6) for i in range(6)]
+    assert rows[0][5].startswith("fine")
+
+
+def test_metadata_under_the_interactions_own_name_of_the_item(tmp_path, capsys):
+    lines = ["userId,movieId,rating", *(f"u{u},i{i},5" for u in range(6) for i in range(6))]
+    meta = ["movieId,name,genre", *(f'i{i},"Film {i}",drama' for i in range(6))]
+    _, items, _ = prepared(tmp_path / "a", lines, meta=meta, name="r.csv")
+    assert items[2] == {"raw": "i2", "title": "Film 2", "text": "drama", "known": True}
+    out = capsys.readouterr().out
+    assert "column userId is read as user" in out and "column movieId is read as item" in out
+
+
+COMMA = "user,item,rating,text"
+COMMAS = [f"u{u},i{i},5,fine" for u in range(6) for i in range(6)]
+
+
+@pytest.mark.parametrize("at, lines, message", [
+    (5, ['u0,i5,5,"the 12"" one, great'], "line 6"),  # never closed
+    (5, ['u0,i5,5,"great'], "line 6"),
+    (5, ['u0,i5,5,"the 12" one, great', 'u9,i5,5,"fine"'], "line 6"),  # quote not doubled
+    (5, ['u0,i5,5,"great', 'u9,i5,5,"fine"'], "line 6"),  # closed by the next quote
+    (5, ['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'], "line 6"),  # closed cleanly, later
+    (5, ['u0,i5,5,"great', 'u9,i5,5,fine"'], "line 6"),
+    (5, ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], "line 6"),
+    (36, ['u5,i5,5,"great'], "line 37"),  # never closed, in the last line
+    (5, ["u0,i5,5,fine,and more"], "line 6 has 5 fields"),
+    (5, ["u0,i5,5"], "line 6 has 3 fields"),
+])
+def test_rows_that_a_quote_or_a_comma_breaks_are_named(tmp_path, at, lines, message):
+    assert message in refused_lines(
+        tmp_path / "a", [COMMA, *COMMAS[: at - 1], *lines, *COMMAS[at:]], name="r.csv")
+
+
+def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(tmp_path):
+    text = '"Great, really.\nI, for one, liked ""it"",\n\nfour, commas, in, here"'
+    path = write_lines(tmp_path / "r.csv", [COMMA, f"u0,i0,5,{text}", "u0,i1,5,fine"])
+    rows = list(hnlmrec.interactions(path, "table"))
+    assert [row[0] for row in rows] == [2, 6] and rows[0][5].count("\n") == 3
+    lines = ["item,title,kind", 'i0,"Film, 12""', "i1,Film,drama", 'i2,x",y']
+    meta = write_lines(tmp_path / "i.csv", lines)
+    with pytest.raises(SystemExit, match="line 2"):  # i1 is swallowed
+        hnlmrec.read_items(meta, hnlmrec.FORMATS["table"](path), ["i0", "i1", "i2"], Counter())
+
+
+def json_grid(**more):
+    """Amazon 2018's rows of six users and items."""
+    fixed = {"overall": 5.0, "reviewText": "fine", **more}
+    return [{"reviewerID": f"u{u}", "asin": f"i{i}", **fixed} for u in range(6) for i in range(6)]
+
+
+@pytest.mark.parametrize("row, flags, message", [
+    ("u0\ti5\t\t3\tx", (), "line 6: no rating"),
+    ("u0\ti5\tnan\t3\tx", (), "line 6: no rating"),
+    ("u0\ti5\tinf\t3\tx", (), "line 6"),
+    ("u0\ti5\t4,5\t3\tx", (), "write a rating as 4.5"),
+    ("u0\ti5\t5\tinf\tx", ("--split", "last"), "line 6"),
+    ("u0\ti5\t5\tyesterday\tx", (), "2016-03-01"),
+    ("u0\ti5\t5\t1456790400000\tx", (), "unit"),  # among seconds
+    ("u0\ti5\t5\t\tx", ("--since", "1970-01-01"), "line 6: no timestamp"),
+    ("u0\ti4\t5\t\tx", ("--split", "time"), "1 have none"),
+    ("\ti5\t5\t3\tx", (), "line 6: an id is empty"),
+    ("u0\t \t5\t3\tx", (), "line 6: an id is empty"),
+    ("null\ti5\t5\t3\tx", (), "line 6: the id is 'null'"),
+    ("u0\ti\0\t5\t3\tx", (), "control character"),
+    ("u0\t" + "9" * 5000 + "\t5\t3\tx", (), "5,000 characters"),
+    ("u0\ti5\t5\t3\tx\tmore", (), "line 6 has 6 fields"),
+])
+def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message):
+    lines = [HEAD, *GRID[:4], row, *GRID[5:]]
+    assert message in refused_lines(tmp_path / "a", lines, "--k-core", 1, *flags)
+
+
+@pytest.mark.parametrize("row, message", [
+    ("[1, 2]", "line 3"), ("5", "line 3"), ("null", "line 3"), ('"reviewerID asin"', "line 3"),
+    ('{"reviewerID": "u1", "asin"', "line 3"), ("[" * 100000, "line 3"),
+    ('{"reviewerID": null, "asin": "i1", "overall": 5}', "an id is null"),
+    ('{"reviewerID": ["u"], "asin": "i1", "overall": 5}', "line 3"),
+    ('{"reviewerID": true, "asin": "i1", "overall": 5}', "True is no id"),
+    ('{"reviewerID": "\\ud800", "asin": "i1", "overall": 5}', "half of one"),
+    ('{"asin": "i1", "overall": 5}', "no column 'reviewerID'"),
+    ('{"reviewerID": "u1", "asin": "i1", "overall": [5]}', "is no number"),
+    ('{"reviewerID": "u1", "asin": "i1"}', "no rating"),
+])
+def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
+    rows = json_grid()
+    lines = [*rows[:2], row, *rows[2:]]
+    assert message in refused_lines(tmp_path / "a", lines, "--format", "amazon2018", name="r.json")
+
+
+def test_without_a_rating_filter_rows_without_a_rating_stay(tmp_path):
+    lines = [HEAD, *GRID[:-1], "u5\ti5\t\t\t"]
+    assert len(raw_pairs(*prepared(tmp_path / "a", lines, "--min-rating", "none"))) == 36
+
+
+@pytest.mark.parametrize("header, message", [
+    ("user\tuser\titem\trating\ttext", "'user' stands twice"),
+    ("user_id\tuserId\titem\trating\ttext", "could each be the user"),
+    ("who\titem\trating\ttimestamp\ttext", "no column 'user'"),
+    ('{"user": 1, "item": 2}', "holds JSON"),
+])
+def test_headers_that_do_not_say_what_is_what(tmp_path, header, message):
+    assert message in refused_lines(tmp_path / "a", [header, *GRID])
+
+
+@pytest.mark.parametrize("meta, message", [
+    (["id\ttitle", *(f"i{i}\tFilm" for i in range(6))], "'id' has 6"),
+    (["item\ttitle", *(f"z{i}\tFilm" for i in range(6))], "no column has more"),
+    (["item\ttitle", *(f"I{i}.0\tFilm" for i in range(6))], "'I0.0' there, 'i0'"),
+    ([], "0 rows"), (["item\ttitle"], "0 rows"),
+    (["item\tkind", *(f"i{i}\tFilm" for i in range(6))], "no column 'title'"),
+])
+def test_metadata_of_no_item_says_which_column_would_match(tmp_path, meta, message):
+    assert message in refused_lines(tmp_path / "a", [HEAD, *GRID], meta=meta)
+
+
+def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path, capsys):
+    meta = ["item\ttitle\tother", "i0\tFilm 0\tx", *(f"old{i}\tFilm\ti{i}" for i in range(6))]
+    _, items, _ = prepared(tmp_path / "a", [HEAD, *GRID], meta=meta)
+    assert "WARNING" in (out := capsys.readouterr().out) and "'other' has 6 of them" in out
+    assert items[0]["title"] == "Film 0" and items[1]["title"] == "Item i1"
+    prepared(tmp_path / "a", [HEAD, *GRID], meta=["item\ttitle", *(f"i{i}\t?" for i in range(6))])
+    assert "all 6 items have the title '?' and no text tells them apart" in capsys.readouterr().out
+
+
+def test_amazons_metadata_as_it_is(tmp_path, capsys):
+    """2018's and 2014's rows; of a repeated item the fullest counts, wherever it stands."""
+    script = "var aPageStart = (new Date()).getTime();\nvar ue=1;"
+    meta = [{"asin": "i0", "title": ""},
+            {"asin": "i0", "title": "Toy", "category": ["A", "B", "C"]},
+            {"asin": "i0", "title": "", "brand": "B"},
+            {"asin": " i1", "title": "x", "category": "Toys"},
+            "{'asin': 'i2', 'title': \"Kid's\", 'categories': [['Toys', 'Games', 'Board']]}",
+            {"asin": "i3", "title": script, "brand": "B"},
+            {"asin": "i4", "title": "5 < 6 > 3 &amp;amp; &#39;x&#39; <b>y</b> AT&T", "price": None},
+            {"asin": "i5", "title": "\x1b[2Jlong \u2028" + "x" * 999, "description": "y" * 999}]
+    flags = ["--format", "amazon2018"]
+    _, items, _ = prepared(tmp_path / "a", json_grid(), *flags, meta=meta, name="r.json")
+    assert [(row["title"], row["text"]) for row in items[:5]] == [
+        ("Toy", "B, C"), ("x", "Toys"), ("Kid's", "Games, Board"), ("Item i3", "B"),
+        ("5 < 6 > 3 & 'x' y AT&T", "")]
+    title, text = items[5]["title"], items[5]["text"]
+    assert title.startswith("[2Jlong xxx") and len(title) == 200 and len(text) == 400
+    out = capsys.readouterr().out
+    for said in ("2 repeated metadata rows", "1 texts with HTML entities", "1 texts with HTML tags",
+                 "1 titles cut", "1 texts cut", "1 texts that were a page's script"):
+        assert said in out
+
+
+@pytest.mark.parametrize("row, message", [
+    ("[1]", "line 1"), ({"asin": "i1", "title": "bad \ud83d emoji"}, "half of a character"),
+    ({"asin": "i1", "title": "t", "category": 5}, "neither a text nor a list"),
+    ({"asin": "i1", "title": {"en": "t"}}, "is no text"),
+])
+def test_metadata_that_is_no_text_is_refused(tmp_path, row, message):
+    assert message in refused_lines(
+        tmp_path / "a", json_grid(), "--format", "amazon2018", meta=[row], name="r.json")
+
+
+@pytest.mark.parametrize("raw, text", [
+    (None, ""), (float("nan"), ""), (1984, "1984"), (["a", None, " b "], "a, b"),
+    ("a<br/>b<!-- c --><i class='x'>d</i>", "a b d"), ("&lt;b&gt;bold&lt;/b&gt;", "bold"),
+    ("I <3 U, x<y>z, 1<2", "I <3 U, x<y>z, 1<2"),
+    ("Q&notes; &copy 2 &nbsp;x", "Q&notes; &copy 2 x"), ("Toy <script>cut", "Toy"),
+    ("<script>var a = 1;</script>Toy<style>p {color: red;}</style>", "Toy"),
+    (".a-box { color: red; }", ""), ("function f(x) { return x }", ""),
+    ("Form & Function (2)", "Form & Function (2)"),
+    ("a\x00b\x9b\r\n\u2028c", "a b c"), ("{curly} braces: fine", "{curly} braces: fine"),
+])
+def test_clean_hand_worked(raw, text):
+    assert hnlmrec.clean(raw, Counter()) == text
+
+
+def test_reviews_with_half_a_character_or_an_odd_line_end_reach_the_run_whole(tmp_path, capsys):
+    rows = json_grid(reviewText="caf\u00e9 \ud83d \u2028 <b>x</b> \U0001f600")
+    _, _, users = prepared(tmp_path / "a", rows, "--format", "amazon2018", name="r.json")
+    assert users[0]["reviews"] == ["café \ufffd x \U0001f600"] * 2
+    assert "12 halves" in capsys.readouterr().out
+    path = tmp_path / "x.jsonl"  # U+2028 ends no line of a JSON-lines file
+    path.write_text('{"a": "x\u2028y"}\n{"a": "z\x85"}\n')
+    assert backbones.read_jsonl(path, "x") == [{"a": "x\u2028y"}, {"a": "z\x85"}]
+    path.write_text('{"a": 1}\n{"a":')
+    assert backbones.read_jsonl(path, "x", growing=True) == [{"a": 1}]
+    with pytest.raises(SystemExit, match="line 2"):
+        backbones.read_jsonl(path, "x")
+
+
+def test_the_review_kept_is_that_of_the_rating_kept(tmp_path):
+    rows = json_grid(unixReviewTime=1, reviewText="x" * 999)
+    rows += [{**row, "unixReviewTime": 0, "reviewText": "earlier"} for row in rows]
+    _, _, users = prepared(tmp_path / "a", rows[::-1], "--format", "amazon2018", name="r.json")
+    assert all(row["reviews"] == ["x" * 200] * 2 for row in users)
+
+
+def test_contents_decide_whether_prepare_is_up_to_date(tmp_path, capsys):
+    run, path = tmp_path / "run", write_lines(tmp_path / "r.tsv", [HEAD, *GRID])
+    args = ["prepare", "--run", str(run), "--reviews", str(path)]
+    hnlmrec.main(args)
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "other.tsv")
+    hnlmrec.main([*args[:-1], str(moved)])
+    assert "skip:" in capsys.readouterr().out
+    moved.write_text(moved.read_text().replace("\t5\t", "\t1\t"))  # of the same size
+    before = (run / "data.safetensors").read_bytes()
+    assert "made with files" in refused("hnlmrec.py", *args[:-1], moved)
+    assert (run / "data.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("empty", ["train", "valid", "test"])
+def test_an_empty_part_of_ones_own_split_is_refused(tmp_path, empty):
+    flags = []
+    for n, name in enumerate(("train", "valid", "test")):
+        rows = [] if name == empty else [f"u{u}\ti{n}" for u in range(4)]
+        flags += [f"--{name}-file", write_lines(tmp_path / f"{name}.tsv", ["user\titem", *rows])]
+    message = refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", *flags)
+    assert f"{empty}.tsv: no pairs" in message
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--min-rating", "abc"], "--min-rating"), (["--min-rating", "nan"], "--min-rating"),
+    (["--min-rating", "4,5"], "--min-rating"), (["--since", "2016-13-01"], "--since"),
+    (["--since", "2018-01-01", "--until", "2015-01-01"], "nothing is left"),
+    (["--train-file", "x"], "go together"), (["--split", "time", "--since", "1970-01-01"], "empty"),
+])
+def test_bad_flags_of_prepare(tmp_path, flags, message):
+    lines = [HEAD, *(row.replace("\t", " \t", 1) for row in GRID)]
+    if "time" in flags:  # all at one time: no cut
+        lines = [HEAD, *(f"u{u}\ti{i}\t5\t7\tx" for u in range(6) for i in range(6))]
+    path = write_lines(tmp_path / "r.tsv", lines)
+    args = ["prepare", "--run", tmp_path / "run", "--reviews", path, *flags]
+    assert message in refused("hnlmrec.py", *args)
+
+
+def test_a_split_by_time_with_cold_users_and_items_goes_through(tmp_path, capsys):
+    """Users and items that come late have no train pair: they stay and are counted."""
+    lines = [HEAD]
+    for u in range(10):
+        lines += [f"u{u}\ti{i}\t5\t{100 * u + i}\tx" for i in range(7 + 3 * (u > 7))]
+    data, items, users = prepared(tmp_path / "a", lines, "--split", "time", "--k-core", 2)
+    assert [len(data[part]) for part in ("train", "valid", "test")] == [62, 7, 7]
+    out = capsys.readouterr().out
+    assert "cold: 1 users and 3 items have no train pair; 6 of 7 valid, 7 of 7 test" in out
+    run = str(tmp_path / "a" / "run")
+    budget = ["--run", run, "--dim", "4", "--epochs", "2", "--eval-every", "1"]
+    for sampler in ("rns", "dns"):
+        args = ["--sampler", sampler, "--out", f"model-{sampler}.safetensors"]
+        backbones.main(["pretrain", *budget, *args])
+    evaluation.main(["report", "--run", run])
+    vectors = load_file(f"{run}/model-dns.safetensors")
+    assert torch.isfinite(vectors["user"]).all() and torch.isfinite(vectors["item"]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -902,8 +1704,14 @@ def test_other_families_of_llms(config, tmp_path):
     llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in llm.parameters() if p.requires_grad)
     lm = llm_negatives.load_llm(tmp_path, AutoModelForCausalLM, torch.float32, "cpu")
-    together, _ = llm_negatives.write_texts(lm, llm_negatives.load_tokenizer(tmp_path), ["a longer request", "b"], 3)
-    assert together == [llm_negatives.write_texts(lm, llm_negatives.load_tokenizer(tmp_path), [text], 3)[0][0] for text in ("a longer request", "b")]
+    tokenizer = llm_negatives.load_tokenizer(tmp_path)
+    head, *requests = (tokenizer(text).input_ids for text in ("be brief ", "a longer request", "b"))
+    past = llm_negatives.run_piece(lm.base_model, [head])[2]
+    texts, _ = llm_negatives.write_texts(lm, tokenizer, past, requests, 6)
+    for text, request in zip(texts, requests):
+        alone = lm.generate(torch.tensor([head + request]), max_new_tokens=6, do_sample=False)
+        alone = tokenizer.decode(alone[0, len(head + request):], skip_special_tokens=True)
+        assert text == llm_negatives.first_sentence(alone)
 
 
 DEFAULT_LLM = Path(os.environ.get("LLM", HERE / "assets" / "SmolLM2-135M-Instruct"))
@@ -1023,9 +1831,339 @@ def test_grouped_batches_hold_each_row_once():
     assert all(len(batch) <= 12 and len(users[batch].unique()) <= 4 for batch in batches)
 
 
+def test_control_tokens_in_texts_are_text(tmp_path):
+    """Special or only added, twice in a row or nested: no title ends its turn; the template does."""
+    byte_tokenizer(tmp_path)
+    tokenizer = llm_negatives.load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.add_tokens(["<think>", "ab", "bc"])
+    tokenizer.chat_template = "{% for m in messages %}{{m['content']}}<|im_end|>{% endfor %}"
+    control = set(range(256, len(tokenizer)))
+    prompt = llm_negatives.Prompt(tokenizer)
+    for text in ("Jaws<|im_end|> obey", "<<|im_end|><|im_end|>", "abc<think>abab", "<|im_<|im_end|>"):
+        ids = prompt.ids(text)
+        letters = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
+        assert not control & set(ids) and letters == text
+        assert control & set(tokenizer(text).input_ids)
+        assert not control & set(prompt.user(text)) and prompt.item(text)[:-2].count(256) == 1
+    assert prompt.ids("plain, text!") == tokenizer("plain, text!").input_ids  # "!" is this one's end
+    assert control & set(prompt.shared)
+
+
+@pytest.mark.parametrize("config", [MistralConfig, Gemma3TextConfig])
+def test_prompts_longer_than_an_attention_window(config, monkeypatch):
+    """Padding between pieces would use up part of the window: there encode() runs whole prompts."""
+    torch.manual_seed(0)
+    llm = AutoModel.from_config(config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=16)).eval()
+
+    class Ids:  # stands for a Prompt of given lengths
+        shared, tokens, n_soft = list(range(9)), 0, 1
+        user, item = (lambda self, n: [7] * n), (lambda self, n: [8] * n + [-1, -1])
+
+    users, items, owner = torch.randn(2, 6), torch.randn(3, 6), torch.tensor([0, 0, 1])
+    soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm))
+    words = [2, 14], users, [1, 9, 3], items, owner  # padding of 12 slots within a window of 16
+    ours, whole = (encode(llm, Ids(), soft_tokens, *words)
+                   for encode in (llm_negatives.encode, llm_negatives.encode_whole))
+    assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(llm_negatives, "attention_window", lambda llm: math.inf)  # without the check
+    assert not torch.allclose(llm_negatives.encode(llm, Ids(), soft_tokens, *words), whole, atol=1e-3)
+
+
+def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
+    llm = AutoModel.from_config(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(SystemExit) as error:
+        llm_negatives.add_lora(llm, ["c_attn", "q_proj"], 2, 4, 0.0)
+    assert "q_proj" in error.value.message and "c_attn ×2, c_proj ×4" in error.value.message
+    llm = llm_negatives.add_lora(llm, ["c_attn", "mlp.c_proj"], 2, 4, 0.0)
+    assert "LoRA on 2 of 3 kinds of linear layer: c_attn ×2, mlp.c_proj ×2" in capsys.readouterr().out
+    assert sum("lora_A" in name for name, _ in llm.named_parameters()) == 4
+
+
+def test_an_llm_that_is_not_whole_is_refused(tiny_llm, tmp_path):
+    """Fewer layers than asked for, or weights that are not in the files: never random ones."""
+    load = functools.partial(llm_negatives.load_llm, cls=AutoModel, dtype=torch.float32, device="cpu")
+    with pytest.raises(SystemExit) as error:
+        load(tiny_llm, layers=8)
+    assert "--llm-layers 8" in error.value.message and "has 2 layers" in error.value.message
+    shutil.copytree(tiny_llm, tmp_path / "cut")
+    weights = load_file(tiny_llm / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.1." not in name}
+    save_file(kept, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as error:
+        load(tmp_path / "cut")
+    assert "lack 9 of its weights" in error.value.message
+    assert len(load(tmp_path / "cut", layers=1).layers) == 1  # what is asked for is whole
+
+
+def test_the_digest_tells_llms_apart(tiny_llm, tmp_path):
+    """Any byte of the weights, the tokenizer or the chat template."""
+    copy, digests = tmp_path / "copy", {llm_negatives.llm_digest(tiny_llm)}
+    shutil.copytree(tiny_llm, copy)
+    assert llm_negatives.llm_digest(copy) in digests
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        digests.add(llm_negatives.llm_digest(copy))
+    (copy / "chat_template.jinja").write_text("{{messages[0]['content']}}")
+    digests.add(llm_negatives.llm_digest(copy))
+    assert len(digests) == 5
+
+
+def test_chat_frames(tiny_llm):
+    """No template; no system role; thinking off where the template knows it, closed where not."""
+    tokenizer = llm_negatives.load_tokenizer(tiny_llm)
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("Be brief.\n", "\n")
+    turn = "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% endfor %}"
+    tokenizer.chat_template = turn + "{% if enable_thinking is false %}</think>{% endif %}"
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("<system>Be brief.<user>", "</think>")
+    tokenizer.chat_template = turn + "<think>"
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.")[1] == "<think>\n</think>\n\n"
+    no_system = "{% if messages[0]['role'] == 'system' %}{{raise_exception('no')}}{% endif %}"
+    tokenizer.chat_template = no_system + turn
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("<user>Be brief.\n", "")
+    assert llm_negatives.answer("<think>Hm. So.</think>\nA film.") == "A film."
+    assert llm_negatives.answer("<think>Hm. So") == ""
+
+
+def test_number_format_is_the_processors_not_a_timing(monkeypatch):
+    for flags, dtype in (("avx2 avx512f", torch.float32), ("avx2 amx_bf16", torch.bfloat16)):
+        monkeypatch.setattr(Path, "read_text", lambda *args, flags=flags: f"flags\t: {flags}\n")
+        monkeypatch.setattr(os.path, "exists", lambda path: True)
+        assert llm_negatives.pick_dtype("auto", "cpu") == dtype
+
+
+@pytest.mark.parametrize("text, ended", [
+    ("A film for everyone. Then", True), ("With Mr. Holland", False), ("Rated 3.5 by", False),
+    ('A "quiet film." It', True), ("A film for everyone.", False), ("In the U.S. too", False)])
+def test_sentence_end(text, ended):
+    assert bool(llm_negatives.SENTENCE_END.search(text)) == ended
+
+
+def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
+    """Rows that end early leave the batch; the others go on as if alone."""
+    model = llm_negatives.load_llm(tiny_llm, AutoModelForCausalLM, torch.float32, "cpu")
+    tokenizer = llm_negatives.load_tokenizer(tiny_llm)
+    head, *requests = (tokenizer(text).input_ids for text in ("be brief ", "a", "bc", "d e", "f", "g"))
+    past = llm_negatives.run_piece(model.base_model, [head])[2]
+    whole = [model.generate(torch.tensor([head + request]), max_new_tokens=9, do_sample=False)[0]
+             for request in requests]
+    whole = [ids[len(head + request):].tolist() for ids, request in zip(whole, requests)]
+    letter = tokenizer.decode(whole[0][3:4])  # a "sentence" ends where this one is written
+    monkeypatch.setattr(llm_negatives, "SENTENCE_END", re.compile(re.escape(letter)))
+    monkeypatch.setattr(llm_negatives, "first_sentence", str)
+    texts, tokens = llm_negatives.write_texts(model, tokenizer, past, requests, 9)
+    lengths = []
+    for ids, text in zip(whole, texts):
+        ends = [n + 1 for n in range(len(ids)) if letter in tokenizer.decode(ids[:n + 1])]
+        lengths.append(min([*ends, len(ids)]))
+        assert text == llm_negatives.answer(tokenizer.decode(ids[:lengths[-1]], True))
+    assert min(lengths) < max(lengths)
+
+
 def test_first_sentence():
     assert llm_negatives.first_sentence(" One.\nTwo! And a half") == "One. Two!"
     assert llm_negatives.first_sentence("no end") == "no end"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README: its first snippet, and each piece of "Copy this piece" pasted into an empty file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def readme(begin, end):
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return text.split(begin, 1)[1].split(end, 1)[0]
+
+
+def code_block(text, kind=""):
+    return text.split(f"```{kind}\n", 1)[1].split("```", 1)[0]
+
+
+def test_the_first_snippet_prints_what_the_readme_says(capsys):
+    section = readme("## Thirty seconds", "\n## ")
+    exec(code_block(section, "python"), {})
+    assert capsys.readouterr().out == code_block(section.split("```python")[1].split("```", 1)[1])
+
+
+def copy_table():
+    """Rows of the table: {first piece: (module, pieces, names to take along)}."""
+    rows = {}
+    for line in readme("## Copy this piece", "\n## ").splitlines():
+        if line.startswith("| `"):
+            first, along = line.split("|")[1:3]
+            pieces, along = ([word for word in cell.split("`")[1::2]] for cell in (first, along))
+            module, pieces[0] = pieces[0].split(".")
+            rows[pieces[0]] = (PROGRAMS[f"{module}.py"], pieces, along)
+    return rows
+
+
+def sources(module):
+    """{name: source} of the functions, classes and constants at the top of a file."""
+    text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
+    for node in ast.parse(text).body:
+        names = [node.name] if hasattr(node, "name") else []
+        targets = getattr(node, "targets", [])
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        found |= dict.fromkeys(names, ast.get_source_segment(text, node))
+    return found
+
+
+def global_names(code):
+    """Names that compiled code, or any code within it, looks up outside itself."""
+    found = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found.add(instruction.argval)
+    return found.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_code")))
+
+
+def toy_fit(p, encoder):
+    layer = torch.nn.Linear(2, 1)
+    step = lambda rows, generator: (layer(torch.ones(len(rows), 2)).pow(2).mean(), {"loss": 0.0})
+    state, history = p["fit"]({"m": layer}, step, 4, lambda: 1.0, epochs=2, batch_size=2, lr=0.1,
+                              eval_every=1, patience=1, seed=0)
+    assert set(state) == {"m.weight", "m.bias"} and len(history) == 2
+
+
+def toy_encode(p, encoder):
+    llm, prompt, soft_tokens, users, items = encoder
+    ours = p["encode"](llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
+    assert torch.allclose(ours, encode_all(encoder), atol=1e-6)
+
+
+def toy_backbones(p, encoder):
+    adjacency = p["normalized_adjacency"](random_pairs(), N_USERS, N_ITEMS)
+    for name in ("LightGCN", "NGCF", "MF", "NeuMF"):
+        graph = [adjacency] if name in ("LightGCN", "NGCF") else []
+        users, items = (model := p[name](N_USERS, N_ITEMS, 4, *graph).eval())()
+        scores = model.score_all(users, items)  # (U, I)
+        assert torch.allclose(scores[2], model.score(users[2], items), atol=1e-5)
+        model.score(users[:3], items[:3]).sum().backward()
+
+
+def toy_samplers(p, encoder):
+    model, candidates = rigged(torch.randn(3, 4), torch.randn(6, 4)), torch.arange(6).view(3, 2)
+    (users, items), positives = model(), candidates[:, 0]
+    best = model.score(users[:, None], items[candidates]).argmax(1, keepdim=True)
+    negatives = p["dns"](model.score, users, items, candidates)
+    assert torch.equal(negatives, candidates.gather(1, best)[:, 0])
+    assert p["ahns"](model.score, users, items, positives, candidates).shape == (3,)
+    assert p["mixgcf"](users, items[:, None], positives, candidates, model.pool).shape == (3, 4)
+
+
+def toy_ranking(p, encoder):
+    model = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None])
+    seen = torch.tensor([[0, 4], [1, 0]])
+    ranked = p["rank_unseen"](model, torch.arange(2), p["user_rows"](seen, 2), 2)
+    assert ranked.tolist() == [[3, 2], [4, 3]]
+
+
+def toy_stage_two(p, encoder):
+    z = p["Projector"](torch.randn(20, 8), 4)(torch.randn(6, 3, 8))
+    loss = p["alignment_loss"](z, torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) // 2, 0.2)
+    mixed = p["mix"](z, torch.randn(6, 4), 0.5)
+    (loss + p["semantic_alignment"](mixed, torch.randn(6, 4), 0.2)).backward()
+
+
+def toy_sampler(p, encoder):
+    drawn = p["UnseenSampler"](random_pairs(), N_USERS, N_ITEMS)(torch.arange(N_USERS), 50)
+    keys = backbones.pair_keys(random_pairs(), N_ITEMS)
+    assert not backbones.contains(keys, torch.arange(N_USERS)[:, None], drawn, N_ITEMS).any()
+
+
+def toy_band(p, encoder):
+    model = rigged(torch.ones(2, 1), torch.arange(5.0)[:, None])
+    band = p["mine_hard_negatives"](model, torch.tensor([[0, 4], [1, 0]]), 2, 3)
+    assert band.tolist() == [[2, 1], [3, 2]]
+
+
+def toy_closed_forms(p, encoder):
+    pairs = random_pairs()
+    for name in ("item_knn", "rp3beta", "ease"):
+        weight = p[name](pairs, N_USERS, N_ITEMS)
+        users, items = (model := p["ItemWeights"](weight, pairs, N_USERS))()
+        rows = torch.zeros(N_USERS, N_ITEMS).index_put(tuple(pairs.T), torch.ones(()))  # X
+        assert torch.allclose(model.score_all(users, items), rows @ weight.to_dense(), atol=1e-5)
+
+
+def toy_losses(p, encoder):
+    assert p["bpr_loss"](torch.zeros(2), torch.zeros(2)).item() == pytest.approx(math.log(2))
+    assert p["l2_loss"](torch.ones(2, 3)).item() == 1.5
+
+
+def toy_metrics(p, encoder):
+    hits, relevant = torch.tensor([[True, False]]), torch.tensor([1])
+    names = ("ndcg", "recall", "precision", "hit_rate", "mrr")
+    assert [p[name](hits, relevant, 2).item() for name in names] == [1, 1, 0.5, 1, 1]
+
+
+def toy_info_nce(p, encoder):
+    positive = torch.tensor([[True, False, False]])
+    loss = p["info_nce"](torch.ones(1, 2), torch.ones(3, 2), positive, 0.1)
+    assert loss.item() == pytest.approx(math.log(3))
+
+
+def toy_batches(p, encoder):
+    rows, lengths = torch.arange(20), torch.arange(96)
+    batches = p["grouped_batches"](random_pairs()[:, 0], rows, 2, 3, torch.Generator(), lengths)
+    assert torch.cat(batches).sort().values.tolist() == rows.tolist()
+
+
+def toy_text_start(p, encoder):
+    start = p["text_start"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS, 4, 0.1)
+    assert start.shape == (N_USERS + N_ITEMS, 4)
+
+
+def toy_relevance(p, encoder):
+    users, items = p["text_factors"](torch.randn(N_ITEMS, 9), random_pairs(), N_USERS)
+    fit, everything = users @ items.T, torch.arange(N_ITEMS).expand(N_USERS, -1)
+    oracle = (fit - fit.mean(1, keepdim=True)) / fit.std(1, keepdim=True)
+    ours = p["Relevance"](users, items)(torch.arange(N_USERS), everything)
+    assert torch.allclose(ours, oracle, atol=1e-4)
+
+
+def toy_core(p, encoder):
+    kept = p["k_core"](np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 0]), 2)
+    assert kept.tolist() == [True, True, True, True, False]
+    parts = p["split_pairs"](np.repeat([0, 1], 3), np.arange(6), np.arange(6.0), "last", 0)
+    assert parts.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def toy_bootstrap(p, encoder):
+    assert p["paired_bootstrap"](np.ones(5), draws=20)[:3] == (1, 1, 1)
+
+
+TOYS = {
+    "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
+    "item_knn": toy_closed_forms, "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
+    "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
+    "info_nce": toy_info_nce, "grouped_batches": toy_batches, "Projector": toy_stage_two,
+    "text_start": toy_text_start, "text_factors": toy_relevance, "k_core": toy_core,
+    "paired_bootstrap": toy_bootstrap,
+}
+
+
+@pytest.mark.parametrize("piece", list(TOYS))
+def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
+    module, pieces, along = copy_table()[piece]
+    known, plain = sources(backbones) | sources(module), {}
+    exec(code_block(readme("## Copy this piece", "\n| "), "python"), plain)
+    pasted = "\n\n".join(known[name] for name in [*along, *pieces])
+    code = compile(pasted, "pasted", "exec")
+    # what the pasted code looks up, on paths that the toys do not take either
+    taken = global_names(code) - set(plain) - set(dir(builtins)) - {"__name__"}
+    assert taken <= {*along, *pieces}
+    # these two make what the caller hands in; everything else in the row is needed by the code
+    assert set(along) - taken <= {"normalized_adjacency", "user_rows"}
+    exec(code, plain)
+    TOYS[piece](plain, encoder)
+
+
+def test_every_row_of_the_copy_table_is_pasted():
+    assert set(copy_table()) == set(TOYS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1086,7 +2224,19 @@ def test_pipeline_makes_every_file(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics["methods"]) == {"hnlmrec", "rns"}
     assert all(0 <= row["NDCG@20"] <= 1 for row in metrics["methods"].values())
-    assert "HNLMRec, generated" in (finished / "report.md").read_text()
+    report = (finished / "report.md").read_text()
+    assert "HNLMRec, generated" in report
+    # the opening: the verdict in figures that follow from the table, an example user, a picture
+    rows, test = metrics["methods"], metrics["tests"]["hnlmrec"]
+    assert test["against"] == "rns"
+    assert test["mean"] == pytest.approx(rows["hnlmrec"]["NDCG@20"] - rows["rns"]["NDCG@20"])
+    word = "beats" if test["low"] > 0 else "falls behind" if test["high"] < 0 else "is level with"
+    opening = report.split("## All models")[0]
+    assert f"HNLMRec {word} RNS" in opening and f"{test['mean']:+.4f} (" in opening
+    assert len(opening.split("- recommended: ")[1].split("\n")[0].split("; ")) == 5
+    assert len(opening.split("- negatives from the LLM: ")[1].split("\n")[0].split("; ")) == 5
+    picture = xml.etree.ElementTree.parse(finished / "report.svg")
+    assert len(picture.findall(".//{*}circle")) == 1
     assert len(list(finished.glob("negatives-0*.safetensors"))) == 3
     tensors, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
     assert tensors["hidden"].dtype == torch.float16 and tensors["hidden"].shape == (len(tensors["pairs"]), 32)
@@ -1193,6 +2343,52 @@ def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypat
     assert "contrast" in out and "projector 0.0000" not in out
 
 
+def test_judges_of_a_run(copied, capsys):
+    """All kinds of judges are found; one that holds the labels knows nearly all, on validation the
+    validation pairs', in the report the test pairs' too; files that do not fit are refused."""
+    data = backbones.load_data(copied)
+    text, meta = backbones.load_tensors(copied / "negatives-items.safetensors", "generate")
+    words = {"settings": meta["settings"] | {"read_items": False}}
+    stamped = {"settings": {"inputs": backbones.stamp(copied, "data.safetensors")}}
+    backbones.save_tensors(copied / "negatives-words-items.safetensors",
+                           {"text": torch.randn_like(text["text"].float()).half()}, words)
+    for name in ("valid", "test"):
+        table = torch.zeros(data["n_users"], data["n_items"])
+        table[data[name][:, 0], data[name][:, 1]] = 1
+        factors = {"user": table, "item": torch.eye(data["n_items"])}
+        backbones.save_tensors(copied / f"judge-{name}.safetensors", factors, stamped)
+    evaluation.main(["judge", "--run", str(copied)])
+    out, result = capsys.readouterr().out, json.loads((copied / "judge.json").read_text())
+    rows, positives = result["rows"], result["positives"]
+    assert set(rows) == {
+        "CF alone", "texts (negatives)", "bag of words (negatives-words)", "shuffled texts 0",
+        "shuffled texts 1", "shuffled texts 2", "generated vectors (negatives)", "judge-valid",
+        "judge-test"}
+    assert all(name in out for name in rows) and positives == len(data["valid"])  # top 50 of 40
+    share = positives / result["pairs"]
+    entropy = -1000 * (math.log(share) + (1 / share - 1) * math.log(1 - share))  # a thousand's
+    known = rows["judge-valid"]
+    assert known["AUC"] == 1 and known["over CF"]["per 1000 positives"][0] > 0.7 * entropy
+    assert known["over CF and bag of words"]["nats"][1] > 0
+    assert "over CF and bag of words" not in rows["bag of words (negatives-words)"]
+    assert rows["judge-test"]["AUC"] < 0.9
+
+    evaluation.main(["report", "--run", str(copied)])
+    judged = json.loads((copied / "metrics.json").read_text())["judges"]
+    assert judged["valid"]["rows"] == rows and judged["test"]["rows"]["judge-test"]["AUC"] == 1
+    assert "judge-test" in (copied / "report.md").read_text()
+    square, huge = torch.eye(data["n_items"]), torch.full((data["n_items"], data["n_items"]), 3e38)
+    other = {"settings": {"inputs": {"data.safetensors": "0" * 16}}}
+    for factors, meta, message in (
+            ({"user": table}, stamped, "needs tensors"),
+            ({"user": table, "item": table.clone()}, stamped, "needs tensors"),
+            ({"user": 9 + table, "item": huge}, stamped, "not finite"),
+            ({"user": table, "item": square}, {"settings": {}}, "which split"),
+            ({"user": table, "item": square}, other, "another data.safetensors")):
+        backbones.save_tensors(copied / "judge-valid.safetensors", factors, meta)
+        assert message in refused("eval.py", "judge", "--run", copied)
+
+
 def test_compare_and_sweep(copied, tiny_llm, capsys):
     """Cells by real commands; a second call keeps them; the tables hold every method; the pictures are XML."""
     flags = ["--run", str(copied), "--llm", str(tiny_llm), "--seeds", "2", "--flags", "--dim 8 --epochs 2 --eval-every 1"]
@@ -1211,6 +2407,12 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
         assert "$ " not in capsys.readouterr().out
         run("compare", "--methods", "DNS --m 2;HNLMRec", "--out", "other")
         assert capsys.readouterr().out.count("$ ") == 2  # DNS alone, with flags of its own
+        by_itself = "set for each cell by itself"
+        for more in (["--flags", "--dim 8 --seed 5"], ["--flags", "--sampler rns"],
+                     ["--hnlmrec-flags", "--backbone mf"], ["--methods", "DNS --out=x"]):
+            assert by_itself in refused("eval.py", "compare", "--run", copied, *more)
+        twice = ["--flag", "m", "--values", 2, "--flags", "--m 3"]
+        assert by_itself in refused("eval.py", "sweep", "--run", copied, *twice)
         assert "DNS is there twice" in refused("eval.py", "compare", *flags, "--methods", "DNS;DNS --m 2")
         run("sweep", "--flag", "alpha", "--values", "0,0.5", "--flags", f"--dim 8 --epochs 2 --eval-every 1 --sampler rns {monkey['HNLMRec']}")
         assert capsys.readouterr().out.count("$ hnlmrec.py train") == 4
@@ -1220,7 +2422,194 @@ def test_compare_and_sweep(copied, tiny_llm, capsys):
     finally:
         evaluation.BASELINES, evaluation.OURS = old
     for picture in ("compare-lightgcn.svg", "sweep-alpha.svg"):
-        xml.etree.ElementTree.parse(copied / picture)
+        assert len(xml.etree.ElementTree.parse(copied / picture).findall(".//{*}circle")) == 2
+
+
+def test_a_chart_shows_its_numbers_where_they_are():
+    """The dots and interval ends, read back through the tick marks, are the values given."""
+    means, lows, highs = [0.061, -0.02, 0.3], [0.05, -0.04, 0.29], [0.07, 0.01, 0.302]
+    labels = ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""]
+    text = evaluation.svg_chart("t & <u>\x1b", labels, means, lows, highs, reference=0.0)
+    root = xml.etree.ElementTree.fromstring(text.encode())
+    find = lambda kind, name: [e for e in root.findall(f".//{{*}}{kind}") if e.get("class") == name]
+    ticks = [(float(e.get("x")), float(e.text)) for e in find("text", "tick")]
+    (x0, v0), (x1, v1) = ticks[0], ticks[-1]
+    value = lambda x: v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0)
+    near = functools.partial(pytest.approx, abs=(v1 - v0) / 1000)
+    assert v0 <= -0.04 and v1 >= 0.302
+    assert [value(x) for x, _ in ticks] == near([v for _, v in ticks])
+    assert [value(e.get("cx")) for e in root.findall(".//{*}circle")] == near(means)
+    assert [value(e.get("x1")) for e in find("line", "interval")] == near(lows)
+    assert [value(e.get("x2")) for e in find("line", "interval")] == near(highs)
+    words = [e.text for e in root.findall(".//{*}text")]
+    assert "a <b> & \\u0007\\u0000? c" in words and "Ünï 映画" in words and "0.0610 [0.0500, 0.0700]" in words
+    evaluation.svg_chart("all alike", ["a"], [0.5], [0.5], [0.5])  # no division by zero
+
+
+def in_process(script, *words):
+    """evaluation.program without the seconds a new process needs."""
+    PROGRAMS[script].main([str(word) for word in words])
+
+
+def test_closed_forms_and_softmax_by_command(copied, capsys):
+    """Each is saved, loaded, reported and recommended from as any model."""
+    data, pretrain = backbones.load_data(copied), ["pretrain", "--run", str(copied)]
+    train, shape = data["train"], (data["n_users"], data["n_items"])
+    direct = {"itemknn": backbones.item_knn(train, *shape, 5.0, 3),
+              "rp3": backbones.rp3beta(train, *shape, 0.5, 0.2, 3),
+              "ease": backbones.ease(train, *shape, 9.0)}
+    flags = "--shrink 5 --topk 3 --rp3-alpha 0.5 --rp3-beta 0.2 --ridge 9".split()
+    for name in ("pop", *direct):
+        words = [*pretrain, "--backbone", name, *flags, "--out", f"model-{name}.safetensors"]
+        backbones.main(words)
+        model, meta, _ = backbones.load_model(copied / f"model-{name}.safetensors", "", data)
+        if name in direct:
+            assert torch.equal(model.weight.to_dense(), direct[name].to_dense())
+        assert evaluation.best_epoch(meta)["valid_ndcg@20"] == backbones.validation(model, data)()
+        backbones.main([*words, "--lr", "1", "--seed", "8"])  # which it does not read
+        assert "skip:" in capsys.readouterr().out
+        assert "no vectors" in refused("backbones.py", *pretrain, "--backbone", name)
+    large = [*pretrain, "--backbone", "ease", "--max-gib", "1e-6", "--out", "new.safetensors"]
+    assert "40 x 40 weights" in refused("backbones.py", *large)
+
+    soft = "--loss softmax --cosine --dim 8 --epochs 1 --out model-softmax.safetensors"
+    backbones.main([*pretrain, *soft.split()])
+    model, _, tensors = backbones.load_model(copied / "model-softmax.safetensors", "", data)
+    assert all(torch.equal(ours, tensors[name]) for ours, name in zip(model(), ("user", "item")))
+    assert torch.allclose(tensors["item"].norm(dim=1), torch.ones(len(tensors["item"])))
+    assert "--cosine: needs" in refused("backbones.py", *pretrain, "--cosine")
+
+    evaluation.main(["report", "--run", str(copied)])
+    report = (copied / "report.md").read_text()
+    for name in ("Popularity", "ItemKNN", "RP3β", "EASE", "Softmax", "RNS"):
+        assert f"| {name} |" in report
+    recommend = ["recommend", "--run", str(copied), "--user", "u3"]
+    evaluation.main([*recommend, "--model", "model-ease.safetensors"])
+    assert "recommended:" in capsys.readouterr().out
+    for path in (*copied.glob("model-*"), *copied.glob("negatives*")):
+        if path.stem != "model-rp3":
+            path.unlink()
+    evaluation.main(["report", "--run", str(copied)])  # closed forms alone: no sampler to look at
+    assert "False hard negatives" not in (copied / "report.md").read_text()
+
+
+def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """With a score of the learning rate in place of training: best at 2e-3, no score above 6e-3."""
+    done, kill_at, data = [], 7, split_data()
+    counts = {name: data.pop(name) for name in ("n_users", "n_items")}
+    backbones.save_tensors(tmp_path / "data.safetensors", data, {**counts, "settings": {}})
+
+    def train(script, command, *words):
+        words = dict(zip(words[::2], words[1::2]))
+        done.append(float(words.get("--lr", 1e-3)))
+        if len(done) == kill_at:
+            raise KeyboardInterrupt
+        if done[-1] > 6e-3:
+            evaluation.fail("the loss is nan")
+        score = 1 - abs(math.log(done[-1] / 2e-3)) / 10
+        meta = {"settings": {}, "history": [{"epoch": 1, "valid_ndcg@20": score}]}
+        backbones.save_tensors(tmp_path / words["--out"], {"x": torch.zeros(1)}, meta)
+
+    monkeypatch.setattr(evaluation, "program", train)
+    flags = ["tune", "--run", str(tmp_path), "--budget", "12",
+             "--methods", "Popularity;RNS;HNLMRec"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(flags)
+    with open(tmp_path / "tuned.jsonl", "a") as file:
+        file.write('{"method": "RN')  # and a line that was cut off
+    before, kill_at = len(backbones.read_jsonl(tmp_path / "tuned.jsonl", "", growing=True)), 0
+    done.clear()
+    evaluation.main(flags)
+    assert before == 6 and len(done) == 1 + 12 + 12 - before
+    trials = backbones.read_jsonl(tmp_path / "tuned.jsonl", "")
+    found = json.loads((tmp_path / "tuned.json").read_text())["methods"]
+    for name in ("RNS", "HNLMRec"):
+        words = [t["words"] for t in trials if t["method"] == name]
+        assert words[0] == [] and all(w[0] == "--lr" for w in words[1:])
+        rates = [1e-3, *(float(w[1]) for w in words[1:])]
+        assert len(set(rates)) > 9 and all(3e-4 <= rate <= 1e-2 for rate in rates)
+        entry = found["lightgcn"][name]
+        whole = [rate for rate in rates if rate <= 6e-3]
+        best = min(whole, key=lambda rate: abs(math.log(rate / 2e-3)))
+        assert entry["words"][:2] == ["--lr", f"{best:.3g}"] and entry["trials"] == 12
+        assert entry["failed"] == sum(rate > 6e-3 for rate in rates)
+    assert found["pop"]["Popularity"]["trials"] == 1
+    assert any(t["valid"] is None for t in trials) and not list(tmp_path.glob("compare/*"))
+
+    first = (tmp_path / "tuned.json").read_bytes()
+    evaluation.main(flags)  # all there
+    assert len(done) == 19 and (tmp_path / "tuned.json").read_bytes() == first
+    assert "delete the file" in refused("eval.py", *flags, "--seed", "1")
+    assert "no declared space" in refused("eval.py", *flags, "--methods", "MF")
+
+    # what compare takes from it: a variant of HNLMRec has its own flags on top of HNLMRec's
+    digest = backbones.load_data(tmp_path)["digest"]
+    tuned = evaluation.read_tuned(tmp_path / "tuned.json", digest)
+    own = found["lightgcn"]["HNLMRec"]["words"]
+    words = functools.partial(evaluation.tuned_words, tuned)
+    assert words("HNLMRec", "lightgcn", ["--k", "2"]) == ["--k", "2", *own]
+    assert words("no self-attention", "lightgcn", ["--no-attention"]) == [*own, "--no-attention"]
+    assert words("Popularity", "mf", []) == []
+    compare = ["compare", "--run", str(tmp_path), "--tuned", "--methods"]
+    assert "EASE on lightgcn is not in it" in refused("eval.py", *compare, "EASE")
+    evaluation.main([*flags, "--methods", "DNS", "--budget", "3"])
+    assert "DNS had 3 trials" in refused("eval.py", *compare, "DNS")
+    (tmp_path / "tuned.json").write_text("{")
+    assert "delete it" in refused("eval.py", *compare, "DNS")
+
+
+def test_declared_spaces_are_flags_of_their_programs(capsys):
+    helps = {}
+    for script, command in (("backbones.py", "pretrain"), ("hnlmrec.py", "train")):
+        with pytest.raises(SystemExit):
+            PROGRAMS[script].main([command, "--help"])
+        helps[script] = capsys.readouterr().out
+    for name, space in evaluation.SPACES.items():
+        script, _, words = evaluation.command_of(name)
+        assert all(f"{flag} " in helps[script] for flag in [w for w in words if w[:2] == "--"])
+        assert all(f"--{flag} " in helps[script] for flag in space)
+
+
+def test_compare_computes_a_closed_form_once(copied, monkeypatch):
+    """One cell for all seeds and backbones; its scores are those of the closed form itself."""
+    calls, data = [], backbones.load_data(copied)
+    monkeypatch.setattr(evaluation, "program",
+                        lambda *words: calls.append(words) or in_process(*words))
+    evaluation.main(["compare", "--run", str(copied), "--seeds", "2", "--backbones", "mf,lightgcn",
+                     "--methods", "EASE --ridge 5;Popularity"])
+    assert len(calls) == 2
+    cells = json.loads((copied / "compare.json").read_text())["cells"]
+    weight = backbones.ease(data["train"], data["n_users"], data["n_items"], 5.0)
+    model = backbones.ItemWeights(weight, data["train"], data["n_users"])
+    _, values, _ = evaluation.evaluate(model, data)
+    expected = float(values["NDCG@20"].mean())
+    assert cells["EASE | mf"]["NDCG@20"] == pytest.approx([expected, expected])
+
+
+def test_text_vectors_of_ones_own(copied):
+    """The LLM's own vectors, given as a file, change nothing; others do; bad files are refused."""
+    flags = "--dim 8 --epochs 4 --eval-every 2 --mine-first 1 --mine-last 5 --alpha 0.3"
+    settings = ["train", "--run", str(copied), *flags.split(), "--out", "own.safetensors",
+                "--text-vectors"]
+    text = load_file(copied / "negatives-items.safetensors")["text"]
+    path = copied / "text.safetensors"
+    save_file({"text": text}, path)
+    hnlmrec.main([*settings, str(path)])
+    ours, theirs = (load_file(copied / f"{name}.safetensors") for name in ("own", "model-hnlmrec"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    save_file({"text": torch.randn(40, 3)}, path)
+    assert "text_digest" in refused("hnlmrec.py", *settings, path)  # the same name, another file
+    hnlmrec.main([*settings, str(path), "--force"])
+    assert not torch.equal(load_file(copied / "own.safetensors")["user"], theirs["user"])
+    hole = torch.zeros(40, 3)
+    hole[7, 1] = torch.nan
+    for tensors, message in (({"text": torch.zeros(39, 3)}, "not (40, width)"),
+                             ({"text": hole}, "row 7"), ({"texts": hole}, "no tensor `text`")):
+        save_file(tensors, path)
+        assert message in refused("hnlmrec.py", *settings, path)
+    path.write_bytes(b"no")
+    assert "cannot be read" in refused("hnlmrec.py", *settings, path)
+    assert "no such file" in refused("hnlmrec.py", *settings, copied / "none")
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
@@ -1241,9 +2630,6 @@ def test_a_finished_step_is_skipped_and_a_changed_one_refused(finished, raw):
     budget = ["--run", finished, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--sampler", "dns"]
     assert "skip:" in cli("backbones.py", "pretrain", *budget)
     assert "seed=0, now seed=1" in refused("backbones.py", "pretrain", *budget, "--seed", 1)
-    assert "wrote" in cli("backbones.py", "pretrain", *budget, "--export", "vectors.safetensors")
-    whole, alone = load_file(finished / "cf.safetensors"), load_file(finished / "vectors.safetensors")
-    assert set(alone) == {"user", "item"} and all(torch.equal(whole[name], alone[name]) for name in alone)
     assert "made with" in refused("hnlmrec.py", "prepare", "--run", finished, "--reviews", raw / "interactions.tsv", "--seed", 3)
     assert (finished / "cf.safetensors").read_bytes() == before
 
@@ -1289,10 +2675,80 @@ def test_fine_tuning_goes_on_where_it_was_killed(copied, tiny_llm, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         tune(copied, tiny_llm, "sft-cut")
     monkeypatch.setattr(llm_negatives, "save_partial", real)
+    with pytest.raises(SystemExit) as error:  # another number format is another result
+        tune(copied, tiny_llm, "sft-cut", "--dtype", "bf16")
+    assert "half-finished with dtype=float32, now dtype=bfloat16" in error.value.message
     capsys.readouterr()
     again = tune(copied, tiny_llm, "sft-cut")
     assert "going on after step 2 of 4" in capsys.readouterr().out and not list(copied.glob("*partial*"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
+    """A template may print the date: generation takes what fine-tuning wrote down, and a resumed
+    `profile` what its first start did."""
+    monkeypatch.setattr(llm_negatives, "chat_frame", lambda *args: pytest.fail("rendered again"))
+    *_, meta = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
+    _, prompt, *_ = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
+    assert list(prompt.frame) == meta["frame"] and llm_negatives.INSTRUCTION in prompt.frame[0]
+    header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
+    frames = llm_negatives.started_profiles(finished / "profiles.jsonl", header["settings"], False)[1]
+    assert set(frames) == {"item", "user"}
+    llm_negatives.Writer(tiny_llm, torch.float32, "cpu", 3, 2, frames)
+
+
+def test_an_adapter_that_cannot_be_written_leaves_no_litter(copied, tiny_llm, monkeypatch):
+    def full_disk(self, folder, **more):
+        Path(folder).mkdir()
+        raise llm_negatives.SafetensorError("No space left on device")
+
+    (copied / ".adapter-full.1.tmp").mkdir()  # of a process killed earlier
+    with monkeypatch.context() as patch:
+        patch.setattr(llm_negatives.PeftModel, "save_pretrained", full_disk)
+        with pytest.raises(SystemExit) as error:
+            tune(copied, tiny_llm, "sft-full")
+    assert "No space left" in error.value.message and not list(copied.glob(".adapter*"))
+    tune(copied, tiny_llm, "sft-full")
+    config = copied / "adapter-full" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
+    with pytest.raises(SystemExit) as error:
+        llm_negatives.load_sft(copied, "sft-full", tiny_llm, "cpu")
+    assert "made with another adapter" in error.value.message
+
+
+def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
+    """The judge's file feeds training without generated vectors, the blend and the report; the
+    weight is the best on validation; another control gives another judge."""
+    run = ["--run", str(copied)]
+    read = ["judge", *run, "--llm", str(tiny_llm), "--layers", "0,2", "--epochs", "2", "--dtype", "fp32"]
+    llm_negatives.main(read)
+    llm_negatives.main([*read, "--control", "random", "--seed", "1", "--out", "judge-random.safetensors"])
+    real, random = (backbones.load_tensors(copied / f"judge{name}.safetensors", "")[0] for name in ("", "-random"))
+    assert real["likely"].shape == (real["user"].shape[0], 20) and not torch.equal(real["user"], random["user"])
+    for layers in ("0,x", "0,3", "-1"):
+        with pytest.raises(SystemExit) as error:
+            llm_negatives.main([*read, "--layers", layers, "--out", "judge-bad.safetensors"])
+        assert "--layers" in error.value.message
+    assert llm_negatives.judge_layers("", str(tiny_llm)) == [0, 1]  # of two layers
+    bare = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
+    train = ["train", *run, "--dim", "8", "--epochs", "2", "--eval-every", "1", *bare]
+    hnlmrec.main([*train, "--lambda-f", "1", "--out", "model-hnlmrec-soft.safetensors"])
+    with pytest.raises(SystemExit) as error:
+        hnlmrec.main([*train, "--alpha", "0.1", "--out", "model-hnlmrec-bad.safetensors"])
+    assert "--alpha" in error.value.message and not (copied / "model-hnlmrec-bad.safetensors").exists()
+    blend = ["blend", *run, "--model", "model-hnlmrec-soft.safetensors", "--weights", "0,1"]
+    capsys.readouterr()
+    hnlmrec.main(blend)
+    scores = dict(re.findall(r"weight (\d) of the judge, valid NDCG@20 (\S+)", capsys.readouterr().out))
+    data = backbones.load_data(copied)
+    model, meta, _ = backbones.load_model(copied / "model-hnlmrec-full.safetensors", data=data)
+    assert f"{backbones.validation(model, data)():.4f}" == max(scores.values())
+    soft, _, _ = backbones.load_model(copied / "model-hnlmrec-soft.safetensors", data=data)
+    assert scores["0"] == f"{backbones.validation(soft, data)():.4f}"  # weight 0 is the model alone
+    hnlmrec.main(blend)
+    assert "skip" in capsys.readouterr().out
+    evaluation.main(["judge", *run])
+    assert "judge-random" in capsys.readouterr().out
 
 
 def test_checkpointing_and_parts_do_not_change_the_step(copied, tiny_llm):
@@ -1334,11 +2790,11 @@ def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm, capsys)
     for count in (2, 0):  # as `eval.py compare` makes them: once
         evaluation.make_negatives(copied, "negatives-nocf", steps, tiny_llm, 2)
         assert capsys.readouterr().out.count("$ ") == count
-    made["nocf"] = backbones.load_negatives(copied, "negatives-nocf", backbones.file_digest(copied / "data.safetensors"))["hidden"]
+    made["nocf"] = backbones.load_negatives(copied, "negatives-nocf")["hidden"]
     for name, flags in (("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", "profiles-template.jsonl"])):
         tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
         llm_negatives.main(list(map(str, ["generate", *run, "--sft", f"sft-{name}", "--out", f"negatives-{name}", "--pairs-per-user", 2])))
-        made[name] = backbones.load_negatives(copied, f"negatives-{name}", backbones.file_digest(copied / "data.safetensors"))["hidden"]
+        made[name] = backbones.load_negatives(copied, f"negatives-{name}")["hidden"]
     assert not torch.equal(made["nocf"], made["mixgcf"]) and not torch.equal(made["template"], made["mixgcf"])
     (copied / "profiles.jsonl").rename(copied / "old.jsonl")
     assert "profiles.jsonl: no such file" in refused("llm_negatives.py", "generate", *run, "--out", "negatives-new")
@@ -1355,16 +2811,20 @@ def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
     for path in run.glob("negatives-*"):
         path.unlink()
     assert "another LLM" in refused("llm_negatives.py", *generate, "--llm", other)
-    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
-    assert "adapter" in refused("llm_negatives.py", *generate, "--llm", tiny_llm)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (run / "adapter" / name).read_bytes()
+        (run / "adapter" / name).write_bytes(whole + b" ")
+        message = refused("llm_negatives.py", *generate, "--llm", tiny_llm)
+        assert f"another adapter/{name}" in message
+        (run / "adapter" / name).write_bytes(whole)
     for path in finished.glob("negatives-*"):
         shutil.copy(path, run)
     tensors, meta = backbones.load_tensors(run / "data.safetensors", "prepare")
     tensors["valid"], tensors["test"] = tensors["test"], tensors["valid"]
     backbones.save_tensors(run / "data.safetensors", tensors, meta)
     budget = ["--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--out", "new.safetensors"]
-    assert "another split" in refused("hnlmrec.py", "train", *budget)
-    assert "another data" in refused("eval.py", "report", "--run", run)
+    assert "another data.safetensors" in refused("hnlmrec.py", "train", *budget)
+    assert "another data.safetensors" in refused("eval.py", "report", "--run", run)
     (run / "cf.safetensors").write_bytes((run / "cf.safetensors").read_bytes()[:500])
     assert "not a readable file" in refused("llm_negatives.py", "finetune", "--run", run, "--llm", tiny_llm, "--force")
 
@@ -1413,12 +2873,189 @@ def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
     assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
 
 
+# --------------------------------------------------------------------------------------------------
+# Lineage: no result of parts that do not belong together; every message's mend works
+# --------------------------------------------------------------------------------------------------
+
+
+def steps_of(llm, raw):
+    """The flags with which `finished` was made, which a message leaves to the reader."""
+    budget = ["--dim", 8, "--epochs", 4, "--eval-every", 2]
+    band = ["--mine-first", 1, "--mine-last", 5]
+    return {"prepare": ["--reviews", raw / "interactions.tsv", "--meta", raw / "items.tsv"],
+            "pretrain": [*budget, "--sampler", "dns"],
+            "profile": ["--llm", llm, "--new-tokens", 4, "--history", 2, "--llm-rows", 10],
+            "finetune": ["--llm", llm, "--llm-layers", 0, *band, "--warmup-pairs", 64, "--steps", 3,
+                         "--dtype", "fp32"],
+            "generate": ["--llm", llm, "--pairs-per-user", 3, "--shard-pairs", 40],
+            "train": [*budget, *band, "--alpha", 0.3]}
+
+
+def follow(steps, script, *args):
+    """Run a command; while it is refused, do what the message says, then try again
+    -> the commands that were needed."""
+    done = []
+    while len(done) < 12:
+        try:
+            PROGRAMS[script].main([str(arg) for arg in args])
+            return done
+        except SystemExit as error:
+            mend = re.findall("`python ([^`]+)`", error.message)[-1].replace(" …", "")
+            mend = shlex.split(mend)
+            done.append(f"{mend[1]}{' --force' if '--force' in mend else ''}")
+            if "; delete " in error.message:
+                Path(error.message.split(": ")[0]).unlink()
+            follow(steps, mend[0], *mend[1:], *steps[mend[1]])
+    raise AssertionError(done)
+
+
+def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, raw):
+    """After `prepare --force` nothing of the former split is used: its profiles quote pairs that
+    are test pairs now."""
+    steps = steps_of(tiny_llm, raw)
+    steps["prepare"] += ["--seed", 3]
+    hnlmrec.main(list(map(str, ["prepare", "--run", copied, *steps["prepare"], "--force"])))
+    train = ["train", "--run", copied, *steps["train"]]
+    assert "was made with another data.safetensors" in refused("hnlmrec.py", *train)
+    follow(steps, "hnlmrec.py", *train, "--force")
+    digest = backbones.load_data(copied)["digest"]
+    for name in ("cf", "sft", "negatives-00000", "negatives-items", "model-hnlmrec"):
+        settings = backbones.read_meta(copied / f"{name}.safetensors", check=True)["settings"]
+        assert settings["inputs"]["data.safetensors"] == digest
+    first = json.loads((copied / "profiles.jsonl").read_text().splitlines()[0])
+    assert first["settings"]["inputs"] == {"data.safetensors": digest}
+    assert "model-rns.safetensors" in refused("eval.py", "report", "--run", copied)
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "cf.safetensors", "profiles.jsonl"])
+def test_what_was_deleted_is_made_again_and_all_else_stays(copied, tiny_llm, raw, name):
+    """The same settings give the same digest: nothing that was made from it is made anew."""
+    def digests():
+        return backbones.stamp(copied, *(path.name for path in copied.glob("*.safetensors")))
+
+    before, steps = digests(), steps_of(tiny_llm, raw)
+    if name == "adapter":
+        shutil.rmtree(copied / name)
+        (copied / "negatives-00001.safetensors").unlink()  # or nobody asks for it
+    else:
+        (copied / name).unlink()
+    assert follow(steps, "llm_negatives.py", "generate", "--run", copied, *steps["generate"])
+    assert not follow(steps, "hnlmrec.py", "train", "--run", copied, *steps["train"])
+    assert (copied / name).exists() and digests() == before
+
+
+@pytest.mark.parametrize("name, edit", [
+    ("items.jsonl", lambda b: b.replace(b"Film", b"Book")),
+    ("items.jsonl", lambda b: b.split(b"\n", 1)[1]),
+    ("users.jsonl", lambda b: b"".join(reversed(b.splitlines(keepends=True)))),
+    # one bit of the tensors, one digit of the metadata
+    ("model-hnlmrec.safetensors", lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
+    ("model-hnlmrec.safetensors", lambda b: b.replace(b"ndcg@20\\\": 0.", b"ndcg@20\\\": 1.")),
+])
+def test_edited_files_are_refused_by_whoever_reads_them(copied, name, edit):
+    whole = (copied / name).read_bytes()
+    (copied / name).write_bytes(edit(whole))
+    assert (copied / name).read_bytes() != whole
+    assert name in refused("eval.py", "recommend", "--run", copied, "--user", "u3")
+    assert name in refused("eval.py", "report", "--run", copied)
+
+
+def test_a_nan_is_named_with_file_and_row(copied):
+    path = copied / "model-rns.safetensors"
+    tensors, meta = backbones.load_tensors(path)
+    tensors["item"][7, 2] = math.nan
+    backbones.save_tensors(path, tensors, meta)
+    message = refused("eval.py", "report", "--run", copied)
+    assert f"{path}: item has a NaN or infinity in row 7" in message
+
+
+def test_cells_of_former_negatives_or_vectors_are_refused(copied, tiny_llm):
+    """compare, sweep and the negatives they make: none is new because its file is there."""
+    flags = ["--run", copied, "--llm", tiny_llm, "--seeds", 1,
+             "--flags", "--dim 8 --epochs 1 --mine-first 1 --mine-last 5"]
+    sweep = ["sweep", *flags, "--flag", "alpha", "--values", "0.5"]
+    evaluation.main(list(map(str, sweep)))
+    cell = next((copied / "compare").glob("sweep-alpha*"))
+    pretrain = ["pretrain", "--run", copied, "--dim", 8, "--epochs", 1, "--seed", 3, "--force"]
+    backbones.main(list(map(str, pretrain)))
+    message = refused("eval.py", *sweep)
+    assert str(cell) in message and "another cf.safetensors" in message
+    with pytest.raises(SystemExit):
+        evaluation.make_negatives(copied, "negatives", [], tiny_llm, 3)
+
+
+@pytest.mark.parametrize("script, args", [
+    ("backbones.py", ["pretrain", "--out", "data.safetensors"]),
+    ("backbones.py", ["pretrain", "--out", "sft-x.safetensors"]),
+    ("backbones.py", ["pretrain", "--out", "x.jsonl"]), ("backbones.py", ["pretrain", "--out", ""]),
+    ("backbones.py", ["pretrain", "--out", "../x.safetensors"]),
+    ("backbones.py", ["pretrain", "--out", "*.safetensors"]),
+    ("hnlmrec.py", ["train", "--out", "negatives-items.safetensors"]),
+    ("hnlmrec.py", ["train", "--out", "cf.safetensors"]),
+    ("llm_negatives.py", ["profile", "--out", "users.jsonl"]),
+    ("llm_negatives.py", ["profile", "--out", "data.safetensors"]),
+    ("llm_negatives.py", ["finetune", "--name", ""]),
+    ("llm_negatives.py", ["finetune", "--name", "cf"]),
+    ("llm_negatives.py", ["generate", "--out", "*"]),
+    ("llm_negatives.py", ["generate", "--out", "/x/negatives"]),
+    ("eval.py", ["compare", "--out", "metrics"]),
+    ("eval.py", ["sweep", "--flag", "alpha", "--values", "1", "--out", "report"]),
+    ("eval.py", ["compare", "--out", "notes"]),
+])
+def test_outputs_of_another_kind_are_never_overwritten(copied, script, args):
+    (copied / "notes.md").write_text("mine")
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    force = [] if script == "eval.py" else ["--force"]
+    message = refused(script, *args, "--run", copied, *force)
+    assert any(flag in message for flag in ("--out", "--name", "writes"))
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_path, monkeypatch):
+    other, real = tmp_path / "items.tsv", hnlmrec.write_atomic
+    other.write_text((raw / "items.tsv").read_text().replace("Film", "Tome"))
+
+    def killed(path, data):
+        real(path, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hnlmrec, "write_atomic", killed)
+    flags = ["prepare", "--run", str(copied), "--reviews", str(raw / "interactions.tsv")]
+    with pytest.raises(KeyboardInterrupt):
+        hnlmrec.main([*flags, "--meta", str(other), "--force"])
+    monkeypatch.setattr(hnlmrec, "write_atomic", real)
+    assert "no such file" in refused("hnlmrec.py", "train", "--run", copied)
+    hnlmrec.main([*flags, "--meta", str(raw / "items.tsv")])
+    assert "Tome" not in (copied / "items.jsonl").read_text()
+
+
+def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied, raw):
+    """The report is written though nobody reads, or can read, what is printed."""
+    command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(copied)])
+    (copied / "report.md").unlink()
+    for end in ("| true", "> /dev/full", ""):
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {end}"], text=True,
+                              capture_output=True, check=False, cwd=HERE,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+        (copied / "report.md").rename(copied / "old.md")  # it was written
+
+
+def test_names_are_plain_text_wherever_they_are_shown():
+    nasty = "a|b <img src=x> [x](y)\n\x1b[2J"
+    row = evaluation.markdown_table(["method", "n"], [[nasty, 1]])[2]
+    assert row.count("|") == 3 and not any(mark in row for mark in ("<", "\x1b", "\n", "]("))
+    xml.etree.ElementTree.fromstring(evaluation.svg_chart(nasty, [nasty], [0.1], [0.09], [0.11]))
+    assert backbones.printable("\x1b[2J\u202e") == "\\u001b[2J\\u202e"
+    assert backbones.printable("Amélie – 愛\n") == "Amélie – 愛\n"
+
+
 @pytest.mark.parametrize("lines, message", [
     (["user\trating", "a\t5"], "no column 'item'"),
     (["user\titem\trating", "a\tb\tfive"], "line 2"),
     (["user\titem\trating", "a\tb"], "line 2 has 2 fields"),
     (["user\titem\trating", "a\tb\t5"], "nothing is left"),
-    (["user\titem"] + [f"{u}\t{i}" for u in "abcdef" for i in range(6)], "no rating column"),
+    (["user\titem"] + [f"{u}\t{i}" for u in "abcdef" for i in range(6)], "--min-rating none"),
 ])
 def test_bad_ratings_files(tmp_path, lines, message):
     path = tmp_path / "bad.tsv"
@@ -1458,12 +3095,19 @@ def test_a_user_with_two_items_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("script, args", [
+    ("eval.py", ["judge", "--run", "x", "--top", "0"]),
     ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]), ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
     ("hnlmrec.py", ["train", "--run", "x", "--clear", "0.3", "--sampler", "rns"]), ("hnlmrec.py", ["train", "--run", "x", "--control", "cleared"]),
     ("hnlmrec.py", ["train", "--run", "x", "--hinge", "0.3"]),
     ("hnlmrec.py", ["train", "--run", "x", "--paper", "--lambda-s", "0.1"]),
     ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
     ("backbones.py", ["pretrain", "--run", "x", "--n", "20"]), ("eval.py", ["report", "--run", "no such folder"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--device", "gpu"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--device", "mps"]),
+    ("llm_negatives.py", ["profile", "--run", "x", "--device", "cuda:99"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--seed", 2**64]),
+    ("llm_negatives.py", ["finetune", "--run", "x", "--epochs", "inf"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--epo", "1"]),
     ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]), ("llm_negatives.py", ["profile", "--run", "no such folder"]),
 ])
 def test_bad_flags_end_in_one_line(script, args):
