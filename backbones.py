@@ -13,6 +13,7 @@ Alone:  python backbones.py pretrain --run runs/NAME --backbone lightgcn --sampl
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -137,9 +139,10 @@ class UnseenSampler:
         return point if self.uniform else torch.searchsorted(self.cum, point, right=True) - 1  # uniform: item n begins at n
 
 
-def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
+def dns(score, users, items, candidates, top=1, pick=None, penalty=None):
     """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for top = N > 1, one drawn
-    uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023).
+    uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023). pick (B,), in 0..N - 1: which
+    one; left out, drawn here.
 
     score(users (…, D), items (…, D)) -> (…), with leading dimensions that broadcast: a backbone's
     `score`, or any function of that shape. users (B, D), items (I, D), candidates (B, M) int64 ->
@@ -150,8 +153,9 @@ def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
         if penalty is not None:
             scores = scores / scores.std(1, keepdim=True).clamp(min=1e-12) - penalty
         ranked = scores.topk(top, dim=1).indices  # (B, N)
-        pick = torch.randint(top, (len(ranked), 1), generator=generator, device=ranked.device)
-        return candidates.gather(1, ranked.gather(1, pick))[:, 0]
+        if pick is None:
+            pick = torch.randint(top, (len(ranked),), device=ranked.device)
+        return candidates.gather(1, ranked.gather(1, pick[:, None]))[:, 0]
 
 
 def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=-2):
@@ -166,21 +170,24 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
         return candidates.gather(1, (score(users[:, None], items[candidates]) - target).abs().argmin(1, keepdim=True))[:, 0]
 
 
-def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
+def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shares=None):
     """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop mixing (eq. 7-9).
 
     users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) ->
     vectors (B, D). pool((B, K, d)) -> (B, D) joins the hops as the backbone does: D = d for a mean
     (a MF has K = 1), D = K d for a concatenation.
-    Each candidate is drawn towards the positive by a random share, then each hop of the result is taken from the candidate
-    that scores highest at that hop. Gradients flow to the chosen candidates and the positives.
+    Each candidate is drawn towards the positive by a random share (shares (K, B); left out, drawn
+    here from `generator`), then each hop of the result is taken from the candidate that scores
+    highest at that hop. Gradients flow to the chosen candidates and the positives.
     Hop by hop, so that the largest tensor is (B, M, d)."""
     hops = []
-    for k in range(item_layers.shape[1]):
-        layer = item_layers[:, k]  # (I, d)
+    if shares is None:
         # one share a pair and hop, the same for its M candidates: were it drawn for each candidate, the best one would
         # nearly always be the one drawn closest to the positive, and training stalls (measured: valid NDCG@20 .19, not .22)
-        share = torch.rand((len(positives), 1), generator=generator, device=candidates.device)  # (B, 1)
+        shape = item_layers.shape[1], len(positives)
+        shares = torch.rand(shape, generator=generator, device=candidates.device)
+    for k, share in enumerate(shares[:, :, None]):  # (B, 1)
+        layer = item_layers[:, k]  # (I, d)
         # with mean pooling the user is compared as it is at every hop; with concatenation each hop has its own slice
         query = users if users.shape[1] == layer.shape[1] else users.unflatten(1, (-1, layer.shape[1]))[:, k]
         with torch.no_grad():  # choose first, then rebuild the chosen one alone: backward never sees (B, M, d)
@@ -193,7 +200,9 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
 def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
     batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
-    no items, that of its first candidate, for the L2 term).
+    no items, that of its first candidate, for the L2 term). Where processes share a batch, the last
+    four are of this one's rows (share_of); what is random is drawn for the whole batch by all of
+    them, so that it does not depend on their number.
 
     model: a Backbone, or any module with n_users, n_items, score as dns's and
     forward() -> (users (U, D), items (I, D)); for mixgcf also layers() and pool().
@@ -202,17 +211,25 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
 
     def sample(u, i, generator):
-        candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
+        candidates = share_of(draw(u, 1 if sampler in ("rns", "pns") else m, generator))  # (B, M)
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
             user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
+            shape = item_layers.shape[1], len(u)
+            shares = torch.rand(shape, generator=generator, device=u.device)
+            shares = share_of(shares.T).T  # (K, B)
         else:
             user_vectors, item_vectors = model()
+        if sampler == "dns":
+            pick = share_of(torch.randint(n, (len(u),), generator=generator, device=u.device))
+        u, i = share_of(u), share_of(i)
         users, items = take(user_vectors, u), take(item_vectors, i)
         if sampler == "mixgcf":
-            return user_vectors, item_vectors, users, items, mixgcf(users, item_layers, i, candidates, model.pool, generator), candidates[:, 0]
+            negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=shares)
+            return user_vectors, item_vectors, users, items, negatives, candidates[:, 0]
         if sampler == "dns":
-            j = dns(model.score, users, item_vectors, candidates, n, generator, penalty and penalty(u, candidates))
+            cleared = penalty and penalty(u, candidates)
+            j = dns(model.score, users, item_vectors, candidates, n, pick, cleared)
         elif sampler == "ahns":
             j = ahns(model.score, users, item_vectors, i, candidates)
         else:
@@ -587,13 +604,15 @@ def l2_loss(*vectors):
 
 def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings. Arguments as
-    make_sampler's. Returns step(rows, generator) for `fit`."""
+    make_sampler's. Returns step(rows, generator) for `fit`, whose loss is that of this process's
+    share of the rows."""
     sample, (users_of, items_of) = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta), pairs.T.contiguous()
 
     def step(rows, generator):
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
         _, _, users, items, negatives, j = sample(u, i, generator)
-        bpr = bpr_loss(model.score(users, items), model.score(users, negatives))
+        u, i, weight = share_of(u), share_of(i), share_weight(len(rows))
+        bpr = bpr_loss(model.score(users, items), model.score(users, negatives)) * weight
         if not reg:
             return bpr, {"bpr": bpr.item()}
         ego_users, ego_items = model.ego()
@@ -601,7 +620,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
             l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         else:  # what was gathered for the scores are the parameters themselves
             l2 = l2_loss(users, items, take(ego_items, j) if sampler == "mixgcf" else negatives)
-        return bpr + reg * l2, {"bpr": bpr.item()}
+        return bpr + reg * weight * l2, {"bpr": bpr.item()}
 
     return step
 
@@ -610,12 +629,14 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
     """The step of --loss softmax: n items, drawn each step uniformly and without repeats, are the
     negatives of every row, save the user's own train items; L2 on the pair's own embeddings.
 
-    pairs (N, 2) train -> step(rows, generator) for `fit`."""
+    pairs (N, 2) train -> step(rows, generator) for `fit`, whose loss is that of this process's
+    share of the rows."""
     train_rows = user_rows(pairs, model.n_users)
     slot = torch.empty(model.n_items, dtype=torch.int64, device=pairs.device)
 
     def step(rows, generator):
-        u, i = pairs[rows].T
+        u, i = share_of(pairs[rows]).T
+        weight = share_weight(len(rows))
         user_vectors, item_vectors = model()
         users, items = take(user_vectors, u), take(item_vectors, i)  # (B, D)
         drawn = torch.randperm(model.n_items, generator=generator, device=u.device)[:n]
@@ -631,7 +652,7 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
         if reg:
             ego_users, ego_items = model.ego()
             loss = loss + reg * l2_loss(take(ego_users, u), take(ego_items, i))
-        return loss, logs
+        return loss * weight, logs
 
     return step
 
@@ -660,13 +681,17 @@ def mine_hard_negatives(model, train, first, last):
     """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
     where held-out positives are densest. Reads train pairs alone.
 
-    model as rank_unseen's; train (N, 2) -> item ids (U, last - first + 1), best rank first. Raises
-    SystemExit2 when a user has too few unseen items for the band."""
-    users = torch.arange(model.n_users, device=train.device)
-    ranked = rank_unseen(model, users, user_rows(train, model.n_users), last)[:, first - 1:]
-    if ranked.shape[1] < last - first + 1 or (ranked < 0).any():
+    model as rank_unseen's; train (N, 2) -> item ids (U, last - first + 1), best rank first. Several
+    processes mine for every world()-th user each. Raises SystemExit2 when a user has too few unseen
+    items for the band."""
+    seen = user_rows(train, model.n_users)
+    if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
-    return ranked
+    mined = torch.zeros(model.n_users, last - first + 1, dtype=torch.int64, device=train.device)
+    for part in share_of(torch.arange(model.n_users, device=train.device)).split(2**16):
+        mined[part] = rank_unseen(model, part, seen, last)[:, first - 1:]
+    sum_over([mined])
+    return mined
 
 # --------------------------------------------------------------------------------------------------
 # Full ranking: top-k of all unseen items
@@ -697,8 +722,9 @@ def top_k(scores, k):
 
 
 @torch.no_grad()
-def rank_unseen(model, users, seen, k, chunk=1024):
-    """The k best unseen items of each user, in chunks of users so that memory stays at chunk * n_items.
+def rank_unseen(model, users, seen, k, cells=2**23):
+    """The k best unseen items of each user, in chunks of users so that no more than `cells` scores
+    are held at once.
 
     model: a Backbone, or any module with forward() -> (users (U, D), items (I, D)) and
     score_all(users (B, D), items (I, D)) -> (B, I), a new tensor each time: it is written into.
@@ -707,31 +733,41 @@ def rank_unseen(model, users, seen, k, chunk=1024):
     was_training, _ = model.training, model.eval()
     user_vectors, item_vectors = model()
     model.train(was_training)
-    result = []
-    for part in users.split(chunk):
-        scores = model.score_all(user_vectors[part], item_vectors)
-        row, seen_items = rows_of(seen, part)
-        scores.view(-1).index_fill_(0, row * scores.shape[1] + seen_items, -torch.inf)
+    chunk = max(1, cells // len(item_vectors))
+    # one table at once: many small ones between the scores would leave holes in the memory
+    result = users.new_empty(len(users), min(k, len(item_vectors)))
+    for part, ranked in zip(users.split(chunk), result.split(chunk)):
+        scores = leave_out(model.score_all(user_vectors[part], item_vectors), part, seen)
         index = top_k(scores, k)
-        result.append(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
-    return torch.cat(result)
+        ranked.copy_(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
+    return result
 
 
 @torch.no_grad()
-def nearest_items(vectors, users, items, seen, k, chunk=2048):
+def nearest_items(vectors, users, items, seen, k, cells=2**23):
     """The k items nearest to each vector by cosine, the user's train items left out, since those
-    are known positives.
+    are known positives; no more than `cells` cosines are held at once.
 
     vectors (n, D), users (n,), items (I, D), seen: sorted pair_keys -> item ids (n, k); -1 where a
     user has fewer than k items left."""
-    items, result = F.normalize(items.float(), dim=-1), []
-    everything = torch.arange(len(items), device=items.device)
-    for part, user in zip(vectors.split(chunk), users.split(chunk)):
-        scores = F.normalize(part.float(), dim=-1) @ items.T  # (B, I)
-        scores[contains(seen, user[:, None], everything, len(items))] = -torch.inf
+    items, chunk = F.normalize(items.float(), dim=-1), max(1, cells // len(items))
+    result = users.new_empty(len(users), min(k, len(items)))
+    last = int(users.max()) if len(users) else -1
+    bounds = torch.arange(last + 2, device=users.device) * len(items)
+    seen = torch.searchsorted(seen, bounds), seen % len(items)  # as user_rows has it
+    for part, user, nearest in zip(vectors.split(chunk), users.split(chunk), result.split(chunk)):
+        scores = leave_out(F.normalize(part.float(), dim=-1) @ items.T, user, seen)  # (B, I)
         index = top_k(scores, k)
-        result.append(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
-    return torch.cat(result)
+        nearest.copy_(index.masked_fill(scores.gather(1, index) == -torch.inf, -1))
+    return result
+
+
+def leave_out(scores, users, seen):
+    """Set the scores of the users' seen items to -inf, in place: scores (B, I), users (B,), seen as
+    rank_unseen's -> scores."""
+    row, items = rows_of(seen, users)
+    scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
+    return scores
 
 
 def ranking_hits(model, pairs, seen, k):
@@ -780,16 +816,25 @@ def mrr(hits, relevant, k):
     return (hits[:, :k] / rank).max(1).values
 
 
-def validation(model, data, k=20):
-    """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs left out of the ranking."""
+def validation(model, data, k=20, users=None):
+    """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs
+    left out of the ranking. users: how many users are ranked, the same ones each time; left out,
+    all. Several processes rank every world()-th user each."""
     if not len(data["valid"]):
         fail("data.safetensors: has no validation pair, and they choose the best epoch; "
              "prepare it with some")
-    seen = user_rows(data["train"], model.n_users)
+    seen, own = user_rows(data["train"], model.n_users), data["valid"]
+    if users:
+        everyone = own[:, 0].unique()
+        some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))[:users]
+        own = own[torch.isin(own[:, 0], everyone[some.to(own.device)])]
+    own = own[own[:, 0] % world() == rank()]
 
     def validate():
-        _, hits, relevant = ranking_hits(model, data["valid"], seen, k)
-        return float(ndcg(hits, relevant, k).mean())
+        _, hits, relevant = ranking_hits(model, own, seen, k)
+        total = torch.stack([ndcg(hits, relevant, k).sum(), relevant.count_nonzero()])
+        sum_over([total])
+        return float(total[0] / total[1])
 
     return validate
 
@@ -804,6 +849,10 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     (B,), generator) -> (loss, {name: float}) on those rows of the train pairs. validate() -> float,
     higher is better; never the test split. Stops after `patience` validations without a new best.
     Returns (best state {name.parameter: tensor}, history list).
+
+    Under torchrun every process gets the same rows, its step returns the loss of its share of them
+    (share_of, times share_weight), and the gradients' mean over the processes, that of the whole
+    batch, is what all of them step with. The history's losses are then those of process 0's share.
 
     Raises SystemExit2 when the loss or the validation is not finite, naming the step or the
     epoch."""
@@ -824,6 +873,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                      f"(now {lr}) or check the input vectors for NaN")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            average_gradients(parameters)
             optimizer.step()
             total += float(loss.detach()) * len(rows)
             for name, value in values.items():
@@ -865,9 +915,10 @@ def pretrain(args):
 
 def train_baseline(args, data, settings, out):
     """The training of `pretrain`, from the data of load_data to the file `out`."""
+    device = start_processes(args.device)
     torch.manual_seed(args.seed)
-    train = data["train"].to(args.device)
-    data = {**data, "train": train, "valid": data["valid"].to(args.device)}
+    train = data["train"].to(device)
+    data = {**data, "train": train, "valid": data["valid"].to(device)}
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train,
                            args.layers, args.cosine)
     if args.loss == "softmax":
@@ -877,9 +928,12 @@ def train_baseline(args, data, settings, out):
                          beta=args.beta)
     loss = args.sampler if args.loss == "bpr" else args.loss
     start = time.time()
-    state, history = fit({"backbone": model}, step, len(train), validation(model, data), epochs=args.epochs,
+    validate = validation(model, data, users=args.eval_users)
+    state, history = fit({"backbone": model}, step, len(train), validate, epochs=args.epochs,
                          batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
                          seed=args.seed, label=f"{args.backbone} {loss}")
+    if rank():
+        return
     restore({"backbone": model}, state)
     users, items = model.eval()()
     tensors = {**state, "user": users, "item": items}
@@ -892,7 +946,8 @@ def train_baseline(args, data, settings, out):
 
 def compute_baseline(args, data, settings, out):
     """The computation of a closed form for `pretrain`, from the data of load_data to `out`."""
-    start, train = time.time(), data["train"].to(args.device)
+    device = start_processes(args.device)
+    start, train = time.time(), data["train"].to(device)
     shape = (data["n_users"], data["n_items"])
     if args.backbone == "pop":
         model = popularity(train, *shape)
@@ -904,7 +959,9 @@ def compute_baseline(args, data, settings, out):
     else:
         weight = rp3beta(train, *shape, args.rp3_alpha, args.rp3_beta, args.topk, args.max_gib)
         model = ItemWeights(weight, train, shape[0])
-    score = validation(model, {"train": train, "valid": data["valid"].to(args.device)})()
+    score = validation(model, {"train": train, "valid": data["valid"].to(device)})()
+    if rank():
+        return
     seconds = time.time() - start
     history = [{"epoch": 0, "valid_ndcg@20": score, "seconds": seconds}]
     save_tensors(out, closed_form_tensors(model), {
@@ -973,7 +1030,7 @@ def load_negatives(run, name, digest=None):
     Raises SystemExit2 when a shard is missing, was made from other files than the run's, or with
     other settings than the rest."""
     run, paths = Path(run), shards(run, name)
-    parts, metas = zip(*map(load_tensors, paths))
+    metas = [read_meta(path, check=True) for path in paths]
     for path, meta in zip(paths, metas):
         if meta["settings"] != metas[0]["settings"]:
             fail(f"{path}: was made with other settings than {paths[0].name}; "
@@ -984,8 +1041,25 @@ def load_negatives(run, name, digest=None):
     if len(paths) - 1 != s["shards"]:
         fail(f"{run / name}: {len(paths) - 1} of {s['shards']} shards are there; "
              f"run `{maker_of(paths[0])}` to make the rest")
-    joined = {key: torch.cat([part[key] for part in parts[:-1]]) for key in ("pairs", "hidden", "vector")}
-    return {**joined, "text": parts[-1]["text"], "digest": stamp(run, name)[name]}
+
+    # one shard after the other into tables made at once, so that no shard is held twice
+    n, done = sum(tensor_shape(path, "pairs")[0] for path in paths[:-1]), 0
+    for path in paths[:-1]:
+        part, _ = load_tensors(path)
+        if not done:
+            joined = {key: part[key].new_empty(n, *part[key].shape[1:])
+                      for key in ("pairs", "hidden", "vector")}
+        for key, table in joined.items():
+            table[done:done + len(part[key])] = part[key]
+        done += len(part["pairs"])
+    text = load_tensors(paths[-1])[0]["text"]
+    return {**joined, "text": text, "digest": stamp(run, name)[name]}
+
+
+def tensor_shape(path, name):
+    """The shape of one tensor of a safetensors file, from its header alone."""
+    with safe_open(str(path), framework="pt") as file:
+        return file.get_slice(name).get_shape()
 
 
 def shards(run, name):
@@ -1353,6 +1427,81 @@ class Progress:
         print(line, end=end, flush=True)
 
 # --------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each does every world()-th part of the work, process 0 does the
+# talking and the writing
+# --------------------------------------------------------------------------------------------------
+
+def start_processes(device):
+    """-> the device of this process: `device`, or a GPU of its own under torchrun. Processes of
+    other ranks than 0 print nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if rank():
+            sys.stdout = io.StringIO()
+    return device
+
+
+def end_processes():
+    """End a process of torchrun's once all have done their work. Gloo's threads race the
+    interpreter's end: in one run of ten torch 2.13 aborts there, and with destroy_process_group
+    torch 2.6 hangs. All files are written, so leave without that end."""
+    if world() > 1:
+        dist.barrier()
+        if dist.get_backend() == "nccl":
+            dist.destroy_process_group()
+        else:
+            sys.__stdout__.flush()
+            os._exit(0)
+
+
+def rank():
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes that share the work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share_of(rows):
+    """This process's rows of a batch: every world()-th from its rank on, as a view; with one
+    process all of them. With fewer rows than processes the last row serves several; it counts once
+    (share_weight)."""
+    return rows[min(rank(), len(rows) - 1) :: world()]
+
+
+def share_weight(n):
+    """What a mean over this process's share of n rows is multiplied with, so that the mean over the
+    processes is that over the n rows: 1 where all have equally many."""
+    return len(range(rank(), n, world())) * world() / n
+
+
+def sum_over(tensors):
+    """Add each tensor up over all processes, in place."""
+    for tensor in tensors if world() > 1 else ():
+        dist.all_reduce(tensor)
+
+
+def from_first(value):
+    """The value that the process of rank 0 has, for all."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def average_gradients(parameters):
+    """The mean of each gradient over all processes, in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sum_over(gradients)
+    for gradient in gradients if world() > 1 else ():
+        gradient /= world()
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -1409,6 +1558,8 @@ def add_training_flags(parser, more=()):
     group.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam's learning rate")
     group.add_argument("--reg", type=number(float, 0), default=1e-4, help="weight of the L2 term, lambda2")
     group.add_argument("--eval-every", type=number(int, 1), default=5, help="epochs between validations")
+    group.add_argument("--eval-users", type=number(int, 1), metavar="N",
+                       help="users that a validation ranks, the same each time (left out: all)")
     group.add_argument("--patience", type=number(int, 1), default=6, help="validations without a new best before stopping")
     group.add_argument("--seed", type=number(int, 0), default=0, help="decides initial weights, batches and negatives")
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
@@ -1465,3 +1616,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     run_cli(main)
+    end_processes()

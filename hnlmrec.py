@@ -52,6 +52,7 @@ from backbones import (
     bpr_loss,
     build_backbone,
     check_finite,
+    end_processes,
     fail,
     file_digest,
     fit,
@@ -67,13 +68,17 @@ from backbones import (
     number,
     output_name,
     pair_keys,
+    rank,
     read_jsonl,
     restore,
     row_of,
     run_cli,
     save_tensors,
     settings_of,
+    share_of,
+    share_weight,
     stamp,
+    start_processes,
     take,
     up_to_date,
     validation,
@@ -184,7 +189,8 @@ class SemanticProjector(nn.Module):
         super().__init__()
         text = text.float()
         text = F.normalize((text - text.mean(0)) / text.std(0).clamp(min=1e-3), dim=1)
-        user_text = F.normalize(sum_of_train_items(text, train, n_users), dim=1)
+        user_text = sum_of_train_items(text, train, n_users)
+        F.normalize(user_text, dim=1, out=user_text)  # in place: it is the largest table here
         self.register_buffer("item", text, persistent=False)  # (I, H)
         self.register_buffer("user", user_text, persistent=False)  # (U, H)
         self.mlp = nn.Sequential(
@@ -197,7 +203,9 @@ class SemanticProjector(nn.Module):
 def sum_of_train_items(items, train, n_users):
     """The sum of each user's train items: items (I, H), train (N, 2) -> (U, H)."""
     total = items.new_zeros(n_users, items.shape[1])
-    return total.index_add_(0, train[:, 0], items[train[:, 1]])
+    for part in train.split(2**16):  # all train pairs' vectors at once would be N x H
+        total.index_add_(0, part[:, 0], items[part[:, 1]])
+    return total
 
 
 def text_start(text, train, n_users, dim, std):
@@ -243,8 +251,10 @@ class Relevance:
         # u C u', with C the covariance of the items; so both can be put into the factors
         self.items = items - items.mean(0)
         covariance = self.items.T @ self.items / (len(items) - 1)  # (k, k)
-        variance = (users @ covariance * users).sum(1, keepdim=True)  # (U, 1)
-        self.users = users * (gain / variance.clamp(min=1e-24).sqrt())
+        self.users = torch.empty_like(users)
+        for some, scaled in zip(users.split(2**14), self.users.split(2**14)):
+            variance = (some @ covariance * some).sum(1, keepdim=True)  # (2**14, 1)
+            torch.mul(some, gain / variance.clamp(min=1e-24).sqrt(), out=scaled)
 
     @torch.no_grad()
     def __call__(self, users, candidates):
@@ -351,11 +361,15 @@ class HNLMRec(nn.Module):
         self.z, self.steps = None, 0  # see z_of_all
 
     def loss(self, rows, generator):
-        """Rows (B,) of the train pairs -> (scalar, {term: float}). A step for backbones.fit."""
+        """Rows (B,) of the train pairs -> (scalar, {term: float}). A step for backbones.fit.
+
+        Where processes share the rows, BPR, L2 and L_false are of this one's share; L_align and
+        L_sem, which contrast a batch's rows with each other and see few of them, are computed by
+        all alike."""
         s = self.settings
         u, i = self.pairs[rows].T  # (B,), (B,)
-        if self.table:
-            own = self.table(rows, 1, generator)[:, 0]  # (B,) each pair's generated vector
+        if self.table:  # (B,) each pair's generated vector
+            own = share_of(self.table(rows, 1, generator)[:, 0])
         user_vectors, item_vectors, users, items, negatives, j = self.sample(u, i, generator)
 
         # BPR: the positive e_i above e⁻. Its gradient stops at z: it would teach the projector to
@@ -367,16 +381,18 @@ class HNLMRec(nn.Module):
 
         # L2, of the parameters behind the batch's users, positives and sampled items
         ego_users, ego_items = self.backbone.ego()
-        loss = bpr + s.reg * l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+        l2 = l2_loss(take(ego_users, share_of(u)), take(ego_items, share_of(i)), take(ego_items, j))
+        loss = (bpr + s.reg * l2) * share_weight(len(rows))
 
         # L_false: an unseen item f that the judge holds for a likely false hard negative stands
         # above e⁻ and below the positive, so that what the texts say of the user reaches the vectors
         if s.lambda_f:
-            f = self.likely(u, generator)  # (B,)
+            f = share_of(self.likely(u, generator))  # (B,)
             false_score = self.backbone.score(users, take(item_vectors, f))  # (B,)
             above = bpr_loss(false_score, self.backbone.score(users, negatives))
             below = bpr_loss(self.backbone.score(users, items), false_score)
-            loss = loss + s.lambda_f * (above + s.gamma * below + s.reg * l2_loss(take(ego_items, f)))
+            false = above + s.gamma * below + s.reg * l2_loss(take(ego_items, f))
+            loss = loss + s.lambda_f * false * share_weight(len(rows))
             logs["false"] = above.item()
 
         # L_align, on the first rows: z near one of the user's mined items. It trains the projector
@@ -387,7 +403,8 @@ class HNLMRec(nn.Module):
             pick = torch.randint(
                 self.mined.shape[1], (len(z),), generator=generator, device=u.device)
             mined = take(item_vectors, self.mined[u[a], pick])  # (A, D)
-            align = alignment_loss(z, items[a].detach(), mined.detach(), u[a], s.tau_c)
+            positives = take(item_vectors, i[a])  # (A, D)
+            align = alignment_loss(z, positives.detach(), mined.detach(), u[a], s.tau_c)
             loss = loss + s.lambda1 * align
             logs["align"] = align.item()
 
@@ -430,9 +447,10 @@ class PaperHNLMRec(HNLMRec):
         s = self.settings
         u, i = self.pairs[rows].T  # (B,), (B,)
         _, _, users, items, negatives, j = self.sample(u, i, generator)
+        u, i = share_of(u), share_of(i)
 
         # e⁻: the projected vectors mixed into the sampled items
-        z = self.projector(self.hidden[self.table(rows, s.k, generator)])  # (B, D)
+        z = self.projector(self.hidden[share_of(self.table(rows, s.k, generator))])  # (B, D)
         negatives = s.alpha * z + (1 - s.alpha) * negatives
 
         # BPR, or the hinge of the published code: the positive e_i above e⁻
@@ -446,7 +464,7 @@ class PaperHNLMRec(HNLMRec):
         ego_users, ego_items = self.backbone.ego()
         l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         logs = {"hinge" if s.hinge else "bpr": ranking.item(), "contrast": contrast.item()}
-        return ranking + s.lambda1 * contrast + s.reg * l2, logs
+        return (ranking + s.lambda1 * contrast + s.reg * l2) * share_weight(len(rows)), logs
 
 # --------------------------------------------------------------------------------------------------
 # train: the program around the loss
@@ -511,7 +529,8 @@ def train(args):
         return
 
     # everything that trains, on the device of the train pairs
-    data |= {name: data[name].to(args.device) for name in ("train", "valid")}
+    device = start_processes(args.device)
+    data |= {name: data[name].to(device) for name in ("train", "valid")}
     method = build(run, args, data, made)
     own, n = method.table.own if made else 0, len(data["train"])
     if made:
@@ -521,9 +540,12 @@ def train(args):
     # train; what the file keeps is the state of the best validation, not the last one
     start, modules = time.time(), dict(method.named_children())
     state, history = fit(
-        modules, method.loss, n, validation(method.backbone, data), epochs=args.epochs,
+        modules, method.loss, n, validation(method.backbone, data, users=args.eval_users),
+        epochs=args.epochs,
         batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
         seed=args.seed, label=f"{args.backbone} hnlmrec")
+    if rank():
+        return
     restore(modules, state)
 
     # the vectors that rank, and for the report z of each generated pair; K is the pair alone, so
@@ -644,9 +666,9 @@ def build(run, settings, data, made):
     projector = projector.to(device)
     semantic = SemanticProjector(text, train, n_users, width).to(device)
     if settings.text_init:
-        share, vectors = settings.text_init, backbone.embedding.data
+        part, vectors = settings.text_init, backbone.embedding.data
         start = text_start(semantic.item, train, n_users, vectors.shape[1], backbone.std)
-        vectors.copy_(share * start + (1 - share) * vectors)
+        vectors.copy_(part * start + (1 - part) * vectors)
 
     # the sampler of e_j, kept clear of what the texts say the user would like
     penalty = None
@@ -735,9 +757,9 @@ def trace_prompt(run, settings, user, item, u, i, titles, mined, cf):
 
     # the CF model's vectors, and what it thinks of the pair
     scores = cf["item"] @ cf["user"][u]
-    rank = int((scores > scores[i]).sum()) + 1
+    place = int((scores > scores[i]).sum()) + 1
     print(f"3. CF         e_u {shown(cf['user'][u])}\n              e_i {shown(cf['item'][i])}\n"
-          f"              e_u·e_i {scores[i]:.3f}: rank {rank} of {len(scores)}")
+          f"              e_u·e_i {scores[i]:.3f}: rank {place} of {len(scores)}")
 
     # the items that L_align draws z to
     print(f"4. mined      unseen ranks {settings.mine_first}–{settings.mine_last}: "
@@ -1864,3 +1886,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     run_cli(main)
+    end_processes()

@@ -21,13 +21,11 @@ generate)
 
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
 from argparse import Namespace
@@ -52,8 +50,10 @@ from backbones import (
     check_inputs,
     contains,
     device_name,
+    end_processes,
     fail,
     fit,
+    from_first,
     load_data,
     load_model,
     load_tensors,
@@ -72,6 +72,8 @@ from backbones import (
     save_tensors,
     settings_of,
     stamp,
+    start_processes,
+    sum_over,
     up_to_date,
     user_rows,
     validation,
@@ -1607,50 +1609,6 @@ def restore_partial(tensors, modules, optimizer):
             _, n, name = key.split(".")
             state["state"].setdefault(int(n), {})[name] = value
     optimizer.load_state_dict(state)
-
-# --------------------------------------------------------------------------------------------------
-# Several processes (torchrun)
-# --------------------------------------------------------------------------------------------------
-
-def start_processes(device):
-    """-> the device of this process: `device`, or a GPU of its own under torchrun. Processes of
-    other ranks than 0 print nothing."""
-    if WORLD > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if RANK:
-            sys.stdout = io.StringIO()
-    return device
-
-
-def end_processes():
-    """End a process of torchrun's once all have done their work. Gloo's threads race the
-    interpreter's end: in one run of ten torch 2.13 aborts there, and with destroy_process_group
-    torch 2.6 hangs. All files are written, so leave without that end."""
-    if dist.is_initialized():
-        dist.barrier()
-        if dist.get_backend() == "nccl":
-            dist.destroy_process_group()
-        else:
-            sys.__stdout__.flush()
-            os._exit(0)
-
-
-def sum_over(tensors):
-    """Add each tensor up over all processes, in place."""
-    if WORLD > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def from_first(value):
-    """The value that the process of rank 0 has, for all."""
-    box = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
 
 # --------------------------------------------------------------------------------------------------
 # Command line

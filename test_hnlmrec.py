@@ -690,7 +690,7 @@ def hnlmrec_parts(alpha, lambda1, sampler="dns", form=hnlmrec.HNLMRec, **more):
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
     semantic = hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8)
     settings = {"alpha": alpha, "lambda1": lambda1, "lambda_s": 0.0, "tau_c": 0.2, "reg": 0.0,
-                "k": 2, "align_rows": 16, "refresh": 1, "hinge": 0.0}
+                "k": 2, "align_rows": 16, "refresh": 1, "hinge": 0.0, "lambda_f": 0.0}
     settings = Namespace(**settings | more)
     sample = backbones.make_sampler(model, sampler, train, m=1)
     method = form(model, projector, semantic, sample, table, hidden, mined, train, settings)
@@ -803,6 +803,60 @@ def test_nearest_items_are_the_nearest_unseen_ones():
         seen = set(train[train[:, 0] == user, 1].tolist())
         order = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: -float(F.cosine_similarity(vector, items[i], 0)))
         assert ours[row].tolist() == order[:5]
+
+
+def pretend(monkeypatch, rank, world):
+    """Let this process take itself for the rank-th of `world`."""
+    monkeypatch.setattr(backbones, "rank", lambda: rank)
+    monkeypatch.setattr(backbones, "world", lambda: world)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dns", "mixgcf", "softmax", hnlmrec.HNLMRec, hnlmrec.PaperHNLMRec])
+@pytest.mark.parametrize("n_rows", [71, 2])
+def test_the_shares_of_three_processes_make_the_batch(kind, n_rows, monkeypatch):
+    """The mean of three processes' gradients is one process's gradient, with uneven shares and with
+    fewer rows than processes."""
+    if isinstance(kind, str):
+        train = split_data()["train"]
+        model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, train)
+        if kind == "softmax":
+            step = backbones.make_softmax_step(model, train, reg=0.1, n=9, tau=0.5)
+        else:
+            step = backbones.make_step(model, kind, train, reg=0.1, m=5, n=2)
+        modules = [model]
+    else:
+        model, projector, method, train = hnlmrec_parts(
+            0.3, 1.0, form=kind, lambda_s=0.5, reg=0.1, lambda_f=2.0, gamma=0.3)
+        method.likely = hnlmrec.LikelyFalse(
+            torch.randint(N_ITEMS, (N_USERS, 3)), torch.rand(N_USERS, 3))
+        step, modules = method.loss, [model, projector, method.semantic]
+    parameters = [p for module in modules for p in module.parameters()]
+    rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:n_rows]
+
+    def gradients():
+        for p in parameters:
+            p.grad = None
+        step(rows, torch.Generator().manual_seed(5))[0].backward()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    one, three = gradients(), []
+    for number in range(3):
+        pretend(monkeypatch, number, 3)
+        three.append(gradients())
+    assert one.abs().sum() > 0 and torch.allclose(sum(three) / 3, one, atol=1e-6)
+    assert not torch.allclose(three[0], three[1], atol=1e-6)
+
+
+def test_a_validation_of_some_users_is_their_mean():
+    data = split_data()
+    model = rigged(torch.randn(N_USERS, 4), torch.randn(N_ITEMS, 4))
+    users, values, _ = evaluation.evaluate(model, data, "valid", ks=(20,))
+    assert backbones.validation(model, data)() == pytest.approx(float(values["NDCG@20"].mean()))
+    some = torch.randperm(N_USERS, generator=torch.Generator().manual_seed(0))[:5]
+    mean = float(values["NDCG@20"][some].mean())
+    assert backbones.validation(model, data, users=5)() == pytest.approx(mean)
 
 
 def test_every_parameter_is_trained():
@@ -2794,6 +2848,30 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     cli("hnlmrec.py", "train", "--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3)
     a, b = (backbones.load_tensors(folder / "model-hnlmrec.safetensors", "train")[0] for folder in (finished, run))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_over_two_processes_is_that_of_one(finished, tmp_path):
+    """Mining, training and validation shared out: the model file that one process writes. Adam
+    divides a gradient by its own size, so where it is next to nothing, rounding may turn an update
+    over (lr 1e-3 a step)."""
+    run = tmp_path / "two"
+    shutil.copytree(finished, run)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--"]
+    command += [HERE / "hnlmrec.py", "train", "--run", run, "--out", "model-two.safetensors"]
+    command += ["--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5]
+    done = subprocess.run(
+        [*map(str, command), "--alpha", "0.3"], capture_output=True, text=True, check=False,
+        cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("wrote") == 1
+    one, meta = backbones.load_tensors(run / "model-hnlmrec.safetensors", "train")
+    two, other = backbones.load_tensors(run / "model-two.safetensors", "train")
+    assert one.keys() == two.keys()
+    apart = {name: (one[name].float() - two[name].float()).abs().flatten() for name in one}
+    assert max(float(d.max()) for d in apart.values()) < 9e-3
+    assert (torch.cat(list(apart.values())) < 1e-5).float().mean() > 0.99
+    for a, b in zip(meta["history"], other["history"]):
+        assert a["valid_ndcg@20"] == pytest.approx(b["valid_ndcg@20"]) and a["epoch"] == b["epoch"]
 
 
 def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
