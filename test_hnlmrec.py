@@ -2084,7 +2084,8 @@ def toy_bootstrap(p, encoder):
 
 TOYS = {
     "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
-    "item_knn": toy_closed_forms, "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
+    "item_knn": toy_closed_forms, "bpr_loss": toy_losses, "rank_unseen": toy_ranking,
+    "mine_hard_negatives": toy_band,
     "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
     "info_nce": toy_info_nce, "grouped_batches": toy_batches, "Projector": toy_stage_two,
     "text_start": toy_text_start, "text_factors": toy_relevance, "k_core": toy_core,
