@@ -662,6 +662,16 @@ ABLATIONS = {
     "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
     "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0",
 }
+# nothing of the LLM but the likely false hard negatives of a judge, on a plain backbone: name -> the
+# judge's file, and the flags of llm_negatives.py that make it
+ALONE = ("--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --clear 0 "
+         "--lambda-f 1 --judge ")
+JUDGED = {
+    "judged negatives alone": ("judge.safetensors", ""),
+    "judged by a bag of words": ("judge-words.safetensors", "--layers 0"),
+    "judged by shuffled texts": ("judge-shuffled.safetensors", "--control shuffled"),
+    "judged by an LLM of random weights": ("judge-random.safetensors", "--control random"),
+}
 LLM_ABLATIONS = {  # name -> the negatives it trains with, and the steps of llm_negatives.py that make them: minutes each
     "LLM not fine-tuned": ("negatives-zeroshot", ["generate --no-finetune --out negatives-zeroshot"]),
     "item texts as bags of words": ("negatives-words", ["generate --bag-of-words --out negatives-words"]),
@@ -683,6 +693,7 @@ def compare(args):
     hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
     every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
     ours = OURS | ABLATIONS | {name: f"--negatives {negatives}" for name, (negatives, _) in LLM_ABLATIONS.items()}
+    ours |= {name: ALONE + judge for name, (judge, _) in JUDGED.items()}
     every |= {name: hnlmrec_flags + words.split() for name, words in ours.items()}
     methods = []
     for entry in args.methods.split(";") if args.methods else [*BASELINES, *OURS]:
@@ -698,6 +709,10 @@ def compare(args):
     plan = dict.fromkeys([(name, backbone) for backbone in backbones for name in methods] + [(name, backbones[0]) for name in more])
     for name, _ in plan:  # one after the other, on all cores
         words_of("--flags", args.flags, every[name])
+        if name in JUDGED and not (run / JUDGED[name][0]).exists():
+            judge, words = JUDGED[name]
+            program("llm_negatives.py", "judge", "--run", run, "--llm", args.llm, *words.split(),
+                    "--out", judge)
         if name in LLM_ABLATIONS:
             make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
     tuned = read_tuned(run / args.tuned, data["digest"]) if args.tuned else None

@@ -570,6 +570,8 @@ def finetune(args):
     when the output was made with other settings, or when the loss is no number."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     name = output_name("--name", args.name, "llm_negatives.py finetune", word="sft")
+    if args.warmup_pairs == 1:
+        fail("--warmup-pairs 1: one pair has no deviation to standardise by; give 0, or 2 or more")
     out, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
     args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     partial = out.with_suffix(".partial.safetensors")
@@ -631,6 +633,7 @@ def finetune(args):
         print(f"finetune: going on after step {done} of {steps}")
     else:
         log = warm_up(task, llm, prompt, soft_tokens, head, warm, args)
+        log["dtype"] = dtype_name(dtype)
         if WORLD > 1:
             for value in kept.values():
                 dist.broadcast(value.data, 0)
@@ -780,7 +783,7 @@ def judge(args):
     if args.control == "shuffled":  # each text given to another item
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))
         texts = [texts[n] for n in order.tolist()]
-    llm = load_llm(args.llm, AutoModel, dtype, device, layers[-1])
+    llm = load_llm(args.llm, AutoModel, dtype, device, max(1, layers[-1]))  # 0 would be all
     if args.control == "random":  # the same architecture, that has read nothing yet
         llm = AutoModel.from_config(llm.config).to(device, dtype).eval()
     prompt = Prompt(load_tokenizer(args.llm))

@@ -115,12 +115,15 @@ else
   [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
-PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() HNLMREC=()
-# on MovieLens the texts serve as initial vectors; validation wants no semantic alignment beside them
+PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() JUDGE=()
+# on data of a person's own, the judge's likely false hard negatives too
+HNLMREC=(--lambda-f 1)
+# on MovieLens the texts serve as initial vectors; validation wants neither the semantic alignment
+# nor the judge's items beside them
 [[ -n ${DATA:-} ]] || HNLMREC=(--lambda-s 0)
 [[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then
-  PROFILE+=(--llm-rows 32) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
+  PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
   TRAIN+=(--epochs 20 --eval-every 5)
 fi
 BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
@@ -159,7 +162,9 @@ step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns --m 12
 step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
+step llm_negatives.py judge --run "$OUT" --llm "$LLM" --seed "$SEED" "${JUDGE[@]}"
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
+step hnlmrec.py blend --run "$OUT"
 for form in pop itemknn rp3 ease; do  # ease refuses a catalogue whose items x items do not fit
   step backbones.py pretrain --run "$OUT" --backbone $form --out model-$form.safetensors ||
     { [[ $form == ease ]] || exit 2; echo "ease: left out of the report"; }
