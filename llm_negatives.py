@@ -766,10 +766,8 @@ def judge(args):
     out = run / output_name("--out", args.out, "llm_negatives.py judge", ".safetensors", "judge")
     device = start_processes(args.device)
     dtype = pick_dtype(args.dtype, device)
-    try:
-        layers = sorted({int(layer) for layer in args.layers.split(",")})
-    except ValueError:
-        fail(f"--layers {args.layers}: give numbers of layers, such as 0,12,20")
+    layers = judge_layers(args.layers, args.llm)
+    args.layers = ",".join(map(str, layers))
     settings = settings_of(args) | {
         "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
         "inputs": stamp(run, "data.safetensors", "items.jsonl")}
@@ -811,6 +809,28 @@ def judge(args):
     save_tensors(out, tensors, {"settings": settings, "history": history,
                                 "seconds": time.time() - start})
     print(f"wrote {out}, {time.time() - start:.0f} s")
+
+
+def judge_layers(text, llm):
+    """--layers as a list of numbers; where it is empty, the token embeddings and the layers at two
+    fifths and two thirds of the LLM's depth: 0, 12, 20 of 30. Raises SystemExit2 for a layer that
+    the LLM lacks."""
+    try:
+        config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 as in load_llm
+        fail(f"--llm {llm}: no model can be loaded from it ({type(error).__name__}: "
+             f"{str(error)[:200]}); give a local folder or a Hugging Face id")
+    depth = config.get_text_config().num_hidden_layers
+    if not text:
+        return sorted({0, round(depth * 2 / 5), round(depth * 2 / 3)})
+    try:
+        layers = sorted({int(layer) for layer in text.split(",")})
+    except ValueError:
+        fail(f"--layers {text}: give numbers of layers, such as 0,12,20")
+    if layers[0] < 0 or layers[-1] > depth:
+        fail(f"--layers {text}: {llm} has layers 0 (its token embeddings) to {depth}; give some of "
+             "these")
+    return layers
 
 
 @torch.no_grad()
@@ -1746,8 +1766,9 @@ def main(argv=None):
 
     p = command("judge", "fit what the texts say a user likes; list likely false hard negatives",
                 "--layers 0,12,20")
-    p.add_argument("--layers", default="0,12,20",
-                   help="layers whose readings are used, comma-separated; 0: a bag of words")
+    p.add_argument("--layers", default="",
+                   help="layers whose readings are used, comma-separated; 0: a bag of words (left "
+                        "out: 0 and those at 2/5 and 2/3 of the depth)")
     p.add_argument("--control", choices=["none", "shuffled", "random"], default="none",
                    help="what a judge is worth: texts given to other items, or an LLM of random "
                         "weights")

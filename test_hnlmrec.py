@@ -2730,6 +2730,11 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     llm_negatives.main([*read, "--control", "random", "--seed", "1", "--out", "judge-random.safetensors"])
     real, random = (backbones.load_tensors(copied / f"judge{name}.safetensors", "")[0] for name in ("", "-random"))
     assert real["likely"].shape == (real["user"].shape[0], 20) and not torch.equal(real["user"], random["user"])
+    for layers in ("0,x", "0,3", "-1"):
+        with pytest.raises(SystemExit) as error:
+            llm_negatives.main([*read, "--layers", layers, "--out", "judge-bad.safetensors"])
+        assert "--layers" in error.value.message
+    assert llm_negatives.judge_layers("", str(tiny_llm)) == [0, 1]  # of two layers
     bare = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
     train = ["train", *run, "--dim", "8", "--epochs", "2", "--eval-every", "1", *bare]
     hnlmrec.main([*train, "--lambda-f", "1", "--out", "model-hnlmrec-soft.safetensors"])
