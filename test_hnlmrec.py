@@ -2137,6 +2137,62 @@ def toy_relevance(p, encoder):
     assert torch.allclose(ours, oracle, atol=1e-4)
 
 
+def toy_judge(p, encoder):
+    train = torch.tensor([(u, 10 * (u % 2) + (u + n) % 10) for u in range(20) for n in range(6)])
+    taste = (torch.arange(20) < 10).float()[:, None] * torch.ones(8) + torch.randn(20, 8) / 10
+    judge = p["Judge"]([taste, torch.randn(20, 8)], train, 20)
+    loss, _ = p["make_judge_step"](judge, train, 16)(torch.arange(len(train)), None)
+    loss.backward()
+    assert judge.item_map.weight.grad.abs().sum() > 0
+    items, share = p["likely_items"](judge, train, 4)
+    assert torch.equal(items // 10, (torch.arange(20) % 2)[:, None].expand(-1, 4))
+    assert torch.allclose(share.sum(1), torch.ones(20))
+
+
+def toy_likely(p, encoder):
+    likely = p["LikelyFalse"](torch.tensor([[4, 2], [3, 1]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert likely(torch.tensor([0, 1, 0])).tolist() == [2, 3, 2]
+
+
+def toy_blend(p, encoder):
+    own, judge = [torch.randn(5, 3), torch.randn(7, 3)], [torch.randn(5, 4), torch.randn(7, 4)]
+    users, items = p["blend_vectors"](*own, *judge, 2.0)
+    z = []
+    for u, i in (own, judge):
+        score = u @ i.T
+        z.append((score - score.mean(1, keepdim=True)) / score.std(1, keepdim=True))
+    assert torch.allclose(users @ items.T, z[0] + 2 * z[1], atol=1e-4)
+
+
+def toy_hnlmrec(p, encoder):
+    """One step with all terms; its BPR and L_false are those of the scores."""
+    train = torch.tensor([(u, (u + n) % 8) for u in range(6) for n in range(3)])
+    backbone, hidden = backbones.MF(6, 8, 4), torch.randn(len(train), 5)
+    text, negative = torch.randn(8, 9), torch.tensor([7, 6, 5, 4, 3, 2] * 3)
+    table = p["NegativeTable"](train, train, 6, 8)
+    settings = Namespace(alpha=0.02, lambda1=1, lambda_s=0.01, lambda_f=1, gamma=0.2, reg=0, tau_c=0.2,
+                         align_rows=8, k=2, refresh=1)
+
+    def sample(u, i, generator):
+        users, items = backbone()
+        return users, items, users[u], items[i], items[negative], negative
+
+    likely = lambda users, generator: (users + 4) % 8
+    method = p["HNLMRec"](
+        backbone, p["Projector"](hidden, 4), p["SemanticProjector"](text, train, 6, 4), sample,
+        table, hidden, torch.arange(12).view(6, 2) % 8, train, settings, likely)
+    loss, logs = method.loss(torch.arange(18), None)
+    loss.backward()
+    assert set(logs) == {"bpr", "false", "align", "semantic"}
+    (u, i), (users, items) = train.T, backbone()
+    e = 0.02 * method.z + 0.98 * items[negative]
+    below = (users[u] * e).sum(1)
+    bpr = F.softplus(below - (users[u] * items[i]).sum(1)).mean()
+    false = F.softplus(below - (users[u] * items[(u + 4) % 8]).sum(1)).mean()
+    assert logs["bpr"] == pytest.approx(bpr.item(), abs=1e-5)
+    assert logs["false"] == pytest.approx(false.item(), abs=1e-5)
+
+
 def toy_core(p, encoder):
     kept = p["k_core"](np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 0]), 2)
     assert kept.tolist() == [True, True, True, True, False]
@@ -2150,10 +2206,12 @@ def toy_bootstrap(p, encoder):
 
 TOYS = {
     "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
-    "item_knn": toy_closed_forms, "bpr_loss": toy_losses, "rank_unseen": toy_ranking, "mine_hard_negatives": toy_band,
+    "item_knn": toy_closed_forms, "bpr_loss": toy_losses, "rank_unseen": toy_ranking,
+    "mine_hard_negatives": toy_band,
     "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
     "info_nce": toy_info_nce, "grouped_batches": toy_batches, "Projector": toy_stage_two,
-    "text_start": toy_text_start, "text_factors": toy_relevance, "k_core": toy_core,
+    "text_start": toy_text_start, "text_factors": toy_relevance, "HNLMRec": toy_hnlmrec,
+    "Judge": toy_judge, "LikelyFalse": toy_likely, "blend_vectors": toy_blend, "k_core": toy_core,
     "paired_bootstrap": toy_bootstrap,
 }
 
@@ -2168,8 +2226,9 @@ def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
     # what the pasted code looks up, on paths that the toys do not take either
     taken = global_names(code) - set(plain) - set(dir(builtins)) - {"__name__"}
     assert taken <= {*along, *pieces}
-    # these two make what the caller hands in; everything else in the row is needed by the code
-    assert set(along) - taken <= {"normalized_adjacency", "user_rows"}
+    # these make what the caller hands in; everything else in the row is needed by the code
+    made = {"normalized_adjacency", "user_rows", "NegativeTable", "Projector", "SemanticProjector"}
+    assert set(along) - taken <= made
     exec(code, plain)
     TOYS[piece](plain, encoder)
 
