@@ -254,10 +254,15 @@ def cross_fitted(x, y, half):
 def auc(score, label):
     """Probability that a positive scores above a negative, one half where they are equal (Mann and
     Whitney, 1947): score (n,), label (n,) bool -> float."""
-    _, place, count = score.unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count.double() - 1) / 2)[place]  # from 1; equals share their mean
     n = label.sum()
-    return float((rank[label].sum() - n * (n + 1) / 2) / (n * (len(label) - n)))
+    wins = ranks(score)[label].sum() - n * (n + 1) / 2
+    return float(wins / (n * (len(label) - n)))
+
+
+def ranks(values):
+    """Values (n,) -> their ranks (n,) float64, 1 the lowest; equal ones share their mean rank."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count.double() - 1) / 2)[place]
 
 
 def fit_of_features(features, label, user, n_users, seed=0):
@@ -280,7 +285,9 @@ def cf_candidates(model, data, labels="valid", top=50):
 
     labels: valid, or test, where what is in valid counts as seen too -> items (U, top), -1 where a
     user has fewer unseen ones; and of the others (n,), user by user: the label (bool: is in
-    `labels`), the users, and what CF says of them: [score, log rank, log(1 + train count)]."""
+    `labels`), the users, and what CF says of them: [score, log-odds of the score's quantile among
+    all pairs', log rank, log(1 + train count)]. Without the quantile a score with long tails, such
+    as RP3beta's, tells less than it knows, and each judge seems to add more than it does."""
     seen = data["train"] if labels == "valid" else torch.cat([data["train"], data["valid"]])
     everyone, top = torch.arange(model.n_users), min(top, model.n_items)
     items = rank_unseen(model, everyone, user_rows(seen, model.n_users), top)  # (U, top)
@@ -292,8 +299,10 @@ def cf_candidates(model, data, labels="valid", top=50):
     user, place = (items >= 0).nonzero().T
     item = items[user, place]
     label = contains(pair_keys(data[labels], model.n_items), user, item, model.n_items)
+    score = torch.cat(scores)[user, place]
+    quantile = torch.logit((ranks(score) - 0.5) / len(score))
     count = torch.bincount(data["train"][:, 1], minlength=model.n_items)
-    cf = [torch.cat(scores)[user, place], (place + 1.0).log(), (count[item] + 1.0).log()]
+    cf = [score, quantile, (place + 1.0).log(), (count[item] + 1.0).log()]
     return items, label, user, cf
 
 
@@ -429,10 +438,11 @@ def judge_lines(result):
     """Lines of the table of measure_judges; `cf` of the result names the CF model."""
     lines = [f"{result['positives']:,} {result['labels']} positives among {result['pairs']:,} "
              f"pairs: the {result['top']} best unseen items of each user by {result['cf']}. "
-             "Logistic regression of \"is a positive\" on CF score, log rank, log popularity and "
-             "the judge, users cross-fitted in two halves: AUC, and gain in log-likelihood (nats, "
-             "and nats per 1,000 positives) with its 95 % interval by bootstrap over users. How "
-             "far from 0 chance alone comes is what the shuffled texts show."]
+             "Logistic regression of \"is a positive\" on CF score, its quantile, log rank, log "
+             "popularity and the judge, users cross-fitted in two halves: AUC, and gain in "
+             "log-likelihood (nats, and nats per 1,000 positives) with its 95 % interval by "
+             "bootstrap over users. How far from 0 chance alone comes is what the shuffled texts "
+             "show."]
     if not result["rows"]:
         return [f"Of {result['pairs']:,} pairs {result['positives']:,} are positives, so there is "
                 "nothing to tell apart."]

@@ -953,10 +953,19 @@ def test_logistic_regression_against_lbfgs_and_a_closed_form():
     share = y.mean()
     ours = evaluation.logistic_regression(x[:, :1], y, ridge=0.0)
     assert float(ours) == pytest.approx(float(torch.log(share / (1 - share))))
-    # separable, and far from the start: the ridge and the halved steps keep it finite
+    # separable: the ridge keeps it finite
     x = torch.tensor([[1.0, -300], [1, -1], [1, 1], [1, 500]], dtype=torch.float64)
     ours = evaluation.logistic_regression(x, torch.tensor([0.0, 0, 1, 1], dtype=torch.float64))
     assert torch.isfinite(ours).all() and 1 < ours[1] < 20
+    # tails so long that full Newton steps run away: the gradient is 0 all the same
+    generator = torch.Generator().manual_seed(47507)
+    x = torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    x = x.sign() * (6 * x.abs()).exp()
+    x = torch.cat([torch.ones(200, 1), (x - x.mean(0)) / x.std(0)], 1)
+    y = (torch.rand(200, generator=generator) < 0.1).double()
+    ours = evaluation.logistic_regression(x, y)
+    gradient = x.T @ (torch.sigmoid(x @ ours) - y) + 1e-3 * ours
+    assert gradient.abs().max() < 1e-6
 
 
 def test_auc_against_all_pairs():
@@ -1013,7 +1022,7 @@ def test_cf_candidates_against_loops(labels, top):
     users = torch.randn(N_USERS, 4, generator=generator)
     items = torch.randn(N_ITEMS, 4, generator=generator)
     ours = evaluation.cf_candidates(rigged(users, items), data, labels, top)
-    candidates, label, user, (score, rank, popularity) = ours
+    candidates, label, user, (score, quantile, rank, popularity) = ours
     factors = evaluation.factor_scores(users, items, candidates)
     expected = []
     for u in range(N_USERS):
@@ -1028,6 +1037,9 @@ def test_cf_candidates_against_loops(labels, top):
     columns = torch.stack([user, label, score, rank, popularity], 1)
     assert columns.tolist() == [pytest.approx(row, abs=1e-5) for row in expected]
     assert factors.tolist() == pytest.approx([row[2] for row in expected], abs=1e-5)
+    below = [sum(other[2] < row[2] for other in expected) + 0.5 for row in expected]
+    odds = [share / (len(expected) - share) for share in below]
+    assert quantile.exp().tolist() == pytest.approx(odds)
 
 
 def test_whiten_against_the_inverse_root_of_the_covariance():
