@@ -2139,8 +2139,8 @@ def toy_relevance(p, encoder):
 
 def toy_judge(p, encoder):
     train = torch.tensor([(u, 10 * (u % 2) + (u + n) % 10) for u in range(20) for n in range(6)])
-    taste = (torch.arange(20) < 10).float()[:, None] * torch.ones(8) + torch.randn(20, 8) / 10
-    judge = p["Judge"]([taste, torch.randn(20, 8)], train, 20)
+    taste, other = (torch.arange(20) < 10).float(), torch.arange(20) % 2.0  # other: 3 of each 6
+    judge = p["Judge"]([taste[:, None], other[:, None]], train, 20)
     loss, _ = p["make_judge_step"](judge, train, 16)(torch.arange(len(train)), None)
     loss.backward()
     assert judge.item_map.weight.grad.abs().sum() > 0
