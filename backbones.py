@@ -1314,6 +1314,8 @@ def maker_of(path):
     stem = re.sub(r"(-\d{5}|-items)?(\.partial)?\.(safetensors|jsonl|json|md)$", "", name)
     word = re.split("[-.]", stem)[0]
     model = "hnlmrec.py train" if "hnlmrec" in stem else "backbones.py pretrain"
+    if stem.startswith("model-hnlmrec-full"):
+        model = "hnlmrec.py blend"
     command = MAKERS.get(word, model)
     if command.startswith("llm_negatives.py finetune"):
         flags = f"--name sft{stem.removeprefix(word)}"

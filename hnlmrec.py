@@ -571,11 +571,16 @@ def blend(args):
     try:
         weights = [float(weight) for weight in args.weights.split(",")]
     except ValueError:
-        fail(f"--weights {args.weights}: give numbers, comma-separated, such as 0,0.5,1")
+        weights = []
+    if not weights or not all(0 <= weight <= 1000 for weight in weights):  # nan is not either
+        fail(f"--weights {args.weights}: give numbers from 0 to 1000, comma-separated, such as "
+             "0,0.5,1")
+    if args.out == args.model:
+        fail(f"--out {args.out}: is --model too; choose another name")
     model, meta, _ = load_model(run / args.model, data=data)
     if meta["settings"]["backbone"] not in ("mf", "lightgcn", "ngcf"):
         fail(f"--model {args.model}: its score is no inner product; give an mf, lightgcn or ngcf")
-    judge, _ = load_tensors(run / args.judge)
+    judge = load_judge(run / args.judge)
     with torch.no_grad():
         users, items = model()
     # a plain MF whose vectors are given, so that everything reads it as any model
@@ -603,6 +608,18 @@ def blend(args):
         "settings": settings, "n_users": n_users, "n_items": n_items, "history": history,
         "weight": chosen, "seconds": meta["seconds"] + time.time() - start})
     print(f"wrote {out}: weight {chosen:g}, valid NDCG@20 {best:.4f}")
+
+
+def load_judge(path, device="cpu"):
+    """What `llm_negatives.py judge` wrote -> dict: user (U, k) and item (I, k) float32, likely
+    (U, n) int32, share (U, n) float32. Raises SystemExit2 for another kind of file, as well as
+    load_tensors."""
+    tensors, meta = load_tensors(path, device=device)
+    command = meta["settings"].get("command")
+    if command != "judge":
+        fail(f"{path}: holds what `{command}` writes, not a judge; name one, such as "
+             "judge.safetensors")
+    return tensors
 
 
 def check_flags(args):
@@ -635,7 +652,7 @@ def build(run, settings, data, made):
     # the judge's likely false hard negatives
     likely = None
     if settings.lambda_f:
-        judged, _ = load_tensors(run / settings.judge, device=device)
+        judged = load_judge(run / settings.judge, device)
         likely = LikelyFalse(judged["likely"], judged["share"])
 
     # without generated vectors, that is all there is of the LLM
@@ -657,6 +674,9 @@ def build(run, settings, data, made):
     made = controlled(made, settings.control, settings.seed)
     hidden, text = made["hidden"].to(device), made["text"].to(device)
     table = NegativeTable(made["pairs"].to(device), train, n_users, n_items)
+    if (settings.lambda_s or settings.text_init or settings.clear) and (text == text[0]).all():
+        fail(f"{settings.text_vectors or settings.negatives}: the vectors of all items' texts are "
+             "alike, so they say nothing; give --lambda-s 0 --text-init 0 --clear 0")
 
     # the modules; the backbone may start from the texts
     backbone = build_backbone(

@@ -2818,6 +2818,21 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     assert scores["0"] == f"{backbones.validation(soft, data)():.4f}"  # weight 0 is the model alone
     hnlmrec.main(blend)
     assert "skip" in capsys.readouterr().out
+    for flag, value in (("--weights", "0,nan"), ("--weights", "1e39"), ("--weights=-1", None),
+                        ("--judge", "cf.safetensors"), ("--judge", "negatives-items.safetensors")):
+        words = [flag, value] if value else [flag]
+        message = refused("hnlmrec.py", *blend, *words, "--out", "model-bad.safetensors")
+        assert flag[:8] in message and not (copied / "model-bad.safetensors").exists()
+    message = refused("hnlmrec.py", *train, "--lambda-f", "1", "--judge", "cf.safetensors", "--out",
+                      "model-bad.safetensors")
+    assert "not a judge" in message
+    itself = ["--model", "model-hnlmrec-full.safetensors", "--force"]
+    assert "is --model too" in refused("hnlmrec.py", "blend", *run, *itself)
+    assert "hnlmrec.py blend" in backbones.maker_of(copied / "model-hnlmrec-full.safetensors")
+    save_file({"text": torch.ones(data["n_items"], 3)}, copied / "alike.safetensors")
+    message = refused("hnlmrec.py", "train", *run, "--mine-first", 1, "--mine-last", 5, "--out",
+                      "model-bad.safetensors", "--text-vectors", copied / "alike.safetensors")
+    assert "alike" in message
     evaluation.main(["judge", *run])
     assert "judge-random" in capsys.readouterr().out
 
