@@ -1,14 +1,19 @@
 """eval.py: what the trained models are worth, and what their negatives are.
 
 judge      what texts and LLM know of validation positives beyond CF -> judge.json. No test pair.
-report     runs/NAME/model-*.safetensors -> report.md and metrics.json. This, and nothing before it, reads the test pairs.
-compare    methods x backbones x seeds, ablations and controls -> compare.md, compare.json, pictures.
+report     runs/NAME/model-*.safetensors -> report.md and metrics.json. This, and nothing before it,
+           reads the test pairs.
+compare    methods x backbones x seeds, ablations and controls -> compare.md, compare.json,
+           pictures.
 tune       as many random trials for each method, on validation -> tuned.json. Reads no test pair.
-sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. Reads no test pair.
-recommend  one user's top items with titles and scores, and beside them the negatives the LLM made for that user.
+sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. Reads no test
+           pair.
+recommend  one user's top items with titles and scores, and beside them the negatives the LLM made
+           for that user.
 
-Metrics are over the full ranking of all items a user has not interacted with in train (and valid, when testing). Equal
-scores rank by item id, lowest first. Users without a test pair have no metric: they are left out and counted.
+Metrics are over the full ranking of all items a user has not interacted with in train (and valid,
+when testing). Equal scores rank by item id, lowest first. Users without a test pair have no metric:
+they are left out and counted.
 
 Alone:  python eval.py report --run runs/NAME
 """
@@ -78,17 +83,22 @@ def evaluate(model, data, split="test", ks=(10, 20)):
     if not len(data[split]):
         fail(f"data.safetensors: has no {split} pair to measure by; prepare it with some")
     seen = data["train"] if split == "valid" else torch.cat([data["train"], data["valid"]])
-    users, hits, relevant = ranking_hits(model, data[split], user_rows(seen, model.n_users), max(ks))
-    values = {f"{name}@{k}": metric(hits, relevant, k) for name, metric in METRICS.items() for k in ks}
+    seen = user_rows(seen, model.n_users)
+    users, hits, relevant = ranking_hits(model, data[split], seen, max(ks))
+    values = {}
+    for name, metric in METRICS.items():
+        for k in ks:
+            values[f"{name}@{k}"] = metric(hits, relevant, k)
     return users, values, model.n_users - len(users)
 
 
 def list_statistics(model, data, k=20):
     """What a model recommends and to whom it is right, on the test pairs -> dict.
 
-    Recall@k and the other metrics: per user (n,), with `users`; item_recall: Recall@k over the test pairs of each quarter of the items by train
-    popularity; popularity: mean train count of a recommended item; coverage: share of the catalogue that is recommended to
-    anybody; gini: inequality of how often items are recommended, 0 (all alike) to 1."""
+    Recall@k and the other metrics: per user (n,), with `users`; item_recall: Recall@k over the test
+    pairs of each quarter of the items by train popularity; popularity: mean train count of a
+    recommended item; coverage: share of the catalogue that is recommended to anybody; gini:
+    inequality of how often items are recommended, 0 (all alike) to 1."""
     users, values, _ = evaluate(model, data, "test", (10, k))
     seen = torch.cat([data["train"], data["valid"]])
     ranked = rank_unseen(model, users, user_rows(seen, model.n_users), k)  # (n, k)
@@ -97,8 +107,11 @@ def list_statistics(model, data, k=20):
     hit = hit_pairs(ranked, users, data["test"], model.n_items)
     shown = torch.bincount(ranked[ranked >= 0], minlength=model.n_items).double().sort().values
     rank = torch.arange(1, model.n_items + 1).double()
-    return {"users": users, **values, "item_recall": [float(hit[quarter[data["test"][:, 1]] == q].double().mean()) for q in range(4)],
-            "popularity": float(count[ranked[ranked >= 0]].double().mean()), "coverage": float((shown > 0).double().mean()),
+    of_pair = quarter[data["test"][:, 1]]
+    return {"users": users, **values,
+            "item_recall": [float(hit[of_pair == q].double().mean()) for q in range(4)],
+            "popularity": float(count[ranked[ranked >= 0]].double().mean()),
+            "coverage": float((shown > 0).double().mean()),
             "gini": float((2 * rank - model.n_items - 1) @ shown / (model.n_items * shown.sum()))}
 
 
@@ -150,20 +163,26 @@ def unseen_section(data, methods):
 
 
 def quartiles(count):
-    """Counts (n,) -> quarter 0 (lowest) … 3 of each; equal counts may fall on both sides of a border, by index."""
+    """Counts (n,) -> quarter 0 (lowest) … 3 of each; equal counts may fall on both sides of a
+    border, by index."""
     place = torch.empty_like(count)
     place[count.argsort(stable=True)] = torch.arange(len(count))
     return place * 4 // len(count)
 
 
 def paired_bootstrap(difference, draws=10_000, seed=0):
-    """Two-sided p that the mean of paired per-user differences (n,) is zero: users drawn with replacement (Efron, 1979; for
-    rankings, Sakai, SIGIR 2006) -> (mean, low and high end of the 95 % interval, p)."""
+    """Two-sided p that the mean of paired per-user differences (n,) is zero: users drawn with
+    replacement (Efron, 1979; for rankings, Sakai, SIGIR 2006) -> (mean, low and high end of the
+    95 % interval, p)."""
     difference = np.asarray(difference, np.float64)
     rng = np.random.default_rng(seed)
-    means = np.array([difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(draws)])
+    n, means = len(difference), np.empty(draws)
+    for draw in range(draws):
+        means[draw] = difference[rng.integers(0, n, n)].mean()
     below = (np.sum(means <= 0) + 1) / (draws + 1)
-    return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * min(below, (np.sum(means >= 0) + 1) / (draws + 1)))
+    above = (np.sum(means >= 0) + 1) / (draws + 1)
+    interval = np.quantile(means, [0.025, 0.975])
+    return difference.mean(), *interval, min(1.0, 2 * min(below, above))
 
 
 def spread(values):
@@ -175,8 +194,9 @@ def spread(values):
 # --------------------------------------------------------------------------------------------------
 
 def fhns_rate(users, items, held_keys, n_items):
-    """Share of negatives that are held-out positives of their user: users (n,), items (n, k), held_keys from pair_keys of
-    valid + test pairs -> float. An item of -1 (no such item) counts in neither."""
+    """Share of negatives that are held-out positives of their user: users (n,), items (n, k),
+    held_keys from pair_keys of valid + test pairs -> float. An item of -1 (no such item) counts in
+    neither."""
     real = items >= 0
     false = contains(held_keys, users[:, None], items.clamp(min=0), n_items) & real
     return float(false.sum() / real.sum().clamp(min=1))
@@ -193,30 +213,37 @@ def some_of(n, generator=None):
     return torch.randperm(n, generator=generator)[:MOST].sort().values
 
 
+def fhns_rates(users, items, held_keys, n_items):
+    """fhns_rate of the first negative and of the first ten, best first: items (n, 10)."""
+    return {"FHNS@1": fhns_rate(users, items[:, :1], held_keys, n_items),
+            "FHNS@10": fhns_rate(users, items[:, :10], held_keys, n_items)}
+
+
 def fhns_of_samplers(model, data, m, seed):
     """FHNS@1 of what the samplers hand a trained model for train pairs (all, or MOST of them):
     uniform, DNS (the best of m), and the item nearest to MixGCF's synthetic vector; FHNS@10 for the
     ten best of the draw where a sampler ranks."""
     generator = torch.Generator().manual_seed(seed)
     u, i = data["train"][some_of(len(data["train"]), generator)].T
-    held = pair_keys(torch.cat([data["valid"], data["test"]]), model.n_items)
-    candidates = UnseenSampler(data["train"], model.n_users, model.n_items)(u, m, generator)
-    rates = {"uniform": {"FHNS@1": fhns_rate(u, candidates[:, :1], held, model.n_items),
-                         "FHNS@10": fhns_rate(u, candidates[:, :10], held, model.n_items)}}
+    n_items, train_keys = model.n_items, pair_keys(data["train"], model.n_items)
+    held = pair_keys(torch.cat([data["valid"], data["test"]]), n_items)
+    candidates = UnseenSampler(data["train"], model.n_users, n_items)(u, m, generator)
+    rates = {"uniform": fhns_rates(u, candidates, held, n_items)}
     with torch.no_grad():
         users, items = model()
-        chosen = torch.cat([dns(model.score, users[a], items, c)[:, None] for a, c in zip(u.split(4096), candidates.split(4096))])
-        rates["DNS"] = {"FHNS@1": fhns_rate(u, chosen, held, model.n_items)}
+        chosen = []
+        for a, c in zip(u.split(4096), candidates.split(4096)):
+            chosen.append(dns(model.score, users[a], items, c)[:, None])
+        rates["DNS"] = {"FHNS@1": fhns_rate(u, torch.cat(chosen), held, n_items)}
         _, item_layers = model.layers()
-        synthetic = torch.cat([mixgcf(users[a], item_layers, p, c, model.pool, generator)
-                               for a, p, c in zip(u.split(4096), i.split(4096), candidates.split(4096))])
-        nearest = nearest_items(synthetic, u, items, pair_keys(data["train"], model.n_items), 10)
-        rates["MixGCF, nearest items"] = {"FHNS@1": fhns_rate(u, nearest[:, :1], held, model.n_items),
-                                          "FHNS@10": fhns_rate(u, nearest, held, model.n_items)}
+        synthetic = []
+        for a, p, c in zip(u.split(4096), i.split(4096), candidates.split(4096)):
+            synthetic.append(mixgcf(users[a], item_layers, p, c, model.pool, generator))
+        nearest = nearest_items(torch.cat(synthetic), u, items, train_keys, 10)
+        rates["MixGCF, nearest items"] = fhns_rates(u, nearest, held, n_items)
     everyone = some_of(model.n_users, generator)
     top = rank_unseen(model, everyone, user_rows(data["train"], model.n_users), 10)
-    rates["the model's own top items"] = {"FHNS@1": fhns_rate(everyone, top[:, :1], held, model.n_items),
-                                          "FHNS@10": fhns_rate(everyone, top, held, model.n_items)}
+    rates["the model's own top items"] = fhns_rates(everyone, top, held, n_items)
     return rates
 
 
@@ -224,10 +251,10 @@ def fhns_of_vectors(pairs, vectors, items, data, n_items):
     """FHNS of generated vectors (all, or MOST of them) through their nearest real items: pairs
     (n, 2), vectors (n, D), items (I, D)."""
     rows = some_of(len(pairs), torch.Generator().manual_seed(0))
-    pairs, vectors = pairs[rows], vectors[rows]
+    users, vectors = pairs[rows, 0], vectors[rows]
     held = pair_keys(torch.cat([data["valid"], data["test"]]), n_items)
-    nearest = nearest_items(vectors, pairs[:, 0], items, pair_keys(data["train"], n_items), 10)
-    return {"FHNS@1": fhns_rate(pairs[:, 0], nearest[:, :1], held, n_items), "FHNS@10": fhns_rate(pairs[:, 0], nearest, held, n_items)}
+    nearest = nearest_items(vectors, users, items, pair_keys(data["train"], n_items), 10)
+    return fhns_rates(users, nearest, held, n_items)
 
 # --------------------------------------------------------------------------------------------------
 # Judges: how much a score of users and items knows of held-out positives that CF does not, in nats.
@@ -515,29 +542,36 @@ NAMES = {"pop": "Popularity", "itemknn": "ItemKNN", "rp3": "RP3β", "ease": "EAS
 
 
 def report(args):
-    """Evaluate every model-*.safetensors of the run on the test pairs; write report.md and metrics.json."""
+    """Evaluate every model-*.safetensors of the run on the test pairs; write report.md and
+    metrics.json."""
     run, data = Path(args.run), load_data(args.run)
     paths = sorted(run.glob("model-*.safetensors"))
     if not paths:
-        fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or `python hnlmrec.py train`")
-    order = list(NAMES)
-    paths.sort(key=lambda p: (order.index(p.stem[6:]) if p.stem[6:] in order else len(order), p.name))
+        fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or "
+             "`python hnlmrec.py train`")
+    place = {name: n for n, name in enumerate(NAMES)}
+    paths.sort(key=lambda path: (place.get(path.stem[6:], len(place)), path.name))
+
+    # every model's metrics; per_user keeps those the paired test needs
     metrics, models, per_user = {"data": data["digest"], "methods": {}}, {}, {}
     for path in paths:
         model, meta, tensors = load_model(path, data=data)
         users, values, skipped = evaluate(model, data)
         best = best_epoch(meta)
         row = {name: float(value.mean()) for name, value in values.items()}
-        row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"], "seconds": meta["seconds"],
-                "backbone": meta["settings"]["backbone"], "seed": meta["settings"]["seed"]}
+        row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"],
+                "seconds": meta["seconds"], "backbone": meta["settings"]["backbone"],
+                "seed": meta["settings"]["seed"]}
         if not all(math.isfinite(row[name]) for name in COLUMNS):
             fail(f"{path}: its metrics are not finite; train it again with --force")
         row |= unseen_scores(model, data, users, values)
         metrics["methods"][path.stem[6:]] = row
         models[path.stem[6:]] = (model, tensors)
         per_user[path.stem[6:]] = values["NDCG@20"].numpy()
-    metrics["users tested"], metrics["users without a test pair"] = data["n_users"] - skipped, skipped
+    metrics["users tested"] = data["n_users"] - skipped
+    metrics["users without a test pair"] = skipped
 
+    # first what a person wants to know, then the table of all models
     with_z = [name for name, (_, tensors) in models.items() if "z" in tensors]
     ours = "hnlmrec" if "hnlmrec" in with_z else next(iter(with_z), None)
     lines = [f"# Report: {markdown(run.name)}", *verdict_section(run, metrics, per_user, ours)]
@@ -546,33 +580,50 @@ def report(args):
               (f"{data['n_users']:,} users, {data['n_items']:,} items; "
                f"train {len(data['train']):,}, valid {len(data['valid']):,}, "
                f"test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
-               f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test pair."), ""]
-    lines += markdown_table(["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], [
-        [NAMES.get(name, name), row["backbone"], *(f"{row[c]:.4f}" for c in COLUMNS), f"{row['valid NDCG@20']:.4f}",
-         row["best epoch"], f"{row['seconds']:.0f}"] for name, row in metrics["methods"].items()])
+               f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test "
+               "pair."), ""]
+    header, rows = ["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], []
+    for name, row in metrics["methods"].items():
+        scores = [f"{row[column]:.4f}" for column in (*COLUMNS, "valid NDCG@20")]
+        rows.append([NAMES.get(name, name), row["backbone"], *scores, row["best epoch"],
+                     f"{row['seconds']:.0f}"])
+    lines += markdown_table(header, rows)
 
+    # what the negatives are; the samplers' are those of a model trained without ours
     lines += unseen_section(data, metrics["methods"])
     methods = metrics["methods"].items()
     trained = [name for name, row in methods if row["backbone"] not in CLOSED_FORMS]
     name = next((name for name in ("rns", "dns", *trained) if name in models), None)
     reference = models[name][0] if name else None
-    lines += fhns_section(run, data, reference, metrics, args.m, {
-        f"{NAMES.get(name, name)}, projected z": (tensors["z_pairs"], tensors["z"], tensors["item"]) for name, (_, tensors) in models.items() if "z" in tensors})
+    projected = {}
+    for name in with_z:
+        z = models[name][1]
+        projected[f"{NAMES.get(name, name)}, projected z"] = z["z_pairs"], z["z"], z["item"]
+    lines += fhns_section(run, data, reference, metrics, args.m, projected)
     lines += judge_section(run, data, args.cf, metrics)
     if (run / "sft.safetensors").exists():
-        log = read_meta(run / "sft.safetensors")["log"]
-        metrics["sft"] = log
-        lines += ["", "## Fine-tuning", "", (f"Loss at chance {log['chance_loss']:.3f}, last steps "
-                  f"{(sum(log['steps'][-10:]) / max(1, len(log['steps'][-10:]))):.3f}. How often the item nearest to the generated "
-                  f"vector is a mined hard negative, on held-back train pairs; floors: uniform {log['uniform_floor']:.3f}, the best "
-                  f"single item for everybody {log['popularity_floor']:.3f}."), ""]
-        sets = sorted({name for rates in log["hit_rates"].values() for name in rates})
-        lines += markdown_table(["", *sets], [[name, *(f"{rates[s]:.3f}" if s in rates else "" for s in sets)]
-                                              for name, rates in log["hit_rates"].items()])
+        metrics["sft"] = read_meta(run / "sft.safetensors")["log"]
+        lines += finetuning_section(metrics["sft"])
     write_atomic(run / "report.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     print("\n".join(lines))
     print(f"\nwrote {run / 'report.md'} and {run / 'metrics.json'}")
+
+
+def finetuning_section(log):
+    """The report's lines on the log of `llm_negatives.py finetune`."""
+    steps = log["steps"][-10:]
+    lines = ["", "## Fine-tuning", "",
+             (f"Loss at chance {log['chance_loss']:.3f}, last steps "
+              f"{sum(steps) / max(1, len(steps)):.3f}. How often the item nearest to the generated "
+              "vector is a mined hard negative, on held-back train pairs; floors: uniform "
+              f"{log['uniform_floor']:.3f}, the best single item for everybody "
+              f"{log['popularity_floor']:.3f}."), ""]
+    sets = sorted({name for rates in log["hit_rates"].values() for name in rates})
+    rows = []
+    for name, rates in log["hit_rates"].items():
+        rows.append([name, *(f"{rates[s]:.3f}" if s in rates else "" for s in sets)])
+    return [*lines, *markdown_table(["", *sets], rows)]
 
 
 def verdict_section(run, metrics, per_user, ours):
@@ -649,17 +700,21 @@ def fhns_section(run, data, model, result, m=8, projected=None):
         name = path.name[: -len("-00000.safetensors")]
         made = load_negatives(run, name, data["digest"])
         # the head's space is that of the centred item vectors (llm_negatives.SftTask)
-        fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(made["pairs"], made["vector"], items - items.mean(0), data, data["n_items"])
+        fhns[f"HNLMRec, generated ({name})"] = fhns_of_vectors(
+            made["pairs"], made["vector"], items - items.mean(0), data, data["n_items"])
     for name, (pairs, vectors, trained) in (projected or {}).items():
         fhns[name] = fhns_of_vectors(pairs, vectors, trained, data, data["n_items"])
     result["fhns"] = fhns
     if not fhns:
         return []
-    return ["", "## False hard negatives", "", ("Share of negatives that are held-out (valid or test) positives of their user; for a "
-            "vector, its nearest real items that the user has no train pair with. "
-            f"Over {MOST:,} pairs or users at most."), "",
-            *markdown_table(["negatives", "FHNS@1", "FHNS@10"], [
-                [name, *(f"{row[c]:.2%}" if c in row else "" for c in ("FHNS@1", "FHNS@10"))] for name, row in fhns.items()])]
+    columns, rows = ("FHNS@1", "FHNS@10"), []
+    for name, row in fhns.items():
+        rows.append([name, *(f"{row[c]:.2%}" if c in row else "" for c in columns)])
+    return ["", "## False hard negatives", "",
+            ("Share of negatives that are held-out (valid or test) positives of their user; for a "
+             "vector, its nearest real items that the user has no train pair with. "
+             f"Over {MOST:,} pairs or users at most."), "",
+            *markdown_table(["negatives", *columns], rows)]
 
 
 def best_epoch(meta):
@@ -667,7 +722,8 @@ def best_epoch(meta):
     return max(meta["history"], key=lambda row: row["valid_ndcg@20"])
 
 # --------------------------------------------------------------------------------------------------
-# Compare: methods x backbones x seeds on one split. A cell is one command, echoed, that trains one model
+# Compare: methods x backbones x seeds on one split. A cell is one command, echoed, that trains one
+# model
 # --------------------------------------------------------------------------------------------------
 
 # closed forms have a backbone of their own, and no seed
@@ -685,11 +741,12 @@ OURS = {
 ABLATIONS = {
     "random vectors": "--control random", "vectors shuffled between pairs": "--control shuffled",
     "cleared by shuffled texts": "--clear 0.3 --control cleared",
-    "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0", "no generated negative": "--alpha 0 --lambda1 0",
+    "no semantic alignment": "--lambda-s 0", "random initial vectors": "--text-init 0",
+    "no generated negative": "--alpha 0 --lambda1 0",
     "no self-attention": "--no-attention", "no alignment of z": "--lambda1 0",
 }
-# nothing of the LLM but the likely false hard negatives of a judge, on a plain backbone: name -> the
-# judge's file, and the flags of llm_negatives.py that make it
+# nothing of the LLM but the likely false hard negatives of a judge, on a plain backbone: name ->
+# the judge's file, and the flags of llm_negatives.py that make it
 ALONE = ("--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --clear 0 "
          "--lambda-f 1 --judge ")
 JUDGED = {
@@ -698,42 +755,64 @@ JUDGED = {
     "judged by shuffled texts": ("judge-shuffled.safetensors", "--control shuffled"),
     "judged by an LLM of random weights": ("judge-random.safetensors", "--control random"),
 }
-LLM_ABLATIONS = {  # name -> the negatives it trains with, and the steps of llm_negatives.py that make them: minutes each
-    "LLM not fine-tuned": ("negatives-zeroshot", ["generate --no-finetune --out negatives-zeroshot"]),
-    "item texts as bags of words": ("negatives-words", ["generate --bag-of-words --out negatives-words"]),
-    "no CF tokens in the prompt": ("negatives-nocf", ["finetune --soft-tokens 0 --name sft-nocf", "generate --sft sft-nocf --out negatives-nocf"]),
-    "template profiles": ("negatives-template", [
-        "profile --profiles template --out profiles-template.jsonl", "finetune --profiles profiles-template.jsonl --name sft-template",
-        "generate --sft sft-template --out negatives-template"]),
-    "targets mined by MixGCF": ("negatives-mixgcf", ["finetune --mine mixgcf --name sft-mixgcf", "generate --sft sft-mixgcf --out negatives-mixgcf"]),
+# name -> the negatives it trains with, and the steps of llm_negatives.py that make them, minutes
+# each
+LLM_ABLATIONS = {
+    "LLM not fine-tuned": (
+        "negatives-zeroshot", ["generate --no-finetune --out negatives-zeroshot"]),
+    "item texts as bags of words": (
+        "negatives-words", ["generate --bag-of-words --out negatives-words"]),
+    "no CF tokens in the prompt": (
+        "negatives-nocf", ["finetune --soft-tokens 0 --name sft-nocf",
+                           "generate --sft sft-nocf --out negatives-nocf"]),
+    "template profiles": (
+        "negatives-template", ["profile --profiles template --out profiles-template.jsonl",
+                               "finetune --profiles profiles-template.jsonl --name sft-template",
+                               "generate --sft sft-template --out negatives-template"]),
+    "targets mined by MixGCF": (
+        "negatives-mixgcf", ["finetune --mine mixgcf --name sft-mixgcf",
+                             "generate --sft sft-mixgcf --out negatives-mixgcf"]),
 }
 LLM_FLAGS = ("tau-s", "lora-rank")  # a sweep over one of these fine-tunes anew for each value
 
 
 def compare(args):
-    """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md, compare.json and pictures."""
+    """Train all cells that are not there yet, evaluate them on the test pairs, write compare.md,
+    compare.json and pictures."""
     run, data, seeds = Path(args.run), load_data(args.run), range(args.seeds)
     report_name(run, args.out, "compare")
+
+    # every method there is, with its flags
     flags = words_of("--flags", args.flags, CELL_FLAGS)
     baseline_flags = words_of("--baseline-flags", args.baseline_flags, CELL_FLAGS)
     hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
     every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
-    ours = OURS | ABLATIONS | {name: f"--negatives {negatives}" for name, (negatives, _) in LLM_ABLATIONS.items()}
+    ours = OURS | ABLATIONS
+    ours |= {name: f"--negatives {made}" for name, (made, _) in LLM_ABLATIONS.items()}
     ours |= {name: ALONE + judge for name, (judge, _) in JUDGED.items()}
     every |= {name: hnlmrec_flags + words.split() for name, words in ours.items()}
+
+    # those wanted; "MixGCF --lr 2e-3" is a method with flags of its own
     methods = []
     for entry in args.methods.split(";") if args.methods else [*BASELINES, *OURS]:
-        name, *words = entry.strip().partition(" --")  # "MixGCF --lr 2e-3": a method with flags of its own
+        name, *words = entry.strip().partition(" --")
         if name not in every:
             fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
         if name in methods:
-            fail(f"--methods: {name} is there twice, and a method is one row; compare the second one's flags in another --out")
+            fail(f"--methods: {name} is there twice, and a method is one row; compare the second "
+                 "one's flags in another --out")
         every[name] += words_of(f"--methods {name}", "".join(words), CELL_FLAGS)
         methods.append(name)
-    more = [*(ABLATIONS if args.ablations or args.llm_ablations else ()), *(LLM_ABLATIONS if args.llm_ablations else ())]
-    backbones = args.backbones.split(",")
-    plan = dict.fromkeys([(name, backbone) for backbone in backbones for name in methods] + [(name, backbones[0]) for name in more])
-    for name, _ in plan:  # one after the other, on all cores
+    backbones, plan = args.backbones.split(","), {}  # plan: its keys are (method, backbone)
+    for backbone in backbones:
+        plan |= dict.fromkeys((name, backbone) for name in methods)
+    if args.ablations or args.llm_ablations:
+        plan |= dict.fromkeys((name, backbones[0]) for name in ABLATIONS)
+    if args.llm_ablations:
+        plan |= dict.fromkeys((name, backbones[0]) for name in LLM_ABLATIONS)
+
+    # what their trainings read, made one after the other, on all cores
+    for name, _ in plan:
         words_of("--flags", args.flags, every[name])
         if name in JUDGED and not (run / JUDGED[name][0]).exists():
             judge, words = JUDGED[name]
@@ -741,8 +820,10 @@ def compare(args):
                     "--out", judge)
         if name in LLM_ABLATIONS:
             make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
+
+    # cells: (method, backbone, seed) -> its cell; a closed form has one for all of them
     tuned = read_tuned(run / args.tuned, data["digest"]) if args.tuned else None
-    cells = {}  # (method, backbone, seed) -> its cell; a closed form has one for all of them
+    cells = {}
     for name, backbone in plan:
         words = tuned_words(tuned, name, backbone, every[name]) if tuned else every[name]
         script = "backbones.py" if name in BASELINES else "hnlmrec.py"
@@ -764,20 +845,28 @@ def compare(args):
             statistics[path] |= {"valid": best, "seconds": meta["seconds"]}
         rows.setdefault((name, backbone), []).append(statistics[path])
         progress.update(n)
-    # … -> arrays with seeds as the first axis: metrics per user (S, n), the rest (S,) or (S, 4)
-    table = {key: {column: np.array([np.asarray(cell[column]) for cell in cells]) for column in cells[0]} for key, cells in rows.items()}
-    result = {"data": data["digest"], "seeds": list(seeds), "tests": {}, "cells": {" | ".join(key): {
-        column: (v.mean(1) if column in COLUMNS else v).tolist() for column, v in cell.items() if column in (*COLUMNS, *LIST_COLUMNS)} for key, cell in table.items()}}
+
+    # table: … -> arrays with seeds as the first axis: metrics (S, n) by user, others (S,), (S, 4)
+    table = {key: stacked(over_seeds) for key, over_seeds in rows.items()}
+    result = {"data": data["digest"], "seeds": list(seeds), "tests": {}, "cells": {}}
+    for key, cell in table.items():
+        result["cells"][" | ".join(key)] = means_of_cell(cell)
+
+    # compare.md, compare.json and a picture for each backbone
     lines = [f"# Comparison: {markdown(run.name)}", "",
-             (f"{data['n_users']:,} users, {data['n_items']:,} items, train {len(data['train']):,} pairs; one split, one set of generated "
-             f"negatives; {len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best validation epoch.")]
+             (f"{data['n_users']:,} users, {data['n_items']:,} items, train "
+              f"{len(data['train']):,} pairs; one split, one set of generated negatives; "
+              f"{len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best "
+              "validation epoch.")]
     if tuned:
         trials = max(entry["trials"] for methods in tuned.values() for entry in methods.values())
         lines += ["", f"Flags by {trials} random trials a method on validation ({args.tuned})."]
     for backbone in dict.fromkeys(backbone for _, backbone in plan):
-        lines += backbone_section(run, args.out, backbone, {name: cell for (name, b), cell in table.items() if b == backbone}, data, result["tests"])
+        part = {name: cell for (name, other), cell in table.items() if other == backbone}
+        lines += backbone_section(run, args.out, backbone, part, data, result["tests"])
     trained = next((path for (name, *_), path in paths.items() if name not in CLOSED), None)
-    lines += fhns_section(run, data, load_model(trained, data=data)[0] if trained else None, result)
+    reference = load_model(trained, data=data)[0] if trained else None
+    lines += fhns_section(run, data, reference, result)
     write_atomic(run / f"{args.out}.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
     print("\n".join(lines))
@@ -787,55 +876,100 @@ def compare(args):
 LIST_COLUMNS = ["valid", "seconds", "item_recall", "popularity", "coverage", "gini"]
 
 
+def stacked(cells):
+    """Cells of equal columns -> {column: array with the cells as the first axis}."""
+    table = {}
+    for column in cells[0]:
+        table[column] = np.array([np.asarray(cell[column]) for cell in cells])
+    return table
+
+
+def means_of_cell(cell):
+    """{column: array over seeds} -> what compare.json keeps of it, metrics as means over users."""
+    kept = {}
+    for column, values in cell.items():
+        if column in (*COLUMNS, *LIST_COLUMNS):
+            kept[column] = (values.mean(1) if column in COLUMNS else values).tolist()
+    return kept
+
+
 def backbone_section(run, out, backbone, table, data, tests):
-    """Lines of one backbone's part of the comparison, and its picture. table {method: {column: array over seeds}}; what the
-    paired tests find is also put into `tests`."""
+    """Lines of one backbone's part of the comparison, and its picture. table {method: {column:
+    array over seeds}}; what the paired tests find is also put into `tests`."""
     # the rival is named by validation, as every choice is
-    best = max((name for name in table if name in BASELINES), key=lambda name: table[name]["valid"].mean(), default=next(iter(table)))
+    valid = {name: cell["valid"].mean() for name, cell in table.items()}
+    baselines = [name for name in table if name in BASELINES]
+    best = max(baselines, key=valid.get, default=next(iter(table)))
 
     def against(name, other):
-        """[mean, interval, p] of per-user NDCG@20 (each user's mean over seeds), and the difference seed by seed."""
+        """[mean, interval, p] of per-user NDCG@20 (each user's mean over seeds), and the difference
+        seed by seed."""
         difference = table[name]["NDCG@20"] - table[other]["NDCG@20"]  # (S, n)
         return (*paired_bootstrap(difference.mean(0)), difference.mean(1).tolist())
 
+    # a row of each of the two tables for every method
     main, bias = [], []
-    quarter = quartiles(torch.bincount(data["train"][:, 0], minlength=data["n_users"])).numpy()
+    quarter = torch.bincount(data["train"][:, 0], minlength=data["n_users"])
+    quarter = quartiles(quarter).numpy()
     for name, cell in table.items():
         mean, low, high, p, by_seed = against(name, best)
-        tests[f"{name} | {backbone}"] = {"against": best, "mean": mean, "low": low, "high": high, "p": p, "by seed": by_seed}
-        verdict = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.3f}, {sum(d > 0 for d in by_seed)}/{len(by_seed)} seeds"
-        main.append([name, *("{:.4f} ± {:.4f}".format(*spread(cell[column].mean(1))) for column in COLUMNS), f"{cell['valid'].mean():.4f}",
-                     "" if name == best else verdict, f"{cell['seconds'].mean():.0f}"])
-        groups = [cell["NDCG@20"][:, quarter[cell["users"][0]] == q].mean() for q in range(4)]
-        bias.append([name, *(f"{v:.4f}" for v in (*groups, *cell["item_recall"].mean(0))), f"{cell['popularity'].mean():.0f}",
+        tests[f"{name} | {backbone}"] = {"against": best, "mean": mean, "low": low, "high": high,
+                                         "p": p, "by seed": by_seed}
+        verdict = (f"{mean:+.4f} [{low:+.4f}, {high:+.4f}], p {p:.3f}, "
+                   f"{sum(d > 0 for d in by_seed)}/{len(by_seed)} seeds")
+        scores = ["{:.4f} ± {:.4f}".format(*spread(cell[column].mean(1))) for column in COLUMNS]
+        main.append([name, *scores, f"{valid[name]:.4f}", "" if name == best else verdict,
+                     f"{cell['seconds'].mean():.0f}"])
+        of_user = quarter[cell["users"][0]]
+        groups = [cell["NDCG@20"][:, of_user == q].mean() for q in range(4)]
+        groups = [f"{value:.4f}" for value in (*groups, *cell["item_recall"].mean(0))]
+        bias.append([name, *groups, f"{cell['popularity'].mean():.0f}",
                      f"{cell['coverage'].mean():.1%}", f"{cell['gini'].mean():.3f}"])
+
+    # the picture
     seeds = len(table[best]["valid"])
     spreads = {name: spread(cell["NDCG@20"].mean(1)) for name, cell in table.items()}
     write_atomic(run / f"{out}-{backbone}.svg", chart_of_spreads(
         f"test NDCG@20, {backbone}: mean and sd over {seeds} seeds; dashed: {best}", list(table),
         list(spreads.values()), spreads[best][0]).encode())
+
+    # the text around them
+    header = ["method", *COLUMNS, "valid NDCG@20", f"against {best}", "s"]
     lines = ["", f"## {backbone}", "",
-             (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % interval and p by paired bootstrap over "
-             "users (each user's mean over seeds); seeds in which it is above."), "",
-             *markdown_table(["method", *COLUMNS, "valid NDCG@20", f"against {best}", "s"], main), "", f"![test NDCG@20]({out}-{backbone}.svg)"]
+             (f"NDCG@20 against {best}, the best baseline on validation: mean difference, 95 % "
+              "interval and p by paired bootstrap over users (each user's mean over seeds); seeds "
+              "in which it is above."), "",
+             *markdown_table(header, main), "", f"![test NDCG@20]({out}-{backbone}.svg)"]
     if "HNLMRec" in table:
-        lines += ["", "HNLMRec minus each other row, NDCG@20:", "", *markdown_table(["row", "difference", "p"], [
-            [name, f"{d[0]:+.4f} [{d[1]:+.4f}, {d[2]:+.4f}]", f"{d[3]:.3f}"] for name in table if name != "HNLMRec" for d in [against("HNLMRec", name)]])]
+        rows = []
+        for name in table:
+            if name != "HNLMRec":
+                mean, low, high, p, _ = against("HNLMRec", name)
+                rows.append([name, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.3f}"])
+        lines += ["", "HNLMRec minus each other row, NDCG@20:", "",
+                  *markdown_table(["row", "difference", "p"], rows)]
+    header = ["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage",
+              "Gini"]
     return [*lines, "", f"### Sparse users, unpopular items, popularity bias ({backbone})", "",
-            ("NDCG@20 of users by quarter of their train count (Q1 fewest); Recall@20 of test pairs by quarter of their item's train "
-            "popularity (I1 least popular); mean train count of a recommended item, share of the catalogue recommended, Gini index; means over seeds."), "",
-            *markdown_table(["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage", "Gini"], bias)]
+            ("NDCG@20 of users by quarter of their train count (Q1 fewest); Recall@20 of test "
+             "pairs by quarter of their item's train popularity (I1 least popular); mean train "
+             "count of a recommended item, share of the catalogue recommended, Gini index; means "
+             "over seeds."), "", *markdown_table(header, bias)]
 
 
 def sweep(args):
-    """Train HNLMRec (or the baseline of --method) with each value of one flag, and rank the values on validation. Reads no test pair."""
-    run, flag, values, cells = Path(args.run), args.flag.replace("_", "-"), args.values.split(","), []
+    """Train HNLMRec (or the baseline of --method) with each value of one flag, and rank the values
+    on validation. Reads no test pair."""
+    run, flag, values = Path(args.run), args.flag.replace("_", "-"), args.values.split(",")
     out = args.out or f"sweep-{flag}"
     report_name(run, out, "sweep")
     taken = CELL_FLAGS + words_of("--flag", f"--{flag}", CELL_FLAGS)
     if flag in LLM_FLAGS:
         taken.append("--negatives")
     more = words_of("--flags", args.flags, taken) + words_of("--method", args.method, taken)
+
+    # the cells, and the negatives that those of fine-tuning's flags train with
+    script, cells = "backbones.py" if args.method else "hnlmrec.py", []
     for value in values:
         words = [f"--{flag}", value]
         if flag in LLM_FLAGS:
@@ -844,9 +978,12 @@ def sweep(args):
                      f"generate --sft {sft} --out {words[1]}"]
             make_negatives(run, words[1], steps, args.llm, args.pairs_per_user, args.force)
         words = [*more, *words]
-        cells += [("backbones.py" if args.method else "hnlmrec.py", f"sweep {flag} {value}", words, args.backbone, seed) for seed in range(args.seeds)]
+        for seed in range(args.seeds):
+            cells.append((script, f"sweep {flag} {value}", words, args.backbone, seed))
     paths = make_cells(run, cells, args.jobs, args.force)
     best = [best_epoch(read_meta(path, check=True))["valid_ndcg@20"] for path in paths]
+
+    # the table and the picture: mean and sd over the seeds of each value
     charts = [spread(best[at:at + args.seeds]) for at in range(0, len(best), args.seeds)]
     rows = [[value, "{:.4f} ± {:.4f}".format(*chart)] for value, chart in zip(values, charts)]
     table = markdown_table([flag, f"valid NDCG@20, {args.seeds} seeds"], rows)
@@ -859,12 +996,15 @@ def sweep(args):
 
 
 def program(script, *words):
-    """Run one of our scripts as a command of its own. Raises SystemExit2 with its own last line when it fails."""
+    """Run one of our scripts as a command of its own. Raises SystemExit2 with its own last line
+    when it fails."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, words)]
-    print("$ " + " ".join([script, *map(str, words)]) + "\n", end="", flush=True)  # one write: threads may print at once
+    # one write: threads may print at once
+    print("$ " + " ".join([script, *map(str, words)]) + "\n", end="", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        fail(f"{script} {' '.join(map(str, words[:3]))} …: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        message = (done.stderr.strip() or "no message").splitlines()[-1]
+        fail(f"{script} {' '.join(map(str, words[:3]))} …: {message}")
 
 
 CELL_FLAGS = ["--run", "--backbone", "--seed", "--out", "--force"]  # what a cell sets itself
@@ -926,7 +1066,8 @@ def make_cell(run, force, script, name, words, backbone, seed):
 
 
 def make_cells(run, cells, jobs, force=False):
-    """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own -> the paths of their models."""
+    """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own ->
+    the paths of their models."""
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(lambda cell: make_cell(run, force, *cell), cells))
 
@@ -1102,16 +1243,20 @@ def tuned_words(tuned, name, backbone, words):
 # --------------------------------------------------------------------------------------------------
 
 def recommend(args):
-    """Print one user's best unseen items, and the items nearest to the negatives that the LLM made for that user."""
+    """Print one user's best unseen items, and the items nearest to the negatives that the LLM made
+    for that user."""
     run, data = Path(args.run), load_data(args.run)
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
     row = row_of(users, args.user, "--user", run / "users.jsonl")
     if args.k > len(items):
         fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
     model, _, tensors = load_model(run / args.model, data=data)
-    title = lambda n: items[n]["title"]
+    titles = [item["title"] for item in items]
+
+    # what the user liked, and the best of the rest
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
-    print(f"user {args.user} liked: " + "; ".join(map(title, liked[:8])) + (f"; … ({len(liked)} items)" if len(liked) > 8 else ""))
+    rest = f"; … ({len(liked)} items)" if len(liked) > 8 else ""
+    print(f"user {args.user} liked: " + "; ".join(titles[n] for n in liked[:8]) + rest)
     seen = torch.cat([data["train"], data["valid"]])
     with torch.no_grad():
         vectors, item_vectors = model()
@@ -1120,14 +1265,17 @@ def recommend(args):
         scores = model.score(vectors[row][None], item_vectors[best])
     print("recommended:")
     for rank, (item, score) in enumerate(zip(best.tolist(), scores.tolist()), 1):
-        print(f"  {rank:>3}  {score:8.4f}  {title(item)}")
+        print(f"  {rank:>3}  {score:8.4f}  {titles[item]}")
+
+    # the negatives' vectors, shown by real items
     if "z" in tensors:
         mine = (tensors["z_pairs"][:, 0] == row).nonzero()[:, 0][: args.k]
         pairs = tensors["z_pairs"][mine]
-        near = nearest_items(tensors["z"][mine], pairs[:, 0], item_vectors, pair_keys(data["train"], data["n_items"]), 3)
+        train_keys = pair_keys(data["train"], data["n_items"])
+        near = nearest_items(tensors["z"][mine], pairs[:, 0], item_vectors, train_keys, 3)
         print("hard negatives the LLM made (liked item -> items nearest to the vector):")
         for (_, item), group in zip(pairs.tolist(), near.tolist()):
-            print(f"       {title(item)} -> " + "; ".join(title(n) for n in group if n >= 0))
+            print(f"       {titles[item]} -> " + "; ".join(titles[n] for n in group if n >= 0))
 
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures
@@ -1218,9 +1366,11 @@ def chart_of_spreads(title, labels, spreads, reference=None):
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    p = commands.add_parser("report", help="evaluate all models of a run on its test pairs", epilog="example: python eval.py report --run runs/demo")
+    p = commands.add_parser("report", help="evaluate all models of a run on its test pairs",
+                            epilog="example: python eval.py report --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
-    p.add_argument("--m", type=number(int, 1), default=8, help="candidates of DNS and MixGCF in the table of false hard negatives")
+    p.add_argument("--m", type=number(int, 1), default=8,
+                   help="candidates of DNS and MixGCF in the table of false hard negatives")
     p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
     p = commands.add_parser("judge", help="what texts and LLM know beyond CF, on validation",
                             epilog="example: python eval.py judge --run runs/demo")
@@ -1243,36 +1393,58 @@ def main(argv=None):
     p.add_argument("--out", default="tuned", help="names OUT.json and OUT.jsonl in the run folder")
     p.add_argument("--jobs", type=number(int, 1), default=1,
                    help="trials at a time; set OMP_NUM_THREADS=1 beside it")
-    for name, text, example in (("compare", "train methods x seeds and test the differences", "--seeds 5 --ablations"),
-                                ("sweep", "try values of one flag on validation", "--flag tau_c --values 0.05,0.1,0.2,0.5")):
-        p = commands.add_parser(name, help=text, description=text, epilog=f"example: python eval.py {name} --run runs/ml-100k {example}")
-        p.add_argument("--run", required=True, metavar="DIR", help="run folder in which `bash run.sh` has finished")
+    for name, text, example in (
+            ("compare", "train methods x seeds and test the differences", "--seeds 5 --ablations"),
+            ("sweep", "try values of one flag on validation",
+             "--flag tau_c --values 0.05,0.1,0.2,0.5")):
+        p = commands.add_parser(name, help=text, description=text,
+                                epilog=f"example: python eval.py {name} --run runs/ml-100k "
+                                       f"{example}")
+        p.add_argument("--run", required=True, metavar="DIR",
+                       help="run folder in which `bash run.sh` has finished")
         p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0 … N-1 of training")
-        p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct", help="LLM of the variants that have to be fine-tuned")
-        p.add_argument("--pairs-per-user", type=number(int, 0), default=8, help="as `llm_negatives.py generate`, for the variants")
+        p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
+                       help="LLM of the variants that have to be fine-tuned")
+        p.add_argument("--pairs-per-user", type=number(int, 0), default=8,
+                       help="as `llm_negatives.py generate`, for the variants")
         p.add_argument("--flags", default="", help="further flags of every training, in one string")
-        p.add_argument("--out", default="compare" if name == "compare" else "", help="first part of the report's names, inside the run folder (a sweep's: sweep-FLAG)")
+        p.add_argument("--out", default="compare" if name == "compare" else "",
+                       help="first part of the report's names, inside the run folder (a sweep's: "
+                            "sweep-FLAG)")
         p.add_argument("--force", action="store_true", help="train all cells anew")
-        p.add_argument("--jobs", type=number(int, 1), default=1, help="cells at a time; set OMP_NUM_THREADS=1 beside it")
+        p.add_argument("--jobs", type=number(int, 1), default=1,
+                       help="cells at a time; set OMP_NUM_THREADS=1 beside it")
         if name == "compare":
-            p.add_argument("--backbones", default="lightgcn", help="comma-separated; the ablations run with the first")
-            p.add_argument("--methods", default="", help="semicolon-separated names instead of all, ablations included, each with flags of its own if wanted")
-            p.add_argument("--baseline-flags", default="", help="further flags of the baselines, in one string")
-            p.add_argument("--hnlmrec-flags", default="", help="further flags of HNLMRec and its ablations, in one string")
+            p.add_argument("--backbones", default="lightgcn",
+                           help="comma-separated; the ablations run with the first")
+            p.add_argument("--methods", default="",
+                           help="semicolon-separated names instead of all, ablations included, "
+                                "each with flags of its own if wanted")
+            p.add_argument("--baseline-flags", default="",
+                           help="further flags of the baselines, in one string")
+            p.add_argument("--hnlmrec-flags", default="",
+                           help="further flags of HNLMRec and its ablations, in one string")
             p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
                            help="take each method's flags from this file of `tune` (tuned.json)")
-            p.add_argument("--ablations", action="store_true", help="also the controls and the ablations of training")
-            p.add_argument("--llm-ablations", action="store_true", help="these, and the ablations that fine-tune or generate anew")
+            p.add_argument("--ablations", action="store_true",
+                           help="also the controls and the ablations of training")
+            p.add_argument("--llm-ablations", action="store_true",
+                           help="these, and the ablations that fine-tune or generate anew")
         else:
-            p.add_argument("--flag", required=True, help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")
+            p.add_argument("--flag", required=True,
+                           help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")
             p.add_argument("--values", required=True, help="comma-separated values")
-            p.add_argument("--method", default="", help="flags that choose a baseline instead, for example '--sampler dns'")
+            p.add_argument("--method", default="",
+                           help="flags that choose a baseline instead, for example '--sampler dns'")
             p.add_argument("--backbone", default="lightgcn", help="backbone")
-    p = commands.add_parser("recommend", help="show one user's recommendations", epilog="example: python eval.py recommend --run runs/demo --user 196")
+    p = commands.add_parser("recommend", help="show one user's recommendations",
+                            epilog="example: python eval.py recommend --run runs/demo --user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
-    p.add_argument("--user", required=True, metavar="RAW_ID", help="the user's id as in the ratings file")
+    p.add_argument("--user", required=True, metavar="RAW_ID",
+                   help="the user's id as in the ratings file")
     p.add_argument("--k", type=number(int, 1), default=10, help="items to show")
-    p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file inside the run folder")
+    p.add_argument("--model", default="model-hnlmrec.safetensors",
+                   help="model file inside the run folder")
     args = parser.parse_args(argv)
     {"judge": judge, "report": report, "compare": compare, "tune": tune, "sweep": sweep,
      "recommend": recommend}[args.command](args)

