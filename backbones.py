@@ -85,7 +85,8 @@ def whiten(text):
     variance counts as having that much, so that rounding is not blown up."""
     centred = text - text.mean(0)
     variance, axes = torch.linalg.eigh(centred.T @ centred)  # (H,), (H, H)
-    scale = variance.clamp(min=variance[-1] * 1e-4) ** -0.5
+    # + 1e-24: texts all alike give zeros
+    scale = variance.clamp(min=variance[-1] * 1e-4 + 1e-24) ** -0.5
     return F.normalize(centred @ axes * scale, dim=1)
 
 # --------------------------------------------------------------------------------------------------

@@ -230,7 +230,8 @@ def text_factors(text, train, n_users):
     text (I, H) float32, train (N, 2) -> users (U, H), items (I, H)."""
     centred = text - text.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred)
-    scale = values.clamp(min=values[-1] * 1e-4) ** -0.5  # directions that hardly vary stay small
+    # directions that hardly vary stay small; texts all alike give zeros
+    scale = values.clamp(min=values[-1] * 1e-4 + 1e-24) ** -0.5
     items = F.normalize(centred @ vectors * scale, dim=1)
     return sum_of_train_items(items, train, n_users), items
 
