@@ -422,7 +422,7 @@ def file_judges(run, data):
     """Judges in files of their own, judge*.safetensors with tensors user (U, k) and item (I, k), as
     find_judges yields them."""
     for path in sorted(run.glob("judge*.safetensors")):
-        tensors, meta = load_tensors(path, "the command that wrote it")
+        tensors, meta = load_tensors(path)
         if "data.safetensors" not in meta["settings"].get("inputs", {}):
             fail(f"{path}: does not say for which split it was made; make it again, with the stamp "
                  "of data.safetensors in its settings' inputs")
