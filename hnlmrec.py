@@ -618,8 +618,8 @@ def load_judge(path, device="cpu"):
     tensors, meta = load_tensors(path, device=device)
     command = meta["settings"].get("command")
     if command != "judge":
-        fail(f"{path}: holds what `{command}` writes, not a judge; name one, such as "
-             "judge.safetensors")
+        fail(f"{path}: holds what `{command}` writes, not a judge; name one "
+             "with --judge, such as judge.safetensors")
     return tensors
 
 
