@@ -78,6 +78,14 @@ def take(table, index):
     return F.embedding(index, table)
 
 
+def sum_of_train_items(items, train, n_users):
+    """The sum of each user's train items: items (I, H), train (N, 2) -> (U, H)."""
+    total = items.new_zeros(n_users, items.shape[1])
+    for part in train.split(2**16):  # all train pairs' vectors at once would be N x H
+        total.index_add_(0, part[:, 0], items[part[:, 1]])
+    return total
+
+
 def whiten(text):
     """Texts (I, H) float, one row an item -> (I, H), rows of norm 1 whose inner products are the
     cosines of whitened texts: centred, turned to principal axes, each axis divided by its deviation

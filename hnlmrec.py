@@ -78,10 +78,12 @@ from backbones import (
     share_of,
     share_weight,
     stamp,
+    sum_of_train_items,
     start_processes,
     take,
     up_to_date,
     validation,
+    whiten,
     write_atomic,
 )
 
@@ -200,14 +202,6 @@ class SemanticProjector(nn.Module):
         return self.mlp(self.user[users]), self.mlp(self.item[items])
 
 
-def sum_of_train_items(items, train, n_users):
-    """The sum of each user's train items: items (I, H), train (N, 2) -> (U, H)."""
-    total = items.new_zeros(n_users, items.shape[1])
-    for part in train.split(2**16):  # all train pairs' vectors at once would be N x H
-        total.index_add_(0, part[:, 0], items[part[:, 1]])
-    return total
-
-
 def text_start(text, train, n_users, dim, std):
     """Initial vectors that already say what the texts say: of an item the first `dim` principal
     components of the texts, of a user the sum over the train items; both scaled to the mean square
@@ -228,11 +222,7 @@ def text_factors(text, train, n_users):
     over the train items, so that the product is a sum of cosines. Beyond the paper.
 
     text (I, H) float32, train (N, 2) -> users (U, H), items (I, H)."""
-    centred = text - text.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    # directions that hardly vary stay small; texts all alike give zeros
-    scale = values.clamp(min=values[-1] * 1e-4 + 1e-24) ** -0.5
-    items = F.normalize(centred @ vectors * scale, dim=1)
+    items = whiten(text)
     return sum_of_train_items(items, train, n_users), items
 
 

@@ -72,6 +72,7 @@ from backbones import (
     save_tensors,
     settings_of,
     stamp,
+    sum_of_train_items,
     start_processes,
     sum_over,
     up_to_date,
@@ -700,8 +701,7 @@ class Judge(nn.Module):
         super().__init__()
         text = F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
         popularity = torch.bincount(train[:, 1], minlength=len(text)).float()
-        total = text.new_zeros(n_users, text.shape[1])
-        total.index_add_(0, train[:, 0], text[train[:, 1]])
+        total = sum_of_train_items(text, train, n_users)
         self.n_users, self.n_items = n_users, len(text)
         self.register_buffer("text", text, persistent=False)  # (I, T)
         self.register_buffer("total", total, persistent=False)  # (U, T)
