@@ -1025,7 +1025,8 @@ def load_model(path, maker="", data=None):
     if "value" in tensors or "weight" in tensors:
         model = ItemWeights(closed_form_weights(tensors), data["train"], meta["n_users"])
         return model, meta, tensors
-    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], s["dim"], data["train"],
+    dim = s["dim"] or tensors["backbone.embedding"].shape[1]
+    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], dim, data["train"],
                            s["layers"], s.get("cosine", False))
     restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
@@ -1341,7 +1342,7 @@ def output_name(flag, name, command, suffix="", word=""):
     (MAKERS). Cells lie in compare/.
 
     Raises SystemExit2 otherwise."""
-    plain = name.removeprefix("compare/") if command.endswith("train") else name
+    plain = name.removeprefix("compare/") if suffix == ".safetensors" else name
     if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain):
         fail(f"{flag} {name!r}: give a plain name, of letters, digits, '-', '_' and '.', "
              f"that ends in '{suffix}'")

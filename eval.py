@@ -755,6 +755,20 @@ JUDGED = {
     "judged by shuffled texts": ("judge-shuffled.safetensors", "--control shuffled"),
     "judged by an LLM of random weights": ("judge-random.safetensors", "--control random"),
 }
+# several in one score (`hnlmrec.py blend`): name -> the trained row, the judge's file, and the
+# closed forms beside them
+BESIDE = ("RP3β", "EASE")
+FULL = {
+    "HNLMRec in full": ("judged negatives alone", "judge.safetensors", BESIDE),
+    "in full, without the generated negatives": ("DNS", "judge.safetensors", BESIDE),
+    "in full, without the judge in the score": ("judged negatives alone", "none", BESIDE),
+    "in full, without the closed forms": ("judged negatives alone", "judge.safetensors", ()),
+    "in full, by a bag of words": (
+        "judged by a bag of words", "judge-words.safetensors", BESIDE),
+    "DNS and closed forms": ("DNS", "none", BESIDE),
+    "judge and closed forms": ("none", "judge.safetensors", BESIDE),
+    "judge alone": ("none", "judge.safetensors", ()),
+}
 # name -> the negatives it trains with, and the steps of llm_negatives.py that make them, minutes
 # each
 LLM_ABLATIONS = {
@@ -791,6 +805,7 @@ def compare(args):
     ours |= {name: f"--negatives {made}" for name, (made, _) in LLM_ABLATIONS.items()}
     ours |= {name: ALONE + judge for name, (judge, _) in JUDGED.items()}
     every |= {name: hnlmrec_flags + words.split() for name, words in ours.items()}
+    every |= {name: [] for name in FULL}
 
     # those wanted; "MixGCF --lr 2e-3" is a method with flags of its own
     methods = []
@@ -803,6 +818,8 @@ def compare(args):
                  "one's flags in another --out")
         every[name] += words_of(f"--methods {name}", "".join(words), CELL_FLAGS)
         methods.append(name)
+        if name in FULL and "".join(words):
+            fail(f"--methods {name}: has no flags of its own; give them to the rows that it blends")
     backbones, plan = args.backbones.split(","), {}  # plan: its keys are (method, backbone)
     for backbone in backbones:
         plan |= dict.fromkeys((name, backbone) for name in methods)
@@ -812,28 +829,54 @@ def compare(args):
         plan |= dict.fromkeys((name, backbones[0]) for name in LLM_ABLATIONS)
 
     # what their trainings read, made one after the other, on all cores
-    for name, _ in plan:
-        words_of("--flags", args.flags, every[name])
-        if name in JUDGED and not (run / JUDGED[name][0]).exists():
-            judge, words = JUDGED[name]
+    judges = {JUDGED[name][0] for name, _ in plan if name in JUDGED}
+    judges |= {FULL[name][1] for name, _ in plan if name in FULL}
+    for judge, words in JUDGED.values():
+        if judge in judges and not (run / judge).exists():
             program("llm_negatives.py", "judge", "--run", run, "--llm", args.llm, *words.split(),
                     "--out", judge)
+    for name, _ in plan:
+        words_of("--flags", args.flags, every[name])
         if name in LLM_ABLATIONS:
             make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
 
-    # cells: (method, backbone, seed) -> its cell; a closed form has one for all of them
+    # the cell of each (method, backbone, seed), or the cells that a row of FULL blends
     tuned = read_tuned(run / args.tuned, data["digest"]) if args.tuned else None
-    cells = {}
-    for name, backbone in plan:
+
+    def cell_of(name, backbone, seed):
         words = tuned_words(tuned, name, backbone, every[name]) if tuned else every[name]
         script = "backbones.py" if name in BASELINES else "hnlmrec.py"
-        words = (*flags, *words)
+        own = (CLOSED[name], 0) if name in CLOSED else (backbone, seed)  # one for all of them
+        return (script, name, (*flags, *words), *own)
+
+    cells, blended = {}, {}
+    for name, backbone in plan:
         for seed in seeds:
-            own = (CLOSED[name], 0) if name in CLOSED else (backbone, seed)
-            cells[name, backbone, seed] = (script, name, words, *own)
-    unique = list(dict.fromkeys(cells.values()))
-    made = dict(zip(unique, make_cells(run, unique, args.jobs, args.force)))
-    paths = {key: made[cell] for key, cell in cells.items()}
+            if name in FULL:
+                trained, _, closed = FULL[name]
+                names = [trained, *closed] if trained != "none" else closed
+                blended[name, backbone, seed] = [cell_of(part, backbone, seed) for part in names]
+            else:
+                cells[name, backbone, seed] = cell_of(name, backbone, seed)
+    unique = dict.fromkeys(cells.values())
+    for parts in blended.values():
+        unique |= dict.fromkeys(parts)
+    made = dict(zip(unique, make_cells(run, list(unique), args.jobs, args.force)))
+
+    # the blends of these
+    for (name, backbone, seed), parts in blended.items():
+        trained, judge, _ = FULL[name]
+        files = [str(made[part].relative_to(run)) for part in parts]
+        model, beside = ("none", files) if trained == "none" else (files[0], files[1:])
+        words = ("--model", model, "--judge", judge, "--beside", ",".join(beside))
+        own = (backbone, 0 if trained == "none" else seed)
+        cells[name, backbone, seed] = ("hnlmrec.py", name, words, *own)
+    unique = [cell for cell in dict.fromkeys(cells.values()) if cell not in made]
+    made |= dict(zip(unique, make_cells(run, unique, args.jobs, args.force)))
+    paths = {}
+    for name, backbone in plan:
+        for seed in seeds:
+            paths[name, backbone, seed] = made[cells[name, backbone, seed]]
 
     # rows: (method, backbone) -> list over seeds; statistics: path -> what one evaluation gives
     rows, statistics, progress = {}, {}, Progress("evaluate", len(paths), "cells")
@@ -940,13 +983,14 @@ def backbone_section(run, out, backbone, table, data, tests):
               "interval and p by paired bootstrap over users (each user's mean over seeds); seeds "
               "in which it is above."), "",
              *markdown_table(header, main), "", f"![test NDCG@20]({out}-{backbone}.svg)"]
-    if "HNLMRec" in table:
+    ours = next((name for name in ("HNLMRec in full", "HNLMRec") if name in table), None)
+    if ours:
         rows = []
         for name in table:
-            if name != "HNLMRec":
-                mean, low, high, p, _ = against("HNLMRec", name)
+            if name != ours:
+                mean, low, high, p, _ = against(ours, name)
                 rows.append([name, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{p:.3f}"])
-        lines += ["", "HNLMRec minus each other row, NDCG@20:", "",
+        lines += ["", f"{ours} minus each other row, NDCG@20:", "",
                   *markdown_table(["row", "difference", "p"], rows)]
     header = ["method", "Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage",
               "Gini"]
@@ -1059,9 +1103,12 @@ def make_cell(run, force, script, name, words, backbone, seed):
     if (run / out).exists() and not force:
         read_meta(run / out, check=True)
     else:
-        command = "pretrain" if script == "backbones.py" else "train"
-        program(script, command, "--run", run, "--backbone", backbone, "--seed", seed, *words,
-                "--out", out, *["--force"] * force)
+        command = ["train", "--backbone", backbone, "--seed", seed]
+        if script == "backbones.py":
+            command[0] = "pretrain"
+        elif name in FULL:
+            command = ["blend"]
+        program(script, *command, "--run", run, *words, "--out", out, *["--force"] * force)
     return run / out
 
 
@@ -1095,6 +1142,8 @@ SPACES = {
     "HNLMRec": TRAINED | {
         "m": M, "alpha": [0, 0.02, 0.1, 0.3], "lambda-s": [0, 0.003, 0.01, 0.03],
         "text-init": [0, 0.5, 1], "clear": [0, 0.15, 0.3, 0.6]},
+    "judged negatives alone": TRAINED | {
+        "m": M, "lambda-f": [0.1, 0.3, 1, 3], "gamma": [0.05, 0.1, 0.2, 0.5]},
     "HNLMRec, as in the paper": TRAINED | {
         "alpha": ("log", 1e-4, 0.3), "lambda1": ("log", 1e-4, 1), "tau-c": ("log", 0.05, 1)},
 }
@@ -1129,7 +1178,8 @@ def tune(args):
     # what the trials depend on: lines of another split, seed or set of flags are refused
     shared = {"data": load_data(run)["digest"], "seed": args.seed, "flags": args.flags}
     paths = sorted(run.glob("negatives-[0-9]*.safetensors"))
-    paths += [run / name for name in ("negatives-items.safetensors", "cf.safetensors")]
+    paths += [run / name for name in (
+        "negatives-items.safetensors", "cf.safetensors", "judge.safetensors")]
     digests = [file_digest(path) for path in paths if path.exists()]  # of what HNLMRec reads
     llm = json_digest(digests)
     rows = read_jsonl(log, "python eval.py tune", growing=True) if log.exists() else []
@@ -1137,7 +1187,7 @@ def tune(args):
     todo = []
     for name in names:
         backbone = CLOSED.get(name, args.backbone)
-        inputs = shared | ({"llm": llm} if name in OURS else {})
+        inputs = shared | ({} if name in BASELINES else {"llm": llm})
         for n in range(args.budget if SPACES[name] else 1):
             rng = np.random.default_rng([args.seed, n, *name.encode()])
             row = {"method": name, "backbone": backbone, "trial": n, **inputs}
@@ -1199,6 +1249,8 @@ def command_of(name):
     """A method's program, its command there and the method's own flags."""
     if name in BASELINES:
         return "backbones.py", "pretrain", BASELINES[name].split()
+    if name in JUDGED:
+        return "hnlmrec.py", "train", (ALONE + JUDGED[name][0]).split()
     return "hnlmrec.py", "train", OURS[name].split()
 
 
@@ -1233,6 +1285,8 @@ def tuned_words(tuned, name, backbone, words):
     methods = tuned.get(CLOSED.get(name, backbone), {})
     if name in methods:
         return [*words, *methods[name]["words"]]
+    if name in JUDGED and "judged negatives alone" in methods:  # another judge, the same settings
+        return [*words, *methods["judged negatives alone"]["words"]]
     if name in BASELINES or "HNLMRec" not in methods:
         fail(f"--tuned: {name} on {backbone} is not in it; run `python eval.py tune --methods "
              f"\"{name}\"`")

@@ -47,16 +47,19 @@ from torch import nn
 
 from backbones import (
     MF,
+    ItemWeights,
     Parser,
     add_training_flags,
     bpr_loss,
     build_backbone,
     check_finite,
+    contains,
     end_processes,
     fail,
     file_digest,
     fit,
     l2_loss,
+    leave_out,
     load_data,
     load_model,
     load_negatives,
@@ -64,6 +67,7 @@ from backbones import (
     make_sampler,
     mine_hard_negatives,
     mining_band,
+    ndcg,
     nearest_items,
     number,
     output_name,
@@ -78,10 +82,12 @@ from backbones import (
     share_of,
     share_weight,
     stamp,
-    sum_of_train_items,
     start_processes,
+    sum_of_train_items,
     take,
+    top_k,
     up_to_date,
+    user_rows,
     validation,
     whiten,
     write_atomic,
@@ -255,16 +261,84 @@ class Relevance:
         return torch.cat(parts)
 
 
-def blend_vectors(users, items, judge_users, judge_items, weight):
-    """The recommender and a judge of texts in one score, that stays an inner product, so that any
-    index can serve it: z(e_u · e_i) + weight z(t_u · t_i), each in standard deviations of the
-    user's scores over all items (and a constant a user apart, which ranks nothing).
+def blend_vectors(parts, weights):
+    """Several recommenders in one score, that stays an inner product, so that any index can serve
+    it: the sum over them of weight z(e_u · e_i), z being the score in standard deviations of the
+    user's scores over all items (up to a constant a user, which ranks nothing).
 
-    users (U, D), items (I, D); judge_users (U, k), judge_items (I, k) -> (U, D + k), (I, D + k)."""
-    behaviour = Relevance(users, items)
-    texts = Relevance(judge_users, judge_items, weight)
-    return (torch.cat([behaviour.users, texts.users], 1),
-            torch.cat([behaviour.items, texts.items], 1))
+    parts: a list of (users (U, D), items (I, D)), D differing; weights: one number each ->
+    users (U, sum of D), items (I, sum of D), of those parts whose weight is not 0."""
+    users, items = [], []
+    for (part_users, part_items), weight in zip(parts, weights):
+        if weight:
+            scaled = Relevance(part_users, part_items, weight)
+            users.append(scaled.users)
+            items.append(scaled.items)
+    return torch.cat(users, 1), torch.cat(items, 1)
+
+
+@torch.no_grad()
+def blend_weights(parts, train, valid, grid, cells=2**28):
+    """The weights of blend_vectors with the highest validation NDCG@20, by coordinate ascent: from
+    the best part alone, each weight in turn takes the value of the grid that is best beside the
+    others, until none improves. A part that does not help keeps weight 0.
+
+    parts as of blend_vectors; train, valid (N, 2); grid: numbers >= 0, 0 among them -> (weights,
+    each part's NDCG@20 alone). Some users stand for all where parts x users x items is above
+    `cells`, which bounds the memory: 4 bytes each."""
+    n_users, n_items = len(parts[0][0]), len(parts[0][1])
+    users, most = valid[:, 0].unique(), max(1, cells // (len(parts) * n_items))
+    some = torch.randperm(len(users), generator=torch.Generator().manual_seed(0))[:most]
+    users = users[some.sort().values.to(users.device)]  # (n,)
+    seen, keys = user_rows(train, n_users), pair_keys(valid, n_items)
+    relevant = torch.bincount(valid[:, 0], minlength=n_users)[users]
+    scores = []
+    for part in parts:
+        scaled = Relevance(*part)
+        scores.append(scaled.users[users] @ scaled.items.T)  # (n, I)
+
+    def quality(total):
+        ranked = top_k(leave_out(total, users, seen), 20)  # (n, 20)
+        return float(ndcg(contains(keys, users[:, None], ranked, n_items), relevant, 20).mean())
+
+    alone = [quality(score.clone()) for score in scores]
+    best, improved = max(alone), True
+    weights = [0.0] * len(parts)
+    weights[alone.index(best)] = 1.0
+    while improved:
+        improved = False
+        for k, score in enumerate(scores):
+            rest = torch.zeros_like(score)
+            for other, weight in enumerate(weights):
+                if other != k and weight:
+                    rest.add_(scores[other], alpha=weight)
+            for value in grid:
+                found = quality(rest.add(score, alpha=value))
+                if found > best:
+                    best, weights[k], improved = found, value, True
+    return weights, alone
+
+
+@torch.no_grad()
+def factors(model, train, rank=1024):
+    """A trained recommender as two tables whose inner product is its score -> users (U, D), items
+    (I, D). Of a Backbone its own vectors. Item weights W become W ~ A B' by a truncated SVD of that
+    rank (Halko, Martinsson and Tropp, SIAM Review 2011), the user being the sum of A's rows over
+    the train items; exact where there are no more items than `rank`."""
+    if not isinstance(model, ItemWeights):
+        return model()
+    weight = model.weight
+    if weight.layout is not torch.strided:
+        weight = weight.to_sparse_coo()
+    if model.n_items <= rank:
+        left, right = weight.to_dense(), torch.eye(model.n_items, device=weight.device)
+    else:
+        with torch.random.fork_rng(devices=[]):  # the same factors each time
+            torch.manual_seed(0)
+            few = min(rank + 64, model.n_items)  # a few more make the first `rank` good
+            left, value, right = torch.svd_lowrank(weight, q=few)
+        left, right = (left * value)[:, :rank], right[:, :rank]
+    return sum_of_train_items(left, train, model.n_users), right
 
 
 class NegativeTable:
@@ -555,50 +629,68 @@ def train(args):
 
 
 def blend(args):
-    """Put a trained model and the judge into one score, with the weight of the judge that is best
-    on validation; 0, the model alone, is among them. Writes a model like any other."""
+    """Put a trained model, the judge of texts and other trained models into one score, with the
+    weights that are best on validation; what does not help there gets none. Writes a model like any
+    other."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     out = run / output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
     try:
-        weights = [float(weight) for weight in args.weights.split(",")]
+        grid = [float(weight) for weight in args.weights.split(",")]
     except ValueError:
-        weights = []
-    if not weights or not all(0 <= weight <= 1000 for weight in weights):  # nan is not either
+        grid = []
+    if not grid or not all(0 <= weight <= 1000 for weight in grid):  # nan is not either
         fail(f"--weights {args.weights}: give numbers from 0 to 1000, comma-separated, such as "
              "0,0.5,1")
-    if args.out == args.model:
-        fail(f"--out {args.out}: is --model too; choose another name")
-    model, meta, _ = load_model(run / args.model, data=data)
-    if meta["settings"]["backbone"] not in ("mf", "lightgcn", "ngcf"):
-        fail(f"--model {args.model}: its score is no inner product; give an mf, lightgcn or ngcf")
-    judge = load_judge(run / args.judge)
-    with torch.no_grad():
-        users, items = model()
-    # a plain MF whose vectors are given, so that everything reads it as any model
+    names = [name for name in (args.model, args.judge) if name != "none"]
+    names += [name for name in args.beside.split(",") if name]
+    if not names:
+        fail("--model none --judge none: nothing is left to blend; name one, or --beside FILES")
+    for name in names:
+        if names.count(name) > 1:
+            fail(f"--beside {name}: is there twice, or is --model or --judge too; name it once")
+    if args.out in names:
+        fail(f"--out {args.out}: is one of the models that are blended; choose another name")
+
+    # every part as two tables of vectors
+    parts, seconds, seed = [], 0.0, 0
+    for name in names:
+        if name == args.judge:
+            judge = load_judge(run / name)
+            parts.append((judge["user"], judge["item"]))
+            continue
+        model, meta, _ = load_model(run / name, data=data)
+        if meta["settings"]["backbone"] == "neumf":
+            fail(f"{'--model' if name == args.model else '--beside'} {name}: the score of neumf is "
+                 "no inner product; give another model")
+        if name == args.model:
+            seconds, seed = meta["seconds"], meta["settings"]["seed"]
+        parts.append((model, meta))
     settings = settings_of(args) | {
-        "inputs": stamp(run, "data.safetensors", args.model, args.judge), "backbone": "mf",
-        "dim": users.shape[1] + judge["user"].shape[1], "layers": 0,
-        "seed": meta["settings"]["seed"]}
+        "inputs": stamp(run, "data.safetensors", *names), "backbone": "mf", "layers": 0,
+        "dim": 0, "seed": seed}  # 0: as wide as its vectors, which the weights decide
     if up_to_date(out, settings, force=args.force):
         return
+    for k, (model, _) in enumerate(parts):
+        if isinstance(model, nn.Module):
+            parts[k] = factors(model, data["train"], args.rank)
 
-    # each weight's ranking of the validation pairs
-    n_users, n_items, best = data["n_users"], data["n_items"], -1.0
-    for weight in weights:
-        vectors = blend_vectors(users, items, judge["user"], judge["item"], weight)
-        blended = MF(n_users, n_items, vectors[0].shape[1])
-        blended.embedding.data = torch.cat(vectors)
-        score = validation(blended, data)()
-        print(f"blend: weight {weight:g} of the judge, valid NDCG@20 {score:.4f}", flush=True)
-        if score > best:
-            best, chosen, kept = score, weight, vectors
+    # their weights, and the blend on all validation users
+    weights, alone = blend_weights(parts, data["train"], data["valid"], grid)
+    users, items = blend_vectors(parts, weights)
+    blended = MF(data["n_users"], data["n_items"], users.shape[1])
+    blended.embedding.data = torch.cat([users, items])
+    score = validation(blended, data)()
+    for name, weight, own in zip(names, weights, alone):
+        print(f"blend: {name}, alone valid NDCG@20 {own:.4f}, weight {weight:g}", flush=True)
 
-    history = [{"epoch": 0, "valid_ndcg@20": best, "seconds": time.time() - start}]
-    tensors = {"backbone.embedding": torch.cat(kept), "user": kept[0], "item": kept[1]}
+    # a plain MF whose vectors are given, so that everything reads it as any model
+    history = [{"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start}]
+    tensors = {"backbone.embedding": torch.cat([users, items]), "user": users, "item": items}
     save_tensors(out, tensors, {
-        "settings": settings, "n_users": n_users, "n_items": n_items, "history": history,
-        "weight": chosen, "seconds": meta["seconds"] + time.time() - start})
-    print(f"wrote {out}: weight {chosen:g}, valid NDCG@20 {best:.4f}")
+        "settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
+        "history": history, "weights": dict(zip(names, weights)),
+        "seconds": seconds + time.time() - start})
+    print(f"wrote {out}: {users.shape[1]} numbers a user and item, valid NDCG@20 {score:.4f}")
 
 
 def load_judge(path, device="cpu"):
@@ -1865,14 +1957,19 @@ def main(argv=None):
                    help="last rank of the mined band; 0: 29.8 %% of the catalogue")
 
     p = commands.add_parser(
-        "blend", help="put a trained model and the judge of texts into one score",
+        "blend", help="put a trained model, the judge of texts and other models into one score",
         epilog="example: python hnlmrec.py blend --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
-    p.add_argument("--model", default="model-hnlmrec.safetensors", help="trained model")
+    p.add_argument("--model", default="model-hnlmrec.safetensors",
+                   help="trained model, or `none`")
     p.add_argument("--judge", default="judge.safetensors",
-                   help="vectors of `llm_negatives.py judge`")
-    p.add_argument("--weights", default="0,0.25,0.5,1,2",
-                   help="weights of the judge to choose from, on validation")
+                   help="what `llm_negatives.py judge` wrote, or `none`")
+    p.add_argument("--beside", default="", metavar="FILES",
+                   help="other trained models, comma-separated, such as closed forms")
+    p.add_argument("--rank", type=number(int, 1), default=1024,
+                   help="numbers an item that a closed form may take; fewer items are exact")
+    p.add_argument("--weights", default="0,0.125,0.25,0.5,1,2,4",
+                   help="weights to choose from, on validation")
     p.add_argument("--force", action="store_true",
                    help="remake the output though it was made with other settings")
     p.add_argument("--out", default="model-hnlmrec-full.safetensors", help="output file")

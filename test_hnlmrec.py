@@ -621,14 +621,66 @@ def test_false_hard_negatives_stand_between_positive_and_negative():
     assert logs["false"] == pytest.approx(F.softplus(s_n - s_f).mean().item(), rel=1e-5)
 
 
-def test_blended_vectors_rank_as_the_sum_of_the_two_standardised_scores():
-    generator = torch.Generator().manual_seed(0)
-    users, items, t_u, t_i = (torch.randn(n, d, generator=generator, dtype=torch.float64)
-                              for n, d in ((5, 3), (12, 3), (5, 7), (12, 7)))
-    a, b = users @ items.T, t_u @ t_i.T
-    expected = sum(w * (s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True) for w, s in ((1, a), (0.5, b)))
-    vectors = hnlmrec.blend_vectors(users, items, t_u, t_i, 0.5)
-    assert torch.allclose(vectors[0] @ vectors[1].T, expected)
+def test_blended_vectors_rank_as_the_sum_of_the_standardised_scores():
+    generator, parts = torch.Generator().manual_seed(0), []
+    for width in (3, 7, 2):
+        parts.append([torch.randn(n, width, generator=generator, dtype=torch.float64)
+                      for n in (5, 12)])
+    expected = 0
+    for (users, items), weight in zip(parts, (1, 0.5, 0)):
+        score = users @ items.T
+        score = (score - score.mean(1, keepdim=True)) / score.std(1, keepdim=True)
+        expected += weight * score
+    users, items = hnlmrec.blend_vectors(parts, (1, 0.5, 0))
+    assert users.shape == (5, 10) and torch.allclose(users @ items.T, expected)
+
+
+def test_blend_weights_are_a_maximum_and_drop_noise():
+    """No weight of the grid in another's place is better, by the validation of the blended model;
+    the part that says what the other lacks gets a weight, noise gets none."""
+    generator = torch.Generator().manual_seed(1)
+    taste, items = (torch.randn(n, 6, generator=generator) for n in (60, 40))
+    ranked = (taste @ items.T).topk(6).indices  # a user likes these
+    user = torch.arange(60)[:, None].expand(-1, 6)
+    pairs = torch.stack([user, ranked], -1)
+    train, valid = pairs[:, ::2].reshape(-1, 2), pairs[:, 1::2].reshape(-1, 2)
+    noise = torch.randn(60, 4, generator=generator), torch.randn(40, 4, generator=generator)
+    parts = [(taste[:, :3], items[:, :3]), (taste[:, 3:], items[:, 3:]), noise]
+    grid = [0, 0.5, 1, 2]
+    weights, alone = hnlmrec.blend_weights(parts, train, valid, grid)
+
+    def quality(weights):
+        users, vectors = hnlmrec.blend_vectors(parts, weights)
+        model = backbones.MF(60, 40, users.shape[1])
+        model.embedding.data = torch.cat([users, vectors])
+        return backbones.validation(model, {"train": train, "valid": valid})()
+
+    best = quality(weights)
+    assert alone == pytest.approx([quality(row) for row in torch.eye(3).tolist()])
+    for k in range(3):
+        for value in grid:
+            other = [value if n == k else weight for n, weight in enumerate(weights)]
+            assert not any(other) or quality(other) <= best + 1e-9
+    assert weights[0] and weights[1] and best > max(alone) + 0.1 and not weights[2]
+    some, _ = hnlmrec.blend_weights(parts, train, valid, grid, cells=3 * 40 * 20)  # 20 users
+    assert some[0] and some[1]
+
+
+def test_factors_of_item_weights_give_their_scores():
+    """Whole where the rank allows it; else the best approximation there is of that rank."""
+    train = torch.tensor([[0, 1], [0, 2], [1, 0], [2, 3], [2, 1], [2, 0], [3, 4], [3, 1]])
+    dense = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    row, column = torch.ones(5, 5).nonzero().T
+    for weight in (dense, backbones.sparse_rows(row, column, dense.flatten(), (5, 5))):
+        model = backbones.ItemWeights(weight, train, 4)
+        users, items = hnlmrec.factors(model, train, rank=5)
+        scores = model.score_all(*model())
+        assert torch.allclose(users @ items.T, scores, atol=1e-5)
+        users, items = hnlmrec.factors(model, train, rank=2)
+        u, s, v = torch.linalg.svd(dense)
+        one = torch.zeros(4, 5).index_put_(tuple(train.T), torch.tensor(1.0))
+        assert users.shape == (4, 2)
+        assert torch.allclose(users @ items.T, one @ (u[:, :2] * s[:2]) @ v[:2], atol=1e-4)
 
 
 def test_text_relevance_against_the_inverse_root_of_the_covariance():
@@ -2156,7 +2208,7 @@ def toy_likely(p, encoder):
 
 def toy_blend(p, encoder):
     own, judge = [torch.randn(5, 3), torch.randn(7, 3)], [torch.randn(5, 4), torch.randn(7, 4)]
-    users, items = p["blend_vectors"](*own, *judge, 2.0)
+    users, items = p["blend_vectors"]([own, judge], [1.0, 2.0])
     z = []
     for u, i in (own, judge):
         score = u @ i.T
@@ -2807,15 +2859,21 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     with pytest.raises(SystemExit) as error:
         hnlmrec.main([*train, "--alpha", "0.1", "--out", "model-hnlmrec-bad.safetensors"])
     assert "--alpha" in error.value.message and not (copied / "model-hnlmrec-bad.safetensors").exists()
-    blend = ["blend", *run, "--model", "model-hnlmrec-soft.safetensors", "--weights", "0,1"]
+    backbones.main(["pretrain", *run, "--backbone", "ease", "--out", "model-ease.safetensors"])
+    blend = ["blend", *run, "--model", "model-hnlmrec-soft.safetensors", "--weights", "0,0.5,1",
+             "--beside", "model-ease.safetensors"]
     capsys.readouterr()
     hnlmrec.main(blend)
-    scores = dict(re.findall(r"weight (\d) of the judge, valid NDCG@20 (\S+)", capsys.readouterr().out))
+    printed = re.findall(r"alone valid NDCG@20 (\S+), weight (\S+)\n", capsys.readouterr().out)
     data = backbones.load_data(copied)
     model, meta, _ = backbones.load_model(copied / "model-hnlmrec-full.safetensors", data=data)
-    assert f"{backbones.validation(model, data)():.4f}" == max(scores.values())
-    soft, _, _ = backbones.load_model(copied / "model-hnlmrec-soft.safetensors", data=data)
-    assert scores["0"] == f"{backbones.validation(soft, data)():.4f}"  # weight 0 is the model alone
+    assert backbones.validation(model, data)() == pytest.approx(meta["history"][0]["valid_ndcg@20"])
+    assert meta["history"][0]["valid_ndcg@20"] >= max(float(alone) for alone, _ in printed) - 1e-4
+    assert [float(weight) for _, weight in printed] == list(meta["weights"].values())
+    for (alone, _), name in zip(printed, meta["weights"]):
+        if name.startswith("model"):  # what is blended is the model itself, EASE's item weights too
+            part, _, _ = backbones.load_model(copied / name, data=data)
+            assert alone == f"{backbones.validation(part, data)():.4f}"
     hnlmrec.main(blend)
     assert "skip" in capsys.readouterr().out
     for flag, value in (("--weights", "0,nan"), ("--weights", "1e39"), ("--weights=-1", None),
@@ -2827,7 +2885,10 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
                       "model-bad.safetensors")
     assert "not a judge" in message
     itself = ["--model", "model-hnlmrec-full.safetensors", "--force"]
-    assert "is --model too" in refused("hnlmrec.py", "blend", *run, *itself)
+    assert "is one of the models" in refused("hnlmrec.py", "blend", *run, *itself)
+    assert "is there twice" in refused("hnlmrec.py", *blend[:-1], "judge.safetensors")
+    assert "nothing is left" in refused(
+        "hnlmrec.py", "blend", *run, "--model", "none", "--judge", "none")
     assert "hnlmrec.py blend" in backbones.maker_of(copied / "model-hnlmrec-full.safetensors")
     save_file({"text": torch.ones(data["n_items"], 3)}, copied / "alike.safetensors")
     message = refused("hnlmrec.py", "train", *run, "--mine-first", 1, "--mine-last", 5, "--out",
