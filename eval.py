@@ -219,10 +219,11 @@ def fhns_rates(users, items, held_keys, n_items):
             "FHNS@10": fhns_rate(users, items[:, :10], held_keys, n_items)}
 
 
-def fhns_of_samplers(model, data, m, seed):
+def fhns_of_samplers(model, data, m, seed, likely=None):
     """FHNS@1 of what the samplers hand a trained model for train pairs (all, or MOST of them):
-    uniform, DNS (the best of m), and the item nearest to MixGCF's synthetic vector; FHNS@10 for the
-    ten best of the draw where a sampler ranks."""
+    uniform, DNS (the best of m), DNS kept clear of the items that a judge lists as a user's likely false
+    hard negatives, these items themselves (likely (U, n), best first), and the item nearest to
+    MixGCF's synthetic vector; FHNS@10 for the ten best of the draw where a sampler ranks."""
     generator = torch.Generator().manual_seed(seed)
     u, i = data["train"][some_of(len(data["train"]), generator)].T
     n_items, train_keys = model.n_items, pair_keys(data["train"], model.n_items)
@@ -231,10 +232,17 @@ def fhns_of_samplers(model, data, m, seed):
     rates = {"uniform": fhns_rates(u, candidates, held, n_items)}
     with torch.no_grad():
         users, items = model()
-        chosen = []
+        chosen, cleared = [], []
         for a, c in zip(u.split(4096), candidates.split(4096)):
             chosen.append(dns(model.score, users[a], items, c)[:, None])
+            if likely is not None:
+                listed = (c[:, :, None] == likely[a][:, None]).any(2)  # (B, M)
+                penalty = listed.float().masked_fill(listed, torch.inf)
+                cleared.append(dns(model.score, users[a], items, c, penalty=penalty)[:, None])
         rates["DNS"] = {"FHNS@1": fhns_rate(u, torch.cat(chosen), held, n_items)}
+        if likely is not None:
+            rates["DNS kept clear by the judge"] = {
+                "FHNS@1": fhns_rate(u, torch.cat(cleared), held, n_items)}
         _, item_layers = model.layers()
         synthetic = []
         for a, p, c in zip(u.split(4096), i.split(4096), candidates.split(4096)):
@@ -244,6 +252,9 @@ def fhns_of_samplers(model, data, m, seed):
     everyone = some_of(model.n_users, generator)
     top = rank_unseen(model, everyone, user_rows(data["train"], model.n_users), 10)
     rates["the model's own top items"] = fhns_rates(everyone, top, held, n_items)
+    if likely is not None:
+        rates["the judge's likely items"] = fhns_rates(
+            everyone, likely[everyone, :10].long(), held, n_items)
     return rates
 
 
@@ -693,7 +704,10 @@ def fhns_section(run, data, model, result, m=8, projected=None):
     """Lines of the table of false hard negatives: what the samplers hand `model` (None: no such
     rows), every set of generated negatives of the run, and projected {name: (pairs, vectors,
     items)}. Also put into result["fhns"]. No lines when there is none of them."""
-    fhns = fhns_of_samplers(model, data, m, 0) if model else {}
+    likely = None
+    if (run / "judge.safetensors").exists():
+        likely = load_tensors(run / "judge.safetensors")[0]["likely"]
+    fhns = fhns_of_samplers(model, data, m, 0, likely) if model else {}
     paths = sorted(run.glob("negatives*-00000.safetensors"))
     items = load_tensors(run / "cf.safetensors")[0]["item"] if paths else None
     for path in paths:

@@ -389,13 +389,22 @@ class LikelyFalse:
     without any (shares all 0) the first is drawn. users (B,) -> items (B,)."""
 
     def __init__(self, items, share):
-        self.items, self.border = items.long().clamp(min=0), share.cumsum(1)  # (U, n), (U, n)
+        self.listed, self.border = items.long(), share.cumsum(1)  # (U, n), (U, n)
 
     def __call__(self, users, generator=None):
         border = self.border[users]  # (B, n)
         point = torch.rand(len(users), 1, generator=generator, device=users.device)
         place = torch.searchsorted(border, point * border[:, -1:], right=True)
-        return self.items[users].gather(1, place.clamp(max=border.shape[1] - 1))[:, 0]
+        drawn = self.listed[users].gather(1, place.clamp(max=border.shape[1] - 1))[:, 0]
+        return drawn.clamp(min=0)
+
+    def penalty(self, users, candidates):
+        """What keeps `dns` from taking a likely one as a negative, while there is another candidate:
+        users (B,), candidates (B, M) -> (B, M), infinite where the candidate is listed, else 0."""
+        listed = torch.zeros_like(candidates, dtype=torch.bool)
+        for column in self.listed[users].T:  # (B,): no (B, M, n) is held
+            listed |= candidates == column[:, None]
+        return listed.float().masked_fill(listed, torch.inf)
 
 
 class HNLMRec(nn.Module):
@@ -705,13 +714,18 @@ def load_judge(path, device="cpu"):
     return tensors
 
 
+TEXT_FLAGS = ("lambda_s", "text_init", "clear")  # these need the items' texts alone
+
+
 def check_flags(args):
     """Raises SystemExit2 for flags of `train` that do not go together."""
     if args.negatives == "none":
-        for name in ("alpha", "lambda1", "lambda_s", "text_init", "clear", "paper"):
-            if getattr(args, name):
+        for name in ("alpha", "lambda1", "paper", "lambda_s", "text_init", "clear"):
+            if getattr(args, name) and not (args.text_vectors and name in TEXT_FLAGS):
                 fail(f"--negatives none: --{name.replace('_', '-')} needs generated vectors; give "
                      "it as 0, or run `python llm_negatives.py generate`")
+        if args.control in ("random", "shuffled"):
+            fail(f"--negatives none: --control {args.control} needs generated vectors")
     if args.clear and args.sampler != "dns":
         fail(f"--clear {args.clear:g}: only dns ranks candidates, so it needs --sampler dns, "
              f"not {args.sampler}")
@@ -738,26 +752,24 @@ def build(run, settings, data, made):
         judged = load_judge(run / settings.judge, device)
         likely = LikelyFalse(judged["likely"], judged["share"])
 
-    # without generated vectors, that is all there is of the LLM
-    if made is None:
-        torch.manual_seed(settings.seed)
-        backbone = build_backbone(
-            settings.backbone, n_users, n_items, settings.dim, train, settings.layers)
-        sample = make_sampler(backbone, settings.sampler, train, m=settings.m)
-        return HNLMRec(
-            backbone, None, None, sample, None, None, None, train, settings, likely)
-
     # the hard negatives that the CF model mines, which z is to lie near
-    maker = f"python backbones.py pretrain --run {run}"
-    cf_model, _, _ = load_model(run / settings.cf, maker, data)
-    mined = mine_hard_negatives(cf_model, train, settings.mine_first, settings.mine_last)
+    mined = None
+    if made:
+        maker = f"python backbones.py pretrain --run {run}"
+        cf_model, _, _ = load_model(run / settings.cf, maker, data)
+        mined = mine_hard_negatives(cf_model, train, settings.mine_first, settings.mine_last)
 
     # what the LLM made, or what the control puts in its place
     torch.manual_seed(settings.seed)
-    made = controlled(made, settings.control, settings.seed)
-    hidden, text = made["hidden"].to(device), made["text"].to(device)
-    table = NegativeTable(made["pairs"].to(device), train, n_users, n_items)
-    if (settings.lambda_s or settings.text_init or settings.clear) and (text == text[0]).all():
+    text = table = hidden = None
+    if made:
+        made = controlled(made, settings.control, settings.seed)
+        hidden, text = made["hidden"].to(device), made["text"].to(device)
+        table = NegativeTable(made["pairs"].to(device), train, n_users, n_items)
+    elif settings.text_vectors:
+        text = read_text_vectors(settings.text_vectors, n_items).to(device)
+    needs_text = settings.lambda_s or settings.text_init or settings.clear
+    if needs_text and (text == text[0]).all():
         fail(f"{settings.text_vectors or settings.negatives}: the vectors of all items' texts are "
              "alike, so they say nothing; give --lambda-s 0 --text-init 0 --clear 0")
 
@@ -765,23 +777,31 @@ def build(run, settings, data, made):
     backbone = build_backbone(
         settings.backbone, n_users, n_items, settings.dim, train, settings.layers)
     width = backbone()[0].shape[1]  # D, which with ngcf is not --dim
-    projector = Projector(made["hidden"], width, settings.projector_width, settings.attention)
-    projector = projector.to(device)
-    semantic = SemanticProjector(text, train, n_users, width).to(device)
+    projector = semantic = None
+    if made:
+        projector = Projector(made["hidden"], width, settings.projector_width, settings.attention)
+        projector = projector.to(device)
+    if text is not None:
+        semantic = SemanticProjector(text, train, n_users, width).to(device)
     if settings.text_init:
         part, vectors = settings.text_init, backbone.embedding.data
         start = text_start(semantic.item, train, n_users, vectors.shape[1], backbone.std)
         vectors.copy_(part * start + (1 - part) * vectors)
 
     # the sampler of e_j, kept clear of what the texts say the user would like
-    penalty = None
+    penalties = [likely.penalty] if likely else []
     if settings.clear:
         texts = semantic.item
         if settings.control == "cleared":
             generator = torch.Generator().manual_seed(settings.seed)
             texts = texts[torch.randperm(n_items, generator=generator).to(device)]
-        penalty = Relevance(*text_factors(texts, train, n_users), gain=settings.clear)
-    sample = make_sampler(backbone, settings.sampler, train, m=settings.m, penalty=penalty)
+        penalties.append(Relevance(*text_factors(texts, train, n_users), gain=settings.clear))
+
+    def penalty(users, candidates):
+        return sum(part(users, candidates) for part in penalties)
+
+    sample = make_sampler(backbone, settings.sampler, train, m=settings.m,
+                          penalty=penalty if penalties else None)
 
     form = PaperHNLMRec if settings.paper else HNLMRec
     return form(

@@ -806,7 +806,8 @@ def judge(args):
     likely, share = likely_items(model, train, min(args.likely, data["n_items"]))
     with torch.no_grad():
         user, item = model()
-    tensors = {"user": user, "item": item, "likely": likely.int(), "share": share}
+    tensors = {"user": user, "item": item, "likely": likely.int(), "share": share,
+               "text": readings[len(layers) // 2]}  # of the middle one, for --text-vectors
     check_finite(out, tensors, "lower --lr and run again with --force")
     save_tensors(out, tensors, {"settings": settings, "history": history,
                                 "seconds": time.time() - start})

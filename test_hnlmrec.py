@@ -621,6 +621,19 @@ def test_false_hard_negatives_stand_between_positive_and_negative():
     assert logs["false"] == pytest.approx(F.softplus(s_n - s_f).mean().item(), rel=1e-5)
 
 
+def test_dns_takes_no_likely_false_one_while_another_candidate_is_there():
+    listed = torch.tensor([[4, 2], [3, -1]])
+    likely = hnlmrec.LikelyFalse(listed, torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    users, candidates = torch.tensor([0, 1, 1]), torch.tensor([[4, 1, 2], [0, 3, 1], [3, 3, 3]])
+    inf = torch.inf
+    penalty = likely.penalty(users, candidates)
+    assert penalty.tolist() == [[inf, 0, inf], [0, inf, 0], [inf, inf, inf]]
+    score = lambda users, items: (users * items).sum(-1)  # noqa: E731
+    one, items = torch.ones(3, 1), torch.arange(5.0)[:, None]  # the later an item the higher
+    assert backbones.dns(score, one, items, candidates).tolist() == [4, 3, 3]
+    assert backbones.dns(score, one, items, candidates, penalty=penalty).tolist() == [1, 1, 3]
+
+
 def test_blended_vectors_rank_as_the_sum_of_the_standardised_scores():
     generator, parts = torch.Generator().manual_seed(0), []
     for width in (3, 7, 2):
@@ -2890,6 +2903,13 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     assert "nothing is left" in refused(
         "hnlmrec.py", "blend", *run, "--model", "none", "--judge", "none")
     assert "hnlmrec.py blend" in backbones.maker_of(copied / "model-hnlmrec-full.safetensors")
+    # texts alone, without a generated vector: the start is theirs
+    words = ["--text-init", "1", "--text-vectors", str(copied / "judge.safetensors"), "--epochs", "1"]
+    hnlmrec.main([*train, *words, "--lr", "1e-30", "--out", "model-hnlmrec-text.safetensors"])
+    model, _, _ = backbones.load_model(copied / "model-hnlmrec-text.safetensors", data=data)
+    semantic = hnlmrec.SemanticProjector(real["text"].float(), data["train"], model.n_users, 8)
+    start = hnlmrec.text_start(semantic.item, data["train"], model.n_users, 8, model.std)
+    assert torch.allclose(model.embedding, start, atol=1e-5)
     save_file({"text": torch.ones(data["n_items"], 3)}, copied / "alike.safetensors")
     message = refused("hnlmrec.py", "train", *run, "--mine-first", 1, "--mine-last", 5, "--out",
                       "model-bad.safetensors", "--text-vectors", copied / "alike.safetensors")
