@@ -1,14 +1,15 @@
-"""backbones.py: the recommenders, their negative samplers and the training loop that all methods share.
+"""backbones.py: the recommenders, their negative samplers and the training loop that all share.
 
 In:   runs/NAME/data.safetensors (train, valid, test pairs), written by `python hnlmrec.py prepare`.
-Out:  runs/NAME/cf.safetensors (user (U, D), item (I, D)), the collaborative-filtering vectors the LLM step starts from,
-      or runs/NAME/model-METHOD.safetensors, a trained baseline for the report.
+Out:  runs/NAME/cf.safetensors (user (U, D), item (I, D)), the collaborative-filtering vectors the
+      LLM step starts from, or runs/NAME/model-METHOD.safetensors, a trained baseline for the
+      report.
 
-Read it top to bottom: interactions, negative samplers, backbones, losses, mining, full ranking, metrics, the training loop;
-then the files of a run, errors and progress, the command line. Nothing here imports the other scripts, so
-that this file can be copied on its own.
+Read it top to bottom: interactions, negative samplers, backbones, losses, mining, full ranking,
+metrics, the training loop; then the files of a run, errors and progress, the command line. Nothing
+here imports the other scripts, so that this file can be copied on its own.
 
-Alone:  python backbones.py pretrain --run runs/NAME --backbone lightgcn --sampler dns --out model-dns.safetensors
+Alone:  python backbones.py pretrain --run runs/NAME --sampler dns --out model-dns.safetensors
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,12 +40,14 @@ from torch import nn
 # --------------------------------------------------------------------------------------------------
 
 def pair_keys(pairs, n_items):
-    """(N, 2) pairs -> (N,) sorted int64 keys user * n_items + item, for membership by binary search."""
+    """(N, 2) pairs -> (N,) sorted int64 keys user * n_items + item, for membership by binary
+    search."""
     return (pairs[:, 0] * n_items + pairs[:, 1]).sort().values
 
 
 def contains(keys, users, items, n_items):
-    """Is each (user, item) among the sorted `keys` of pair_keys? users and items broadcast; bool of their shape."""
+    """Is each (user, item) among the sorted `keys` of pair_keys? users and items broadcast; bool of
+    their shape."""
     query = users * n_items + items
     if not len(keys):
         return torch.zeros_like(query, dtype=torch.bool)
@@ -51,7 +55,8 @@ def contains(keys, users, items, n_items):
 
 
 def user_rows(pairs, n_users):
-    """Pairs sorted by user, then item, as compressed rows: (indptr (U+1,), items (N,)), both int64."""
+    """Pairs sorted by user, then item, as compressed rows: (indptr (U+1,), items (N,)), both
+    int64."""
     order = (pairs[:, 0] * (pairs[:, 1].max() + 1 if len(pairs) else 1) + pairs[:, 1]).argsort()
     indptr = torch.zeros(n_users + 1, dtype=torch.int64, device=pairs.device)
     indptr[1:] = torch.bincount(pairs[:, 0], minlength=n_users).cumsum(0)
@@ -70,9 +75,10 @@ def rows_of(rows, users):
 
 
 def take(table, index):
-    """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that adds in a fixed order: that of
-    plain indexing adds from many threads at once on a CPU, so two runs with one seed would drift apart. On a CPU index_select's
-    does so in half the time of embedding's; on a GPU only embedding's keeps the order."""
+    """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that
+    adds in a fixed order: that of plain indexing adds from many threads at once on a CPU, so two
+    runs with one seed would drift apart. On a CPU index_select's does so in half the time of
+    embedding's; on a GPU only embedding's keeps the order."""
     if table.device.type == "cpu":
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
@@ -98,7 +104,8 @@ def whiten(text):
     return F.normalize(centred @ axes * scale, dim=1)
 
 # --------------------------------------------------------------------------------------------------
-# Negative samplers. Each takes a batch of (user, positive) and returns negatives; none has a Python loop over pairs.
+# Negative samplers. Each takes a batch of (user, positive) and returns negatives; none has a Python
+# loop over pairs
 # --------------------------------------------------------------------------------------------------
 
 class UnseenSampler:
@@ -130,33 +137,39 @@ class UnseenSampler:
         weight = (weight * steps).round().long()
         self.cum, self.uniform = F.pad(weight.cumsum(0), (1, 0)), not beta  # (I+1,)
         indptr, items = user_rows(pairs, n_users)
-        self.seen = F.pad(weight[items].cumsum(0), (1, 0))  # (N+1,) seen weight, over all users in row order
-        self.start = start = self.seen[indptr[:-1]]  # (U,) where each user's own seen weight begins
+        # seen weight, over all users in row order, and where each user's own begins
+        self.seen = F.pad(weight[items].cumsum(0), (1, 0))  # (N+1,)
+        self.start = start = self.seen[indptr[:-1]]  # (U,)
         users = torch.repeat_interleave(torch.arange(n_users, device=pairs.device), indptr.diff())
         self.stride = int(self.cum[-1]) + 1
         self.keys = users * self.stride + self.cum[items] - (self.seen[:-1] - start[users])
         self.free = self.cum[-1] - (self.seen[indptr[1:]] - start)  # (U,) weight left to draw from
-        if (self.free <= 0).any():
-            fail(f"user row {int((self.free <= 0).nonzero()[0])}: has interacted with all {n_items} items, "
-                 "so no negative exists; remove that user or add items")
+        full = (self.free <= 0).nonzero()
+        if len(full):
+            fail(f"user row {int(full[0])}: has interacted with all {n_items} items, so no "
+                 "negative exists; remove that user or add items")
 
     def __call__(self, users, n, generator=None):
         """users (B,) int64 -> items (B, n) int64, drawn independently."""
-        point = torch.randint(2**62, (len(users), n), generator=generator, device=users.device) % self.free[users][:, None]
-        before = torch.searchsorted(self.keys, users[:, None] * self.stride + point, right=True)  # (B, n)
-        point = point + self.seen[before] - self.start[users][:, None]
-        return point if self.uniform else torch.searchsorted(self.cum, point, right=True) - 1  # uniform: item n begins at n
+        shape, u = (len(users), n), users[:, None]  # u (B, 1)
+        point = torch.randint(2**62, shape, generator=generator, device=users.device)
+        point = point % self.free[u]  # (B, n)
+        before = torch.searchsorted(self.keys, u * self.stride + point, right=True)  # (B, n)
+        point = point + self.seen[before] - self.start[u]
+        if self.uniform:  # item n begins at n
+            return point
+        return torch.searchsorted(self.cum, point, right=True) - 1
 
 
 def dns(score, users, items, candidates, top=1, pick=None, penalty=None):
-    """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for top = N > 1, one drawn
-    uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023). pick (B,), in 0..N - 1: which
-    one; left out, drawn here.
+    """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for
+    top = N > 1, one drawn uniformly from the N highest: DNS(M, N) (Shi et al., WWW 2023). pick
+    (B,), in 0..N - 1: which one; left out, drawn here.
 
-    score(users (…, D), items (…, D)) -> (…), with leading dimensions that broadcast: a backbone's
-    `score`, or any function of that shape. users (B, D), items (I, D), candidates (B, M) int64 ->
-    item ids (B,). top at most M. penalty (B, M), in standard deviations of the row's scores, is
-    taken off first: it keeps the choice clear of likely false negatives. No gradient."""
+    score(users (…, D), items (…, D)) -> (…), with leading dimensions that broadcast: a
+    backbone's `score`, or any function of that shape. users (B, D), items (I, D), candidates (B, M)
+    int64 -> item ids (B,). top at most M. penalty (B, M), in standard deviations of the row's
+    scores, is taken off first: it keeps the choice clear of likely false negatives. No gradient."""
     with torch.no_grad():
         scores = score(users[:, None], items[candidates])  # (B, M)
         if penalty is not None:
@@ -168,19 +181,22 @@ def dns(score, users, items, candidates, top=1, pick=None, penalty=None):
 
 
 def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=-2):
-    """Adaptive hardness (Lai et al., AHNS, AAAI 2024, eq. 6): of M candidates the one whose score is nearest to
-    beta * (score(positive) + alpha) ** (power + 1), so a high scored positive gets an easy negative and the reverse. The
-    defaults are the published constants; power is a whole number, since the base can be below zero.
+    """Adaptive hardness (Lai et al., AHNS, AAAI 2024, eq. 6): of M candidates the one whose score
+    is nearest to beta * (score(positive) + alpha) ** (power + 1), so a high scored positive gets an
+    easy negative and the reverse. The defaults are the published constants; power is a whole
+    number, since the base can be below zero.
 
     score as dns's; users (B, D), items (I, D), positives (B,), candidates (B, M) -> item ids (B,).
     No gradient."""
     with torch.no_grad():
         target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
-        return candidates.gather(1, (score(users[:, None], items[candidates]) - target).abs().argmin(1, keepdim=True))[:, 0]
+        distance = (score(users[:, None], items[candidates]) - target).abs()  # (B, M)
+        return candidates.gather(1, distance.argmin(1, keepdim=True))[:, 0]
 
 
 def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shares=None):
-    """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop mixing (eq. 7-9).
+    """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop
+    mixing (eq. 7-9).
 
     users (B, D); item_layers (I, K, d), one slice a hop; positives (B,); candidates (B, M) ->
     vectors (B, D). pool((B, K, d)) -> (B, D) joins the hops as the backbone does: D = d for a mean
@@ -191,59 +207,76 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shar
     Hop by hop, so that the largest tensor is (B, M, d)."""
     hops = []
     if shares is None:
-        # one share a pair and hop, the same for its M candidates: were it drawn for each candidate, the best one would
-        # nearly always be the one drawn closest to the positive, and training stalls (measured: valid NDCG@20 .19, not .22)
+        # one share a pair and hop, the same for its M candidates: were it drawn for each candidate,
+        # the best one would nearly always be the one drawn closest to the positive, and training
+        # stalls (measured: valid NDCG@20 .19, not .22)
         shape = item_layers.shape[1], len(positives)
         shares = torch.rand(shape, generator=generator, device=candidates.device)
     for k, share in enumerate(shares[:, :, None]):  # (B, 1)
         layer = item_layers[:, k]  # (I, d)
-        # with mean pooling the user is compared as it is at every hop; with concatenation each hop has its own slice
-        query = users if users.shape[1] == layer.shape[1] else users.unflatten(1, (-1, layer.shape[1]))[:, k]
-        with torch.no_grad():  # choose first, then rebuild the chosen one alone: backward never sees (B, M, d)
-            # the positive's part of the mix is the same for all candidates, so it cannot change which one is highest
-            best = torch.einsum("bd,bmd->bm", query, layer[candidates]).argmax(1, keepdim=True)  # (B, 1)
-        hops.append(share * take(layer, positives) + (1 - share) * take(layer, candidates.gather(1, best)[:, 0]))
+        # with mean pooling the user is compared as it is at every hop; with concatenation each hop
+        # has its own slice
+        query = users
+        if users.shape[1] != layer.shape[1]:
+            query = users.unflatten(1, (-1, layer.shape[1]))[:, k]  # (B, d)
+        # choose first, then rebuild the chosen one alone: backward never sees (B, M, d). The
+        # positive's part of the mix is the same for all candidates, so it cannot change which one
+        # is highest
+        with torch.no_grad():
+            scores = torch.einsum("bd,bmd->bm", query, layer[candidates])  # (B, M)
+            best = candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0]  # (B,)
+        hops.append(share * take(layer, positives) + (1 - share) * take(layer, best))
     return pool(torch.stack(hops, 1))
 
 
+class Sample(NamedTuple):
+    """What make_sampler's function gives for a batch. All vectors carry the model's gradient."""
+
+    all_users: torch.Tensor  # (U, D)
+    all_items: torch.Tensor  # (I, D)
+    users: torch.Tensor  # (B, D), the batch's
+    positives: torch.Tensor  # (B, D)
+    negatives: torch.Tensor  # (B, D)
+    negative_ids: torch.Tensor  # (B,), their items; mixgcf's are none: those of first candidates
+
+
 def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
-    """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> all users (U, D), all items (I, D), and the
-    batch's users, positives and negatives (B, D) each, with the negatives' item ids (B,) (of mixgcf, whose negatives are
-    no items, that of its first candidate, for the L2 term). Where processes share a batch, the last
-    four are of this one's rows (share_of); what is random is drawn for the whole batch by all of
-    them, so that it does not depend on their number.
+    """One of the samplers as a function of a batch: sample(u (B,), i (B,), generator) -> Sample.
+    Where processes share a batch, what is of the batch is of this one's rows (share_of); what is
+    random is drawn for the whole batch by all of them, so that it does not depend on their number.
 
     model: a Backbone, or any module with n_users, n_items, score as dns's and
     forward() -> (users (U, D), items (I, D)); for mixgcf also layers() and pool().
-    sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and ahns; n: dns draws from the
-    n best; beta: pns's popularity exponent; penalty: dns's, as a function of users (B,) and candidates (B, M)."""
+    sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of dns, mixgcf and
+    ahns; n: dns draws from the n best; beta: pns's popularity exponent; penalty: dns's, as a
+    function of users (B,) and candidates (B, M)."""
     draw = UnseenSampler(pairs, model.n_users, model.n_items, beta if sampler == "pns" else 0.0)
 
     def sample(u, i, generator):
         candidates = share_of(draw(u, 1 if sampler in ("rns", "pns") else m, generator))  # (B, M)
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
-            user_vectors, item_vectors = model.pool(user_layers), model.pool(item_layers)
+            all_users, all_items = model.pool(user_layers), model.pool(item_layers)
             shape = item_layers.shape[1], len(u)
             shares = torch.rand(shape, generator=generator, device=u.device)
             shares = share_of(shares.T).T  # (K, B)
         else:
-            user_vectors, item_vectors = model()
+            all_users, all_items = model()
         if sampler == "dns":
             pick = share_of(torch.randint(n, (len(u),), generator=generator, device=u.device))
         u, i = share_of(u), share_of(i)
-        users, items = take(user_vectors, u), take(item_vectors, i)
+        users, positives = take(all_users, u), take(all_items, i)
         if sampler == "mixgcf":
             negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=shares)
-            return user_vectors, item_vectors, users, items, negatives, candidates[:, 0]
+            return Sample(all_users, all_items, users, positives, negatives, candidates[:, 0])
         if sampler == "dns":
             cleared = penalty and penalty(u, candidates)
-            j = dns(model.score, users, item_vectors, candidates, n, pick, cleared)
+            j = dns(model.score, users, all_items, candidates, n, pick, cleared)
         elif sampler == "ahns":
-            j = ahns(model.score, users, item_vectors, i, candidates)
+            j = ahns(model.score, users, all_items, i, candidates)
         else:
             j = candidates[:, 0]
-        return user_vectors, item_vectors, users, items, take(item_vectors, j), j
+        return Sample(all_users, all_items, users, positives, take(all_items, j), j)
 
     return sample
 
@@ -252,19 +285,22 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 # --------------------------------------------------------------------------------------------------
 
 def normalized_adjacency(pairs, n_users, n_items):
-    """D^-1/2 A D^-1/2 of the bipartite graph (LightGCN eq. 3, NGCF eq. 8 without self loops) as a sparse CSR (U+I, U+I).
+    """D^-1/2 A D^-1/2 of the bipartite graph (LightGCN eq. 3, NGCF eq. 8 without self loops) as a
+    sparse CSR (U+I, U+I).
 
-    pairs (N, 2) without repeats. Symmetric, so the same matrix serves forward and backward. No row may be NaN: a node
-    without an edge gets zeros."""
+    pairs (N, 2) without repeats. Symmetric, so the same matrix serves forward and backward. No row
+    may be NaN: a node without an edge gets zeros."""
     n = n_users + n_items
     user, item = pairs[:, 0], pairs[:, 1] + n_users
     degree = torch.bincount(torch.cat([user, item]), minlength=n).float()
     scale = degree.clamp(min=1).rsqrt()
     value = scale[user] * scale[item]
     index = torch.stack([torch.cat([user, item]), torch.cat([item, user])])
-    with warnings.catch_warnings():  # torch calls its CSR support beta once a process; the products used here are tested
+    # torch calls its CSR support beta once a process; the products used here are tested
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
-        return torch.sparse_coo_tensor(index, torch.cat([value, value]), (n, n)).coalesce().to_sparse_csr()
+        adjacency = torch.sparse_coo_tensor(index, torch.cat([value, value]), (n, n)).coalesce()
+        return adjacency.to_sparse_csr()
 
 
 class SymmetricMatmul(torch.autograd.Function):
@@ -287,8 +323,9 @@ class SymmetricMatmul(torch.autograd.Function):
 class Backbone(nn.Module):
     """What HNLMRec, the samplers and the evaluation ask of a recommender.
 
-    forward() -> (users (U, D), items (I, D)); layers() the same per hop, (U, K, d) and (I, K, d); ego() the parameters
-    that the L2 term acts on. Scores are inner products unless a subclass says otherwise."""
+    forward() -> (users (U, D), items (I, D)); layers() the same per hop, (U, K, d) and (I, K, d);
+    ego() the parameters that the L2 term acts on, (U, d) and (I, d). Scores are inner products
+    unless a subclass says otherwise."""
 
     propagates = False  # True when forward() is more than the parameters themselves
     std = 0.01  # of the initial vectors; propagation averages, so the graph backbones start larger
@@ -296,7 +333,8 @@ class Backbone(nn.Module):
     def __init__(self, n_users, n_items, dim):
         super().__init__()
         self.n_users, self.n_items, self.dim = n_users, n_items, dim
-        self.embedding = nn.Parameter(torch.empty(n_users + n_items, dim))  # users first, then items
+        # users first, then items
+        self.embedding = nn.Parameter(torch.empty(n_users + n_items, dim))
         nn.init.normal_(self.embedding, std=self.std)
 
     def ego(self):
@@ -359,8 +397,9 @@ class LightGCN(Backbone):
 
 
 class NGCF(Backbone):
-    """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout
-    (on E'), hops L2-normalised and concatenated, so that D = (n_layers + 1) * dim.
+    """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7:
+    E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2), with message dropout (on E'), hops L2-normalised
+    and concatenated, so that D = (n_layers + 1) * dim.
 
     adjacency as LightGCN's."""
 
@@ -390,13 +429,15 @@ class NGCF(Backbone):
 
 
 class NeuMF(Backbone):
-    """NeuMF (He et al., NCF, WWW 2017): a GMF half and an MLP half, each on its own dim/2 of the embedding, joined by a
-    linear layer (eq. 12). There is no inner product to rank with, so score_all walks the catalogue in chunks."""
+    """NeuMF (He et al., NCF, WWW 2017): a GMF half and an MLP half, each on its own dim/2 of the
+    embedding, joined by a linear layer (eq. 12). There is no inner product to rank with, so
+    score_all walks the catalogue in chunks."""
 
     def __init__(self, n_users, n_items, dim):
         super().__init__(n_users, n_items, dim)
         half = dim // 2
-        self.mlp = nn.Sequential(nn.Linear(2 * half, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * half, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
         self.out = nn.Linear(2 * half, 1, bias=False)
         nn.init.ones_(self.out.weight)  # start as MF plus a small MLP term
 
@@ -410,7 +451,8 @@ class NeuMF(Backbone):
         return self.out(joined)[..., 0]
 
     def score_all(self, users, items):
-        chunk = max(1, 2**22 // max(1, len(users) * self.dim))  # about 16 MiB of activations at a time
+        # about 16 MiB of activations at a time
+        chunk = max(1, 2**22 // max(1, len(users) * self.dim))
         return torch.cat([self.score(users[:, None], part[None]) for part in items.split(chunk)], 1)
 
 
@@ -427,7 +469,8 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False)
         model = NeuMF(n_users, n_items, dim)
     else:
         adjacency = normalized_adjacency(train, n_users, n_items)
-        model = {"lightgcn": LightGCN, "ngcf": NGCF}[name](n_users, n_items, dim, adjacency, n_layers)
+        form = {"lightgcn": LightGCN, "ngcf": NGCF}[name]
+        model = form(n_users, n_items, dim, adjacency, n_layers)
     if cosine:
         model.register_forward_hook(unit_vectors)
     return model.to(train.device)
@@ -612,23 +655,26 @@ def l2_loss(*vectors):
 
 
 def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
-    """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own embeddings. Arguments as
-    make_sampler's. Returns step(rows, generator) for `fit`, whose loss is that of this process's
-    share of the rows."""
-    sample, (users_of, items_of) = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta), pairs.T.contiguous()
+    """The baseline training step: BPR with negatives of one sampler, plus L2 on the batch's own
+    embeddings. Arguments as make_sampler's; the model also has ego() and propagates, as a Backbone.
+    Returns step(rows, generator) for `fit`, whose loss is that of this process's share of the
+    rows."""
+    draw = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta)
+    users_of, items_of = pairs.T.contiguous()
 
     def step(rows, generator):
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
-        _, _, users, items, negatives, j = sample(u, i, generator)
-        u, i, weight = share_of(u), share_of(i), share_weight(len(rows))
-        bpr = bpr_loss(model.score(users, items), model.score(users, negatives)) * weight
+        sample = draw(u, i, generator)
+        u, i, j, weight = share_of(u), share_of(i), sample.negative_ids, share_weight(len(rows))
+        users, positives, negatives = sample.users, sample.positives, sample.negatives
+        bpr = bpr_loss(model.score(users, positives), model.score(users, negatives)) * weight
         if not reg:
             return bpr, {"bpr": bpr.item()}
         ego_users, ego_items = model.ego()
         if model.propagates:
             l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         else:  # what was gathered for the scores are the parameters themselves
-            l2 = l2_loss(users, items, take(ego_items, j) if sampler == "mixgcf" else negatives)
+            l2 = l2_loss(users, positives, take(ego_items, j) if sampler == "mixgcf" else negatives)
         return bpr + reg * weight * l2, {"bpr": bpr.item()}
 
     return step
@@ -638,8 +684,9 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
     """The step of --loss softmax: n items, drawn each step uniformly and without repeats, are the
     negatives of every row, save the user's own train items; L2 on the pair's own embeddings.
 
-    pairs (N, 2) train -> step(rows, generator) for `fit`, whose loss is that of this process's
-    share of the rows."""
+    model: a Backbone, or any module with n_users, n_items, forward(), score(), score_all() and
+    ego() as it has. pairs (N, 2) train -> step(rows, generator) for `fit`, whose loss is that of
+    this process's share of the rows."""
     train_rows = user_rows(pairs, model.n_users)
     slot = torch.empty(model.n_items, dtype=torch.int64, device=pairs.device)
 
@@ -687,12 +734,12 @@ def mining_band(data, first=0, last=0):
 
 @torch.no_grad()
 def mine_hard_negatives(model, train, first, last):
-    """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a band below the very top,
-    where held-out positives are densest. Reads train pairs alone.
+    """Each user's unseen items at ranks first..last of the pre-trained backbone's full ranking: a
+    band below the very top, where held-out positives are densest. Reads train pairs alone.
 
-    model as rank_unseen's; train (N, 2) -> item ids (U, last - first + 1), best rank first. Several
-    processes mine for every world()-th user each. Raises SystemExit2 when a user has too few unseen
-    items for the band."""
+    model as rank_unseen's, with n_users and n_items; train (N, 2) -> item ids
+    (U, last - first + 1), best rank first. Several processes mine for every world()-th user each.
+    Raises SystemExit2 when a user has too few unseen items for the band."""
     seen = user_rows(train, model.n_users)
     if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
@@ -707,24 +754,31 @@ def mine_hard_negatives(model, train, first, last):
 # --------------------------------------------------------------------------------------------------
 
 def top_k(scores, k):
-    """Indices (B, k) of the k highest of scores (B, I), highest first; equal scores go by index, lowest first.
+    """Indices (B, k) of the k highest of scores (B, I), highest first; equal scores go by index,
+    lowest first: the first k of scores.sort(dim=1, descending=True, stable=True).indices.
 
-    torch.topk leaves the order of ties open, and looks at each score with care. So: cut a row into blocks, for the k highest
-    lie in the k blocks with the highest maxima, and only those are searched. One more than k are taken, to see a tie across
-    the border; rows with a tie pay for a full stable sort."""
-    n, more = scores.shape[1], min(k + 1, scores.shape[1])
-    width = round((n / more) ** 0.5)  # the fewest scores to search: n / width maxima, then more * width
+    torch.topk leaves the order of ties open, and looks at each score with care. So: cut a row into
+    blocks, for the k highest lie in the k blocks with the highest maxima, and only those are
+    searched. One more than k are taken, to see a tie across the border; rows with a tie pay for the
+    full stable sort."""
+    n, more, device = scores.shape[1], min(k + 1, scores.shape[1]), scores.device
+    # the fewest scores to search: n / width maxima, then more * width
+    width = round((n / more) ** 0.5)
     if width < 2:
         values, index = scores.topk(more, dim=1)
     else:
-        blocks = n // width  # column c belongs to block c % blocks, so that maxima run along contiguous memory
-        best = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1).topk(min(more, blocks), dim=1, sorted=False).indices
-        columns = (best[:, None] + torch.arange(0, width * blocks, blocks, device=best.device)[:, None]).flatten(1)
-        rest = torch.arange(width * blocks, n, device=best.device).expand(len(best), -1)  # fewer than `width` columns
-        columns = torch.cat([columns, rest], 1)  # (B, about width * (k+1))
+        # column c belongs to block c % blocks, so that maxima run along contiguous memory; fewer
+        # than `width` columns are left over
+        blocks = n // width
+        maxima = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1)  # (B, blocks)
+        best = maxima.topk(min(more, blocks), dim=1, sorted=False).indices
+        in_block = torch.arange(0, width * blocks, blocks, device=device)
+        columns = (best[:, None] + in_block[:, None]).flatten(1)
+        left_over = torch.arange(width * blocks, n, device=device).expand(len(scores), -1)
+        columns = torch.cat([columns, left_over], 1)  # (B, about width * (k+1))
         values, place = scores.gather(1, columns).topk(more, dim=1)
         index = columns.gather(1, place)
-    tied = (values[:, 1:] == values[:, :-1]).any(1)  # -inf, what is left out of the ranking, ties too
+    tied = (values[:, 1:] == values[:, :-1]).any(1)  # what is left out of the ranking, -inf, too
     if tied.any():
         index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
     return index[:, :k]
@@ -737,8 +791,8 @@ def rank_unseen(model, users, seen, k, cells=2**23):
 
     model: a Backbone, or any module with forward() -> (users (U, D), items (I, D)) and
     score_all(users (B, D), items (I, D)) -> (B, I), a new tensor each time: it is written into.
-    users (n,) ids; seen: (indptr, items) of user_rows, the pairs to leave out -> item ids (n, k). A user with fewer than k
-    unseen items gets -1 in the places left."""
+    users (n,) ids; seen: (indptr, items) of user_rows, the pairs to leave out -> item ids (n, k). A
+    user with fewer than k unseen items gets -1 in the places left."""
     was_training, _ = model.training, model.eval()
     user_vectors, item_vectors = model()
     model.train(was_training)
@@ -783,20 +837,23 @@ def ranking_hits(model, pairs, seen, k):
     """Full-ranking hits for every user who has a pair in `pairs`.
 
     model as rank_unseen's, with n_users and n_items.
-    pairs (N, 2) to find; seen: user_rows of the pairs left out of the ranking -> users (n,), hits (n, k) bool in rank order,
-    relevant (n,) the number of pairs of each user. Users without a pair are not in the result: they have no metric."""
+    pairs (N, 2) to find; seen: user_rows of the pairs left out of the ranking -> users (n,), hits
+    (n, k) bool in rank order, relevant (n,) the number of pairs of each user. Users without a pair
+    are not in the result: they have no metric."""
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)
     users = relevant.nonzero()[:, 0]
     ranked = rank_unseen(model, users, seen, k)  # (n, k)
-    hits = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items) & (ranked >= 0)
-    return users, hits, relevant[users]
+    found = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items)
+    return users, found & (ranked >= 0), relevant[users]
 
 # --------------------------------------------------------------------------------------------------
-# Ranking metrics: hits (n, K) bool in rank order and relevant (n,) -> one number a user, (n,) float64
+# Ranking metrics: hits (n, K) bool in rank order and relevant (n,) -> one number a user, (n,)
+# float64
 # --------------------------------------------------------------------------------------------------
 
 def ndcg(hits, relevant, k):
-    """NDCG@k per user with binary gains (Järvelin and Kekäläinen, 2002); the ideal list is cut at k too.
+    """NDCG@k per user with binary gains (Järvelin and Kekäläinen, 2002); the ideal list is cut
+    at k too.
 
     hits (n, >=k) bool in rank order, relevant (n,) -> (n,) in [0, 1]."""
     discount = 1 / torch.log2(torch.arange(2, k + 2, device=hits.device).double())  # (k,)
@@ -827,7 +884,8 @@ def mrr(hits, relevant, k):
 
 def validation(model, data, k=20, users=None):
     """-> validate(): mean NDCG@k of the model as it then is, on the validation pairs, train pairs
-    left out of the ranking. users: how many users are ranked, the same ones each time; left out,
+    left out of the ranking. model as ranking_hits's; data: a dict with train and valid (N, 2), as
+    load_data gives it. users: how many users are ranked, the same ones each time; left out,
     all. Several processes rank every world()-th user each."""
     if not len(data["valid"]):
         fail("data.safetensors: has no validation pair, and they choose the best epoch; "
@@ -851,7 +909,8 @@ def validation(model, data, k=20, users=None):
 # The training loop: baselines and HNLMRec differ in `step` alone
 # --------------------------------------------------------------------------------------------------
 
-def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed, label="train"):
+def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
+        label="train"):
     """Train all parameters of `modules` with Adam and keep the state of the best validation.
 
     modules: {name: nn.Module}; one optimizer over all of them, so none can be forgotten. step(rows
@@ -865,8 +924,11 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
 
     Raises SystemExit2 when the loss or the validation is not finite, naming the step or the
     epoch."""
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)  # one pass over each parameter instead of ten
+    parameters = []
+    for module in modules.values():
+        parameters += module.parameters()
+    # fused: one pass over each parameter instead of ten
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     best, best_state, history, done, start = -math.inf, None, [], 0, time.time()
     progress = Progress(label, epochs, "epochs")
@@ -874,12 +936,13 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
         total, logs = 0.0, {}
         for module in modules.values():
             module.train()
-        for rows in torch.randperm(n_rows, generator=generator, device=generator.device).split(batch_size):
+        order = torch.randperm(n_rows, generator=generator, device=generator.device)
+        for rows in order.split(batch_size):
             loss, values = step(rows, generator)
             done += 1
             if not torch.isfinite(loss):
-                fail(f"{label}: the loss is {loss.item()} at step {done} (epoch {epoch}, {values}); lower --lr "
-                     f"(now {lr}) or check the input vectors for NaN")
+                fail(f"{label}: the loss is {loss.item()} at step {done} (epoch {epoch}, "
+                     f"{values}); lower --lr (now {lr}) or check the input vectors for NaN")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(parameters)
@@ -892,15 +955,19 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             if not math.isfinite(score):
                 fail(f"{label}: the validation is {score} at epoch {epoch}; lower --lr (now {lr})")
             logs = {name: value / n_rows for name, value in logs.items()}
-            history.append({"epoch": epoch, "loss": total / n_rows, "valid_ndcg@20": score, "seconds": time.time() - start, **logs})
+            history.append({"epoch": epoch, "loss": total / n_rows, "valid_ndcg@20": score,
+                            "seconds": time.time() - start, **logs})
             if score > best:
                 best, best_epoch = score, epoch
-                best_state = {f"{name}.{key}": value.detach().clone()
-                              for name, module in modules.items() for key, value in module.state_dict().items()}
+                best_state = {}
+                for name, module in modules.items():
+                    for key, value in module.state_dict().items():
+                        best_state[f"{name}.{key}"] = value.clone()
             elif (epoch - best_epoch) // eval_every >= patience:
                 break
         progress.update(epoch, f"loss {total / n_rows:.4f}  valid NDCG@20 {max(best, 0):.4f}")
-    print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_epoch} of {epoch}, {time.time() - start:.0f} s", flush=True)
+    print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_epoch} of {epoch}, "
+          f"{time.time() - start:.0f} s", flush=True)
     return best_state, history
 
 
@@ -939,8 +1006,8 @@ def train_baseline(args, data, settings, out):
     start = time.time()
     validate = validation(model, data, users=args.eval_users)
     state, history = fit({"backbone": model}, step, len(train), validate, epochs=args.epochs,
-                         batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
-                         seed=args.seed, label=f"{args.backbone} {loss}")
+                         batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every,
+                         patience=args.patience, seed=args.seed, label=f"{args.backbone} {loss}")
     if rank():
         return
     restore({"backbone": model}, state)
@@ -948,8 +1015,8 @@ def train_baseline(args, data, settings, out):
     tensors = {**state, "user": users, "item": items}
     check_finite(out, tensors, "nothing was written; lower --lr and run again")
     save_tensors(out, tensors,
-                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"], "history": history,
-                  "seconds": time.time() - start})
+                 {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
+                  "history": history, "seconds": time.time() - start})
     print(f"wrote {out}")
 
 
@@ -1084,11 +1151,14 @@ def shards(run, name):
 def restore(modules, state):
     """Load {prefix.name: tensor} into {prefix: module}."""
     for prefix, module in modules.items():
-        module.load_state_dict({key.removeprefix(prefix + "."): value for key, value in state.items() if key.startswith(prefix + ".")})
+        start = f"{prefix}."
+        module.load_state_dict({name.removeprefix(start): value for name, value in state.items()
+                                if name.startswith(start)})
 
 
 def row_of(rows, raw, flag, path):
-    """The number of the row with this raw id. Raises SystemExit2 naming the flag when there is none."""
+    """The number of the row with this raw id. Raises SystemExit2 naming the flag when there is
+    none."""
     row = next((n for n, row in enumerate(rows) if row["raw"] == raw), None)
     if row is None:
         fail(f"{flag} {raw}: no such id in {path} (for example {rows[0]['raw']})")
@@ -1148,7 +1218,8 @@ class Output:
 
 
 def run_cli(main):
-    """Run `main()` as a program: our errors become one line and status 2, Ctrl-C ends quietly with status 130."""
+    """Run `main()` as a program: our errors become one line and status 2, Ctrl-C ends quietly with
+    status 130."""
     sys.stdout = Output(sys.stdout or open(os.devnull, "w"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill ends it as Ctrl-C does
     try:
@@ -1160,8 +1231,10 @@ def run_cli(main):
     except KeyboardInterrupt:
         print("\nstopped; finished steps are kept, run the same command to go on", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a full disk or an unwritable folder: the temporary file is gone, the old file untouched
-        print(f"error: {error.filename or 'output'}: {error.strerror or error}; mend that and run again", file=sys.stderr)
+    except OSError as error:
+        # a full disk or an unwritable folder: the temporary file is gone, the old file untouched
+        print(f"error: {error.filename or 'output'}: {error.strerror or error}; mend that and run "
+              "again", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if "memory" not in f"{type(error).__name__} {error}".lower():
@@ -1171,7 +1244,8 @@ def run_cli(main):
 
 
 def write_atomic(path, data):
-    """Write bytes to a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
+    """Write bytes to a temporary name, then rename: a reader sees the old file or the new one,
+    never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # the same each time: killed ones do not add up
@@ -1309,13 +1383,13 @@ MAKERS = {
     "data": "hnlmrec.py prepare", "items": "hnlmrec.py prepare", "users": "hnlmrec.py prepare",
     "profiles": "llm_negatives.py profile", "sft": "llm_negatives.py finetune",
     "adapter": "llm_negatives.py finetune", "negatives": "llm_negatives.py generate",
-    "judge": "llm_negatives.py judge", "report": "eval.py report", "metrics": "eval.py report", "compare": "eval.py compare",
-    "sweep": "eval.py sweep"}
+    "judge": "llm_negatives.py judge", "report": "eval.py report", "metrics": "eval.py report",
+    "compare": "eval.py compare", "sweep": "eval.py sweep"}
 
 
 def maker_of(path):
-    """The command that writes this file of a run, for the ends of error messages; … where it takes
-    flags that only the reader knows."""
+    """The command that writes this file of a run, for the ends of error messages; … where it
+    takes flags that only the reader knows."""
     run, name = Path(path).parent, Path(path).name
     if run.name == "compare":  # a cell
         run, name = run.parent, name if name.startswith("sweep") else "compare"
@@ -1393,8 +1467,9 @@ def settings_of(args, *others):
 
 
 def read_jsonl(path, maker="", growing=False):
-    """All rows of a JSON-lines file. growing: the file is written line by line, so that a last line without its end, of a program
-    killed while writing, is left out; in any other file it is an error."""
+    """All rows of a JSON-lines file. growing: the file is written line by line, so that a last line
+    without its end, of a program killed while writing, is left out; in any other file it is an
+    error."""
     path = Path(path)
     maker = maker or maker_of(path)
     if not path.exists():
@@ -1413,7 +1488,8 @@ def read_jsonl(path, maker="", growing=False):
 
 
 class Progress:
-    """Rate and time left: one rewritten line on a terminal, at most one plain line each 20 seconds in a file."""
+    """Rate and time left: one rewritten line on a terminal, at most one plain line each 20 seconds
+    in a file."""
 
     def __init__(self, label, total, unit):
         self.label, self.total, self.unit = label, total, unit
@@ -1431,7 +1507,8 @@ class Progress:
         self.shown = now
         rate = (done - self.first[0]) / max(now - self.first[1], 1e-9)
         left = (self.total - done) / rate if rate else float("inf")
-        line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  {extra}".rstrip()
+        line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left"
+        line = f"{line}  {extra}".rstrip()
         end = "\n" if not self.tty or done >= self.total else ""
         if self.tty:  # a line wider than the terminal would not be rewritten
             width = max(10, shutil.get_terminal_size().columns - 1)
@@ -1494,8 +1571,9 @@ def share_weight(n):
 
 def sum_over(tensors):
     """Add each tensor up over all processes, in place."""
-    for tensor in tensors if world() > 1 else ():
-        dist.all_reduce(tensor)
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def from_first(value):
@@ -1510,8 +1588,9 @@ def average_gradients(parameters):
     """The mean of each gradient over all processes, in place."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     sum_over(gradients)
-    for gradient in gradients if world() > 1 else ():
-        gradient /= world()
+    if world() > 1:
+        for gradient in gradients:
+            gradient /= world()
 
 # --------------------------------------------------------------------------------------------------
 # Command line
@@ -1526,10 +1605,12 @@ def number(kind, low, high=None, open_low=False):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number ({kind.__name__})") from None
+            said = f"{text!r} is not a number ({kind.__name__})"
+            raise argparse.ArgumentTypeError(said) from None
         inside = (low < value if open_low else low <= value) and value <= high
         if not inside or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is outside {'(' if open_low else '['}{low}, {high}]")
+            bracket = "(" if open_low else "["
+            raise argparse.ArgumentTypeError(f"{text} is outside {bracket}{low}, {high}]")
         return value
 
     return parse
@@ -1564,32 +1645,45 @@ def add_training_flags(parser, more=()):
     group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
                        default="lightgcn", help="recommender")
     group.add_argument("--dim", type=number(int, 2), default=64, help="embedding width d")
-    group.add_argument("--layers", type=number(int, 1), default=3, help="propagation layers of lightgcn and ngcf")
-    group.add_argument("--epochs", type=number(int, 1), default=200, help="passes over the train pairs, at most")
+    group.add_argument("--layers", type=number(int, 1), default=3,
+                       help="propagation layers of lightgcn and ngcf")
+    group.add_argument("--epochs", type=number(int, 1), default=200,
+                       help="passes over the train pairs, at most")
     group.add_argument("--batch-size", type=number(int, 1), default=2048, help="pairs a step")
-    group.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3, help="Adam's learning rate")
-    group.add_argument("--reg", type=number(float, 0), default=1e-4, help="weight of the L2 term, lambda2")
-    group.add_argument("--eval-every", type=number(int, 1), default=5, help="epochs between validations")
+    group.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3,
+                       help="Adam's learning rate")
+    group.add_argument("--reg", type=number(float, 0), default=1e-4,
+                       help="weight of the L2 term, lambda2")
+    group.add_argument("--eval-every", type=number(int, 1), default=5,
+                       help="epochs between validations")
     group.add_argument("--eval-users", type=number(int, 1), metavar="N",
                        help="users that a validation ranks, the same each time (left out: all)")
-    group.add_argument("--patience", type=number(int, 1), default=6, help="validations without a new best before stopping")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="decides initial weights, batches and negatives")
-    parser.add_argument("--run", required=True, metavar="DIR", help="run folder, as made by `hnlmrec.py prepare`")
+    group.add_argument("--patience", type=number(int, 1), default=6,
+                       help="validations without a new best before stopping")
+    group.add_argument("--seed", type=number(int, 0), default=0,
+                       help="decides initial weights, batches and negatives")
+    parser.add_argument("--run", required=True, metavar="DIR",
+                        help="run folder, as made by `hnlmrec.py prepare`")
     parser.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
                         default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--force", action="store_true", help="remake the output though it was made with other settings")
+    parser.add_argument("--force", action="store_true",
+                        help="remake the output though it was made with other settings")
 
 
 def main(argv=None):
     parser = Parser(prog="backbones.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    p = commands.add_parser("pretrain", help="train a backbone with one negative sampler",
-                            epilog="example: python backbones.py pretrain --run runs/demo --sampler dns --out model-dns.safetensors")
+    p = commands.add_parser(
+        "pretrain", help="train a backbone with one negative sampler",
+        epilog="example: python backbones.py pretrain --run runs/demo --sampler dns "
+               "--out model-dns.safetensors")
     add_training_flags(p, CLOSED_FORMS)
-    p.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="rns", help="negative sampler")
+    p.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="rns",
+                   help="negative sampler")
     p.add_argument("--m", type=number(int, 1, 2**16), default=8,
                    help="candidates of dns, mixgcf and ahns, items")
-    p.add_argument("--n", type=number(int, 1), default=1, help="dns draws from the n highest of its m candidates")
+    p.add_argument("--n", type=number(int, 1), default=1,
+                   help="dns draws from the n highest of its m candidates")
     p.add_argument("--beta", type=number(float, 0), default=0.75, help="popularity exponent of pns")
     p.add_argument("--loss", choices=["bpr", "softmax"], default="bpr",
                    help="softmax: over the positive and --shared negatives, no sampler")
@@ -1622,7 +1716,8 @@ def main(argv=None):
         fail("--cosine: needs --loss softmax, and a backbone that scores by inner products: mf, "
              "lightgcn or ngcf")
     if args.n > args.m:
-        fail(f"--n {args.n}: larger than --m {args.m}; dns draws from the n highest of m candidates")
+        fail(f"--n {args.n}: larger than --m {args.m}; dns draws from the n highest of m "
+             "candidates")
     pretrain(args)
 
 
