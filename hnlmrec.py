@@ -234,8 +234,8 @@ def text_factors(text, train, n_users):
 
 class Relevance:
     """How well an item fits a user by two tables of factors, in standard deviations of that user's
-    fit over all items: (x - mean) / std with x = users[u] · items[j]. What should fit the user is a
-    likely false negative, and `backbones.dns` can be kept clear of it. Beyond the paper.
+    fit over all items: (x - mean) / std with x = users[u] · items[j]. What should fit the user is
+    a likely false negative, and `backbones.dns` can be kept clear of it. Beyond the paper.
 
     users (U, k), items (I, k), float32, on one device: those of text_factors, or of any judge whose
     score is an inner product. Memory: 4 k (U + I) bytes, never users x items.
@@ -414,7 +414,7 @@ class HNLMRec(nn.Module):
 
     backbone: has forward() -> users (U, D), items (I, D), score() and ego(), as backbones.Backbone.
     projector, semantic: a Projector and a SemanticProjector into the same D.
-    sample: draws e_j, as backbones.make_sampler returns it; with dns, the highest scored of a few.
+    draw: draws e_j, as backbones.make_sampler returns it; with dns, the highest scored of a few.
     table: a NegativeTable; hidden (n, H): the generated vectors that its rows number.
     mined (U, M): item ids, each user's CF-mined hard negatives. pairs (N, 2): the train pairs.
     settings: a Namespace with
@@ -426,11 +426,11 @@ class HNLMRec(nn.Module):
     likely: a LikelyFalse, for L_false. All tensors on one device."""
 
     def __init__(
-            self, backbone, projector, semantic, sample, table, hidden, mined, pairs, settings,
+            self, backbone, projector, semantic, draw, table, hidden, mined, pairs, settings,
             likely=None):
         super().__init__()
         self.backbone, self.projector, self.semantic = backbone, projector, semantic
-        self.sample, self.table, self.settings = sample, table, settings
+        self.draw, self.table, self.settings = draw, table, settings
         self.hidden, self.mined, self.pairs, self.likely = hidden, mined, pairs, likely
         self.z, self.steps = None, 0  # see z_of_all
 
@@ -444,27 +444,30 @@ class HNLMRec(nn.Module):
         u, i = self.pairs[rows].T  # (B,), (B,)
         if self.table:  # (B,) each pair's generated vector
             own = share_of(self.table(rows, 1, generator)[:, 0])
-        user_vectors, item_vectors, users, items, negatives, j = self.sample(u, i, generator)
+        sample = self.draw(u, i, generator)
+        users, positives, negatives = sample.users, sample.positives, sample.negatives
 
         # BPR: the positive e_i above e⁻. Its gradient stops at z: it would teach the projector to
         # make easy negatives
         if s.alpha:
             negatives = mix(self.z_of_all(generator)[own], negatives, s.alpha)
-        bpr = bpr_loss(self.backbone.score(users, items), self.backbone.score(users, negatives))
+        bpr = bpr_loss(self.backbone.score(users, positives), self.backbone.score(users, negatives))
         logs = {"bpr": bpr.item()}
 
         # L2, of the parameters behind the batch's users, positives and sampled items
         ego_users, ego_items = self.backbone.ego()
-        l2 = l2_loss(take(ego_users, share_of(u)), take(ego_items, share_of(i)), take(ego_items, j))
+        l2 = l2_loss(take(ego_users, share_of(u)), take(ego_items, share_of(i)),
+                     take(ego_items, sample.negative_ids))
         loss = (bpr + s.reg * l2) * share_weight(len(rows))
 
         # L_false: an unseen item f that the judge holds for a likely false hard negative stands
-        # above e⁻ and below the positive, so that what the texts say of the user reaches the vectors
+        # above e⁻ and below the positive, so that what the texts say of the user reaches the
+        # vectors
         if s.lambda_f:
             f = share_of(self.likely(u, generator))  # (B,)
-            false_score = self.backbone.score(users, take(item_vectors, f))  # (B,)
+            false_score = self.backbone.score(users, take(sample.all_items, f))  # (B,)
             above = bpr_loss(false_score, self.backbone.score(users, negatives))
-            below = bpr_loss(self.backbone.score(users, items), false_score)
+            below = bpr_loss(self.backbone.score(users, positives), false_score)
             false = above + s.gamma * below + s.reg * l2_loss(take(ego_items, f))
             loss = loss + s.lambda_f * false * share_weight(len(rows))
             logs["false"] = above.item()
@@ -476,9 +479,9 @@ class HNLMRec(nn.Module):
             z = self.projector(self.hidden[self.table(rows[a], s.k, generator)])  # (A, D)
             pick = torch.randint(
                 self.mined.shape[1], (len(z),), generator=generator, device=u.device)
-            mined = take(item_vectors, self.mined[u[a], pick])  # (A, D)
-            positives = take(item_vectors, i[a])  # (A, D)
-            align = alignment_loss(z, positives.detach(), mined.detach(), u[a], s.tau_c)
+            items = sample.all_items.detach()
+            mined = take(items, self.mined[u[a], pick])  # (A, D)
+            align = alignment_loss(z, take(items, i[a]), mined, u[a], s.tau_c)
             loss = loss + s.lambda1 * align
             logs["align"] = align.item()
 
@@ -486,8 +489,10 @@ class HNLMRec(nn.Module):
         if s.lambda_s:
             some_users, some_items = (ids[: 2 * s.align_rows].unique() for ids in (u, i))
             user_texts, item_texts = self.semantic(some_users, some_items)
-            meaning = (semantic_alignment(take(user_vectors, some_users), user_texts, s.tau_c)
-                       + semantic_alignment(take(item_vectors, some_items), item_texts, s.tau_c))
+            user_vectors = take(sample.all_users, some_users)
+            item_vectors = take(sample.all_items, some_items)
+            meaning = (semantic_alignment(user_vectors, user_texts, s.tau_c)
+                       + semantic_alignment(item_vectors, item_texts, s.tau_c))
             loss = loss + s.lambda_s * meaning
             logs["semantic"] = meaning.item()
         return loss, logs
@@ -520,23 +525,27 @@ class PaperHNLMRec(HNLMRec):
     def loss(self, rows, generator):
         s = self.settings
         u, i = self.pairs[rows].T  # (B,), (B,)
-        _, _, users, items, negatives, j = self.sample(u, i, generator)
+        sample = self.draw(u, i, generator)
         u, i = share_of(u), share_of(i)
 
         # e⁻: the projected vectors mixed into the sampled items
         z = self.projector(self.hidden[share_of(self.table(rows, s.k, generator))])  # (B, D)
-        negatives = s.alpha * z + (1 - s.alpha) * negatives
+        negatives = s.alpha * z + (1 - s.alpha) * sample.negatives
 
         # BPR, or the hinge of the published code: the positive e_i above e⁻
-        scores = self.backbone.score(users, items), self.backbone.score(users, negatives)
-        ranking = hinge_loss(*scores, s.hinge) if s.hinge else bpr_loss(*scores)
+        positive_score = self.backbone.score(sample.users, sample.positives)  # (B,)
+        negative_score = self.backbone.score(sample.users, negatives)  # (B,)
+        if s.hinge:
+            ranking = hinge_loss(positive_score, negative_score, s.hinge)
+        else:
+            ranking = bpr_loss(positive_score, negative_score)
 
         # L_CL: e_u near e_i and far from z
-        contrast = paper_contrastive_loss(users, items, z, s.tau_c)
+        contrast = paper_contrastive_loss(sample.users, sample.positives, z, s.tau_c)
 
         # L2, of the parameters behind the batch's users, positives and sampled items
         ego_users, ego_items = self.backbone.ego()
-        l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
+        l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, sample.negative_ids))
         logs = {"hinge" if s.hinge else "bpr": ranking.item(), "contrast": contrast.item()}
         return (ranking + s.lambda1 * contrast + s.reg * l2) * share_weight(len(rows)), logs
 
@@ -800,12 +809,12 @@ def build(run, settings, data, made):
     def penalty(users, candidates):
         return sum(part(users, candidates) for part in penalties)
 
-    sample = make_sampler(backbone, settings.sampler, train, m=settings.m,
-                          penalty=penalty if penalties else None)
+    draw = make_sampler(backbone, settings.sampler, train, m=settings.m,
+                        penalty=penalty if penalties else None)
 
     form = PaperHNLMRec if settings.paper else HNLMRec
     return form(
-        backbone, projector, semantic, sample, table, hidden, mined, train, settings, likely)
+        backbone, projector, semantic, draw, table, hidden, mined, train, settings, likely)
 
 
 def controlled(made, control, seed):
@@ -1961,7 +1970,8 @@ def main(argv=None):
                    help="replace the LLM's vectors, to see what they are worth; cleared: shuffle "
                         "the texts of --clear alone")
     g.add_argument("--lambda-f", type=number(float, 0), default=0.0,
-                   help="weight of L_false: likely false hard negatives above e⁻, below positives")
+                   help="weight of L_false: likely false hard negatives above e⁻, below the "
+                        "positives")
     g.add_argument("--gamma", type=number(float, 0), default=0.2,
                    help="within L_false, weight of the positive above the likely false one")
     g.add_argument("--judge", default="judge.safetensors", metavar="FILE",

@@ -607,11 +607,11 @@ def test_false_hard_negatives_stand_between_positive_and_negative():
     torch.nn.init.normal_(model.embedding)
     settings = Namespace(alpha=0, lambda1=0, lambda_s=0, reg=0.1, lambda_f=2.0, gamma=0.3)
     likely = hnlmrec.LikelyFalse(data["test"][:, 1:], torch.ones(N_USERS, 1))
-    sample = backbones.make_sampler(model, "rns", train)
+    draw = backbones.make_sampler(model, "rns", train)
     rows, generators = torch.tensor([1, 9]), [torch.Generator().manual_seed(0) for _ in range(2)]
-    method = hnlmrec.HNLMRec(model, None, None, sample, None, None, None, train, settings, likely)
+    method = hnlmrec.HNLMRec(model, None, None, draw, None, None, None, train, settings, likely)
     loss, logs = method.loss(rows, generators[0])
-    _, _, users, items, negatives, j = sample(*train[rows].T, generators[1])
+    _, _, users, items, negatives, j = draw(*train[rows].T, generators[1])
     false = model.ego()[1][data["test"][train[rows, 0], 1]]
     s_p, s_n, s_f = ((users * v).sum(1) for v in (items, negatives, false))
     l2 = [float((v**2).sum()) / 4 for v in (users, items, negatives, false)]
@@ -735,8 +735,12 @@ def test_clearing_changes_which_item_is_the_negative():
     relevance = torch.randn(N_USERS, N_ITEMS, generator=torch.Generator().manual_seed(1))
     u, i = train.T
     candidates = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 6, torch.Generator().manual_seed(2))  # as sample draws them
-    sample = backbones.make_sampler(model, "dns", train, m=6, penalty=lambda users, candidates: 1e6 * relevance[users[:, None], candidates])
-    chosen = sample(u, i, torch.Generator().manual_seed(2))[-1]
+
+    def penalty(users, candidates):
+        return 1e6 * relevance[users[:, None], candidates]
+
+    draw = backbones.make_sampler(model, "dns", train, m=6, penalty=penalty)
+    chosen = draw(u, i, torch.Generator().manual_seed(2)).negative_ids
     assert chosen.tolist() == [min(c, key=lambda j: float(relevance[user, j])) for user, c in zip(u.tolist(), candidates.tolist())]
 
 
@@ -757,8 +761,8 @@ def hnlmrec_parts(alpha, lambda1, sampler="dns", form=hnlmrec.HNLMRec, **more):
     settings = {"alpha": alpha, "lambda1": lambda1, "lambda_s": 0.0, "tau_c": 0.2, "reg": 0.0,
                 "k": 2, "align_rows": 16, "refresh": 1, "hinge": 0.0, "lambda_f": 0.0}
     settings = Namespace(**settings | more)
-    sample = backbones.make_sampler(model, sampler, train, m=1)
-    method = form(model, projector, semantic, sample, table, hidden, mined, train, settings)
+    draw = backbones.make_sampler(model, sampler, train, m=1)
+    method = form(model, projector, semantic, draw, table, hidden, mined, train, settings)
     return model, projector, method, train
 
 
@@ -2238,13 +2242,13 @@ def toy_hnlmrec(p, encoder):
     settings = Namespace(alpha=0.02, lambda1=1, lambda_s=0.01, lambda_f=1, gamma=0.2, reg=0, tau_c=0.2,
                          align_rows=8, k=2, refresh=1)
 
-    def sample(u, i, generator):
+    def draw(u, i, generator):
         users, items = backbone()
-        return users, items, users[u], items[i], items[negative], negative
+        return backbones.Sample(users, items, users[u], items[i], items[negative], negative)
 
     likely = lambda users, generator: (users + 4) % 8
     method = p["HNLMRec"](
-        backbone, p["Projector"](hidden, 4), p["SemanticProjector"](text, train, 6, 4), sample,
+        backbone, p["Projector"](hidden, 4), p["SemanticProjector"](text, train, 6, 4), draw,
         table, hidden, torch.arange(12).view(6, 2) % 8, train, settings, likely)
     loss, logs = method.loss(torch.arange(18), None)
     loss.backward()
