@@ -410,7 +410,8 @@ class LikelyFalse:
 class HNLMRec(nn.Module):
     """Backbone, projector and semantic projector, trained together: `loss` is one step of
 
-        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
+        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem
+            + lambda_f L_false + lambda2 ‖Θ‖².
 
     backbone: has forward() -> users (U, D), items (I, D), score() and ego(), as backbones.Backbone.
     projector, semantic: a Projector and a SemanticProjector into the same D.
@@ -1324,7 +1325,8 @@ def summarize(parts, n_users, items, seconds, with_meta):
                        for t in (np.nanmin(seconds), np.nanmax(seconds)))
         lines.append(f"  times: {first:%Y-%m-%d} to {last:%Y-%m-%d}")
     lines += cold_lines(parts, n_users, n_items)
-    titled, further = (np.mean([bool(row[name]) for row in items]) for name in ("known", "text"))
+    titled = np.mean([bool(row["known"]) for row in items])
+    further = np.mean([bool(row["text"]) for row in items])
     lines.append(f"  items with a title {titled:.1%}, with further text {further:.1%}; "
                  "for example:")
     for row in items[:: max(1, n_items // 3)][:3]:
@@ -1366,7 +1368,10 @@ def read_items(path, form, raw_items, counts, title_limit=200, text_limit=400):
     def is_row(row):
         return metadata_id(row, form) in wanted
 
-    for n, row in form.meta(path, is_row) if path else ():
+    rows = []
+    if path:
+        rows = form.meta(path, is_row)
+    for n, row in rows:
         raw = metadata_id(row, form)
         if raw not in wanted:
             continue
@@ -1538,8 +1543,10 @@ def interactions(path, fmt):
             numbers = [parse_number(row.get(form.rating)), parse_time(row.get(form.time))]
         except ValueError:
             return False
+        if any(x == x for x in numbers):  # one is there: not NaN
+            return True
         ids = row.get(form.user), row.get(form.item)
-        return any(x == x for x in numbers) or all(ids) and not any(" " in name for name in ids)
+        return all(ids) and not any(" " in name for name in ids)
 
     for n, row in form.rows(path, is_row):
         try:
