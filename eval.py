@@ -72,7 +72,7 @@ from backbones import (
 # Metrics of a model
 # --------------------------------------------------------------------------------------------------
 
-COLUMNS = [f"{name}@{k}" for name in ("Recall", "NDCG") for k in (10, 20)]  # what the tables show
+COLUMNS = ["Recall@10", "Recall@20", "NDCG@10", "NDCG@20"]  # what the tables show
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
 
 
@@ -630,7 +630,7 @@ def finetuning_section(log):
               "vector is a mined hard negative, on held-back train pairs; floors: uniform "
               f"{log['uniform_floor']:.3f}, the best single item for everybody "
               f"{log['popularity_floor']:.3f}."), ""]
-    sets = sorted({name for rates in log["hit_rates"].values() for name in rates})
+    sets = sorted(set().union(*log["hit_rates"].values()))
     rows = []
     for name, rates in log["hit_rates"].items():
         rows.append([name, *(f"{rates[s]:.3f}" if s in rates else "" for s in sets)])
@@ -653,9 +653,10 @@ def verdict_section(run, metrics, per_user, ours):
         tests[name] = mean, low, high, p = paired_bootstrap(per_user[name] - per_user[best])
         metrics["tests"][name] = {"against": best, "mean": float(mean), "low": float(low),
                                   "high": float(high), "p": float(p)}
+    means, lows, highs, _ = zip(*(tests[name] for name in others))
     write_atomic(run / "report.svg", svg_chart(
         f"test NDCG@20 minus that of {rival}, 95 % intervals", [NAMES.get(n, n) for n in others],
-        *zip(*(tests[name][:3] for name in others)), reference=0.0).encode())
+        means, lows, highs, reference=0.0).encode())
     lines = [""]
     if ours:
         mean, low, high, p = tests[ours]
@@ -822,8 +823,10 @@ def compare(args):
     every |= {name: [] for name in FULL}
 
     # those wanted; "MixGCF --lr 2e-3" is a method with flags of its own
-    methods = []
-    for entry in args.methods.split(";") if args.methods else [*BASELINES, *OURS]:
+    wanted, methods = [*BASELINES, *OURS], []
+    if args.methods:
+        wanted = args.methods.split(";")
+    for entry in wanted:
         name, *words = entry.strip().partition(" --")
         if name not in every:
             fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
@@ -916,7 +919,9 @@ def compare(args):
               f"{len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best "
               "validation epoch.")]
     if tuned:
-        trials = max(entry["trials"] for methods in tuned.values() for entry in methods.values())
+        trials = 0
+        for of_backbone in tuned.values():
+            trials = max(trials, *(entry["trials"] for entry in of_backbone.values()))
         lines += ["", f"Flags by {trials} random trials a method on validation ({args.tuned})."]
     for backbone in dict.fromkeys(backbone for _, backbone in plan):
         part = {name: cell for (name, other), cell in table.items() if other == backbone}
@@ -1129,8 +1134,11 @@ def make_cell(run, force, script, name, words, backbone, seed):
 def make_cells(run, cells, jobs, force=False):
     """Cells (script, name, words, backbone, seed), `jobs` at a time, each a process of its own ->
     the paths of their models."""
+    def one(cell):
+        return make_cell(run, force, *cell)
+
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda cell: make_cell(run, force, *cell), cells))
+        return list(pool.map(one, cells))
 
 # --------------------------------------------------------------------------------------------------
 # Tune: the same number of random trials for every method (random search: Bergstra and Bengio, JMLR
@@ -1424,7 +1432,8 @@ def svg_chart(title, labels, means, lows, highs, reference=None):
 def chart_of_spreads(title, labels, spreads, reference=None):
     """svg_chart of (mean, sd) pairs: the interval is one standard deviation to each side."""
     means = [mean for mean, _ in spreads]
-    lows, highs = [mean - sd for mean, sd in spreads], [mean + sd for mean, sd in spreads]
+    lows = [mean - sd for mean, sd in spreads]
+    highs = [mean + sd for mean, sd in spreads]
     return svg_chart(title, labels, means, lows, highs, reference)
 
 # --------------------------------------------------------------------------------------------------
@@ -1470,7 +1479,7 @@ def main(argv=None):
                                        f"{example}")
         p.add_argument("--run", required=True, metavar="DIR",
                        help="run folder in which `bash run.sh` has finished")
-        p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0 … N-1 of training")
+        p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0 to N-1 of training")
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
                        help="LLM of the variants that have to be fine-tuned")
         p.add_argument("--pairs-per-user", type=number(int, 0), default=8,
