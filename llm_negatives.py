@@ -9,8 +9,9 @@ finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sf
           from those of i, of u's other train items and of the rest of the catalogue:
               L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
                        / sum_{j} exp(cos(z, e_j) / tau_s) )
-judge     items.jsonl -> judge.safetensors: by a frozen LLM's reading of the texts alone, what a user likes (user (U, k), item
-          (I, k)), and of each user the likely false hard negatives (U, n), for `hnlmrec.py train --lambda-f`.
+judge     items.jsonl -> judge.safetensors: by a frozen LLM's reading of the texts alone, what a
+          user likes (user (U, k), item (I, k)), and of each user the likely false hard negatives
+          (U, n), for `hnlmrec.py train --lambda-f`.
 generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …:
           h and z for each train pair.
 
@@ -63,6 +64,7 @@ from backbones import (
     number,
     output_name,
     pair_keys,
+    rank,
     rank_unseen,
     read_jsonl,
     read_meta,
@@ -79,11 +81,9 @@ from backbones import (
     user_rows,
     validation,
     whiten,
+    world,
     write_atomic,
 )
-
-# Under torchrun each process does every WORLD-th part of the work, the one of rank 0 the talking
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 # --------------------------------------------------------------------------------------------------
 # The hybrid prompt: text plus soft tokens, in four pieces so that what is shared is computed once
@@ -421,7 +421,7 @@ def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0
     hidden_size = llm.config.get_text_config().hidden_size
     result = torch.zeros(len(rows), hidden_size, device=task.train.device)
     for n, at in enumerate(order.split(batch)):
-        if n % WORLD == RANK:
+        if n % world() == rank():
             torch.manual_seed(n)  # what is left out does not depend on which process encodes it
             result[at] = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts,
                                       task.train[rows[at]], drop, profile_dropout)
@@ -479,13 +479,13 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
                   profile_dropout=0.0, encoder=encode):
     """Loss of one step on rows (B,) of train, its gradient left in .grad of the parameters
     `trained`. Parts of `micro_pairs` pairs go one after the other, so that few activations are held
-    at once, and every process takes each WORLD-th part; the gradients add up to those of the whole
-    batch."""
+    at once, and every process takes each world()-th part; the gradients add up to those of the
+    whole batch."""
     loss = torch.zeros((), device=rows.device)
     for p in trained:  # zeros, not None: every process brings a gradient for every parameter
         p.grad = torch.zeros_like(p)
     for n, part in enumerate(rows.split(micro_pairs)):
-        if n % WORLD == RANK:
+        if n % world() == rank():
             # dropout is the part's own: a resumed run repeats it
             torch.manual_seed(seed * 1009 + n)
             hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part],
@@ -583,7 +583,7 @@ def finetune(args):
     settings = finetune_settings(args, dtype)
     if up_to_date(out, settings, force=args.force):
         return
-    if RANK == 0:
+    if rank() == 0:
         clear_litter(run, out.name, partial.name, adapter.name)
     saved = load_partial(partial, settings, args.force)
 
@@ -637,7 +637,7 @@ def finetune(args):
     else:
         log = warm_up(task, llm, prompt, soft_tokens, head, warm, args)
         log["dtype"] = dtype_name(dtype)
-        if WORLD > 1:
+        if world() > 1:
             for value in kept.values():
                 dist.broadcast(value.data, 0)
 
@@ -656,16 +656,16 @@ def finetune(args):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         log["steps"].append(round(loss, 4))
-        recent, speed = log["steps"][-10:], prompt.tokens * WORLD / (time.time() - begin)
+        recent, speed = log["steps"][-10:], prompt.tokens * world() / (time.time() - begin)
         progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}  {speed:.0f} tokens/s")
-        if RANK == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
+        if rank() == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
             save_partial(partial, settings, frame, k + 1, kept, optimizer, log)
 
     # what was learned, and what it takes from each part of the prompt
     llm.eval()
     drops = ("", "user vector", "user profile", "item vector")
     log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", drops)
-    if RANK == 0:
+    if rank() == 0:
         save_adapter(llm, adapter, f"it goes on from {partial.name}")
         tensors = state_of({"soft": soft_tokens, "head": head})
         check_finite(out, tensors, "lower --lr, use --dtype fp32, or give --warmup-pairs more "
@@ -842,7 +842,8 @@ def read_layers(llm, prompt, texts, layers, batch=64, max_tokens=64):
     of words: the mean of the hidden states over the text's tokens but the first (see encode_items)
     -> a list of (I, H) float32, one a layer."""
     order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # like lengths together
-    device, width = llm.get_input_embeddings().weight.device, llm.config.get_text_config().hidden_size
+    device = llm.get_input_embeddings().weight.device
+    width = llm.config.get_text_config().hidden_size
     result = [torch.zeros(len(texts), width, device=device) for _ in layers]
     progress = Progress("read", len(texts), "texts")
     for at in range(0, len(order), batch):
@@ -961,7 +962,7 @@ def generate(args):
     shards = cut_shards(rows, data["train"][rows, 0], args.shard_pairs)
     settings["shards"] = len(shards)
     old = sorted(run.glob(f"{args.out}-?????.safetensors"))
-    if args.force and RANK == 0:
+    if args.force and rank() == 0:
         for path in old:
             path.unlink()
     elif not args.force:
@@ -969,7 +970,7 @@ def generate(args):
             if read_meta(path)["settings"] != settings:
                 up_to_date(path, settings)  # ends here, naming what differs
             load_tensors(path)  # a broken shard ends it too
-    if WORLD > 1:
+    if world() > 1:
         dist.barrier()
     todo, made = [], 0
     for n, part in enumerate(shards):
@@ -990,7 +991,7 @@ def generate(args):
     texts, train = load_profiles(run, tuned.profiles), data["train"].to(device)
     instruction = run_piece(llm, [prompt.shared])[2]
     in_batches = functools.partial(encode, batch=args.batch_size, instruction=instruction)
-    done, mine = len(rows) - made, todo[RANK::WORLD]
+    done, mine = len(rows) - made, todo[rank()::world()]
     total = done + sum(len(part) for _, part in mine)
     progress, begin = Progress("generate", total, "pairs"), time.time()
     progress.update(done)
@@ -1011,15 +1012,15 @@ def generate(args):
                      {"settings": settings})
 
     # the items' texts alone
-    if RANK == 0:
+    if rank() == 0:
         items = read_jsonl(run / "items.jsonl")
         item_texts = [f"{row['title']}. {row['text']}" for row in items]
         text = encode_items(llm, prompt, item_texts, args.read_items)
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
-    if WORLD > 1:
+    if world() > 1:
         dist.barrier()
     seconds = time.time() - begin
-    speed = prompt.tokens * WORLD / seconds
+    speed = prompt.tokens * world() / seconds
     print(f"generate: {made} pairs in {seconds:.0f} s, {speed:.0f} tokens/s; {len(shards)} shards "
           f"{args.out}-*.safetensors and {items_path.name} are there")
 
@@ -1216,22 +1217,22 @@ class Writer:
 
     def write(self, kind, requests):
         """Sentences for requests (list of strings): yields (row numbers, texts) batch by batch.
-        Each process writes every WORLD-th batch, and all get all: users' prompts quote items'
+        Each process writes every world()-th batch, and all get all: users' prompts quote items'
         profiles."""
         head, tail = self.frames[kind]
         tail = frame_ids(self.tokenizer, tail)
         ids = [text_ids(self.tokenizer, text) + tail for text in requests]
         past = run_piece(self.model.base_model, [frame_ids(self.tokenizer, head)])[2]
         batches = self.batches(ids)
-        for at in range(0, len(batches), WORLD):
-            parts = batches[at:at + WORLD]
+        for at in range(0, len(batches), world()):
+            parts = batches[at:at + world()]
             result = ([], 0)
-            if RANK < len(parts):
+            if rank() < len(parts):
                 result = write_texts(self.model, self.tokenizer, past,
-                                     [ids[row] for row in parts[RANK]], self.new_tokens)
+                                     [ids[row] for row in parts[rank()]], self.new_tokens)
             results = [result]
-            if WORLD > 1:
-                results = [None] * WORLD
+            if world() > 1:
+                results = [None] * world()
                 dist.all_gather_object(results, result)
             for rows, (texts, tokens) in zip(parts, results):
                 self.tokens += tokens
@@ -1249,12 +1250,12 @@ class ProfileFile:
 
     def __init__(self, path, header, made, total):
         self.made, self.progress = made, Progress("profile", total, "profiles")
-        if RANK == 0:  # whole lines alone; new ones are appended
+        if rank() == 0:  # whole lines alone; new ones are appended
             lines = [header]
             for (kind, raw), text in made.items():
                 lines.append({"kind": kind, "raw": raw, "profile": text})
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.file = open(path if RANK == 0 else os.devnull, "a", encoding="utf-8")
+        self.file = open(path if rank() == 0 else os.devnull, "a", encoding="utf-8")
 
     def add(self, kind, raws, texts, extra=""):
         for raw, text in zip(raws, texts):
@@ -1313,7 +1314,7 @@ def profile(args):
     if len(made) == total:
         print(f"skip: {path} is up to date")
         return
-    if RANK == 0:
+    if rank() == 0:
         clear_litter(run, path.name)
     writer = None
     if by_llm:
@@ -1330,7 +1331,8 @@ def profile(args):
     # items: what is known of them, or a sentence made of it
     todo = [n for n, row in enumerate(items) if ("item", row["raw"]) not in made]
     plain = [n for n in todo if n not in chosen["item"]]
-    file.add("item", [items[n]["raw"] for n in plain], [items[n]["text"] for n in plain])
+    raws = [items[n]["raw"] for n in plain]
+    file.add("item", raws, [items[n]["text"] for n in plain])
     asked = [n for n in todo if n in chosen["item"]]
     if asked:
         for rows, texts in writer.write("item", [item_request(items[n]) for n in asked]):
@@ -1491,8 +1493,8 @@ def load_profiles(run, name="profiles.jsonl"):
     if missing:
         fail(f"{run / name}: {len(missing)} profiles are missing, the first for {missing[0]!r}; "
              f"run `{maker}` again")
-    return ([made["user", row["raw"]] for row in users],
-            [f"{row['title']}. {made['item', row['raw']]}" for row in items])
+    of_users = [made["user", row["raw"]] for row in users]
+    return of_users, [f"{row['title']}. {made['item', row['raw']]}" for row in items]
 
 
 def adapter_folder(name):
@@ -1749,7 +1751,8 @@ def main(argv=None):
         p = commands.choices[args.command]
         p.set_defaults(**{key: value for key, value in PAPER.items() if key in vars(args)})
         args = parser.parse_args(argv)
-    {"profile": profile, "finetune": finetune, "judge": judge, "generate": generate}[args.command](args)
+    programs = {"profile": profile, "finetune": finetune, "judge": judge, "generate": generate}
+    programs[args.command](args)
 
 
 if __name__ == "__main__":
