@@ -11,8 +11,9 @@ train     data + cf.safetensors + negatives-*.safetensors (+ judge.safetensors f
                     + lambda_f L_false(e_u; e_i > e_f > e⁻, f likely false)
                     + lambda2 ‖Θ‖²                                             HNLMRec
           and with --paper as the paper has it: PaperHNLMRec
-blend     a trained model + judge.safetensors -> model-hnlmrec-full.safetensors: both in one score,
-          each in standard deviations of the user's scores, the judge's weight by validation
+blend     a trained model + judge.safetensors (+ further models, closed forms among them)
+          -> model-hnlmrec-full.safetensors: all in one score, each in standard deviations of the
+          user's scores, weights by validation
 trace     prints one (user, item) pair's way from the raw line to the gradient, with the values of a
           finished run
 
