@@ -1,15 +1,17 @@
-"""backbones.py: the recommenders, their negative samplers and the training loop that all share.
+"""backbones.py: recommenders, negative samplers and the training loop that all methods share.
 
 In:   runs/NAME/data.safetensors (train, valid, test pairs), written by `python hnlmrec.py prepare`.
-Out:  runs/NAME/cf.safetensors (user (U, D), item (I, D)), the collaborative-filtering vectors the
-      LLM step starts from, or runs/NAME/model-METHOD.safetensors, a trained baseline for the
-      report.
+Out:  runs/NAME/cf.safetensors: user (U, D), item (I, D), the collaborative-filtering vectors that
+      the LLM step starts from; or runs/NAME/model-METHOD.safetensors, a trained or closed-form
+      baseline for the report.
 
-Read it top to bottom: interactions, negative samplers, backbones, losses, mining, full ranking,
-metrics, the training loop; then the files of a run, errors and progress, the command line. Nothing
-here imports the other scripts, so that this file can be copied on its own.
+Read it top to bottom: interactions, negative samplers, backbones, closed forms, losses, mining,
+full ranking, metrics, the training loop; then the files of a run, errors and progress, several
+processes, the command line. Nothing here imports the other scripts, so that this file can be copied
+on its own.
 
-Alone:  python backbones.py pretrain --run runs/NAME --sampler dns --out model-dns.safetensors
+Alone:  python backbones.py pretrain --run runs/NAME --backbone lightgcn --sampler dns \\
+            --out model-dns.safetensors
 """
 
 import argparse

@@ -1,13 +1,12 @@
 """eval.py: what the trained models are worth, and what their negatives are.
 
+report     runs/NAME/model-*.safetensors -> report.md, report.svg and metrics.json. This and
+           compare read the test pairs, and nothing before them does.
 judge      what texts and LLM know of validation positives beyond CF -> judge.json. No test pair.
-report     runs/NAME/model-*.safetensors -> report.md and metrics.json. This, and nothing before it,
-           reads the test pairs.
-compare    methods x backbones x seeds, ablations and controls -> compare.md, compare.json,
-           pictures.
-tune       as many random trials for each method, on validation -> tuned.json. Reads no test pair.
-sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. Reads no test
-           pair.
+compare    methods x backbones x seeds, ablations and controls, on the test pairs -> compare.md,
+           compare.json, pictures.
+tune       as many random trials for each method, on validation -> tuned.json. No test pair.
+sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. No test pair.
 recommend  one user's top items with titles and scores, and beside them the negatives the LLM made
            for that user.
 

@@ -1,17 +1,23 @@
-"""hnlmrec.py: the first and the last step of the pipeline: the data, and the recommender trained
-with the LLM's negatives.
+"""hnlmrec.py: the data, and the recommender trained with the LLM's negatives and its judge.
 
 prepare   raw ratings and item metadata -> data.safetensors (train, valid, test), items.jsonl,
           users.jsonl
-train     data + cf.safetensors + negatives-*.safetensors -> model-hnlmrec.safetensors: backbone
-          and projector, trained with
+train     data + cf.safetensors + negatives-*.safetensors (+ judge.safetensors for L_false)
+          -> model-hnlmrec.safetensors: backbone and projector, trained with
               z   = MLP(self-attention over K generated vectors of the user)   the projector
               e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                mixing, z detached
               L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_i, mined)
-                    + lambda_s L_sem(e_u, e_i; LLM texts) + lambda2 ‖Θ‖²       HNLMRec
+                    + lambda_s L_sem(e_u, e_i; LLM texts)
+                    + lambda_f L_false(e_u; e_i > e_f > e⁻, f likely false)
+                    + lambda2 ‖Θ‖²                                             HNLMRec
           and with --paper as the paper has it: PaperHNLMRec
+blend     a trained model + judge.safetensors (+ further models, closed forms among them)
+          -> model-hnlmrec-full.safetensors: all in one score, each in standard deviations of the
+          user's scores, weights by validation
 trace     prints one (user, item) pair's way from the raw line to the gradient, with the values of a
           finished run
+
+The method comes first, then train, blend and trace, then prepare and the readers of its files.
 
 Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta items.tsv
         python hnlmrec.py train --run runs/NAME

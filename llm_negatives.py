@@ -1,4 +1,6 @@
-"""llm_negatives.py: the LLM makes the hard negatives, in three steps, each a subcommand.
+"""llm_negatives.py: an LLM makes hard negatives, and judges which negatives are likely false.
+
+Three steps make the negatives; the judge, the fourth, needs only the data.
 
 profile   items.jsonl, users.jsonl, data.safetensors (train pairs) -> profiles.jsonl: a sentence on
           who would enjoy an item, and a sentence on what a user enjoys, written by the LLM (or
@@ -9,11 +11,14 @@ finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sf
           from those of i, of u's other train items and of the rest of the catalogue:
               L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
                        / sum_{j} exp(cos(z, e_j) / tau_s) )
-judge     items.jsonl -> judge.safetensors: by a frozen LLM's reading of the texts alone, what a
-          user likes (user (U, k), item (I, k)), and of each user the likely false hard negatives
-          (U, n), for `hnlmrec.py train --lambda-f`.
 generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …:
-          h and z for each train pair.
+          h and z of train pairs; negatives-items.safetensors: the LLM's reading of each item.
+judge     items.jsonl, data.safetensors (train pairs) -> judge.safetensors: by a frozen LLM's
+          reading of the texts alone, what a user likes (user (U, k), item (I, k)), and of each user
+          the likely false hard negatives (U, n), for `hnlmrec.py train --lambda-f` and `blend`.
+
+The method comes first (prompt, encoding, fine-tuning, judge, generation), then profiles, then the
+loading of LLMs and files.
 
 Alone:  python llm_negatives.py finetune --run runs/NAME --llm assets/SmolLM2-135M-Instruct
 More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune … (also profile and
