@@ -2631,6 +2631,9 @@ def test_closed_forms_and_softmax_by_command(copied, capsys):
 
 def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     """With a score of the learning rate in place of training: best at 2e-3, no score above 6e-3."""
+    assert "llm_negatives.py judge" in refused(
+        "eval.py", "tune", "--run", tmp_path, "--methods", "HNLMRec")
+    (tmp_path / "judge.safetensors").touch()
     done, kill_at, data = [], 7, split_data()
     counts = {name: data.pop(name) for name in ("n_users", "n_items")}
     backbones.save_tensors(tmp_path / "data.safetensors", data, {**counts, "settings": {}})
@@ -2661,9 +2664,13 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     found = json.loads((tmp_path / "tuned.json").read_text())["methods"]
     for name in ("RNS", "HNLMRec"):
         words = [t["words"] for t in trials if t["method"] == name]
-        assert words[0] == [] and all(w[0] == "--lr" for w in words[1:])
-        rates = [1e-3, *(float(w[1]) for w in words[1:])]
-        assert len(set(rates)) > 9 and all(3e-4 <= rate <= 1e-2 for rate in rates)
+        first = 1 if name == "RNS" else 3
+        assert words[0] == [] and all(w[0] == "--lr" for w in words[first:])
+        # DNS itself is always among HNLMRec's: nothing of the LLM or the judge
+        off = "alpha lambda1 lambda-s text-init clear lambda-f".split()
+        assert name == "RNS" or words[1] == " ".join(f"--{flag} 0" for flag in off).split()
+        rates = [1e-3] * first + [float(w[1]) for w in words[first:]]
+        assert len(set(rates)) > 8 and all(3e-4 <= rate <= 1e-2 for rate in rates)
         entry = found["lightgcn"][name]
         whole = [rate for rate in rates if rate <= 6e-3]
         best = min(whole, key=lambda rate: abs(math.log(rate / 2e-3)))
@@ -2675,7 +2682,8 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     first = (tmp_path / "tuned.json").read_bytes()
     evaluation.main(flags)  # all there
     assert len(done) == 19 and (tmp_path / "tuned.json").read_bytes() == first
-    assert "delete the file" in refused("eval.py", *flags, "--seed", "1")
+    assert "give --force" in refused("eval.py", *flags, "--seed", "1")
+    assert "are for files of" in refused("eval.py", *flags, "--out", "report")
     assert "no declared space" in refused("eval.py", *flags, "--methods", "MF")
 
     # what compare takes from it: a variant of HNLMRec has its own flags on top of HNLMRec's
