@@ -1235,7 +1235,8 @@ def tune(args):
         return row | tune_trial(run, row)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for finished in pool.map(one, todo):
+        # one at a time in this thread, where Ctrl-C ends it at once
+        for finished in (map if args.jobs == 1 else pool.map)(one, todo):
             rows.append(finished)
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -1249,9 +1250,11 @@ def tune(args):
         entry |= {"trials": len(trials), "failed": len(trials) - len(finished)}
         methods.setdefault(backbone, {})[name] = entry
         table.append([name, backbone, len(trials), entry["failed"], f"{trials[0]['valid']:.4f}",
-                      f"{best['valid']:.4f}", " ".join(best["words"]) or "its defaults"])
+                      f"{best['valid']:.4f}", best["trial"],
+                      " ".join(best["words"]) or "its defaults"])
     result = {**shared, "methods": methods}
-    header = ["method", "backbone", "trials", "failed", "valid NDCG@20, defaults", "best", "flags"]
+    header = ["method", "backbone", "trials", "failed", "valid NDCG@20, defaults", "best",
+              "its trial", "its flags"]
     print("\n".join(markdown_table(header, table)))
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
     print(f"\nwrote {run / args.out}.json")

@@ -180,9 +180,14 @@ step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFIL
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
 step llm_negatives.py judge --run "$OUT" --llm "$LLM" --seed "$SEED" "${JUDGE[@]}"
+BESIDE=
 for form in pop itemknn rp3 ease; do  # ease refuses a catalogue whose items x items do not fit
-  step backbones.py pretrain --run "$OUT" --backbone $form --out model-$form.safetensors ||
-    { [[ $form == ease ]] || exit 2; echo "ease: left out of the report"; }
+  if step backbones.py pretrain --run "$OUT" --backbone $form --out model-$form.safetensors; then
+    [[ $form == pop ]] || BESIDE+=${BESIDE:+,}model-$form.safetensors
+  else
+    [[ $form == ease ]] || exit 2
+    echo "ease: left out of the report"
+  fi
 done
 if [[ $TUNE != 0 ]]; then  # trials stop early: their order is what counts
   step eval.py tune --run "$OUT" --methods HNLMRec --budget "$TUNE" --backbone "$BACKBONE" \
@@ -190,10 +195,11 @@ if [[ $TUNE != 0 ]]; then  # trials stop early: their order is what counts
   best='import json, sys
 print(*json.load(open(sys.argv[1]))["methods"][sys.argv[2]]["HNLMRec"]["words"])'
   HNLMREC+=($("$PY" -c "$best" "$OUT/tuned-hnlmrec.json" "$BACKBONE"))
+  echo "HNLMRec: the best of $TUNE trials on validation has ${HNLMREC[*]}"
 fi
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
-# neumf has no inner product that the judge's could be added to
-[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT"
+# the model, the judge and the closed forms in one score; neumf has no inner product to add to
+[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT" --beside "$BESIDE"
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler \
     --out model-$sampler.safetensors
