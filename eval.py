@@ -46,6 +46,7 @@ from backbones import (
     load_model,
     load_negatives,
     load_tensors,
+    maker_of,
     mixgcf,
     mrr,
     ndcg,
@@ -62,6 +63,7 @@ from backbones import (
     recall,
     row_of,
     run_cli,
+    sized_to_data,
     user_rows,
     whiten,
     write_atomic,
@@ -1145,7 +1147,7 @@ def make_cells(run, cells, jobs, force=False):
 # --------------------------------------------------------------------------------------------------
 
 TRAINED = {"lr": ("log", 3e-4, 1e-2), "reg": ("log", 1e-6, 1e-1)}
-M = [2, 4, 8, 16, 32, 64]
+M = [0.25, 0.5, 1, 2, 4, 8]  # times the M that follows the catalogue's size
 # method -> {flag: the values to choose from, or (scale, low, high)}. --dim is the same for all: 64
 SPACES = {
     "Popularity": {},
@@ -1156,22 +1158,27 @@ SPACES = {
     "RNS": TRAINED,
     "PNS": TRAINED | {"beta": ("linear", 0, 1)},
     "DNS": TRAINED | {"m": M},
-    "DNS(M,N)": TRAINED | {"m": [8, 16, 32, 64], "n": [2, 3, 4, 8]},
+    "DNS(M,N)": TRAINED | {"m": [1, 2, 4, 8], "n": [2, 3, 4, 8]},
     "MixGCF": TRAINED | {"m": M},
     "AHNS": TRAINED | {"m": M},
     "Softmax": TRAINED | {"tau": ("log", 0.05, 1), "shared": [64, 256, 1024]},
     "HNLMRec": TRAINED | {
-        "m": M, "alpha": [0, 0.02, 0.1, 0.3], "lambda-s": [0, 0.003, 0.01, 0.03],
-        "text-init": [0, 0.5, 1], "clear": [0, 0.15, 0.3, 0.6]},
+        "m": M, "text-init": [0, 1], "lambda-s": [0, 0.01], "clear": [0, 0.3], "alpha": [0, 0.02],
+        "lambda-f": [0, 0.3, 1], "gamma": [0.1, 0.2, 0.5]},
     "judged negatives alone": TRAINED | {
         "m": M, "lambda-f": [0.1, 0.3, 1, 3], "gamma": [0.05, 0.1, 0.2, 0.5]},
     "HNLMRec, as in the paper": TRAINED | {
         "alpha": ("log", 1e-4, 0.3), "lambda1": ("log", 1e-4, 1), "tau-c": ("log", 0.05, 1)},
 }
+# a method's trials 1, 2 …, before the random ones: HNLMRec without any of its parts, which is DNS;
+# with the judge's likely false negatives alone
+OFF = "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --clear 0 --lambda-f "
+FIRST = {"HNLMRec": [OFF + "0", OFF + "1"]}
 
 
-def draw(space, rng):
-    """One random point of a space of SPACES, as words of a command; numbers have three digits."""
+def draw(space, rng, m):
+    """One random point of a space of SPACES, as words of a command; numbers have three digits. m:
+    the M that follows the catalogue's size."""
     words = []
     for flag, values in space.items():
         if isinstance(values, list):
@@ -1180,30 +1187,40 @@ def draw(space, rng):
             value = math.exp(rng.uniform(math.log(values[1]), math.log(values[2])))
         else:
             value = rng.uniform(values[1], values[2])
+        if flag == "m":
+            value = max(1, round(value * m))
         words += [f"--{flag}", f"{value:.3g}" if isinstance(value, float) else str(value)]
     return words
 
 
 def tune(args):
-    """Random search of each method's space, `budget` trials each; trial 0 is the method's defaults.
+    """Random search of each method's space, `budget` trials each, after the method's defaults
+    (trial 0) and those of FIRST.
 
     A trial is one command and one line of OUT.jsonl, so a killed search goes on where it was;
     OUT.json holds the flags of the best trial by validation NDCG@20, for `compare --tuned`."""
     run, log = Path(args.run), Path(args.run) / f"{args.out}.jsonl"
     names = [name.strip() for name in args.methods.split(";")] if args.methods else list(SPACES)
-    names = list(dict.fromkeys(names))
+    names, judge = list(dict.fromkeys(names)), run / "judge.safetensors"
+    output_name("--out", args.out, "eval.py tune")
     for name in names:
         if name not in SPACES:
             fail(f"--methods {name}: has no declared space; choose from {'; '.join(SPACES)}")
+        if "lambda-f" in SPACES[name] and not judge.exists():
+            fail(f"{judge}: no such file, and trials of {name} read it; make it with "
+                 f"`{maker_of(judge)}`")
 
     # what the trials depend on: lines of another split, seed or set of flags are refused
-    shared = {"data": load_data(run)["digest"], "seed": args.seed, "flags": args.flags}
+    data = load_data(run)
+    shared = {"data": data["digest"], "seed": args.seed, "flags": args.flags}
     paths = sorted(run.glob("negatives-[0-9]*.safetensors"))
-    paths += [run / name for name in (
-        "negatives-items.safetensors", "cf.safetensors", "judge.safetensors")]
+    paths += [run / "negatives-items.safetensors", run / "cf.safetensors", judge]
     digests = [file_digest(path) for path in paths if path.exists()]  # of what HNLMRec reads
     llm = json_digest(digests)
-    rows = read_jsonl(log, "python eval.py tune", growing=True) if log.exists() else []
+    *_, m = sized_to_data(data)
+    rows = []
+    if log.exists() and not args.force:
+        rows = read_jsonl(log, "python eval.py tune", growing=True)
     done = {(row["method"], row["backbone"], row["trial"]): row for row in rows}
     todo = []
     for name in names:
@@ -1212,19 +1229,21 @@ def tune(args):
         for n in range(args.budget if SPACES[name] else 1):
             rng = np.random.default_rng([args.seed, n, *name.encode()])
             row = {"method": name, "backbone": backbone, "trial": n, **inputs}
-            row["words"] = draw(SPACES[name], rng) if n else []
+            first = ["", *FIRST.get(name, [])]
+            row["words"] = first[n].split() if n < len(first) else draw(SPACES[name], rng, m)
             old = done.get((name, backbone, n))
             if old is None:
                 todo.append(row)
             elif {key: old.get(key) for key in row} != row:
                 fail(f"{log}: trial {n} of {name} was made from other inputs, flags or space; "
-                     "delete the file or choose another --out")
+                     "give --force to make its trials anew, or choose another --out")
 
     def one(row):
         return row | tune_trial(run, row)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for finished in pool.map(one, todo):
+        # one at a time in this thread, where Ctrl-C ends it at once
+        for finished in (map if args.jobs == 1 else pool.map)(one, todo):
             rows.append(finished)
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -1238,9 +1257,11 @@ def tune(args):
         entry |= {"trials": len(trials), "failed": len(trials) - len(finished)}
         methods.setdefault(backbone, {})[name] = entry
         table.append([name, backbone, len(trials), entry["failed"], f"{trials[0]['valid']:.4f}",
-                      f"{best['valid']:.4f}", " ".join(best["words"]) or "its defaults"])
+                      f"{best['valid']:.4f}", best["trial"],
+                      " ".join(best["words"]) or "its defaults"])
     result = {**shared, "methods": methods}
-    header = ["method", "backbone", "trials", "failed", "valid NDCG@20, defaults", "best", "flags"]
+    header = ["method", "backbone", "trials", "failed", "valid NDCG@20, defaults", "best",
+              "its trial", "its flags"]
     print("\n".join(markdown_table(header, table)))
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
     print(f"\nwrote {run / args.out}.json")
@@ -1467,6 +1488,7 @@ def main(argv=None):
     p.add_argument("--backbone", default="lightgcn", help="backbone of the trained methods")
     p.add_argument("--flags", default="", help="further flags of every training, in one string")
     p.add_argument("--out", default="tuned", help="names OUT.json and OUT.jsonl in the run folder")
+    p.add_argument("--force", action="store_true", help="make all trials of OUT.jsonl anew")
     p.add_argument("--jobs", type=number(int, 1), default=1,
                    help="trials at a time; set OMP_NUM_THREADS=1 beside it")
     for name, text, example in (

@@ -87,6 +87,7 @@ from backbones import (
     settings_of,
     share_of,
     share_weight,
+    sized_to_data,
     stamp,
     start_processes,
     sum_of_train_items,
@@ -603,6 +604,8 @@ def train(args):
     run, data = Path(args.run), load_data(args.run)
     out = run / output_name("--out", args.out, "hnlmrec.py train", ".safetensors")
     args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
+    args.batch_size, args.lr, args.epochs, args.m = sized_to_data(
+        data, args.batch_size, args.lr, args.epochs, args.m)
 
     # a file made with these settings from these inputs need not be made again
     settings = settings_of(args)
@@ -1954,7 +1957,8 @@ def main(argv=None):
     g.add_argument("--alpha", type=number(float, 0, 1), default=0.02, help="share of z in it")
     g.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="dns",
                    help="negative sampler of e_j")
-    g.add_argument("--m", type=number(int, 1, 2**16), default=8, help="its uniform candidates")
+    g.add_argument("--m", type=number(int, 0, 2**16), default=0,
+                   help="its uniform candidates; 0: 4 to 64, by the number of items")
     g.add_argument("--clear", type=number(float, 0), default=0.0, metavar="G",
                    help="dns takes the candidate of highest score - G x relevance of its text to "
                         "the user, both in standard deviations")

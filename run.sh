@@ -11,6 +11,8 @@
 #   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
 #   DATA=… META=…      your interactions and items files
 #   FORMAT=table PRESET=…      as `hnlmrec.py prepare --help`
+#   TUNE=6             trainings that HNLMRec's flags are chosen from, on validation; of your own
+#                      data 6, with FAST=1 2; of MovieLens 0: its flags below were chosen so before
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
 # A step whose output is there and whose inputs and settings are unchanged is skipped. FORCE=1
@@ -126,17 +128,21 @@ else
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
 PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() JUDGE=()
-# on data of a person's own, the judge's likely false hard negatives too
-HNLMREC=(--lambda-f 1)
-# on MovieLens the texts serve as initial vectors; validation wants neither the semantic alignment
-# nor the judge's items beside them
-[[ -n ${DATA:-} ]] || HNLMREC=(--lambda-s 0)
+# on data of a person's own, M as it follows from their size, and the judge's likely false hard
+# negatives too, unless one of the trials does better
+CF=() HNLMREC=(--lambda-f 1) TRIALS=6
+if [[ -z ${DATA:-} ]]; then
+  # on MovieLens the texts serve as initial vectors; validation wants neither the semantic alignment
+  # nor the judge's items beside them
+  CF=(--m 12) HNLMREC=(--lambda-s 0) TRIALS=0
+fi
 [[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then
   PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2)
   FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
-  TRAIN+=(--epochs 20 --eval-every 5)
+  TRAIN+=(--epochs 20 --eval-every 5) TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi
+TUNE=${TUNE:-$TRIALS}
 BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
 FORCE=$([[ ${FORCE:-0} == 1 ]] && echo --force || true)
 
@@ -169,18 +175,31 @@ trap 'stop 130' INT
 trap 'stop 143' TERM HUP
 start=$SECONDS
 step hnlmrec.py prepare --run "$OUT" "${SOURCE[@]}" --seed "$SEED"
-step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns --m 12
+step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns "${CF[@]}"
 step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
 step llm_negatives.py judge --run "$OUT" --llm "$LLM" --seed "$SEED" "${JUDGE[@]}"
-step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
-# neumf has no inner product that the judge's could be added to
-[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT"
+BESIDE=
 for form in pop itemknn rp3 ease; do  # ease refuses a catalogue whose items x items do not fit
-  step backbones.py pretrain --run "$OUT" --backbone $form --out model-$form.safetensors ||
-    { [[ $form == ease ]] || exit 2; echo "ease: left out of the report"; }
+  if step backbones.py pretrain --run "$OUT" --backbone $form --out model-$form.safetensors; then
+    [[ $form == pop ]] || BESIDE+=${BESIDE:+,}model-$form.safetensors
+  else
+    [[ $form == ease ]] || exit 2
+    echo "ease: left out of the report"
+  fi
 done
+if [[ $TUNE != 0 ]]; then  # trials stop early: their order is what counts
+  step eval.py tune --run "$OUT" --methods HNLMRec --budget "$TUNE" --backbone "$BACKBONE" \
+    --seed "$SEED" --flags "${TRAIN[*]} ${HNLMREC[*]} --patience 2" --out tuned-hnlmrec
+  best='import json, sys
+print(*json.load(open(sys.argv[1]))["methods"][sys.argv[2]]["HNLMRec"]["words"])'
+  HNLMREC+=($("$PY" -c "$best" "$OUT/tuned-hnlmrec.json" "$BACKBONE"))
+  echo "HNLMRec: the best of $TUNE trials on validation has ${HNLMREC[*]}"
+fi
+step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
+# the model, the judge and the closed forms in one score; neumf has no inner product to add to
+[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT" --beside "$BESIDE"
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler \
     --out model-$sampler.safetensors

@@ -958,6 +958,20 @@ def test_fit_returns_the_best_state_not_the_last():
     assert torch.equal(state["backbone.embedding"], states[1]) and [h["valid_ndcg@20"] for h in history] == [0.1, 0.5, 0.3]
 
 
+@pytest.mark.parametrize("n, n_items, given, expected", [
+    (44287, 1008, {}, (2048, 1e-3, 200, 8)),  # MovieLens-100K
+    (124813, 11924, {}, (16384, 8e-3, 200, 32)),  # full Toys & Games
+    (124813, 11924, {"batch_size": 2048, "m": 3}, (2048, 1e-3, 200, 3)),
+    (124813, 11924, {"lr": 0.5, "epochs": 300}, (16384, 0.5, 300, 32)),
+    # 2,000,000 / 8 = 250,000; 31 steps an epoch, 4e9 / (31 x 2,000,000) = 64.5
+    (2_000_000, 10**6, {}, (65536, 8e-3, 64, 64)),
+    (50_000_000, 100, {}, (65536, 8e-3, 10, 4)),
+])
+def test_what_follows_from_the_size_of_the_data(n, n_items, given, expected):
+    data = {"train": torch.empty(n, 0), "n_items": n_items}
+    assert backbones.sized_to_data(data, **given) == expected
+
+
 def test_a_loss_that_is_not_finite_stops_training_at_its_step():
     model, done = rigged(torch.ones(2, 2), torch.ones(3, 2)), []
 
@@ -2595,6 +2609,7 @@ def test_closed_forms_and_softmax_by_command(copied, capsys):
     """Each is saved, loaded, reported and recommended from as any model."""
     data, pretrain = backbones.load_data(copied), ["pretrain", "--run", str(copied)]
     train, shape = data["train"], (data["n_users"], data["n_items"])
+    assert "m is 4; lower --n" in refused("backbones.py", *pretrain, "--n", "20", "--force")
     direct = {"itemknn": backbones.item_knn(train, *shape, 5.0, 3),
               "rp3": backbones.rp3beta(train, *shape, 0.5, 0.2, 3),
               "ease": backbones.ease(train, *shape, 9.0)}
@@ -2635,6 +2650,9 @@ def test_closed_forms_and_softmax_by_command(copied, capsys):
 
 def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     """With a score of the learning rate in place of training: best at 2e-3, no score above 6e-3."""
+    assert "llm_negatives.py judge" in refused(
+        "eval.py", "tune", "--run", tmp_path, "--methods", "HNLMRec")
+    (tmp_path / "judge.safetensors").touch()
     done, kill_at, data = [], 7, split_data()
     counts = {name: data.pop(name) for name in ("n_users", "n_items")}
     backbones.save_tensors(tmp_path / "data.safetensors", data, {**counts, "settings": {}})
@@ -2665,9 +2683,13 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     found = json.loads((tmp_path / "tuned.json").read_text())["methods"]
     for name in ("RNS", "HNLMRec"):
         words = [t["words"] for t in trials if t["method"] == name]
-        assert words[0] == [] and all(w[0] == "--lr" for w in words[1:])
-        rates = [1e-3, *(float(w[1]) for w in words[1:])]
-        assert len(set(rates)) > 9 and all(3e-4 <= rate <= 1e-2 for rate in rates)
+        first = 1 if name == "RNS" else 3
+        assert words[0] == [] and all(w[0] == "--lr" for w in words[first:])
+        # DNS itself is always among HNLMRec's: nothing of the LLM or the judge
+        off = "alpha lambda1 lambda-s text-init clear lambda-f".split()
+        assert name == "RNS" or words[1] == " ".join(f"--{flag} 0" for flag in off).split()
+        rates = [1e-3] * first + [float(w[1]) for w in words[first:]]
+        assert len(set(rates)) > 8 and all(3e-4 <= rate <= 1e-2 for rate in rates)
         entry = found["lightgcn"][name]
         whole = [rate for rate in rates if rate <= 6e-3]
         best = min(whole, key=lambda rate: abs(math.log(rate / 2e-3)))
@@ -2679,7 +2701,12 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     first = (tmp_path / "tuned.json").read_bytes()
     evaluation.main(flags)  # all there
     assert len(done) == 19 and (tmp_path / "tuned.json").read_bytes() == first
-    assert "delete the file" in refused("eval.py", *flags, "--seed", "1")
+    assert "give --force" in refused("eval.py", *flags, "--seed", "1")
+    assert "are for files of" in refused("eval.py", *flags, "--out", "report")
+    evaluation.main(["tune", "--run", str(tmp_path), "--methods", "Popularity", "--force"])
+    assert len(backbones.read_jsonl(tmp_path / "tuned.jsonl", "")) == 1  # all anew
+    evaluation.main(flags)
+    assert json.loads((tmp_path / "tuned.json").read_bytes()) == json.loads(first)
     assert "no declared space" in refused("eval.py", *flags, "--methods", "MF")
 
     # what compare takes from it: a variant of HNLMRec has its own flags on top of HNLMRec's
@@ -3272,7 +3299,7 @@ def test_a_user_with_two_items_is_refused(tmp_path):
     ("hnlmrec.py", ["train", "--run", "x", "--hinge", "0.3"]),
     ("hnlmrec.py", ["train", "--run", "x", "--paper", "--lambda-s", "0.1"]),
     ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
-    ("backbones.py", ["pretrain", "--run", "x", "--n", "20"]), ("eval.py", ["report", "--run", "no such folder"]),
+    ("eval.py", ["report", "--run", "no such folder"]),
     ("backbones.py", ["pretrain", "--run", "x", "--device", "gpu"]),
     ("hnlmrec.py", ["train", "--run", "x", "--device", "mps"]),
     ("llm_negatives.py", ["profile", "--run", "x", "--device", "cuda:99"]),
