@@ -32,6 +32,7 @@ import json
 import math
 import re
 import time
+import unicodedata
 import zlib
 from argparse import Namespace
 from array import array
@@ -1066,8 +1067,7 @@ def prepare_settings(args):
     if args.meta:
         files["meta"] = args.meta
     for path in files.values():
-        if not Path(path).is_file():
-            fail(f"{path}: no such file; check --reviews, --meta and the three split files")
+        check_file(path)
     return s, files, published
 
 
@@ -1262,10 +1262,17 @@ class Ids(dict):
         return code
 
     def checked(self, path, counts):
-        """The ids by code. Raises SystemExit2 when one id is written in two ways, 1 and 1.0."""
+        """The ids by code. Raises SystemExit2 when one id is written in two ways: 1 and 1.0, or é
+        as one character and as two."""
+        composed = {}
         for name in self.names:
             if name.endswith(".0") and name[:-2] in self:
                 fail(f"{path}: ids {name[:-2]} and {name} both occur; write one id in one way")
+            if not name.isascii():
+                other = composed.setdefault(unicodedata.normalize("NFC", name), name)
+                if other != name:
+                    fail(f"{path}: ids {ascii(other)} and {ascii(name)} both occur and look alike; "
+                         "write one id in one way")
         counts["ids with spaces around them (taken off)"] += self.spaced
         return self.names
 
@@ -1281,10 +1288,16 @@ def id_text(raw):
         raise ValueError("an id is empty")
     if name.lower() in ("null", "none", "nan", "<na>"):
         raise ValueError(f"the id is {name!r}, which other programs write where there is none")
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'":
+        raise ValueError(f"the id {name} stands in quotes that this table's separator does not "
+                         "take off")
+    if ROUNDED.fullmatch(name):
+        raise ValueError(f"the id {name} is a number that a spreadsheet has rounded")
     if len(name) > 200:
         raise ValueError(f"an id of {len(name):,} characters ({name[:20]}…), 200 are allowed")
     if NOT_IN_IDS.search(name):
-        raise ValueError(f"the id {ascii(name)} has a control character or half of one")
+        raise ValueError(f"the id {ascii(name)} has a character that cannot be seen, "
+                         "or half of one")
     return name
 
 
@@ -1486,7 +1499,9 @@ def read_reviews(path, fmt, user_of_row, per_user, counts, limit=200):
 
 
 SURROGATES = re.compile(r"[\ud800-\udfff]")  # half of a character: valid in JSON, not in UTF-8
-NOT_IN_IDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+NOT_IN_IDS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060\ufeff\ud800-\udfff]")
+ROUNDED = re.compile(r"\d[.,]\d+E\+\d\d")  # 1.23E+05
 TAG = re.compile(
     r"<!--.*?-->|</?(?:a|abbr|b|big|blockquote|body|br|center|cite|code|dd|div|dl|dt|em|embed|font|"
     r"form|h[1-6]|head|hr|html|i|iframe|img|input|li|link|meta|ol|object|p|param|pre|s|script|"
@@ -1513,6 +1528,9 @@ def clean(value, counts):
     text = str(value)
     if SURROGATES.search(text):
         raise ValueError(f"{ascii(text[:40])} holds half of a character (a lone surrogate)")
+    if '""' in text and QUOTED.fullmatch(text):
+        counts["texts in quotes as csv writes them (taken off)"] += 1
+        text = text[1:-1].replace('""', '"')
     decoded = text
     while (further := ENTITY.sub(decode, decoded)) != decoded:  # &amp;amp; is found in the wild
         decoded = further
@@ -1526,6 +1544,7 @@ def clean(value, counts):
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+QUOTED = re.compile(r'"(?:[^"]|"")*"')  # csv rules of quoting, in a file with tabs
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
 
@@ -1573,18 +1592,28 @@ def interactions(path, fmt):
             size = abs(moment)
             if not unit and moment == moment:  # the first time of the file that is there
                 unit = next((u for u in (1, 1e3, 1e6, 1e9) if size < 7.3e9 * u), 0)  # year 2200
+                if CALENDAR.fullmatch(f"{size:.0f}"):
+                    fail(f"{path}: line {n}: {form.time} {row[form.time]!r} is a day of the "
+                         "calendar, not seconds since 1970; write it as 2016-03-01")
             if size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:  # NaN is neither
                 fail(f"{path}: line {n}: {form.time} {row[form.time]!r} is no time in the unit of "
                      "the rows before, or none at all; write seconds since 1970")
         yield n, user, item, rating, moment / (unit or 1), row.get(form.text)
 
 
+# 20160301 or 20160301123000; as seconds or microseconds they would be some day of August 1970
+CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?")
+
+
 def parse_number(value):
-    """A field as a number, NaN where it is empty. Raises ValueError for anything else."""
+    """A field as a number, NaN where it is empty. Raises ValueError for anything else: what Python
+    alone reads as one, 1_0 and true, is none."""
     if value is None or value == "":
         return math.nan
     number = float(value)
-    if math.isinf(number):
+    if math.isinf(number) or value is True or value is False:
+        raise ValueError(value)
+    if isinstance(value, str) and "_" in value:
         raise ValueError(value)
     return number
 
@@ -1613,17 +1642,39 @@ def open_text(path, encoding="utf-8-sig"):  # -sig: without the mark that some p
 
     Raises SystemExit2 when it is not there, is cut off, or holds something else than text."""
     path = Path(path)
-    if not path.is_file():
-        fail(f"{path}: no such file; check --reviews and --meta")
+    check_file(path)
     with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    opener = gzip.open if compressed else open
+        start = file.read(6)
+    for mark, what in OTHER_FILES.items():
+        if start.startswith(mark):
+            fail(f"{path}: is {what}; text in UTF-8 is read, plain or as .gz")
+    opener = gzip.open if start.startswith(b"\x1f\x8b") else open
     try:
         with opener(path, "rt", encoding=encoding, newline="") as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read to its end ({type(error).__name__}: {error}); is the "
              f"download whole, the text {encoding.removesuffix('-sig')}, and --format right?")
+
+
+def check_file(path):
+    """Raises SystemExit2 when there is no such file, or none that can be read from its start more
+    than once."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path}: no such file; check --reviews, --meta and the three split files")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or device"
+        fail(f"{path}: is {kind}; give a file, since it is read more than once")
+
+
+# how files begin that are not read, and what they are
+OTHER_FILES = {b"PK\x03\x04": "a zip archive (unpack it)", b"BZh": "compressed by bzip2 (unpack it)",
+               b"\xfd7zXZ\0": "compressed by xz (unpack it)",
+               b"\x28\xb5\x2f\xfd": "compressed by zstd (unpack it)",
+               b"PAR1": "a Parquet file (export it as csv)",
+               b"\xff\xfe": "text in UTF-16 (save it as UTF-8)",
+               b"\xfe\xff": "text in UTF-16 (save it as UTF-8)"}
 
 
 def table_rows(path, is_row=None, sep=None, columns=None, encoding="utf-8-sig"):
@@ -1679,6 +1730,8 @@ def separator(line):
 
 def header_names(path, row):
     """Column names of a header line; RecBole's types (`user_id:token`) are dropped."""
+    if not any(row):
+        fail(f"{path}: line 1 is empty; a table begins with its header")
     names = [name.split(":")[0].strip() for name in row]
     twice = next((name for name in names if name and names.count(name) > 1), None)
     if twice:

@@ -2,11 +2,13 @@
 
 import ast
 import builtins
+import bz2
 import calendar
 import dis
 import functools
 import gzip
 import json
+import lzma
 import math
 import os
 import re
@@ -1434,8 +1436,11 @@ def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path, capsys):
         data, _, users = prepared(tmp_path / "a", ["user\titem\trating", *lines[::order]])
         assert [row["raw"] for row in users] == ["007", "07", "7", "10", "a", "b"]
     assert "1 ids with spaces around them" in capsys.readouterr().out
-    assert "7 and 7.0 both occur" in refused_lines(
-        tmp_path / "b", ["user\titem\trating", *lines, "7.0\t1\t5"])
+    for more, message in ((["7.0"], "7 and 7.0 both occur"),
+                          (["caf\u00e9", "cafe\u0301"], "both occur and look alike")):
+        more = [f"{user}\t1\t5" for user in more]
+        assert message in refused_lines(
+            tmp_path / "b", ["user\titem\trating", *lines, *more])
 
 
 @pytest.mark.parametrize("separator, header, times, name", [
@@ -1522,7 +1527,14 @@ def json_grid(**more):
     ("\ti5\t5\t3\tx", (), "line 6: an id is empty"),
     ("u0\t \t5\t3\tx", (), "line 6: an id is empty"),
     ("null\ti5\t5\t3\tx", (), "line 6: the id is 'null'"),
-    ("u0\ti\0\t5\t3\tx", (), "control character"),
+    ("u0\ti\0\t5\t3\tx", (), "cannot be seen"),
+    ("u0\t\u200bi5\t5\t3\tx", (), r"line 6: the id '\u200bi5' has a character that cannot be"),
+    ("u0\t\ufeffi5\t5\t3\tx", (), "cannot be seen"),
+    ('u0\t"i5"\t5\t3\tx', (), 'line 6: the id "i5" stands in quotes'),
+    ("'u0'\ti5\t5\t3\tx", (), "stands in quotes"),
+    ("u0\t1.23E+05\t5\t3\tx", (), "line 6: the id 1.23E+05 is a number that a spreadsheet"),
+    ("u0\ti5\t1_0\t3\tx", (), "line 6: rating '1_0' is no number"),
+    ("u0\ti5\t5\t1,460,000,000\tx", (), "no time"),
     ("u0\t" + "9" * 5000 + "\t5\t3\tx", (), "5,000 characters"),
     ("u0\ti5\t5\t3\tx\tmore", (), "line 6 has 6 fields"),
 ])
@@ -1540,6 +1552,7 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
     ('{"reviewerID": "\\ud800", "asin": "i1", "overall": 5}', "half of one"),
     ('{"asin": "i1", "overall": 5}', "no column 'reviewerID'"),
     ('{"reviewerID": "u1", "asin": "i1", "overall": [5]}', "is no number"),
+    ('{"reviewerID": "u1", "asin": "i1", "overall": true}', "overall True is no number"),
     ('{"reviewerID": "u1", "asin": "i1"}', "no rating"),
 ])
 def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
@@ -1553,11 +1566,40 @@ def test_without_a_rating_filter_rows_without_a_rating_stay(tmp_path):
     assert len(raw_pairs(*prepared(tmp_path / "a", lines, "--min-rating", "none"))) == 36
 
 
+@pytest.mark.parametrize("time, refused", [
+    ("20160301", True), ("20160301123000", True), ("1456790400", False), ("20161301", False)])
+def test_a_day_of_the_calendar_is_not_seconds(tmp_path, time, refused):
+    lines = [HEAD, *(f"u{u}\ti{i}\t5\t{time}\tx" for u in range(6) for i in range(6))]
+    if refused:
+        assert "write it as 2016-03-01" in refused_lines(tmp_path / "a", lines)
+    else:
+        prepared(tmp_path / "a", lines)
+
+
+def test_files_that_hold_no_text_are_named_for_what_they_are(tmp_path):
+    table = "\n".join([HEAD, *GRID, ""]).encode()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
+    for name, content, message in [
+            ("folder", None, "is a folder"), ("pipe", None, "is a pipe"),
+            ("gone", None, "no such file"), ("a.gz", gzip.compress(b""), "line 1 is empty"),
+            ("a.zip", b"PK\3\4" + table, "zip archive"), ("a.bz2", bz2.compress(table), "bzip2"),
+            ("a.xz", lzma.compress(table), "by xz"), ("a.parquet", b"PAR1\0", "Parquet"),
+            ("a.txt", table.decode().encode("utf-16"), "UTF-16")]:
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(SystemExit, match=message):
+            hnlmrec.main(["prepare", "--run", str(tmp_path / "r"), "--reviews", str(path)])
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("header, message", [
     ("user\tuser\titem\trating\ttext", "'user' stands twice"),
     ("user_id\tuserId\titem\trating\ttext", "could each be the user"),
     ("who\titem\trating\ttimestamp\ttext", "no column 'user'"),
     ('{"user": 1, "item": 2}', "holds JSON"),
+    ("", "line 1 is empty"),
 ])
 def test_headers_that_do_not_say_what_is_what(tmp_path, header, message):
     assert message in refused_lines(tmp_path / "a", [header, *GRID])
@@ -1623,6 +1665,7 @@ def test_metadata_that_is_no_text_is_refused(tmp_path, row, message):
     ("I <3 U, x<y>z, 1<2", "I <3 U, x<y>z, 1<2"),
     ("Q&notes; &copy 2 &nbsp;x", "Q&notes; &copy 2 x"), ("Toy <script>cut", "Toy"),
     ("<script>var a = 1;</script>Toy<style>p {color: red;}</style>", "Toy"),
+    ('"The ""Best"" film"', 'The "Best" film'), ('"Live"', '"Live"'), ('""A" B"', '""A" B"'),
     (".a-box { color: red; }", ""), ("function f(x) { return x }", ""),
     ("Form & Function (2)", "Form & Function (2)"),
     ("a\x00b\x9b\r\n\u2028c", "a b c"), ("{curly} braces: fine", "{curly} braces: fine"),
