@@ -222,9 +222,9 @@ def fhns_rates(users, items, held_keys, n_items):
 
 def fhns_of_samplers(model, data, m, seed, likely=None):
     """FHNS@1 of what the samplers hand a trained model for train pairs (all, or MOST of them):
-    uniform, DNS (the best of m), DNS kept clear of the items that a judge lists as a user's likely false
-    hard negatives, these items themselves (likely (U, n), best first), and the item nearest to
-    MixGCF's synthetic vector; FHNS@10 for the ten best of the draw where a sampler ranks."""
+    uniform, DNS (the best of m), DNS kept clear of the items that a judge lists as a user's likely
+    false hard negatives, these items themselves (likely (U, n), best first), and the item nearest
+    to MixGCF's synthetic vector; FHNS@10 for the ten best of the draw where a sampler ranks."""
     generator = torch.Generator().manual_seed(seed)
     u, i = data["train"][some_of(len(data["train"]), generator)].T
     n_items, train_keys = model.n_items, pair_keys(data["train"], model.n_items)
@@ -550,7 +550,7 @@ def judge_section(run, data, cf, metrics):
 
 NAMES = {"pop": "Popularity", "itemknn": "ItemKNN", "rp3": "RP3β", "ease": "EASE",
          "rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS",
-         "softmax": "Softmax", "hnlmrec": "HNLMRec", "hnlmrec-full": "HNLMRec, judge in the score"}
+         "softmax": "Softmax", "hnlmrec": "HNLMRec", "hnlmrec-full": "HNLMRec in full"}
 
 
 def report(args):
@@ -658,18 +658,20 @@ def verdict_section(run, metrics, per_user, ours):
     write_atomic(run / "report.svg", svg_chart(
         f"test NDCG@20 minus that of {rival}, 95 % intervals", [NAMES.get(n, n) for n in others],
         means, lows, highs, reference=0.0).encode())
-    lines = [""]
-    if ours:
-        mean, low, high, p = tests[ours]
+    lines = []
+    for name in dict.fromkeys((ours, "hnlmrec-full")):
+        if name not in tests:
+            continue
+        mean, low, high, p = tests[name]
         level = per_user[best].mean()
         word = "beats" if low > 0 else "falls behind" if high < 0 else "is level with"
-        lines += [f"**HNLMRec {word} {rival}**, the best baseline on validation: NDCG@20 on the "
-                  f"test pairs is {per_user[ours].mean():.4f} against {level:.4f}, a difference of "
-                  f"{mean:+.4f} ({mean / max(level, 1e-12):+.1%}), 95 % interval "
-                  f"[{low:+.4f}, {high:+.4f}], "
+        lines += ["", f"**{NAMES.get(name, name)} {word} {rival}**, the best baseline on "
+                  f"validation: NDCG@20 on the test pairs is {per_user[name].mean():.4f} against "
+                  f"{level:.4f}, a difference of {mean:+.4f} ({mean / max(level, 1e-12):+.1%}), "
+                  f"95 % interval [{low:+.4f}, {high:+.4f}], "
                   f"p {'< 0.001' if p < 0.001 else f'{p:.3f}'} (paired bootstrap over users)."]
-    lines += ["NDCG@20 is 1 when a user's held-out items head the list of twenty and 0 when none "
-              "is in it. One seed of training: how far another would move these numbers, "
+    lines += ["", "NDCG@20 is 1 when a user's held-out items head the list of twenty and 0 when "
+              "none is in it. One seed of training: how far another would move these numbers, "
               f"`python eval.py compare --run {run} --seeds 5` measures.", "",
               f"![NDCG@20 minus that of {markdown(rival)}](report.svg)"]
     return lines
@@ -1170,8 +1172,8 @@ SPACES = {
     "HNLMRec, as in the paper": TRAINED | {
         "alpha": ("log", 1e-4, 0.3), "lambda1": ("log", 1e-4, 1), "tau-c": ("log", 0.05, 1)},
 }
-# a method's trials 1, 2 …, before the random ones: HNLMRec without any of its parts, which is DNS;
-# with the judge's likely false negatives alone
+# a method's trials 1, 2 …, before the random ones: HNLMRec without any of its parts, that is DNS;
+# and with the judge's likely false negatives alone
 OFF = "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --clear 0 --lambda-f "
 FIRST = {"HNLMRec": [OFF + "0", OFF + "1"]}
 

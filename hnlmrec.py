@@ -407,8 +407,8 @@ class LikelyFalse:
         return drawn.clamp(min=0)
 
     def penalty(self, users, candidates):
-        """What keeps `dns` from taking a likely one as a negative, while there is another candidate:
-        users (B,), candidates (B, M) -> (B, M), infinite where the candidate is listed, else 0."""
+        """What keeps `dns` from taking a likely one as e⁻ while there is another candidate: users
+        (B,), candidates (B, M) -> (B, M), infinite where the candidate is listed, else 0."""
         listed = torch.zeros_like(candidates, dtype=torch.bool)
         for column in self.listed[users].T:  # (B,): no (B, M, n) is held
             listed |= candidates == column[:, None]
@@ -1669,7 +1669,8 @@ def check_file(path):
 
 
 # how files begin that are not read, and what they are
-OTHER_FILES = {b"PK\x03\x04": "a zip archive (unpack it)", b"BZh": "compressed by bzip2 (unpack it)",
+OTHER_FILES = {b"PK\x03\x04": "a zip archive (unpack it)",
+               b"BZh": "compressed by bzip2 (unpack it)",
                b"\xfd7zXZ\0": "compressed by xz (unpack it)",
                b"\x28\xb5\x2f\xfd": "compressed by zstd (unpack it)",
                b"PAR1": "a Parquet file (export it as csv)",

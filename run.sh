@@ -198,12 +198,14 @@ print(*json.load(open(sys.argv[1]))["methods"][sys.argv[2]]["HNLMRec"]["words"])
   echo "HNLMRec: the best of $TUNE trials on validation has ${HNLMREC[*]}"
 fi
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
-# the model, the judge and the closed forms in one score; neumf has no inner product to add to
-[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT" --beside "$BESIDE"
 for sampler in rns dns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler \
     --out model-$sampler.safetensors
+  BESIDE+=${BESIDE:+,}model-$sampler.safetensors
 done
+# HNLMRec, the judge and every baseline, each with the weight that validation gives it: no worse
+# there than the best of them alone; neumf has no inner product to add to
+[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT" --beside "$BESIDE"
 FORCE= step eval.py report --run "$OUT" > /dev/null
 
 # ---- what came of it ----------------------------------------------------------------------------
