@@ -1,12 +1,16 @@
-"""Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases. `bash run.sh test` runs them."""
+"""Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases.
+`bash run.sh test` runs them."""
 
 import ast
 import builtins
 import bz2
 import calendar
+import contextlib
 import dis
 import functools
 import gzip
+import io
+import itertools
 import json
 import lzma
 import math
@@ -55,15 +59,18 @@ N_USERS, N_ITEMS = 12, 30
 
 def random_pairs(seed=0, n_users=N_USERS, n_items=N_ITEMS, per_user=8):
     """(N, 2) pairs without repeats, sorted by user, then item."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.stack([torch.full((per_user,), u), torch.randperm(n_items, generator=generator)[:per_user].sort().values], 1)
-                      for u in range(n_users)])
+    generator, pairs = torch.Generator().manual_seed(seed), []
+    for u in range(n_users):
+        items = torch.randperm(n_items, generator=generator)[:per_user].sort().values
+        pairs.append(torch.stack([torch.full((per_user,), u), items], 1))
+    return torch.cat(pairs)
 
 
 def split_data(seed=0):
     """train, valid, test of random_pairs: 6, 1 and 1 of each user's 8."""
     pairs = random_pairs(seed).view(N_USERS, 8, 2)
-    return {"train": pairs[:, :6].reshape(-1, 2), "valid": pairs[:, 6], "test": pairs[:, 7], "n_users": N_USERS, "n_items": N_ITEMS}
+    return {"train": pairs[:, :6].reshape(-1, 2), "valid": pairs[:, 6], "test": pairs[:, 7],
+            "n_users": N_USERS, "n_items": N_ITEMS}
 
 
 def rigged(users, items):
@@ -73,13 +80,13 @@ def rigged(users, items):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics and ranking
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_metrics_hand_worked():
-    hits, relevant = torch.tensor([[True, False, True, False], [False, False, False, False]]), torch.tensor([3, 1])
+    hits, relevant = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool(), torch.tensor([3, 1])
     assert backbones.recall(hits, relevant, 4).tolist() == [2 / 3, 0]
     assert backbones.precision(hits, relevant, 4).tolist() == [0.5, 0]
     assert backbones.hit_rate(hits, relevant, 4).tolist() == [1, 0]
@@ -87,8 +94,16 @@ def test_metrics_hand_worked():
     dcg, ideal = 1 + 1 / 2, 1 + 1 / math.log2(3) + 1 / 2
     assert backbones.ndcg(hits, relevant, 4).tolist() == pytest.approx([dcg / ideal, 0])
     # the ideal list is cut at k: with 3 relevant and k = 2 it holds two
-    assert backbones.ndcg(hits, relevant, 2).tolist() == pytest.approx([1 / (1 + 1 / math.log2(3)), 0])
-    assert backbones.mrr(torch.tensor([[False, False, True]]), torch.tensor([1]), 3).item() == pytest.approx(1 / 3)
+    first = 1 / (1 + 1 / math.log2(3))
+    assert backbones.ndcg(hits, relevant, 2).tolist() == pytest.approx([first, 0])
+    third = torch.tensor([[False, False, True]])
+    assert backbones.mrr(third, torch.tensor([1]), 3).item() == pytest.approx(1 / 3)
+
+
+def by_score(scores, seen):
+    """The items not in `seen`, the highest score first, equal ones by id: brute force."""
+    unseen = [i for i in range(len(scores)) if i not in seen]
+    return sorted(unseen, key=lambda i: (-float(scores[i]), i))
 
 
 def brute_force_metrics(scores, data, k):
@@ -98,20 +113,22 @@ def brute_force_metrics(scores, data, k):
         if not held:
             continue
         seen = {i for name in ("train", "valid") for v, i in data[name].tolist() if v == u}
-        ranked = sorted((i for i in range(len(own)) if i not in seen), key=lambda i: (-own[i], i))[:k]
-        gains = [i in held for i in ranked]
+        gains = [i in held for i in by_score(own, seen)[:k]]
         dcg = sum(g / math.log2(n + 2) for n, g in enumerate(gains))
         ideal = sum(1 / math.log2(n + 2) for n in range(min(k, len(held))))
         first = gains.index(True) + 1 if any(gains) else math.inf
-        rows[u] = {"Recall": sum(gains) / len(held), "NDCG": dcg / ideal, "Precision": sum(gains) / k, "HitRate": float(any(gains)), "MRR": 1 / first}
+        rows[u] = {"Recall": sum(gains) / len(held), "NDCG": dcg / ideal,
+                   "Precision": sum(gains) / k, "HitRate": float(any(gains)), "MRR": 1 / first}
     return rows
 
 
 @pytest.mark.parametrize("rounded", [False, True])  # rounded scores are full of ties
 def test_full_ranking_against_brute_force(rounded):
     data, generator = split_data(), torch.Generator().manual_seed(1)
-    data["test"] = torch.cat([data["test"][2:], torch.tensor([[2, 29]]) if [2, 29] not in random_pairs().tolist() else data["test"][:0]])
-    users, items = torch.randn(N_USERS, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator)
+    second = next(i for i in range(N_ITEMS) if [2, i] not in random_pairs().tolist())
+    data["test"] = torch.cat([data["test"][2:], torch.tensor([[2, second]])])
+    users = torch.randn(N_USERS, 4, generator=generator)
+    items = torch.randn(N_ITEMS, 4, generator=generator)
     if rounded:
         users, items = users.round(), items.round()
     ids, values, skipped = evaluation.evaluate(rigged(users, items), data, "test", ks=(3, 10))
@@ -119,26 +136,28 @@ def test_full_ranking_against_brute_force(rounded):
     for k in (3, 10):
         oracle = brute_force_metrics(users @ items.T, data, k)
         for name in evaluation.METRICS:
-            assert values[f"{name}@{k}"].tolist() == pytest.approx([oracle[u][name] for u in ids.tolist()])
+            expected = [oracle[u][name] for u in ids.tolist()]
+            assert values[f"{name}@{k}"].tolist() == pytest.approx(expected)
 
 
 def test_top_k_breaks_ties_by_index():
     scores = torch.tensor([[1.0, 2, 2, 1, 2, 0, 1]])
     assert backbones.top_k(scores, 5).tolist() == [[1, 2, 4, 0, 3]]
     wide = torch.randint(0, 4, (50, 200), generator=torch.Generator().manual_seed(0)).float()
-    oracle = [sorted(range(200), key=lambda i: (-row[i], i))[:20] for row in wide.tolist()]
+    oracle = [by_score(row, ())[:20] for row in wide.tolist()]
     assert backbones.top_k(wide, 20).tolist() == oracle
 
 
 def test_a_user_with_few_unseen_items_gets_no_seen_one():
     pairs = torch.tensor([[0, i] for i in range(8)])
-    ranked = backbones.rank_unseen(rigged(torch.ones(1, 2), torch.ones(10, 2)), torch.tensor([0]), backbones.user_rows(pairs, 1), 5)
+    model, seen = rigged(torch.ones(1, 2), torch.ones(10, 2)), backbones.user_rows(pairs, 1)
+    ranked = backbones.rank_unseen(model, torch.tensor([0]), seen, 5)
     assert ranked.tolist() == [[8, 9, -1, -1, -1]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Backbones
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def dense_adjacency(pairs):
@@ -158,7 +177,8 @@ def test_adjacency_against_dense_formula():
 
 def test_lightgcn_against_dense_oracle():
     pairs = random_pairs()
-    model, a = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 4, pairs, 3), dense_adjacency(pairs)
+    model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 4, pairs, 3)
+    a = dense_adjacency(pairs)
     e = model.embedding.detach().clone().requires_grad_()
     hops = [e, a @ e, a @ a @ e, a @ a @ a @ e]
     oracle = sum(hops) / 4
@@ -173,7 +193,8 @@ def test_lightgcn_against_dense_oracle():
 
 def test_ngcf_against_dense_oracle():
     pairs = random_pairs()
-    model, a = backbones.build_backbone("ngcf", N_USERS, N_ITEMS, 4, pairs, 2).eval(), dense_adjacency(pairs)
+    model = backbones.build_backbone("ngcf", N_USERS, N_ITEMS, 4, pairs, 2).eval()
+    a = dense_adjacency(pairs)
     x = model.embedding
     hops = [x]
     for w1, w2 in zip(model.w1, model.w2):
@@ -181,7 +202,8 @@ def test_ngcf_against_dense_oracle():
         for node in range(len(x)):  # NGCF eq. 3-4, node by node
             message = x[node] @ w1.weight.T + w1.bias + w2.bias
             for other in range(len(x)):
-                message = message + a[node, other] * (x[other] @ w1.weight.T + (x[other] * x[node]) @ w2.weight.T)
+                alike = (x[other] * x[node]) @ w2.weight.T
+                message = message + a[node, other] * (x[other] @ w1.weight.T + alike)
             rows.append(F.leaky_relu(message, 0.2))
         x = torch.stack(rows)
         hops.append(F.normalize(x, dim=1))
@@ -290,27 +312,31 @@ def test_popularity_ranks_by_train_count_then_by_id():
         assert [i for i in row if i >= 0] == oracle
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Samplers
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.75])
 def test_sampler_is_exact(beta):
-    pairs = torch.cat([random_pairs(), torch.tensor([[N_USERS, i] for i in range(N_ITEMS) if i not in (7, 20)])])  # a user with two unseen
+    two_unseen = [[N_USERS, i] for i in range(N_ITEMS) if i not in (7, 20)]
+    pairs = torch.cat([random_pairs(), torch.tensor(two_unseen)])
     sampler = backbones.UnseenSampler(pairs, N_USERS + 1, N_ITEMS, beta)
     popularity = torch.bincount(pairs[:, 1], minlength=N_ITEMS).double()
     for user in (0, 5, N_USERS):
         seen = pairs[pairs[:, 0] == user, 1]
-        draws = sampler(torch.full((400,), user), 100, torch.Generator().manual_seed(user)).flatten()
+        generator = torch.Generator().manual_seed(user)
+        draws = sampler(torch.full((400,), user), 100, generator).flatten()
         assert not torch.isin(draws, seen).any()
         weight = (popularity + 1) ** beta
         weight[seen] = 0
         expected = weight / weight.sum() * len(draws)
         free = expected > 0
-        chi2 = ((torch.bincount(draws, minlength=N_ITEMS) - expected)[free] ** 2 / expected[free]).sum()
+        apart = (torch.bincount(draws, minlength=N_ITEMS) - expected)[free]
+        chi2 = (apart**2 / expected[free]).sum()
         degrees = int(free.sum()) - 1
-        assert chi2 < degrees + 4 * math.sqrt(2 * degrees) + 4  # mean + 4 standard deviations, and a little for few degrees
+        # mean + 4 standard deviations, and a little for few degrees
+        assert chi2 < degrees + 4 * math.sqrt(2 * degrees) + 4
 
 
 def test_sampler_takes_a_repeated_pair_once():
@@ -345,21 +371,27 @@ def test_a_user_who_has_seen_everything_is_refused():
 
 def test_dns_and_ahns_against_brute_force():
     generator = torch.Generator().manual_seed(0)
-    users, items = torch.randn(6, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator)
-    candidates, positives = torch.randint(N_ITEMS, (6, 5), generator=generator), torch.randint(N_ITEMS, (6,), generator=generator)
+    users = torch.randn(6, 4, generator=generator)
+    items = torch.randn(N_ITEMS, 4, generator=generator)
+    candidates = torch.randint(N_ITEMS, (6, 5), generator=generator)
+    positives = torch.randint(N_ITEMS, (6,), generator=generator)
     score = rigged(users, items).score
     s = users @ items.T
-    assert backbones.dns(score, users, items, candidates).tolist() == [max(c, key=lambda j: s[b, j]) for b, c in enumerate(candidates.tolist())]
+    ranked = []
+    for b, own in enumerate(candidates.tolist()):
+        ranked.append(sorted(own, key=lambda c, b=b: -s[b, c]))
+    assert backbones.dns(score, users, items, candidates).tolist() == [own[0] for own in ranked]
     for _ in range(5):
         for b, j in enumerate(backbones.dns(score, users, items, candidates, top=2).tolist()):
-            assert j in sorted(candidates[b].tolist(), key=lambda c: -s[b, c])[:2]
+            assert j in ranked[b][:2]
     penalty = torch.randn(6, 5, generator=generator)
     cleared = backbones.dns(score, users, items, candidates, penalty=penalty).tolist()
-    for b, j in enumerate(cleared):  # the best of the scores in their own standard deviations, less the penalty
-        own = s[b, candidates[b]].numpy() / np.std(s[b, candidates[b]].numpy(), ddof=1) - penalty[b].numpy()
-        assert j == candidates[b, own.argmax()]
+    for b, j in enumerate(cleared):  # the best in standard deviations of the scores, less penalty
+        own = s[b, candidates[b]].numpy()
+        assert j == candidates[b, (own / np.std(own, ddof=1) - penalty[b].numpy()).argmax()]
     assert cleared != backbones.dns(score, users, items, candidates).tolist()
-    for b, j in enumerate(backbones.ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.5, power=-2).tolist()):
+    chosen = backbones.ahns(score, users, items, positives, candidates, 1.0, 0.5, -2).tolist()
+    for b, j in enumerate(chosen):
         target = 0.5 / (s[b, positives[b]] + 1)
         assert j == min(candidates[b].tolist(), key=lambda c: abs(s[b, c] - target))
 
@@ -369,7 +401,7 @@ def test_mixgcf_against_loops():
     model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 4, pairs, 2)
     user_layers, item_layers = model.layers()
     u, i = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-    candidates, users = torch.tensor([[6, 7, 8], [9, 10, 11], [12, 13, 14]]), model.pool(user_layers)[u]
+    candidates, users = torch.arange(6, 15).view(3, 3), model.pool(user_layers)[u]
     ours = backbones.mixgcf(users, item_layers, i, candidates, model.pool, generator.manual_seed(3))
     generator.manual_seed(3)
     hops = []
@@ -377,7 +409,8 @@ def test_mixgcf_against_loops():
         share = torch.rand((3, 1), generator=generator)
         rows = []
         for b in range(3):
-            mixed = [share[b] * item_layers[i[b], k] + (1 - share[b]) * item_layers[c, k] for c in candidates[b]]
+            positive, others = item_layers[i[b], k], item_layers[candidates[b], k]
+            mixed = share[b] * positive + (1 - share[b]) * others
             rows.append(max(mixed, key=lambda v: float(users[b] @ v)))
         hops.append(torch.stack(rows))
     assert torch.allclose(ours, sum(hops) / 3, atol=1e-6)
@@ -390,8 +423,7 @@ def test_mined_negatives_are_the_band_and_never_train_pairs():
     scores = model()[0] @ model()[1].T
     for u in range(N_USERS):
         seen = set(data["train"][data["train"][:, 0] == u, 1].tolist())
-        ranked = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: (-scores[u, i].item(), i))
-        assert mined[u].tolist() == ranked[1:6]
+        assert mined[u].tolist() == by_score(scores[u], seen)[1:6]
 
 
 @pytest.mark.parametrize("n_items, most, flags, band", [
@@ -418,9 +450,9 @@ def test_nearest_items_are_never_train_items_even_when_too_few_are_left():
     assert evaluation.fhns_rate(user, near, held, 10) == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses, projector, mixing
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_sampled_softmax_against_direct_sum():
@@ -468,20 +500,25 @@ def test_info_nce_against_direct_sum():
         e = [math.exp(float(F.cosine_similarity(z[b], c[k], 0)) / 0.3) for k in range(9)]
         up = sum(e[k] for k in range(9) if positive[b, k])
         total -= math.log(up / sum(e[k] for k in range(9) if positive[b, k] or not ignore[b, k]))
-    assert llm_negatives.info_nce(z, c, positive, 0.3, ignore).item() == pytest.approx(total / 4, rel=1e-5)
-    assert llm_negatives.info_nce(z, c, positive, 0.3).item() > total / 4  # the mask leaves terms out of the denominator
+    ours = llm_negatives.info_nce(z, c, positive, 0.3, ignore).item()
+    assert ours == pytest.approx(total / 4, rel=1e-5)
+    # the mask leaves terms out of the denominator
+    assert llm_negatives.info_nce(z, c, positive, 0.3).item() > ours
 
 
 def test_alignment_against_direct_sum():
     generator = torch.Generator().manual_seed(0)
     z, i, m = (torch.randn(4, 5, generator=generator) for _ in range(3))
     ids, tau, total = [0, 1, 0, 2], 0.5, 0.0
-    cos = lambda a, b: float(F.cosine_similarity(a, b, 0))
+
+    def e(a, b):
+        return math.exp(float(F.cosine_similarity(a, b, 0)) / tau)
+
     for b in range(4):
-        up = math.exp(cos(z[b], m[b]) / tau)
-        rest = sum(math.exp(cos(z[b], m[c]) / tau) for c in range(4) if ids[c] != ids[b])
-        total -= math.log(up / (up + rest + math.exp(cos(z[b], i[b]) / tau)))
-    assert hnlmrec.alignment_loss(z, i, m, torch.tensor(ids), tau).item() == pytest.approx(total / 4, rel=1e-5)
+        rest = sum(e(z[b], m[c]) for c in range(4) if ids[c] != ids[b])
+        total -= math.log(e(z[b], m[b]) / (e(z[b], m[b]) + rest + e(z[b], i[b])))
+    ours = hnlmrec.alignment_loss(z, i, m, torch.tensor(ids), tau)
+    assert ours.item() == pytest.approx(total / 4, rel=1e-5)
 
 
 def test_paper_contrastive_loss_hand_worked():
@@ -508,7 +545,7 @@ def test_hinge_hand_worked():
 
 def test_semantic_alignment_against_direct_sum():
     generator = torch.Generator().manual_seed(0)
-    v, t = torch.randn(5, 3, generator=generator, requires_grad=True), torch.randn(5, 3, generator=generator, requires_grad=True)
+    v, t = (torch.randn(5, 3, generator=generator, requires_grad=True) for _ in range(2))
     ours, total = hnlmrec.semantic_alignment(v, t, 0.4), 0.0
     for a in range(5):
         e = [math.exp(F.cosine_similarity(v[a], t[b], 0).item() / 0.4) for b in range(5)]
@@ -522,22 +559,26 @@ def test_a_users_text_is_the_mean_of_the_train_items_texts():
     text, train = torch.randn(4, 6), torch.tensor([[0, 1], [0, 3], [1, 2]])
     semantic = hnlmrec.SemanticProjector(text, train, 2, 5)
     x = F.normalize((text - text.mean(0)) / text.std(0), dim=1)
-    assert torch.allclose(semantic.user, F.normalize(torch.stack([x[1] + x[3], x[2]]), dim=1), atol=1e-6)
+    of_users = F.normalize(torch.stack([x[1] + x[3], x[2]]), dim=1)
+    assert torch.allclose(semantic.user, of_users, atol=1e-6)
     users, items = semantic(torch.tensor([1]), torch.tensor([0, 2]))
     assert torch.allclose(users[0], items[1], atol=1e-6)  # a user with one item reads as that item
 
 
 def test_text_start_against_svd():
-    """The items' start is U S of their centred texts (signs are free), a user's the sum over the train items; a narrow text is padded."""
+    """The items' start is U S of their centred texts (signs are free), a user's the sum over the
+    train items; a narrow text is padded."""
     torch.manual_seed(0)
-    text, train = torch.randn(20, 9), torch.tensor([[0, 3], [0, 7], [1, 3], [3, 1], [3, 2], [3, 19]])
+    text = torch.randn(20, 9)
+    train = torch.tensor([[0, 3], [0, 7], [1, 3], [3, 1], [3, 2], [3, 19]])
     start = hnlmrec.text_start(text, train, 4, 3, 0.1)
     u, s, _ = torch.linalg.svd((text - text.mean(0)).double(), full_matrices=False)
     items = u[:, :3] * s[:3]
     users = torch.stack([items[[3, 7]].sum(0), items[3], 0 * items[0], items[[1, 2, 19]].sum(0)])
     for ours, whole in ((start[4:], items), (start[:4], users)):
         whole = whole.flip(1) * 0.1 / whole.pow(2).mean().sqrt()
-        assert torch.allclose(ours.double().abs(), whole.abs(), atol=1e-5) and float(ours.pow(2).mean().sqrt()) == pytest.approx(0.1)
+        assert torch.allclose(ours.double().abs(), whole.abs(), atol=1e-5)
+        assert float(ours.pow(2).mean().sqrt()) == pytest.approx(0.1)
     assert torch.allclose(hnlmrec.text_start(text, train, 4, 12, 0.1)[:, 9:], torch.zeros(24, 3))
 
 
@@ -556,8 +597,10 @@ def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
     for u, i in train[rows].tolist():
         own = [j for v, j in train.tolist() if v == u]
         user = judge.user_map.weight @ sum(text[j] for j in own if j != i)
-        scores = [scale * F.cosine_similarity(user, judge.item_map.weight @ text[j], 0) + judge.bias[j]
-                  for j in [i, *(j for j in drawn.tolist() if j not in own)]]
+        scores = []
+        for j in [i, *(j for j in drawn.tolist() if j not in own)]:
+            cosine = F.cosine_similarity(user, judge.item_map.weight @ text[j], 0)
+            scores.append(scale * cosine + judge.bias[j])
         losses.append(torch.stack(scores).logsumexp(0) - scores[0])
     step = llm_negatives.make_judge_step(judge, train, 9)
     loss, _ = step(rows, torch.Generator().manual_seed(3))
@@ -566,7 +609,8 @@ def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
     users, items = judge()
     whole = sum(text[j] for v, j in train.tolist() if v == 2)
     cosine = F.cosine_similarity(judge.user_map.weight @ whole, judge.item_map.weight @ text[4], 0)
-    assert float(users[2] @ items[4]) == pytest.approx(float(scale * cosine + judge.bias[4]), rel=1e-5)
+    score = float(scale * cosine + judge.bias[4])
+    assert float(users[2] @ items[4]) == pytest.approx(score, rel=1e-5)
 
 
 def test_judge_finds_what_the_texts_decide_and_lists_it():
@@ -574,21 +618,26 @@ def test_judge_finds_what_the_texts_decide_and_lists_it():
     generator = torch.Generator().manual_seed(0)
     half = torch.arange(40) % 2
     text = torch.randn(40, 8, generator=generator) + 3 * (half[:, None] == 0)
-    pairs = torch.cat([torch.stack([torch.full((4,), u), (half == u % 2).nonzero()[:, 0][
-        torch.randperm(20, generator=generator)[:4]].sort().values], 1) for u in range(30)])
+    pairs = []
+    for u in range(30):
+        some = torch.randperm(20, generator=generator)[:4]
+        items = (half == u % 2).nonzero()[:, 0][some].sort().values
+        pairs.append(torch.stack([torch.full((4,), u), items], 1))
+    pairs = torch.cat(pairs)
     judge = llm_negatives.Judge([text], pairs, 30)
     items, share = llm_negatives.likely_items(judge, pairs, 6)
     own = half[items] == (torch.arange(30) % 2)[:, None]
     assert own.float().mean() > 0.9
-    assert not backbones.contains(backbones.pair_keys(pairs, 40), torch.arange(30)[:, None], items, 40).any()
+    seen = backbones.pair_keys(pairs, 40)
+    assert not backbones.contains(seen, torch.arange(30)[:, None], items, 40).any()
     users, vectors = judge()
     scores = (users[:, None] * vectors[items]).sum(2)
-    assert torch.allclose(share, scores.softmax(1), atol=1e-6) and (scores.diff(dim=1) <= 1e-5).all()
+    assert torch.allclose(share, scores.softmax(1), atol=1e-6)
+    assert (scores.diff(dim=1) <= 1e-5).all()
     # more than there are unseen: places left over are never drawn
     items, share = llm_negatives.likely_items(judge, pairs, 40)
     assert (items[:, 36:] == -1).all() and (share[:, 36:] == 0).all()
     drawn = hnlmrec.LikelyFalse(items, share)(torch.arange(30).repeat(50), generator)
-    seen = backbones.pair_keys(pairs, 40)
     assert not backbones.contains(seen, torch.arange(30).repeat(50), drawn, 40).any()
 
 
@@ -617,10 +666,11 @@ def test_false_hard_negatives_stand_between_positive_and_negative():
     false = model.ego()[1][data["test"][train[rows, 0], 1]]
     s_p, s_n, s_f = ((users * v).sum(1) for v in (items, negatives, false))
     l2 = [float((v**2).sum()) / 4 for v in (users, items, negatives, false)]
-    expected = (F.softplus(s_n - s_p).mean() + 0.1 * sum(l2[:3])
-                + 2 * (F.softplus(s_n - s_f).mean() + 0.3 * F.softplus(s_f - s_p).mean() + 0.1 * l2[3]))
+    above, below = F.softplus(s_n - s_f).mean(), F.softplus(s_f - s_p).mean()
+    expected = F.softplus(s_n - s_p).mean() + 0.1 * sum(l2[:3])
+    expected = expected + 2 * (above + 0.3 * below + 0.1 * l2[3])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert logs["false"] == pytest.approx(F.softplus(s_n - s_f).mean().item(), rel=1e-5)
+    assert logs["false"] == pytest.approx(above.item(), rel=1e-5)
 
 
 def test_dns_takes_no_likely_false_one_while_another_candidate_is_there():
@@ -630,8 +680,8 @@ def test_dns_takes_no_likely_false_one_while_another_candidate_is_there():
     inf = torch.inf
     penalty = likely.penalty(users, candidates)
     assert penalty.tolist() == [[inf, 0, inf], [0, inf, 0], [inf, inf, inf]]
-    score = lambda users, items: (users * items).sum(-1)  # noqa: E731
     one, items = torch.ones(3, 1), torch.arange(5.0)[:, None]  # the later an item the higher
+    score = rigged(one, items).score
     assert backbones.dns(score, one, items, candidates).tolist() == [4, 3, 3]
     assert backbones.dns(score, one, items, candidates, penalty=penalty).tolist() == [1, 1, 3]
 
@@ -699,9 +749,11 @@ def test_factors_of_item_weights_give_their_scores():
 
 
 def test_text_relevance_against_the_inverse_root_of_the_covariance():
-    """Whitening by C^-1/2 turns the texts but keeps their cosines; here user by user and item by item, with numpy."""
+    """Whitening by C^-1/2 turns the texts but keeps their cosines; here user by user and item by
+    item, with numpy."""
     torch.manual_seed(0)
-    text, train = torch.randn(20, 5) * torch.tensor([5, 1, 1, 1, 0.2]) + 3, torch.tensor([[0, 3], [0, 7], [1, 3], [2, 1], [2, 2], [2, 19]])
+    text = torch.randn(20, 5) * torch.tensor([5, 1, 1, 1, 0.2]) + 3
+    train = torch.tensor([[0, 3], [0, 7], [1, 3], [2, 1], [2, 2], [2, 19]])
     centred = (text - text.mean(0)).double().numpy()
     values, vectors = np.linalg.eigh(centred.T @ centred)
     white = centred @ (vectors * values**-0.5) @ vectors.T
@@ -709,7 +761,7 @@ def test_text_relevance_against_the_inverse_root_of_the_covariance():
     users, everything = torch.arange(3), torch.arange(20).expand(3, -1)
     relevance = hnlmrec.Relevance(*hnlmrec.text_factors(text, train, 3))(users, everything)
     for u in range(3):
-        fit = np.array([sum(unit[i] @ unit[j] for v, j in train.tolist() if v == u) for i in range(20)])
+        fit = sum(unit @ unit[j] for v, j in train.tolist() if v == u)
         assert relevance[u].numpy() == pytest.approx((fit - fit.mean()) / fit.std(ddof=1), abs=2e-5)
 
 
@@ -732,30 +784,36 @@ def test_relevance_of_any_factors_against_the_dense_table():
 
 
 def test_clearing_changes_which_item_is_the_negative():
-    """With a penalty far above any score the step takes, of the candidates, the one whose text fits the user least."""
+    """With a penalty far above any score the step takes, of the candidates, the one whose text fits
+    the user least."""
     model, _, _, train = hnlmrec_parts(alpha=0.0, lambda1=0.0, sampler="dns")
     relevance = torch.randn(N_USERS, N_ITEMS, generator=torch.Generator().manual_seed(1))
     u, i = train.T
-    candidates = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 6, torch.Generator().manual_seed(2))  # as sample draws them
+    # as draw() draws them
+    uniform, generator = backbones.UnseenSampler(train, N_USERS, N_ITEMS), torch.Generator()
+    candidates = uniform(u, 6, generator.manual_seed(2))
 
     def penalty(users, candidates):
         return 1e6 * relevance[users[:, None], candidates]
 
     draw = backbones.make_sampler(model, "dns", train, m=6, penalty=penalty)
-    chosen = draw(u, i, torch.Generator().manual_seed(2)).negative_ids
-    assert chosen.tolist() == [min(c, key=lambda j: float(relevance[user, j])) for user, c in zip(u.tolist(), candidates.tolist())]
+    chosen = draw(u, i, generator.manual_seed(2)).negative_ids
+    least = relevance[u[:, None], candidates].argmin(1)
+    assert chosen.tolist() == candidates[torch.arange(len(u)), least].tolist()
 
 
 def test_bpr_is_minus_log_sigmoid():
     p, n = torch.tensor([0.3, -2.0]), torch.tensor([0.1, 1.0])
-    assert backbones.bpr_loss(p, n).item() == pytest.approx(-sum(math.log(1 / (1 + math.exp(-(a - b)))) for a, b in zip(p, n)) / 2)
+    total = -sum(math.log(1 / (1 + math.exp(b - a))) for a, b in zip(p, n))
+    assert backbones.bpr_loss(p, n).item() == pytest.approx(total / 2)
 
 
 def hnlmrec_parts(alpha, lambda1, sampler="dns", form=hnlmrec.HNLMRec, **more):
     """A small backbone, its projector, and the method (or the paper's form of it) around both."""
     torch.manual_seed(0)
     train = split_data()["train"]
-    model, hidden = backbones.build_backbone("mf", N_USERS, N_ITEMS, 8, train), torch.randn(len(train), 16).half()
+    model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 8, train)
+    hidden = torch.randn(len(train), 16).half()
     projector = hnlmrec.Projector(hidden, 8, width=8)
     mined = backbones.mine_hard_negatives(model, train, 1, 5)
     table = hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)
@@ -771,10 +829,12 @@ def hnlmrec_parts(alpha, lambda1, sampler="dns", form=hnlmrec.HNLMRec, **more):
 def test_bpr_gives_the_projector_no_gradient_and_alignment_does():
     model, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=0.0)
     method.loss(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
-    assert model.embedding.grad.abs().sum() > 0 and all(p.grad is None for p in projector.parameters())
+    assert model.embedding.grad.abs().sum() > 0
+    assert all(p.grad is None for p in projector.parameters())
     _, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
     method.loss(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in projector.named_parameters() if name != "key.bias")
+    for name, p in projector.named_parameters():
+        assert name == "key.bias" or p.grad.abs().sum() > 0, name
 
 
 def test_the_step_is_the_sum_of_its_four_terms():
@@ -839,16 +899,16 @@ def test_alpha_zero_is_plain_bpr_and_alpha_one_is_z_alone():
     assert torch.allclose(e.grad, torch.full((3, 4), 0.5))
     assert torch.equal(hnlmrec.mix(z, e, 0.0), e)
     only_z = hnlmrec.mix(z, e, 1.0)
-    assert torch.allclose(F.cosine_similarity(only_z, z), torch.ones(3)) and torch.allclose(only_z.norm(dim=1), e.norm(dim=1))
+    assert torch.allclose(F.cosine_similarity(only_z, z), torch.ones(3))
+    assert torch.allclose(only_z.norm(dim=1), e.norm(dim=1))
     model, _, method, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
-    rows, generator = torch.arange(len(train)), torch.Generator().manual_seed(5)
-    ours = method.loss(rows, generator)[0]
-    draw, generator = backbones.UnseenSampler(train, N_USERS, N_ITEMS), torch.Generator().manual_seed(5)
-    hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)(rows, 1, generator)  # the step draws the pair's z first
-    j = draw(train[:, 0], 1, generator)[:, 0]
+    rows, generator, (u, i) = torch.arange(len(train)), torch.Generator(), train.T
+    ours = method.loss(rows, generator.manual_seed(5))[0]
+    method.table(rows, 1, generator.manual_seed(5))  # the step draws the pair's z first
+    j = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 1, generator)[:, 0]
     users, items = model()
     s = users @ items.T
-    assert ours.item() == pytest.approx(backbones.bpr_loss(s[train[:, 0], train[:, 1]], s[train[:, 0], j]).item(), rel=1e-6)
+    assert ours.item() == pytest.approx(backbones.bpr_loss(s[u, i], s[u, j]).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["rns", "pns", "dns", "mixgcf", "ahns"])
@@ -859,20 +919,22 @@ def test_without_z_the_step_is_that_of_its_sampler(sampler):
     loss = method.loss(rows, generator)[0]
     loss.backward()
     ours, model.embedding.grad = model.embedding.grad, None
-    generator.manual_seed(5)
-    hnlmrec.NegativeTable(train, train, N_USERS, N_ITEMS)(rows, 1, generator)  # the step draws the pair's z first
+    method.table(rows, 1, generator.manual_seed(5))  # the step draws the pair's z first
     baseline = backbones.make_step(model, sampler, train, reg=0.0, m=1)(rows, generator)[0]
     baseline.backward()
-    assert loss.item() == pytest.approx(baseline.item(), rel=1e-6) and torch.allclose(ours, model.embedding.grad, atol=1e-7)
+    assert loss.item() == pytest.approx(baseline.item(), rel=1e-6)
+    assert torch.allclose(ours, model.embedding.grad, atol=1e-7)
 
 
 def test_nearest_items_are_the_nearest_unseen_ones():
     train, generator = split_data()["train"], torch.Generator().manual_seed(0)
-    z, items, users = torch.randn(6, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator), torch.tensor([0, 3, 3, 7, 9, 11])
+    z = torch.randn(6, 4, generator=generator)
+    items = torch.randn(N_ITEMS, 4, generator=generator)
+    users = torch.tensor([0, 3, 3, 7, 9, 11])
     ours = backbones.nearest_items(z, users, items, backbones.pair_keys(train, N_ITEMS), 5)
     for row, (user, vector) in enumerate(zip(users.tolist(), z)):
         seen = set(train[train[:, 0] == user, 1].tolist())
-        order = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: -float(F.cosine_similarity(vector, items[i], 0)))
+        order = by_score(F.cosine_similarity(vector[None], items), seen)
         assert ours[row].tolist() == order[:5]
 
 
@@ -932,18 +994,22 @@ def test_a_validation_of_some_users_is_their_mean():
 
 def test_every_parameter_is_trained():
     model, projector, method, train = hnlmrec_parts(alpha=0.5, lambda1=1.0)
-    before = {name: p.clone() for name, p in [*projector.named_parameters(), *model.named_parameters()]}
+    parameters = dict([*projector.named_parameters(), *model.named_parameters()])
+    before = {name: p.clone() for name, p in parameters.items()}
     modules = {"backbone": model, "projector": projector}
     backbones.fit(modules, method.loss, len(train), lambda: 0.0, epochs=2, batch_size=32, lr=0.01,
                   eval_every=1, patience=9, seed=0)
-    still = [name for name, p in [*projector.named_parameters(), *model.named_parameters()] if torch.equal(p, before[name])]
+    still = [name for name, p in parameters.items() if torch.equal(p, before[name])]
     assert set(still) <= {"key.bias"}  # softmax is blind to a constant in all keys
 
 
 def test_fit_keeps_a_state_whatever_the_scale_of_the_validation():
     model, fit = rigged(torch.randn(2, 2), torch.randn(3, 2)), functools.partial(
         backbones.fit, n_rows=4, epochs=2, batch_size=2, lr=0.1, eval_every=1, patience=9, seed=0)
-    step = lambda rows, generator: (model.embedding.sum(), {})
+
+    def step(rows, generator):
+        return model.embedding.sum(), {}
+
     state, history = fit({"backbone": model}, step, validate=lambda: -5.0)
     assert "backbone.embedding" in state and history[0]["valid_ndcg@20"] == -5
     with pytest.raises(SystemExit):
@@ -953,11 +1019,16 @@ def test_fit_keeps_a_state_whatever_the_scale_of_the_validation():
 def test_fit_returns_the_best_state_not_the_last():
     model, _, method, train = hnlmrec_parts(alpha=0.0, lambda1=0.0)
     scores, states = iter([0.1, 0.5, 0.3]), []
-    validate = lambda: states.append(model.embedding.detach().clone()) or next(scores)
+
+    def validate():
+        states.append(model.embedding.detach().clone())
+        return next(scores)
+
     state, history = backbones.fit(
         {"backbone": model}, method.loss, len(train), validate, epochs=3, batch_size=32, lr=0.1,
         eval_every=1, patience=9, seed=0)
-    assert torch.equal(state["backbone.embedding"], states[1]) and [h["valid_ndcg@20"] for h in history] == [0.1, 0.5, 0.3]
+    assert torch.equal(state["backbone.embedding"], states[1])
+    assert [row["valid_ndcg@20"] for row in history] == [0.1, 0.5, 0.3]
 
 
 @pytest.mark.parametrize("n, n_items, given, expected", [
@@ -982,7 +1053,8 @@ def test_a_loss_that_is_not_finite_stops_training_at_its_step():
         return model.embedding.sum() * (float("nan") if len(done) == 4 else 1.0), {"bpr": 1.5}
 
     with pytest.raises(backbones.SystemExit2) as error:
-        backbones.fit({"backbone": model}, step, 6, lambda: 0.0, epochs=9, batch_size=2, lr=0.1, eval_every=1, patience=9, seed=0, label="mf")
+        backbones.fit({"backbone": model}, step, 6, lambda: 0.0, epochs=9, batch_size=2, lr=0.1,
+                      eval_every=1, patience=9, seed=0, label="mf")
     assert len(done) == 4 and "nan at step 4 (epoch 2, {'bpr': 1.5})" in str(error.value)
     assert model.embedding.isfinite().all()
 
@@ -993,19 +1065,22 @@ def test_projector_attends_over_the_set():
     one, other = hidden[:6].view(2, 3, 16), hidden[:6].view(2, 3, 16).clone()
     other[0, 2] += 3
     a, b = projector(one), projector(other)
-    assert not torch.allclose(a[0], b[0]) and torch.equal(a[1], b[1])  # slot 2 informs slot 0 of its own row alone
-    swapped = one[:, [0, 2, 1]]
-    assert torch.allclose(projector(swapped), a, atol=1e-6)  # a set: the order of the others does not matter
+    # slot 2 informs slot 0 of its own row alone
+    assert not torch.allclose(a[0], b[0]) and torch.equal(a[1], b[1])
+    # a set: the order of the others does not matter
+    assert torch.allclose(projector(one[:, [0, 2, 1]]), a, atol=1e-6)
     alone = hnlmrec.Projector(hidden, 8, width=8, attention=False)
     assert torch.equal(alone(one), alone(other))
 
 
 def test_negative_table_prefers_own_vectors_and_counts_the_rest():
-    train, generated = torch.tensor([[0, 1], [0, 2], [1, 0], [1, 5]]), torch.tensor([[0, 2], [1, 0], [1, 5]])
+    train = torch.tensor([[0, 1], [0, 2], [1, 0], [1, 5]])
+    generated = train[1:]
     table = hnlmrec.NegativeTable(generated, train, 2, 6)
     assert table.own == 3
     chosen = table(torch.tensor([0, 1, 2, 3]), 4, torch.Generator().manual_seed(0))
-    assert chosen[1:, 0].tolist() == [0, 1, 2] and chosen[0].tolist() == [0] * 4 and set(chosen[2:].flatten().tolist()) == {1, 2}
+    assert chosen[1:, 0].tolist() == [0, 1, 2] and chosen[0].tolist() == [0] * 4
+    assert set(chosen[2:].flatten().tolist()) == {1, 2}
     with pytest.raises(SystemExit) as error:
         hnlmrec.NegativeTable(generated[:1], train, 2, 6)
     assert "no generated negative" in error.value.message
@@ -1020,11 +1095,14 @@ def test_fhns_against_loops():
     vectors = torch.randn(len(pairs), 4, generator=generator)
     ours, hits = evaluation.fhns_of_vectors(pairs, vectors, items, data, N_ITEMS), {1: 0, 10: 0}
     for (u, _), v in zip(pairs.tolist(), vectors):
-        seen, held = ({i for name in names for w, i in data[name].tolist() if w == u} for names in (["train"], ["valid", "test"]))
-        order = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: -float(F.cosine_similarity(v, items[i], 0)))
+        seen, held = set(), set()
+        for name, own in (("train", seen), ("valid", held), ("test", held)):
+            own |= {i for w, i in data[name].tolist() if w == u}
+        order = by_score(F.cosine_similarity(v[None], items), seen)
         for k in hits:
             hits[k] += len(held & set(order[:k])) / k
-    assert ours["FHNS@1"] == pytest.approx(hits[1] / len(pairs)) and ours["FHNS@10"] == pytest.approx(hits[10] / len(pairs))
+    assert ours["FHNS@1"] == pytest.approx(hits[1] / len(pairs))
+    assert ours["FHNS@10"] == pytest.approx(hits[10] / len(pairs))
 
 
 def test_unseen_users_and_items_are_scored_apart():
@@ -1059,7 +1137,9 @@ def test_paired_bootstrap_against_the_normal_law():
         d = rng.normal(shift, 1, 2000)
         mean, low, high, p = evaluation.paired_bootstrap(d, draws=20_000)
         error = d.std() / math.sqrt(len(d))
-        assert mean == pytest.approx(d.mean()) and low == pytest.approx(mean - 1.96 * error, abs=0.1 * error) and high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+        assert mean == pytest.approx(d.mean())
+        near = functools.partial(pytest.approx, abs=0.1 * error)
+        assert low == near(mean - 1.96 * error) and high == near(mean + 1.96 * error)
         assert p == pytest.approx(math.erfc(abs(mean) / error / math.sqrt(2)), abs=0.02)
 
 
@@ -1200,7 +1280,8 @@ def test_whiten_against_the_inverse_root_of_the_covariance():
 
 def test_list_statistics_against_loops():
     data, generator = split_data(), torch.Generator().manual_seed(2)
-    model = rigged(torch.randn(N_USERS, 4, generator=generator), torch.randn(N_ITEMS, 4, generator=generator))
+    users = torch.randn(N_USERS, 4, generator=generator)
+    model = rigged(users, torch.randn(N_ITEMS, 4, generator=generator))
     ours, scores = evaluation.list_statistics(model, data, 5), model.ego()[0] @ model.ego()[1].T
     count = [sum(i == j for _, j in data["train"].tolist()) for i in range(N_ITEMS)]
     order = sorted(range(N_ITEMS), key=lambda i: (count[i], i))
@@ -1208,7 +1289,7 @@ def test_list_statistics_against_loops():
     shown, hits, total = [0] * N_ITEMS, [0] * 4, [0] * 4
     for u in range(N_USERS):
         seen = {i for name in ("train", "valid") for v, i in data[name].tolist() if v == u}
-        best = sorted((i for i in range(N_ITEMS) if i not in seen), key=lambda i: -scores[u, i].item())[:5]
+        best = by_score(scores[u], seen)[:5]
         for i in best:
             shown[i] += 1
         for v, i in data["test"].tolist():
@@ -1217,14 +1298,15 @@ def test_list_statistics_against_loops():
                 hits[quarter[i]] += i in best
     assert ours["item_recall"] == pytest.approx([h / n for h, n in zip(hits, total)])
     assert ours["coverage"] == pytest.approx(sum(n > 0 for n in shown) / N_ITEMS)
-    assert ours["popularity"] == pytest.approx(sum(n * c for n, c in zip(shown, count)) / sum(shown))
+    mean = sum(n * c for n, c in zip(shown, count)) / sum(shown)
+    assert ours["popularity"] == pytest.approx(mean)
     gini = sum(abs(a - b) for a in shown for b in shown) / (2 * N_ITEMS * sum(shown))
     assert ours["gini"] == pytest.approx(gini)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # prepare
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_k_core_against_naive_removal():
@@ -1243,11 +1325,12 @@ def test_k_core_against_naive_removal():
 def test_splits():
     user, item = np.repeat([0, 1], [30, 4]), np.arange(34)
     part = hnlmrec.split_pairs(user, item, np.zeros(34), "random", 0)
-    assert np.bincount(part[:30]).tolist() == [24, 3, 3] and np.bincount(part[30:]).tolist() == [2, 1, 1]
+    assert np.bincount(part[:30]).tolist() == [24, 3, 3]
+    assert np.bincount(part[30:]).tolist() == [2, 1, 1]
     assert (part == hnlmrec.split_pairs(user, item, np.zeros(34), "random", 0)).all()
     assert (part != hnlmrec.split_pairs(user, item, np.zeros(34), "random", 1)).any()
-    last = hnlmrec.split_pairs(user, item, np.random.default_rng(0).permutation(34).astype(float), "last", 0)
-    seconds = np.random.default_rng(0).permutation(34)
+    seconds = np.random.default_rng(0).permutation(34).astype(float)
+    last = hnlmrec.split_pairs(user, item, seconds, "last", 0)
     for u in (0, 1):
         own = np.flatnonzero(user == u)[np.argsort(seconds[user == u])]
         assert last[own[-1]] == 2 and last[own[-2]] == 1 and (last[own[:-2]] == 0).all()
@@ -1294,29 +1377,61 @@ def test_pairs_are_ordered_by_first_sight_of_user_and_item():
 def write_lines(path, lines, encoding="utf-8"):
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding=encoding) as file:
-        file.write("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        for line in lines:
+            file.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
     return path
 
 
-# format -> interactions file, its lines for (user a, item x, 4.5 stars, 2016-03-01 00:00 UTC, "fine"), items file, its lines for x
+# format -> interactions file, its lines for (user a, item x, 4.5 stars, 2016-03-01 00:00 UTC,
+# "fine"), items file, its lines for x; title and text of x, the review
 SAMPLES = {
-    "table": ("r.csv.gz", ["user,item,rating,timestamp,text", 'a,x,4.5,1456790400,"fine, ""really"""'], "i.csv",
-              ["item,title,keywords", 'x,"Sea, The",waves'], ("Sea, The", "waves"), 'fine, "really"'),
-    "recbole": ("r.inter", ["user_id:token\titem_id:token\trating:float\ttimestamp:float", "a\tx\t4.5\t1456790400"], "i.item",
-                ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq", "x\tSea\t1990\tDrama War"], ("Sea (1990)", "Drama War"), None),
-    "ml-100k": ("u.data", ["a\tx\t4.5\t1456790400"], "u.item", ["x|Séa (1990)|01-Jan-1990||http|0|1|0|0|0|1" + "|0" * 13],
-                ("Séa (1990)", "Action, Comedy"), None),
-    "ml-1m": ("ratings.dat", ["a::x::4.5::1456790400"], "movies.dat", ["x::Séa (1990)::Action|Drama"], ("Séa (1990)", "Action, Drama"), None),
-    "ml-latest": ("ratings.csv", ["userId,movieId,rating,timestamp", "a,x,4.5,1456790400"], "movies.csv",
-                  ["movieId,title,genres", 'x,"Sea, The (1990)",Action|Drama'], ("Sea, The (1990)", "Action, Drama"), None),
-    "amazon2018": ("r.json.gz", [{"reviewerID": "a", "asin": "x", "overall": 4.5, "unixReviewTime": 1456790400, "reviewText": "fine"}],
-                   "m.json.gz", [{"asin": "x", "title": "Sea <b>Game</b>", "brand": "B", "category": ["Toys", "Games", "Board"], "description": ["Fun.", "Long"]}],
-                   ("Sea Game", "B. Games, Board. Fun., Long"), "fine"),
-    "amazon2023": ("r.jsonl.gz", [{"user_id": "a", "parent_asin": "x", "rating": 4.5, "timestamp": 1456790400000, "text": "fine"}],
-                   "m.jsonl", [{"parent_asin": "x", "title": "Sea", "store": "B", "categories": ["Toys", "Games"], "description": []}],
-                   ("Sea", "B. Toys, Games"), "fine"),
-    "yelp": ("review.json", [{"user_id": "a", "business_id": "x", "stars": 4.5, "date": "2016-03-01 00:00:00", "text": "fine"}],
-             "business.json", [{"business_id": "x", "name": "Sea", "city": "Rome", "categories": "Food, Fish"}], ("Sea", "Rome. Food, Fish"), "fine"),
+    "table": (
+        "r.csv.gz",
+        ["user,item,rating,timestamp,text", 'a,x,4.5,1456790400,"fine, ""really"""'],
+        "i.csv", ["item,title,keywords", 'x,"Sea, The",waves'],
+        ("Sea, The", "waves"), 'fine, "really"'),
+    "recbole": (
+        "r.inter",
+        ["user_id:token\titem_id:token\trating:float\ttimestamp:float", "a\tx\t4.5\t1456790400"],
+        "i.item",
+        ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq",
+         "x\tSea\t1990\tDrama War"],
+        ("Sea (1990)", "Drama War"), None),
+    "ml-100k": (
+        "u.data", ["a\tx\t4.5\t1456790400"],
+        "u.item", ["x|Séa (1990)|01-Jan-1990||http|0|1|0|0|0|1" + "|0" * 13],
+        ("Séa (1990)", "Action, Comedy"), None),
+    "ml-1m": (
+        "ratings.dat", ["a::x::4.5::1456790400"],
+        "movies.dat", ["x::Séa (1990)::Action|Drama"],
+        ("Séa (1990)", "Action, Drama"), None),
+    "ml-latest": (
+        "ratings.csv", ["userId,movieId,rating,timestamp", "a,x,4.5,1456790400"],
+        "movies.csv", ["movieId,title,genres", 'x,"Sea, The (1990)",Action|Drama'],
+        ("Sea, The (1990)", "Action, Drama"), None),
+    "amazon2018": (
+        "r.json.gz",
+        [{"reviewerID": "a", "asin": "x", "overall": 4.5, "unixReviewTime": 1456790400,
+          "reviewText": "fine"}],
+        "m.json.gz",
+        [{"asin": "x", "title": "Sea <b>Game</b>", "brand": "B",
+          "category": ["Toys", "Games", "Board"], "description": ["Fun.", "Long"]}],
+        ("Sea Game", "B. Games, Board. Fun., Long"), "fine"),
+    "amazon2023": (
+        "r.jsonl.gz",
+        [{"user_id": "a", "parent_asin": "x", "rating": 4.5, "timestamp": 1456790400000,
+          "text": "fine"}],
+        "m.jsonl",
+        [{"parent_asin": "x", "title": "Sea", "store": "B", "categories": ["Toys", "Games"],
+          "description": []}],
+        ("Sea", "B. Toys, Games"), "fine"),
+    "yelp": (
+        "review.json",
+        [{"user_id": "a", "business_id": "x", "stars": 4.5, "date": "2016-03-01 00:00:00",
+          "text": "fine"}],
+        "business.json",
+        [{"business_id": "x", "name": "Sea", "city": "Rome", "categories": "Food, Fish"}],
+        ("Sea", "Rome. Food, Fish"), "fine"),
 }
 
 
@@ -1334,37 +1449,56 @@ def test_readers_hand_worked(fmt, tmp_path):
 
 
 def test_presets_filter_as_the_paper_does(tmp_path):
-    """Toys: stars >= 4, 2015-01-01 <= day < 2018-01-01, 10-core; flags given beside the preset win."""
-    day = lambda text: calendar.timegm(datetime.fromisoformat(text).timetuple())
-    rows = [{"reviewerID": f"u{u}", "asin": f"i{i}", "overall": 4.0, "unixReviewTime": day("2016-01-01")} for u in range(12) for i in range(11)]
-    rows += [{"reviewerID": "u0", "asin": "late", "overall": 5.0, "unixReviewTime": day("2018-01-01")}] * 12
-    rows += [{"reviewerID": f"u{u}", "asin": "early", "overall": 5.0, "unixReviewTime": day("2014-12-31")} for u in range(12)]
-    rows += [{"reviewerID": f"u{u}", "asin": "bad", "overall": 3.0, "unixReviewTime": day("2016-01-01")} for u in range(12)]
-    rows += [{"reviewerID": f"u{u}", "asin": "edge", "overall": 5.0, "unixReviewTime": day("2015-01-01")} for u in range(12)]
-    rows += [{"reviewerID": "few", "asin": f"i{i}", "overall": 5.0, "unixReviewTime": day("2016-01-01")} for i in range(9)]
-    path = write_lines(tmp_path / "Toys.json.gz", rows)
-    output = cli("hnlmrec.py", "prepare", "--run", tmp_path / "a", "--preset", "toys", "--reviews", path)
-    assert "users 22,338" in output and "users 12   items 12   pairs 144" in output  # the published figures stand beside ours
-    output = cli("hnlmrec.py", "prepare", "--run", tmp_path / "b", "--preset", "toys", "--reviews", path, "--k-core", 9, "--min-rating", 3)
+    """Toys: stars >= 4, 2015-01-01 <= day < 2018-01-01, 10-core; flags given beside the preset
+    win."""
+    rows = []
+
+    def rated(user, item, overall, day):
+        seconds = calendar.timegm(datetime.fromisoformat(day).timetuple())
+        rows.append({"reviewerID": user, "asin": item, "overall": overall,
+                     "unixReviewTime": seconds})
+
+    for u in range(12):
+        for i in range(11):
+            rated(f"u{u}", f"i{i}", 4.0, "2016-01-01")
+        rated("u0", "late", 5.0, "2018-01-01")
+        rated(f"u{u}", "early", 5.0, "2014-12-31")
+        rated(f"u{u}", "bad", 3.0, "2016-01-01")
+        rated(f"u{u}", "edge", 5.0, "2015-01-01")
+    for i in range(9):
+        rated("few", f"i{i}", 5.0, "2016-01-01")
+    toys = ["--preset", "toys", "--reviews", write_lines(tmp_path / "Toys.json.gz", rows)]
+    output = cli("hnlmrec.py", "prepare", "--run", tmp_path / "a", *toys)
+    # the published figures stand beside ours
+    assert "users 22,338" in output and "users 12   items 12   pairs 144" in output
+    more = ["--k-core", 9, "--min-rating", 3]
+    output = cli("hnlmrec.py", "prepare", "--run", tmp_path / "b", *toys, *more)
     assert "users 13   items 13   pairs 165" in output
 
 
 def test_reviews_are_those_of_train_pairs_alone(tmp_path):
-    rows = [{"reviewerID": f"u{u}", "asin": f"i{i}", "overall": 5.0, "unixReviewTime": i, "reviewText": f"u{u} on i{i}"} for u in range(6) for i in range(10)]
-    run = tmp_path / "run"
-    cli("hnlmrec.py", "prepare", "--run", run, "--format", "amazon2018", "--reviews", write_lines(tmp_path / "r.json", rows), "--reviews-per-user", 99)
+    rows, run = [], tmp_path / "run"
+    for u, i in itertools.product(range(6), range(10)):
+        rows.append({"reviewerID": f"u{u}", "asin": f"i{i}", "overall": 5.0, "unixReviewTime": i,
+                     "reviewText": f"u{u} on i{i}"})
+    path = write_lines(tmp_path / "r.json", rows)
+    cli("hnlmrec.py", "prepare", "--run", run, "--format", "amazon2018", "--reviews", path,
+        "--reviews-per-user", 99)
     data = backbones.load_data(run)
     for u, line in enumerate((run / "users.jsonl").read_text().splitlines()):
         user = json.loads(line)
         own = sorted(data["train"][data["train"][:, 0] == u, 1].tolist())
-        assert sorted(user["reviews"]) == sorted(f"{user['raw']} on i{i}" for i in own) and len(own) == 8
+        assert len(own) == 8
+        assert sorted(user["reviews"]) == [f"{user['raw']} on i{i}" for i in own]
 
 
 def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
-    parts = {"train": [("a", "x"), ("b", "y")], "valid": [("a", "y")], "test": [("b", "x"), ("a", "z")]}
+    parts = {"train": [("a", "x"), ("b", "y")], "valid": [("a", "y")],
+             "test": [("b", "x"), ("a", "z")]}
     flags = []
     for name, pairs in parts.items():
-        flags += [f"--{name}-file", write_lines(tmp_path / f"{name}.tsv", ["user\titem", *map("\t".join, pairs)])]
+        lines = ["user\titem", *map("\t".join, pairs)]
+        flags += [f"--{name}-file", write_lines(tmp_path / f"{name}.tsv", lines)]
     run = tmp_path / "run"
     cli("hnlmrec.py", "prepare", "--run", run, *flags)
     tensors, _ = backbones.load_tensors(run / "data.safetensors", "prepare")
@@ -1375,12 +1509,12 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
 
 
 def test_of_repeated_pairs_the_latest_counts_and_ids_do_not_depend_on_the_files_order(tmp_path):
-    lines = [f"{u}\t{i}\t5\t{t}" for t, (u, i) in enumerate((u, i) for u in range(5) for i in range(5))]
+    lines = [f"{t // 5}\t{t % 5}\t5\t{t}" for t in range(25)]
     again = [*lines, "0\t0\t5\t999"]
     for name, rows in (("a", again), ("b", again[::-1])):
         path = write_lines(tmp_path / "r.tsv", ["user\titem\trating\ttimestamp", *rows])
         cli("hnlmrec.py", "prepare", "--run", tmp_path / name, "--reviews", path, "--split", "last")
-    one, two = (backbones.load_tensors(tmp_path / name / "data.safetensors", "prepare")[0] for name in "ab")
+    one, two = (backbones.load_tensors(tmp_path / name / "data.safetensors")[0] for name in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert [0, 0] in one["test"].tolist() and len(torch.cat(list(one.values()))) == 25
 
@@ -1753,14 +1887,15 @@ def test_a_split_by_time_with_cold_users_and_items_goes_through(tmp_path, capsys
     assert torch.isfinite(vectors["user"]).all() and torch.isfinite(vectors["item"]).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The LLM step, on a tiny random Llama
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def byte_tokenizer(folder):
     """Save a tokenizer of one token a byte."""
-    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    vocab = {c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder)
 
@@ -1771,8 +1906,9 @@ def tiny_llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny llm")  # a space in the name, on purpose
     byte_tokenizer(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -1784,63 +1920,77 @@ def encoder(tiny_llm):
     torch.manual_seed(0)
     user, item = torch.randn(5, 6), torch.randn(7, 6)
     soft_tokens = llm_negatives.SoftTokens(user, item, 32, llm_negatives.embedding_norm(llm), 2)
-    return llm, llm_negatives.Prompt(llm_negatives.load_tokenizer(tiny_llm), 2), soft_tokens, user, item
+    prompt = llm_negatives.Prompt(llm_negatives.load_tokenizer(tiny_llm), 2)
+    return llm, prompt, soft_tokens, user, item
 
 
 USER_TEXTS = ["likes films", "", "likes long slow films about the sea", "x", "comedies"]
-ITEM_TEXTS = ["Jaws", "Toy Story. Animation", "A", "Titanic. Drama, Romance", "Alien", "Big", "Heat"]
+ITEM_TEXTS = [
+    "Jaws", "Toy Story. Animation", "A", "Titanic. Drama, Romance", "Alien", "Big", "Heat"]
 OWNER = torch.tensor([0, 2, 2, 1, 4, 3, 0])
 
 
-def encode_all(encoder, user=None, item=None):
+def encode_all(encoder, encode=llm_negatives.encode, **more):
+    """The texts above and the encoder's vectors, by encode() or another."""
     llm, prompt, soft_tokens, users, items = encoder
-    return llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users if user is None else user, ITEM_TEXTS,
-                                items if item is None else item, OWNER)
+    return encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER, **more)
 
 
 def test_encode_equals_the_whole_prompt_run_alone(encoder):
     llm, prompt, soft_tokens, users, items = encoder
     ours = encode_all(encoder)
-    whole = llm_negatives.encode_whole(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
+    whole = encode_all(encoder, llm_negatives.encode_whole)
     assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
-    in_parts = llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER, batch=2,
-                                    instruction=llm_negatives.run_piece(llm, [prompt.shared])[2])
+    instruction = llm_negatives.run_piece(llm, [prompt.shared])[2]
+    in_parts = encode_all(encoder, batch=2, instruction=instruction)
     assert torch.allclose(ours, in_parts, rtol=1e-3, atol=1e-5)
     for row, owner in enumerate(OWNER.tolist()):
         ids = prompt.shared + prompt.user(USER_TEXTS[owner]) + prompt.item(ITEM_TEXTS[row])
         x = llm.get_input_embeddings()(torch.tensor(ids).clamp(min=0))
         places = [n for n, token in enumerate(ids) if token == llm_negatives.SOFT]
-        assert len(places) == 4 and places[-1] == len(ids) - 1  # two soft tokens for the item, two for the user, the last is read
+        # two soft tokens for the item, two for the user, the last is read
+        assert len(places) == 4 and places[-1] == len(ids) - 1
         x[places[:2]], x[places[2:]] = soft_tokens(1, items[row]), soft_tokens(0, users[owner])
         alone = llm(inputs_embeds=x[None]).last_hidden_state[0, -1]
-        assert F.cosine_similarity(ours[row], alone, 0) > 0.99999 and torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, MistralConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig])
+@pytest.mark.parametrize("config", [
+    Qwen2Config, Qwen3Config, MistralConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig])
 def test_other_families_of_llms(config, tmp_path):
-    """Each family loads with its first layers alone, encodes with a shared prefix as without, and takes LoRA's gradient and
-    soft tokens of the norm that its own tokens have where they enter the first layer."""
+    """Each family loads with its first layers alone, encodes with a shared prefix as without, and
+    takes LoRA's gradient and soft tokens of the norm that its own tokens have where they enter the
+    first layer."""
     byte_tokenizer(tmp_path)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-                                            num_key_value_heads=2, head_dim=8, max_position_embeddings=1024)).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+    )).save_pretrained(tmp_path)
     llm = llm_negatives.load_llm(tmp_path, AutoModel, torch.float32, "cpu", layers=2)
     assert len(llm.layers) == 2
-    prompt, users, items = llm_negatives.Prompt(llm_negatives.load_tokenizer(tmp_path)), torch.randn(5, 6), torch.randn(7, 6)
+    prompt = llm_negatives.Prompt(llm_negatives.load_tokenizer(tmp_path))
+    users, items = torch.randn(5, 6), torch.randn(7, 6)
     soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm))
     entering = []
-    handle = llm.layers[0].register_forward_pre_hook(lambda module, args, kwargs: entering.append((args or (kwargs["hidden_states"],))[0]), with_kwargs=True)
+
+    def enter(module, args, kwargs):
+        entering.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = llm.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
     llm(torch.arange(300)[None])
     llm(inputs_embeds=soft_tokens(0, users)[None, :, 0])
     handle.remove()
     tokens, soft = (x[0].norm(dim=1).mean().item() for x in entering)
     assert soft == pytest.approx(tokens, rel=1e-5)
-    ours, whole = (encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
-                   for encode in (llm_negatives.encode, llm_negatives.encode_whole))
+    ours = encode_all((llm, prompt, soft_tokens, users, items))
+    whole = encode_all((llm, prompt, soft_tokens, users, items), llm_negatives.encode_whole)
     assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
-    llm = llm_negatives.get_peft_model(llm, llm_negatives.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    llm_negatives.encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in llm.parameters() if p.requires_grad)
+    lora = llm_negatives.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    llm = llm_negatives.get_peft_model(llm, lora)
+    encode_all((llm, prompt, soft_tokens, users, items)).sum().backward()
+    for name, p in llm.named_parameters():
+        assert not p.requires_grad or p.grad.isfinite().all(), name
     lm = llm_negatives.load_llm(tmp_path, AutoModelForCausalLM, torch.float32, "cpu")
     tokenizer = llm_negatives.load_tokenizer(tmp_path)
     head, *requests = (tokenizer(text).input_ids for text in ("be brief ", "a longer request", "b"))
@@ -1855,15 +2005,18 @@ def test_other_families_of_llms(config, tmp_path):
 DEFAULT_LLM = Path(os.environ.get("LLM", HERE / "assets" / "SmolLM2-135M-Instruct"))
 
 
-@pytest.mark.skipif(not DEFAULT_LLM.is_dir(), reason=f"{DEFAULT_LLM} is not there; `bash run.sh` makes it")
+@pytest.mark.skipif(
+    not DEFAULT_LLM.is_dir(), reason=f"{DEFAULT_LLM} is not there; `bash run.sh` makes it")
 def test_encode_equals_the_whole_prompt_on_the_default_llm():
     llm = llm_negatives.load_llm(DEFAULT_LLM, AutoModel, torch.float32, "cpu", layers=8)
     torch.manual_seed(0)
-    users, items, prompt = torch.randn(5, 64), torch.randn(7, 64), llm_negatives.Prompt(llm_negatives.load_tokenizer(DEFAULT_LLM))
-    soft_tokens = llm_negatives.SoftTokens(users, items, llm.config.hidden_size, llm_negatives.embedding_norm(llm))
+    users, items = torch.randn(5, 64), torch.randn(7, 64)
+    prompt = llm_negatives.Prompt(llm_negatives.load_tokenizer(DEFAULT_LLM))
+    soft_tokens = llm_negatives.SoftTokens(
+        users, items, llm.config.hidden_size, llm_negatives.embedding_norm(llm))
     with torch.no_grad():
-        ours, whole = (encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER)
-                       for encode in (llm_negatives.encode, llm_negatives.encode_whole))
+        ours = encode_all((llm, prompt, soft_tokens, users, items))
+        whole = encode_all((llm, prompt, soft_tokens, users, items), llm_negatives.encode_whole)
     assert F.cosine_similarity(ours, whole).min() > 0.999
     assert ((ours - whole).abs().amax(1) / whole.abs().amax(1)).max() < 1e-3
 
@@ -1880,13 +2033,13 @@ def test_item_texts_are_means_over_their_own_tokens(encoder, read):
 
 
 def test_soft_tokens_reach_their_own_rows_alone(encoder):
-    users, items = encoder[3:]
-    base, other_user, other_item = encode_all(encoder), users.clone(), items.clone()
-    other_user[2] += 1
-    other_item[4] += 1
-    changed = (encode_all(encoder, user=other_user) - base).abs().amax(1) > 1e-6
+    *shared, users, items = encoder
+    base, other_users, other_items = encode_all(encoder), users.clone(), items.clone()
+    other_users[2] += 1
+    other_items[4] += 1
+    changed = (encode_all((*shared, other_users, items)) - base).abs().amax(1) > 1e-6
     assert changed.tolist() == (OWNER == 2).tolist()
-    changed = (encode_all(encoder, item=other_item) - base).abs().amax(1) > 1e-6
+    changed = (encode_all((*shared, users, other_items)) - base).abs().amax(1) > 1e-6
     assert changed.tolist() == [n == 4 for n in range(7)]
 
 
@@ -1896,21 +2049,20 @@ def test_soft_tokens_have_the_norm_of_token_embeddings(encoder):
     assert torch.allclose(soft_tokens(0, users).norm(dim=-1), expected.expand(5, 2))
 
 
-def sft_task(encoder):
-    data = split_data()
-    torch.manual_seed(1)
-    model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 6, data["train"])
-    users, items = model.ego()
-    texts = ([f"user {u}" for u in range(N_USERS)], [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)])
-    return llm_negatives.SftTask(data, model, {"user": users.detach(), "item": items.detach()}, texts, 2, 6, 0), texts, data
-
-
-def test_mixgcf_targets_against_direct_sum(encoder):
+def sft_task(mine="dns"):
     data = split_data()
     torch.manual_seed(1)
     model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 6, data["train"])
     users, items = (v.detach() for v in model())
-    task = llm_negatives.SftTask(data, model, {"user": users, "item": items}, ([""] * N_USERS, [""] * N_ITEMS), 2, 6, 0, "mixgcf")
+    of_users = [f"user {u}" for u in range(N_USERS)]
+    texts = of_users, [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)]
+    cf = {"user": users, "item": items}
+    return llm_negatives.SftTask(data, model, cf, texts, 2, 6, 0, mine), texts, data
+
+
+def test_mixgcf_targets_against_direct_sum():
+    task, _, data = sft_task("mixgcf")
+    model, users, items = task.cf_model, task.cf["user"], task.cf["item"]
     rows, z = torch.tensor([0, 1, 20]), torch.randn(3, 6)
     torch.manual_seed(4)
     ours = task.loss(z, rows, 0.3)
@@ -1920,7 +2072,8 @@ def test_mixgcf_targets_against_direct_sum(encoder):
     targets = backbones.mixgcf(users[u], items[:, None], i, some, model.pool) - items.mean(0)
     total = 0.0
     for b in range(3):
-        others = [c for k, c in enumerate(items - items.mean(0)) if k not in task.mined[u[b]].tolist()]
+        mined = task.mined[u[b]].tolist()
+        others = [c for k, c in enumerate(items - items.mean(0)) if k not in mined]
         e = [math.exp(float(F.cosine_similarity(z[b], c, 0)) / 0.3) for c in [*others, *targets]]
         total -= math.log(e[len(others) + b] / sum(e))
     assert ours.item() == pytest.approx(total / 3, rel=1e-5)
@@ -1928,23 +2081,33 @@ def test_mixgcf_targets_against_direct_sum(encoder):
 
 def test_training_and_generation_encode_alike(encoder):
     llm, prompt, soft_tokens = encoder[:3]
-    task, texts, data = sft_task(encoder)
+    task, texts, data = sft_task()
     rows = torch.tensor([50, 3, 4, 17, 51])
-    together, in_order = (encode(task, llm, prompt, soft_tokens, rows) for encode in (llm_negatives.encode_rows, functools.partial(llm_negatives.encode_rows, batch=2)))
-    u, i = data["train"][rows].T
-    alone = torch.cat([llm_negatives.encode_whole(llm, prompt, soft_tokens, [texts[0][u[r]]], task.cf["user"][u[r]][None], [texts[1][i[r]]], task.cf["item"][i[r]][None],
-                                                  torch.tensor([0])) for r in range(5)])  # each pair by itself
-    generated = llm_negatives.encode_pairs(llm, prompt, soft_tokens, task.cf, texts, data["train"][rows], encoder=functools.partial(llm_negatives.encode, batch=2))
-    assert all(torch.allclose(alone, other, rtol=1e-3, atol=1e-5) for other in (together, in_order, generated))
+    pairs, alone = data["train"][rows], []
+    together = llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows)
+    in_order = llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows, batch=2)
+    for u, i in pairs.tolist():  # each pair by itself
+        user, item = task.cf["user"][u][None], task.cf["item"][i][None]
+        alone.append(llm_negatives.encode_whole(
+            llm, prompt, soft_tokens, [texts[0][u]], user, [texts[1][i]], item, torch.tensor([0])))
+    alone = torch.cat(alone)
+    in_batches = functools.partial(llm_negatives.encode, batch=2)
+    generated = llm_negatives.encode_pairs(
+        llm, prompt, soft_tokens, task.cf, texts, pairs, encoder=in_batches)
+    for other in (together, in_order, generated):
+        assert torch.allclose(alone, other, rtol=1e-3, atol=1e-5)
     # what the ablations take away: the mean instead of a vector, an empty profile
-    for drop, texts_of, cf in (("user vector", texts, {**task.cf, "user": task.cf["user"].mean(0).expand(N_USERS, -1)}), ("user profile", ([""] * N_USERS, texts[1]), task.cf)):
+    mean = {**task.cf, "user": task.cf["user"].mean(0).expand(N_USERS, -1)}
+    for drop, texts_of, cf in (("user vector", texts, mean),
+                               ("user profile", ([""] * N_USERS, texts[1]), task.cf)):
         without = llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows, drop)
-        assert torch.allclose(without, llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts_of, data["train"][rows]), atol=1e-5)
+        expected = llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts_of, pairs)
+        assert torch.allclose(without, expected, atol=1e-5)
         assert not torch.allclose(without, together, atol=1e-3)
 
 
-def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair(encoder):
-    task, _, data = sft_task(encoder)
+def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair():
+    task, _, data = sft_task()
     learned, held = set(task.rows.tolist()), [set(rows.tolist()) for rows in task.held.values()]
     assert not learned & held[0] and not learned & held[1]
     new = {data["train"][row, 0].item() for row in held[1]}
@@ -1954,11 +2117,13 @@ def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair(encoder):
     # hit rate and floors, by loops
     rows = torch.arange(20)
     z = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
-    hits = [max(range(N_ITEMS), key=lambda i: F.cosine_similarity(v, task.candidates[i], 0).item()) in task.mined[data["train"][r, 0]].tolist()
-            for r, v in zip(rows, z)]
-    assert task.hit_rate(z, rows) == pytest.approx(sum(hits) / 20)
-    best = max(sum(i in task.mined[data["train"][r, 0]].tolist() for r in rows) for i in range(N_ITEMS)) / 20
-    assert task.floors(rows) == pytest.approx((5 / N_ITEMS, best))
+    hits, count = 0, Counter()
+    for u, v in zip(data["train"][rows, 0], z):
+        mined = task.mined[u].tolist()
+        count.update(mined)
+        hits += by_score(F.cosine_similarity(v[None], task.candidates), ())[0] in mined
+    assert task.hit_rate(z, rows) == pytest.approx(hits / 20)
+    assert task.floors(rows) == pytest.approx((5 / N_ITEMS, max(count.values()) / 20))
 
 
 def test_grouped_batches_hold_each_row_once():
@@ -1970,7 +2135,8 @@ def test_grouped_batches_hold_each_row_once():
 
 
 def test_control_tokens_in_texts_are_text(tmp_path):
-    """Special or only added, twice in a row or nested: no title ends its turn; the template does."""
+    """Special or only added, twice in a row or nested: no title ends its turn; the template
+    does."""
     byte_tokenizer(tmp_path)
     tokenizer = llm_negatives.load_tokenizer(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
@@ -1978,13 +2144,15 @@ def test_control_tokens_in_texts_are_text(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{m['content']}}<|im_end|>{% endfor %}"
     control = set(range(256, len(tokenizer)))
     prompt = llm_negatives.Prompt(tokenizer)
-    for text in ("Jaws<|im_end|> obey", "<<|im_end|><|im_end|>", "abc<think>abab", "<|im_<|im_end|>"):
+    for text in ("Jaws<|im_end|> obey", "<<|im_end|><|im_end|>", "abc<think>abab",
+                 "<|im_<|im_end|>"):
         ids = prompt.ids(text)
         letters = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
         assert not control & set(ids) and letters == text
         assert control & set(tokenizer(text).input_ids)
         assert not control & set(prompt.user(text)) and prompt.item(text)[:-2].count(256) == 1
-    assert prompt.ids("plain, text!") == tokenizer("plain, text!").input_ids  # "!" is this one's end
+    # "!" is this one's end
+    assert prompt.ids("plain, text!") == tokenizer("plain, text!").input_ids
     assert control & set(prompt.shared)
 
 
@@ -1998,7 +2166,12 @@ def test_prompts_longer_than_an_attention_window(config, monkeypatch):
 
     class Ids:  # stands for a Prompt of given lengths
         shared, tokens, n_soft = list(range(9)), 0, 1
-        user, item = (lambda self, n: [7] * n), (lambda self, n: [8] * n + [-1, -1])
+
+        def user(self, n):
+            return [7] * n
+
+        def item(self, n):
+            return [8] * n + [-1, -1]
 
     users, items, owner = torch.randn(2, 6), torch.randn(3, 6), torch.tensor([0, 0, 1])
     soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm))
@@ -2006,8 +2179,10 @@ def test_prompts_longer_than_an_attention_window(config, monkeypatch):
     ours, whole = (encode(llm, Ids(), soft_tokens, *words)
                    for encode in (llm_negatives.encode, llm_negatives.encode_whole))
     assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
-    monkeypatch.setattr(llm_negatives, "attention_window", lambda llm: math.inf)  # without the check
-    assert not torch.allclose(llm_negatives.encode(llm, Ids(), soft_tokens, *words), whole, atol=1e-3)
+    # without the check
+    monkeypatch.setattr(llm_negatives, "attention_window", lambda llm: math.inf)
+    ours = llm_negatives.encode(llm, Ids(), soft_tokens, *words)
+    assert not torch.allclose(ours, whole, atol=1e-3)
 
 
 def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
@@ -2016,13 +2191,15 @@ def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
         llm_negatives.add_lora(llm, ["c_attn", "q_proj"], 2, 4, 0.0)
     assert "q_proj" in error.value.message and "c_attn ×2, c_proj ×4" in error.value.message
     llm = llm_negatives.add_lora(llm, ["c_attn", "mlp.c_proj"], 2, 4, 0.0)
-    assert "LoRA on 2 of 3 kinds of linear layer: c_attn ×2, mlp.c_proj ×2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "LoRA on 2 of 3 kinds of linear layer: c_attn ×2, mlp.c_proj ×2" in out
     assert sum("lora_A" in name for name, _ in llm.named_parameters()) == 4
 
 
 def test_an_llm_that_is_not_whole_is_refused(tiny_llm, tmp_path):
     """Fewer layers than asked for, or weights that are not in the files: never random ones."""
-    load = functools.partial(llm_negatives.load_llm, cls=AutoModel, dtype=torch.float32, device="cpu")
+    load = functools.partial(
+        llm_negatives.load_llm, cls=AutoModel, dtype=torch.float32, device="cpu")
     with pytest.raises(SystemExit) as error:
         load(tiny_llm, layers=8)
     assert "--llm-layers 8" in error.value.message and "has 2 layers" in error.value.message
@@ -2056,7 +2233,8 @@ def test_chat_frames(tiny_llm):
     assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("Be brief.\n", "\n")
     turn = "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% endfor %}"
     tokenizer.chat_template = turn + "{% if enable_thinking is false %}</think>{% endif %}"
-    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == ("<system>Be brief.<user>", "</think>")
+    frame = ("<system>Be brief.<user>", "</think>")
+    assert llm_negatives.chat_frame(tokenizer, "Be brief.") == frame
     tokenizer.chat_template = turn + "<think>"
     assert llm_negatives.chat_frame(tokenizer, "Be brief.")[1] == "<think>\n</think>\n\n"
     no_system = "{% if messages[0]['role'] == 'system' %}{{raise_exception('no')}}{% endif %}"
@@ -2084,7 +2262,8 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     """Rows that end early leave the batch; the others go on as if alone."""
     model = llm_negatives.load_llm(tiny_llm, AutoModelForCausalLM, torch.float32, "cpu")
     tokenizer = llm_negatives.load_tokenizer(tiny_llm)
-    head, *requests = (tokenizer(text).input_ids for text in ("be brief ", "a", "bc", "d e", "f", "g"))
+    texts = ("be brief ", "a", "bc", "d e", "f", "g")
+    head, *requests = (tokenizer(text).input_ids for text in texts)
     past = llm_negatives.run_piece(model.base_model, [head])[2]
     whole = [model.generate(torch.tensor([head + request]), max_new_tokens=9, do_sample=False)[0]
              for request in requests]
@@ -2106,9 +2285,9 @@ def test_first_sentence():
     assert llm_negatives.first_sentence("no end") == "no end"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The README: its first snippet, and each piece of "Copy this piece" pasted into an empty file
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def readme(begin, end):
@@ -2160,7 +2339,10 @@ def global_names(code):
 
 def toy_fit(p, encoder):
     layer = torch.nn.Linear(2, 1)
-    step = lambda rows, generator: (layer(torch.ones(len(rows), 2)).pow(2).mean(), {"loss": 0.0})
+
+    def step(rows, generator):
+        return layer(torch.ones(len(rows), 2)).pow(2).mean(), {"loss": 0.0}
+
     state, history = p["fit"]({"m": layer}, step, 4, lambda: 1.0, epochs=2, batch_size=2, lr=0.1,
                               eval_every=1, patience=1, seed=0)
     assert set(state) == {"m.weight", "m.bias"} and len(history) == 2
@@ -2276,7 +2458,8 @@ def toy_judge(p, encoder):
 
 
 def toy_likely(p, encoder):
-    likely = p["LikelyFalse"](torch.tensor([[4, 2], [3, 1]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    share = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    likely = p["LikelyFalse"](torch.tensor([[4, 2], [3, 1]]), share)
     assert likely(torch.tensor([0, 1, 0])).tolist() == [2, 3, 2]
 
 
@@ -2296,14 +2479,16 @@ def toy_hnlmrec(p, encoder):
     backbone, hidden = backbones.MF(6, 8, 4), torch.randn(len(train), 5)
     text, negative = torch.randn(8, 9), torch.tensor([7, 6, 5, 4, 3, 2] * 3)
     table = p["NegativeTable"](train, train, 6, 8)
-    settings = Namespace(alpha=0.02, lambda1=1, lambda_s=0.01, lambda_f=1, gamma=0.2, reg=0, tau_c=0.2,
-                         align_rows=8, k=2, refresh=1)
+    settings = Namespace(alpha=0.02, lambda1=1, lambda_s=0.01, lambda_f=1, gamma=0.2, reg=0,
+                         tau_c=0.2, align_rows=8, k=2, refresh=1)
 
     def draw(u, i, generator):
         users, items = backbone()
         return backbones.Sample(users, items, users[u], items[i], items[negative], negative)
 
-    likely = lambda users, generator: (users + 4) % 8
+    def likely(users, generator):
+        return (users + 4) % 8
+
     method = p["HNLMRec"](
         backbone, p["Projector"](hidden, 4), p["SemanticProjector"](text, train, 6, 4), draw,
         table, hidden, torch.arange(12).view(6, 2) % 8, train, settings, likely)
@@ -2363,23 +2548,34 @@ def test_every_row_of_the_copy_table_is_pasted():
     assert set(copy_table()) == set(TOYS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The real programs, from a ratings file to the report
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-PROGRAMS = {"hnlmrec.py": hnlmrec, "backbones.py": backbones, "llm_negatives.py": llm_negatives, "eval.py": evaluation}
+PROGRAMS = {"hnlmrec.py": hnlmrec, "backbones.py": backbones, "llm_negatives.py": llm_negatives,
+            "eval.py": evaluation}
 
 
-def cli(script, *args):
-    """Run one of our programs as a user does; returns its output."""
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, args)], capture_output=True, text=True, check=False, cwd=HERE)
+def process(*words):
+    """Run Python with these words, as a user does -> what it prints. It must end with status 0."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, check=False, cwd=HERE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def cli(script, *args):
+    """Run a program's main() here, without the seconds that a new process needs -> what it
+    prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        PROGRAMS[script].main([str(arg) for arg in args])
+    return out.getvalue()
+
+
 def refused(script, *args):
-    """Run a program's main() here, without the seconds a new process needs; it must end with status 2 -> its one line."""
+    """Run a program's main() here; it must end with status 2 -> its one line."""
     with pytest.raises(SystemExit) as error:
         PROGRAMS[script].main([str(arg) for arg in args])
     assert error.value.code == 2 and "\n" not in error.value.message
@@ -2388,7 +2584,8 @@ def refused(script, *args):
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
-    """A ratings file and an items file: two groups of users, each with its own half of the items."""
+    """A ratings file and an items file: two groups of users, each with its own half of the
+    items."""
     folder, rng = tmp_path_factory.mktemp("raw data"), np.random.default_rng(0)
     lines = ["user\titem\trating\ttimestamp"]
     for u in range(30):
@@ -2396,24 +2593,40 @@ def raw(tmp_path_factory):
             lines.append(f"u{u}\ti{i}\t{4 + n % 2}\t{n}")
         lines.append(f"u{u}\ti{(u * 7) % 40}\t1\t99")  # a low rating of an item, to be left out
     (folder / "interactions.tsv").write_text("\n".join(lines) + "\n")
-    (folder / "items.tsv").write_text("item\ttitle\tkeywords\n" + "".join(f"i{i}\tFilm {i}\tgroup {i // 20}\n" for i in range(40)))
+    items = [f"i{i}\tFilm {i}\tgroup {i // 20}" for i in range(40)]
+    write_lines(folder / "items.tsv", ["item\ttitle\tkeywords", *items])
     return folder
+
+
+BUDGET = ["--dim", 8, "--epochs", 4, "--eval-every", 2]
+BAND = ["--mine-first", 1, "--mine-last", 5]
+SHARDS = ["--pairs-per-user", 3, "--shard-pairs", 40]
+
+
+def steps_of(llm, raw):
+    """The flags with which `finished` is made."""
+    return {"prepare": ["--reviews", raw / "interactions.tsv", "--meta", raw / "items.tsv"],
+            "pretrain": [*BUDGET, "--sampler", "dns"],
+            "profile": ["--llm", llm, "--new-tokens", 4, "--history", 2, "--llm-rows", 10],
+            "finetune": ["--llm", llm, "--llm-layers", 0, *BAND, "--warmup-pairs", 64, "--steps", 3,
+                         "--dtype", "fp32"],
+            "generate": ["--llm", llm, *SHARDS],
+            "train": [*BUDGET, *BAND, "--alpha", 0.3]}
 
 
 @pytest.fixture(scope="session")
 def finished(raw, tiny_llm, tmp_path_factory):
     """A run folder in which every step has been run."""
     run = tmp_path_factory.mktemp("my runs") / "one"
-    budget = ["--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2]
-    cli("hnlmrec.py", "prepare", "--run", run, "--reviews", raw / "interactions.tsv", "--meta", raw / "items.tsv")
-    cli("backbones.py", "pretrain", *budget, "--sampler", "dns")
-    cli("llm_negatives.py", "profile", "--run", run, "--llm", tiny_llm, "--new-tokens", 4, "--history", 2, "--llm-rows", 10)
-    cli("llm_negatives.py", "finetune", "--run", run, "--llm", tiny_llm, "--llm-layers", 0, "--mine-first", 1, "--mine-last", 5,
-        "--warmup-pairs", 64, "--steps", 3, "--dtype", "fp32")
-    cli("llm_negatives.py", "generate", "--run", run, "--llm", tiny_llm, "--pairs-per-user", 3, "--shard-pairs", 40)
-    cli("hnlmrec.py", "train", *budget, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3)
-    cli("backbones.py", "pretrain", *budget, "--out", "model-rns.safetensors")
-    cli("eval.py", "report", "--run", run)
+    flags, here = steps_of(tiny_llm, raw), ["--run", run]
+    cli("hnlmrec.py", "prepare", *here, *flags["prepare"])
+    cli("backbones.py", "pretrain", *here, *flags["pretrain"])
+    cli("llm_negatives.py", "profile", *here, *flags["profile"])
+    cli("llm_negatives.py", "finetune", *here, *flags["finetune"])
+    cli("llm_negatives.py", "generate", *here, *flags["generate"])
+    cli("hnlmrec.py", "train", *here, *flags["train"])
+    cli("backbones.py", "pretrain", *here, *BUDGET, "--out", "model-rns.safetensors")
+    cli("eval.py", "report", *here)
     return run
 
 
@@ -2436,10 +2649,12 @@ def test_pipeline_makes_every_file(finished):
     assert len(picture.findall(".//{*}circle")) == 1
     assert len(list(finished.glob("negatives-0*.safetensors"))) == 3
     tensors, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
-    assert tensors["hidden"].dtype == torch.float16 and tensors["hidden"].shape == (len(tensors["pairs"]), 32)
+    assert tensors["hidden"].dtype == torch.float16
+    assert tensors["hidden"].shape == (len(tensors["pairs"]), 32)
     data = backbones.load_data(finished)
     assert set(map(tuple, tensors["pairs"].tolist())) <= set(map(tuple, data["train"].tolist()))
-    assert "recommended:" in cli("eval.py", "recommend", "--run", finished, "--user", "u3", "--k", 3)
+    recommend = ["recommend", "--run", finished, "--user", "u3", "--k", 3]
+    assert "recommended:" in process(HERE / "eval.py", *recommend)
 
 
 def test_trace_follows_a_pair(finished):
@@ -2448,16 +2663,19 @@ def test_trace_follows_a_pair(finished):
     users = [json.loads(line) for line in (finished / "users.jsonl").read_text().splitlines()]
     shard, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
     u, i = shard["pairs"][5].tolist()
-    out = cli("hnlmrec.py", "trace", "--run", finished, "--user", users[u]["raw"], "--item", items[i]["raw"])
+    trace = ["trace", "--run", finished, "--user", users[u]["raw"]]
+    out = cli("hnlmrec.py", *trace, "--item", items[i]["raw"])
     cf, _ = backbones.load_tensors(finished / "cf.safetensors", "pretrain")
-    assert f"e_u·e_i {cf['user'][u] @ cf['item'][i]:.3f}" in out and f"norm {shard['hidden'][5].float().norm():.3f}" in out
+    assert f"e_u·e_i {cf['user'][u] @ cf['item'][i]:.3f}" in out
+    assert f"norm {shard['hidden'][5].float().norm():.3f}" in out
     model, _, _ = backbones.load_model(finished / "cf.safetensors", "pretrain", data)
-    assert items[int(backbones.mine_hard_negatives(model, data["train"], 1, 5)[u, 0])]["title"] in out.split("4. mined")[1]
+    first = int(backbones.mine_hard_negatives(model, data["train"], 1, 5)[u, 0])
+    assert items[first]["title"] in out.split("4. mined")[1]
     prompt = out.split("5. prompt")[1].split("6. generated")[0]
-    assert llm_negatives.INSTRUCTION in prompt and f"Item: {items[i]['title']}." in prompt and prompt.strip().endswith("User vector:[e_u]")
+    assert llm_negatives.INSTRUCTION in prompt and f"Item: {items[i]['title']}." in prompt
+    assert prompt.strip().endswith("User vector:[e_u]")
     assert "projector 0.0000" not in out and "backbone 0.0000" not in out
     held = data["test"][data["test"][:, 0] == u][0, 1]
-    trace = ["trace", "--run", finished, "--user", users[u]["raw"]]
     assert "no model of" in refused("hnlmrec.py", *trace, "--model", "model-rns.safetensors")
     assert "no train pair" in refused("hnlmrec.py", *trace, "--item", items[held]["raw"])
 
@@ -2466,7 +2684,7 @@ def test_clear_reaches_the_step_and_its_control_shuffles_the_texts(finished, mon
     """build hands dns the relevance of the LLM's texts, times --clear; with `--control cleared`
     that of the same rows in another order."""
     data, seen, penalties = backbones.load_data(finished), [], []
-    settings = backbones.load_tensors(finished / "model-hnlmrec.safetensors", "train")[1]["settings"]
+    settings = backbones.read_meta(finished / "model-hnlmrec.safetensors")["settings"]
     made = backbones.load_negatives(finished, settings["negatives"], data["digest"])
 
     def build(**flags):
@@ -2586,38 +2804,49 @@ def test_judges_of_a_run(copied, capsys):
         assert message in refused("eval.py", "judge", "--run", copied)
 
 
-def test_compare_and_sweep(copied, tiny_llm, capsys):
-    """Cells by real commands; a second call keeps them; the tables hold every method; the pictures are XML."""
-    flags = ["--run", str(copied), "--llm", str(tiny_llm), "--seeds", "2", "--flags", "--dim 8 --epochs 2 --eval-every 1"]
-    run = lambda *words: evaluation.main([words[0], *flags, *words[1:]])
-    monkey = {"DNS": "--sampler dns", "HNLMRec": "--mine-first 1 --mine-last 5"}
-    evaluation.BASELINES, evaluation.OURS, old = {"DNS": monkey["DNS"]}, {"HNLMRec": monkey["HNLMRec"] + " --clear 0.3 --control cleared"}, (evaluation.BASELINES, evaluation.OURS)
-    try:
-        run("compare")
-        first = capsys.readouterr().out
-        assert first.count("$ ") == 4 and "| HNLMRec |" in first and "2 seeds of training" in first
-        result = json.loads((copied / "compare.json").read_text())
-        cell = result["cells"]["DNS | lightgcn"]
-        model, _, _ = backbones.load_model(next((copied / "compare").glob("dns-lightgcn-seed1-*.safetensors")), "", data := backbones.load_data(copied))
-        assert cell["NDCG@20"][1] == pytest.approx(float(evaluation.evaluate(model, data)[1]["NDCG@20"].mean()))
-        run("compare")
-        assert "$ " not in capsys.readouterr().out
-        run("compare", "--methods", "DNS --m 2;HNLMRec", "--out", "other")
-        assert capsys.readouterr().out.count("$ ") == 2  # DNS alone, with flags of its own
-        by_itself = "set for each cell by itself"
-        for more in (["--flags", "--dim 8 --seed 5"], ["--flags", "--sampler rns"],
-                     ["--hnlmrec-flags", "--backbone mf"], ["--methods", "DNS --out=x"]):
-            assert by_itself in refused("eval.py", "compare", "--run", copied, *more)
-        twice = ["--flag", "m", "--values", 2, "--flags", "--m 3"]
-        assert by_itself in refused("eval.py", "sweep", "--run", copied, *twice)
-        assert "DNS is there twice" in refused("eval.py", "compare", *flags, "--methods", "DNS;DNS --m 2")
-        run("sweep", "--flag", "alpha", "--values", "0,0.5", "--flags", f"--dim 8 --epochs 2 --eval-every 1 --sampler rns {monkey['HNLMRec']}")
-        assert capsys.readouterr().out.count("$ hnlmrec.py train") == 4
-        run("sweep", "--flag", "m", "--values", "2", "--method", monkey["DNS"])
-        assert capsys.readouterr().out.count("$ backbones.py pretrain") == 2
-        assert (copied / "sweep-alpha.md").exists()
-    finally:
-        evaluation.BASELINES, evaluation.OURS = old
+def in_process(script, *words):
+    """evaluation.program without the seconds that a new process needs."""
+    print("$ ", script, *words)
+    cli(script, *words)
+
+
+def test_compare_and_sweep(copied, tiny_llm, monkeypatch):
+    """A second call keeps the cells; the tables hold every method; the pictures are XML."""
+    band, short = "--mine-first 1 --mine-last 5", "--dim 8 --epochs 2 --eval-every 1"
+    monkeypatch.setattr(evaluation, "program", in_process)
+    monkeypatch.setattr(evaluation, "BASELINES", {"DNS": "--sampler dns"})
+    ours = {"HNLMRec": f"{band} --clear 0.3 --control cleared"}
+    monkeypatch.setattr(evaluation, "OURS", ours)
+    flags = ["--run", copied, "--llm", tiny_llm, "--seeds", 2, "--flags", short]
+
+    def run(command, *words):
+        return cli("eval.py", command, *flags, *words)
+
+    first = run("compare")
+    assert first.count("$ ") == 4 and "| HNLMRec |" in first and "2 seeds of training" in first
+    cell = json.loads((copied / "compare.json").read_text())["cells"]["DNS | lightgcn"]
+    path, = (copied / "compare").glob("dns-lightgcn-seed1-*.safetensors")
+    data = backbones.load_data(copied)
+    model, _, _ = backbones.load_model(path, data=data)
+    _, values, _ = evaluation.evaluate(model, data)
+    assert cell["NDCG@20"][1] == pytest.approx(float(values["NDCG@20"].mean()))
+    assert "$ " not in run("compare")
+    # DNS alone is made again, with flags of its own
+    assert run("compare", "--methods", "DNS --m 2;HNLMRec", "--out", "other").count("$ ") == 2
+    by_itself = "set for each cell by itself"
+    for more in (["--flags", "--dim 8 --seed 5"], ["--flags", "--sampler rns"],
+                 ["--hnlmrec-flags", "--backbone mf"], ["--methods", "DNS --out=x"]):
+        assert by_itself in refused("eval.py", "compare", "--run", copied, *more)
+    twice = ["--flag", "m", "--values", 2, "--flags", "--m 3"]
+    assert by_itself in refused("eval.py", "sweep", "--run", copied, *twice)
+    twice = ["--methods", "DNS;DNS --m 2"]
+    assert "DNS is there twice" in refused("eval.py", "compare", *flags, *twice)
+    out = run("sweep", "--flag", "alpha", "--values", "0,0.5", "--flags",
+              f"{short} --sampler rns {band}")
+    assert out.count("$  hnlmrec.py train") == 4
+    out = run("sweep", "--flag", "m", "--values", "2", "--method", "--sampler dns")
+    assert out.count("$  backbones.py pretrain") == 2
+    assert (copied / "sweep-alpha.md").exists()
     for picture in ("compare-lightgcn.svg", "sweep-alpha.svg"):
         assert len(xml.etree.ElementTree.parse(copied / picture).findall(".//{*}circle")) == 2
 
@@ -2628,10 +2857,16 @@ def test_a_chart_shows_its_numbers_where_they_are():
     labels = ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""]
     text = evaluation.svg_chart("t & <u>\x1b", labels, means, lows, highs, reference=0.0)
     root = xml.etree.ElementTree.fromstring(text.encode())
-    find = lambda kind, name: [e for e in root.findall(f".//{{*}}{kind}") if e.get("class") == name]
+
+    def find(kind, name):
+        return [e for e in root.findall(f".//{{*}}{kind}") if e.get("class") == name]
+
     ticks = [(float(e.get("x")), float(e.text)) for e in find("text", "tick")]
     (x0, v0), (x1, v1) = ticks[0], ticks[-1]
-    value = lambda x: v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0)
+
+    def value(x):
+        return v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0)
+
     near = functools.partial(pytest.approx, abs=(v1 - v0) / 1000)
     assert v0 <= -0.04 and v1 >= 0.302
     assert [value(x) for x, _ in ticks] == near([v for _, v in ticks])
@@ -2639,13 +2874,9 @@ def test_a_chart_shows_its_numbers_where_they_are():
     assert [value(e.get("x1")) for e in find("line", "interval")] == near(lows)
     assert [value(e.get("x2")) for e in find("line", "interval")] == near(highs)
     words = [e.text for e in root.findall(".//{*}text")]
-    assert "a <b> & \\u0007\\u0000? c" in words and "Ünï 映画" in words and "0.0610 [0.0500, 0.0700]" in words
+    shown = {"a <b> & \\u0007\\u0000? c", "Ünï 映画", "0.0610 [0.0500, 0.0700]"}
+    assert shown <= set(words)
     evaluation.svg_chart("all alike", ["a"], [0.5], [0.5], [0.5])  # no division by zero
-
-
-def in_process(script, *words):
-    """evaluation.program without the seconds a new process needs."""
-    PROGRAMS[script].main([str(word) for word in words])
 
 
 def test_closed_forms_and_softmax_by_command(copied, capsys):
@@ -2823,24 +3054,29 @@ def test_text_vectors_of_ones_own(copied):
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
-    """The adapter is really in: the shard equals encode() with adapter/ loaded, and differs from the bare LLM."""
-    cf, texts = backbones.load_tensors(finished / "cf.safetensors", "pretrain")[0], llm_negatives.load_profiles(finished)
+    """The adapter is really in: the shard equals encode() with adapter/ loaded, and differs from
+    the bare LLM."""
+    cf, _ = backbones.load_tensors(finished / "cf.safetensors", "pretrain")
+    texts = llm_negatives.load_profiles(finished)
     shard, _ = backbones.load_tensors(finished / "negatives-00000.safetensors", "generate")
     with torch.no_grad():
         for lora in (True, False):
-            llm, prompt, soft_tokens, head, _ = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu", lora)
+            llm, prompt, soft_tokens, head, _ = llm_negatives.load_sft(
+                finished, "sft", tiny_llm, "cpu", lora)
             hidden = llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts, shard["pairs"])
             assert torch.allclose(hidden, shard["hidden"].float(), atol=2e-3) == lora
             if lora:
-                assert torch.allclose(head(shard["hidden"].float()), shard["vector"].float(), atol=1e-2)
+                vector = head(shard["hidden"].float())
+                assert torch.allclose(vector, shard["vector"].float(), atol=1e-2)
 
 
 def test_a_finished_step_is_skipped_and_a_changed_one_refused(finished, raw):
     before = (finished / "cf.safetensors").read_bytes()
-    budget = ["--run", finished, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--sampler", "dns"]
-    assert "skip:" in cli("backbones.py", "pretrain", *budget)
-    assert "seed=0, now seed=1" in refused("backbones.py", "pretrain", *budget, "--seed", 1)
-    assert "made with" in refused("hnlmrec.py", "prepare", "--run", finished, "--reviews", raw / "interactions.tsv", "--seed", 3)
+    pretrain = ["pretrain", "--run", finished, *BUDGET, "--sampler", "dns"]
+    assert "skip:" in process(HERE / "backbones.py", *pretrain)
+    assert "seed=0, now seed=1" in refused("backbones.py", *pretrain, "--seed", 1)
+    again = ["--run", finished, "--reviews", raw / "interactions.tsv", "--seed", 3]
+    assert "made with" in refused("hnlmrec.py", "prepare", *again)
     assert (finished / "cf.safetensors").read_bytes() == before
 
 
@@ -2848,13 +3084,14 @@ def test_generation_goes_on_where_it_was_killed(finished, tiny_llm):
     shards = sorted(finished.glob("negatives-0*.safetensors"))
     whole = [path.read_bytes() for path in shards]
     shards[1].unlink()
-    again = ["generate", "--run", finished, "--llm", tiny_llm, "--pairs-per-user", 3, "--shard-pairs", 40]
+    again = ["generate", "--run", finished, "--llm", tiny_llm, *SHARDS]
     assert "missing" not in cli("llm_negatives.py", *again)
     assert [path.read_bytes() for path in shards] == whole
     assert "skip:" in cli("llm_negatives.py", *again)
 
 
-TUNE = ["--llm-layers", 0, "--mine-first", 1, "--mine-last", 5, "--warmup-pairs", 64, "--dtype", "fp32", "--save-every", 2, "--steps", 4]
+TUNE = ["--llm-layers", 0, *BAND, "--warmup-pairs", 64, "--dtype", "fp32", "--save-every", 2,
+        "--steps", 4]
 
 
 def tuned(run, name):
@@ -2864,7 +3101,8 @@ def tuned(run, name):
 
 
 def tune(run, llm, name, *flags):
-    llm_negatives.main(list(map(str, ["finetune", "--run", run, "--llm", llm, "--name", name, *TUNE, *flags])))
+    where = ["--run", run, "--llm", llm, "--name", name]
+    llm_negatives.main([str(word) for word in ("finetune", *where, *TUNE, *flags)])
     return tuned(run, name)
 
 
@@ -2890,7 +3128,8 @@ def test_fine_tuning_goes_on_where_it_was_killed(copied, tiny_llm, monkeypatch, 
     assert "half-finished with dtype=float32, now dtype=bfloat16" in error.value.message
     capsys.readouterr()
     again = tune(copied, tiny_llm, "sft-cut")
-    assert "going on after step 2 of 4" in capsys.readouterr().out and not list(copied.glob("*partial*"))
+    assert "going on after step 2 of 4" in capsys.readouterr().out
+    assert not list(copied.glob("*partial*"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
@@ -2902,7 +3141,8 @@ def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
     _, prompt, *_ = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
     assert list(prompt.frame) == meta["frame"] and llm_negatives.INSTRUCTION in prompt.frame[0]
     header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
-    frames = llm_negatives.started_profiles(finished / "profiles.jsonl", header["settings"], False)[1]
+    _, frames = llm_negatives.started_profiles(
+        finished / "profiles.jsonl", header["settings"], False)
     assert set(frames) == {"item", "user"}
     llm_negatives.Writer(tiny_llm, torch.float32, "cpu", 3, 2, frames)
 
@@ -2930,11 +3170,15 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     """The judge's file feeds training without generated vectors, the blend and the report; the
     weight is the best on validation; another control gives another judge."""
     run = ["--run", str(copied)]
-    read = ["judge", *run, "--llm", str(tiny_llm), "--layers", "0,2", "--epochs", "2", "--dtype", "fp32"]
+    read = ["judge", *run, "--llm", str(tiny_llm), "--layers", "0,2", "--epochs", "2",
+            "--dtype", "fp32"]
     llm_negatives.main(read)
-    llm_negatives.main([*read, "--control", "random", "--seed", "1", "--out", "judge-random.safetensors"])
-    real, random = (backbones.load_tensors(copied / f"judge{name}.safetensors", "")[0] for name in ("", "-random"))
-    assert real["likely"].shape == (real["user"].shape[0], 20) and not torch.equal(real["user"], random["user"])
+    control = ["--control", "random", "--seed", "1", "--out", "judge-random.safetensors"]
+    llm_negatives.main([*read, *control])
+    real, random = (backbones.load_tensors(copied / f"{name}.safetensors")[0]
+                    for name in ("judge", "judge-random"))
+    assert real["likely"].shape == (real["user"].shape[0], 20)
+    assert not torch.equal(real["user"], random["user"])
     for layers in ("0,x", "0,3", "-1"):
         with pytest.raises(SystemExit) as error:
             llm_negatives.main([*read, "--layers", layers, "--out", "judge-bad.safetensors"])
@@ -2945,7 +3189,8 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     hnlmrec.main([*train, "--lambda-f", "1", "--out", "model-hnlmrec-soft.safetensors"])
     with pytest.raises(SystemExit) as error:
         hnlmrec.main([*train, "--alpha", "0.1", "--out", "model-hnlmrec-bad.safetensors"])
-    assert "--alpha" in error.value.message and not (copied / "model-hnlmrec-bad.safetensors").exists()
+    assert "--alpha" in error.value.message
+    assert not (copied / "model-hnlmrec-bad.safetensors").exists()
     backbones.main(["pretrain", *run, "--backbone", "ease", "--out", "model-ease.safetensors"])
     blend = ["blend", *run, "--model", "model-hnlmrec-soft.safetensors", "--weights", "0,0.5,1",
              "--beside", "model-ease.safetensors"]
@@ -2978,14 +3223,15 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
         "hnlmrec.py", "blend", *run, "--model", "none", "--judge", "none")
     assert "hnlmrec.py blend" in backbones.maker_of(copied / "model-hnlmrec-full.safetensors")
     # texts alone, without a generated vector: the start is theirs
-    words = ["--text-init", "1", "--text-vectors", str(copied / "judge.safetensors"), "--epochs", "1"]
+    words = ["--text-init", "1", "--text-vectors", str(copied / "judge.safetensors"),
+             "--epochs", "1"]
     hnlmrec.main([*train, *words, "--lr", "1e-30", "--out", "model-hnlmrec-text.safetensors"])
     model, _, _ = backbones.load_model(copied / "model-hnlmrec-text.safetensors", data=data)
     semantic = hnlmrec.SemanticProjector(real["text"].float(), data["train"], model.n_users, 8)
     start = hnlmrec.text_start(semantic.item, data["train"], model.n_users, 8, model.std)
     assert torch.allclose(model.embedding, start, atol=1e-5)
     save_file({"text": torch.ones(data["n_items"], 3)}, copied / "alike.safetensors")
-    message = refused("hnlmrec.py", "train", *run, "--mine-first", 1, "--mine-last", 5, "--out",
+    message = refused("hnlmrec.py", "train", *run, *BAND, "--out",
                       "model-bad.safetensors", "--text-vectors", copied / "alike.safetensors")
     assert "alike" in message
     evaluation.main(["judge", *run])
@@ -2995,60 +3241,73 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
 def test_checkpointing_and_parts_do_not_change_the_step(copied, tiny_llm):
     flags = ["--steps", 2, "--lora-dropout", 0, "--profile-dropout", 0]
     plain = tune(copied, tiny_llm, "sft-plain", *flags)
-    for name, more in (("sft-checkpointing", ["--checkpointing"]), ("sft-parts", ["--micro-pairs", 3])):
-        other = tune(copied, tiny_llm, name, *flags, *more)
-        # Adam divides by the gradient's size: an entry whose gradient is rounding noise may move either way by lr = 5e-4
-        assert all(torch.allclose(plain[key], other[key], atol=1.1e-3) for key in plain)
-        close = torch.cat([(plain[key] - other[key]).abs().flatten() < 1e-5 for key in plain])
-        assert close.float().mean() > 0.99
+    for name, more in (("checkpointing", ["--checkpointing"]), ("parts", ["--micro-pairs", 3])):
+        assert_same_update(plain, tune(copied, tiny_llm, f"sft-{name}", *flags, *more))
 
 
-def test_two_processes_do_what_one_does(copied, tiny_llm):
-    """Gradients averaged, profiles and shards shared out: the same update as one process with the same batch, the same files."""
-    one = tune(copied, tiny_llm, "sft-one")
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", str(HERE / "llm_negatives.py")]
-    run = ["--run", str(copied), "--llm", str(tiny_llm)]
-    for args in (["profile", *run, "--new-tokens", 4, "--history", 2, "--llm-rows", 10, "--batch-size", 3, "--out", "profiles-two.jsonl"],
+def assert_same_update(one, other):
+    """Adam divides by the gradient's size: an entry whose gradient is rounding noise may move
+    either way, by lr = 5e-4 a step."""
+    assert all(torch.allclose(one[key], other[key], atol=1.1e-3) for key in one)
+    close = torch.cat([(one[key] - other[key]).abs().flatten() < 1e-5 for key in one])
+    assert close.float().mean() > 0.99
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--"]
+
+
+def test_two_processes_do_what_one_does(copied, tiny_llm, raw):
+    """Gradients averaged, profiles and shards shared out: the same update as one process with the
+    same batch, the same files."""
+    one, run = tune(copied, tiny_llm, "sft-one"), ["--run", copied, "--llm", tiny_llm]
+    profile = ["profile", *run, *steps_of(tiny_llm, raw)["profile"], "--batch-size", 3]
+    for args in ([*profile, "--out", "profiles-two.jsonl"],
                  ["finetune", *run, "--name", "sft-two", *TUNE],
-                 ["generate", *run, "--pairs-per-user", 3, "--shard-pairs", 40, "--out", "negatives-two"]):
-        done = subprocess.run([*two, *map(str, args)], capture_output=True, text=True, check=False, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
-    lines = [sorted((copied / name).read_text().splitlines()) for name in ("profiles.jsonl", "profiles-two.jsonl")]
-    assert lines[0] == lines[1]
-    both = tuned(copied, "sft-two")
-    assert all(torch.allclose(one[key], both[key], atol=1.1e-3) for key in one)
-    assert torch.cat([(one[key] - both[key]).abs().flatten() < 1e-5 for key in one]).float().mean() > 0.99
+                 ["generate", *run, *SHARDS, "--out", "negatives-two"]):
+        process(*TORCHRUN, HERE / "llm_negatives.py", *args)
+    profiles = (copied / "profiles.jsonl").read_text().splitlines()
+    shared = (copied / "profiles-two.jsonl").read_text().splitlines()
+    assert sorted(shared) == sorted(profiles)
+    assert_same_update(one, tuned(copied, "sft-two"))
     for path in copied.glob("negatives-0*"):
-        a, b = (backbones.load_tensors(p, "generate")[0] for p in (path, path.with_name(path.name.replace("negatives", "negatives-two"))))
-        assert torch.equal(a["pairs"], b["pairs"]) and torch.allclose(a["hidden"], b["hidden"], atol=2e-3)
+        a, _ = backbones.load_tensors(path)
+        b, _ = backbones.load_tensors(copied / path.name.replace("negatives", "negatives-two"))
+        assert torch.equal(a["pairs"], b["pairs"])
+        assert torch.allclose(a["hidden"], b["hidden"], atol=2e-3)
 
 
 def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm, capsys):
-    """No CF vectors in the prompt; MixGCF's targets; template profiles: each makes negatives of its own."""
+    """No CF vectors in the prompt; MixGCF's targets; template profiles: each makes negatives of its
+    own."""
     run = ["--run", copied, "--llm", tiny_llm]
-    cli("llm_negatives.py", "profile", *run, "--profiles", "template", "--out", "profiles-template.jsonl")
-    made, steps = {}, ["finetune --soft-tokens 0 --name sft-nocf " + " ".join(map(str, [*TUNE, "--steps", 1])), "generate --sft sft-nocf --out negatives-nocf"]
+    template = "profiles-template.jsonl"
+    cli("llm_negatives.py", "profile", *run, "--profiles", "template", "--out", template)
+    words = " ".join(map(str, [*TUNE, "--steps", 1]))
+    made, steps = {}, [f"finetune --soft-tokens 0 --name sft-nocf {words}",
+                       "generate --sft sft-nocf --out negatives-nocf"]
     for count in (2, 0):  # as `eval.py compare` makes them: once
         evaluation.make_negatives(copied, "negatives-nocf", steps, tiny_llm, 2)
         assert capsys.readouterr().out.count("$ ") == count
     made["nocf"] = backbones.load_negatives(copied, "negatives-nocf")["hidden"]
-    for name, flags in (("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", "profiles-template.jsonl"])):
+    for name, flags in (("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", template])):
         tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
-        llm_negatives.main(list(map(str, ["generate", *run, "--sft", f"sft-{name}", "--out", f"negatives-{name}", "--pairs-per-user", 2])))
+        cli("llm_negatives.py", "generate", *run, "--sft", f"sft-{name}", "--pairs-per-user", 2,
+            "--out", f"negatives-{name}")
         made[name] = backbones.load_negatives(copied, f"negatives-{name}")["hidden"]
-    assert not torch.equal(made["nocf"], made["mixgcf"]) and not torch.equal(made["template"], made["mixgcf"])
+    assert not torch.equal(made["nocf"], made["mixgcf"])
+    assert not torch.equal(made["template"], made["mixgcf"])
     (copied / "profiles.jsonl").rename(copied / "old.jsonl")
-    assert "profiles.jsonl: no such file" in refused("llm_negatives.py", "generate", *run, "--out", "negatives-new")
+    message = refused("llm_negatives.py", "generate", *run, "--out", "negatives-new")
+    assert "profiles.jsonl: no such file" in message
 
 
-def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
-    run = tmp_path / "copy"
-    shutil.copytree(finished, run)
-    other = tmp_path / "other llm"
+def test_wrong_adapters_and_negatives_are_refused(copied, finished, tiny_llm, tmp_path):
+    run, other = copied, tmp_path / "other llm"
     shutil.copytree(tiny_llm, other)
-    torch.manual_seed(9)
-    LlamaForCausalLM.from_pretrained(tiny_llm).apply(lambda m: m.reset_parameters() if isinstance(m, torch.nn.Linear) else None).save_pretrained(other)
-    generate = ["generate", "--run", run, "--pairs-per-user", 3, "--shard-pairs", 40]
+    model = LlamaForCausalLM.from_pretrained(tiny_llm)
+    model.lm_head.weight.data *= 2
+    model.save_pretrained(other)
+    generate = ["generate", "--run", run, *SHARDS]
     for path in run.glob("negatives-*"):
         path.unlink()
     assert "another LLM" in refused("llm_negatives.py", *generate, "--llm", other)
@@ -3063,38 +3322,32 @@ def test_wrong_adapters_and_negatives_are_refused(finished, tiny_llm, tmp_path):
     tensors, meta = backbones.load_tensors(run / "data.safetensors", "prepare")
     tensors["valid"], tensors["test"] = tensors["test"], tensors["valid"]
     backbones.save_tensors(run / "data.safetensors", tensors, meta)
-    budget = ["--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--out", "new.safetensors"]
-    assert "another data.safetensors" in refused("hnlmrec.py", "train", *budget)
+    train = ["train", "--run", run, *BUDGET, "--out", "new.safetensors"]
+    assert "another data.safetensors" in refused("hnlmrec.py", *train)
     assert "another data.safetensors" in refused("eval.py", "report", "--run", run)
     (run / "cf.safetensors").write_bytes((run / "cf.safetensors").read_bytes()[:500])
-    assert "not a readable file" in refused("llm_negatives.py", "finetune", "--run", run, "--llm", tiny_llm, "--force")
+    finetune = ["finetune", "--run", run, "--llm", tiny_llm, "--force"]
+    assert "not a readable file" in refused("llm_negatives.py", *finetune)
 
 
-def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
-    run = tmp_path / "twin"
-    shutil.copytree(finished, run)
-    (run / "model-hnlmrec.safetensors").unlink()
-    cli("hnlmrec.py", "train", "--run", run, "--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5, "--alpha", 0.3)
-    a, b = (backbones.load_tensors(folder / "model-hnlmrec.safetensors", "train")[0] for folder in (finished, run))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_two_runs_with_one_seed_are_identical(copied, tiny_llm, raw):
+    before, _ = backbones.load_tensors(copied / "model-hnlmrec.safetensors")
+    (copied / "model-hnlmrec.safetensors").unlink()
+    torch.manual_seed(99)
+    cli("hnlmrec.py", "train", "--run", copied, *steps_of(tiny_llm, raw)["train"])
+    after, _ = backbones.load_tensors(copied / "model-hnlmrec.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_training_over_two_processes_is_that_of_one(finished, tmp_path):
+def test_training_over_two_processes_is_that_of_one(copied, tiny_llm, raw):
     """Mining, training and validation shared out: the model file that one process writes. Adam
     divides a gradient by its own size, so where it is next to nothing, rounding may turn an update
     over (lr 1e-3 a step)."""
-    run = tmp_path / "two"
-    shutil.copytree(finished, run)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--"]
-    command += [HERE / "hnlmrec.py", "train", "--run", run, "--out", "model-two.safetensors"]
-    command += ["--dim", 8, "--epochs", 4, "--eval-every", 2, "--mine-first", 1, "--mine-last", 5]
-    done = subprocess.run(
-        [*map(str, command), "--alpha", "0.3"], capture_output=True, text=True, check=False,
-        cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("wrote") == 1
-    one, meta = backbones.load_tensors(run / "model-hnlmrec.safetensors", "train")
-    two, other = backbones.load_tensors(run / "model-two.safetensors", "train")
+    out = process(*TORCHRUN, HERE / "hnlmrec.py", "train", "--run", copied,
+                  *steps_of(tiny_llm, raw)["train"], "--out", "model-two.safetensors")
+    assert out.count("wrote") == 1
+    one, meta = backbones.load_tensors(copied / "model-hnlmrec.safetensors", "train")
+    two, other = backbones.load_tensors(copied / "model-two.safetensors", "train")
     assert one.keys() == two.keys()
     apart = {name: (one[name].float() - two[name].float()).abs().flatten() for name in one}
     assert max(float(d.max()) for d in apart.values()) < 9e-3
@@ -3103,33 +3356,22 @@ def test_training_over_two_processes_is_that_of_one(finished, tmp_path):
         assert a["valid_ndcg@20"] == pytest.approx(b["valid_ndcg@20"]) and a["epoch"] == b["epoch"]
 
 
-def test_mining_and_profiles_do_not_read_valid_or_test(finished, tmp_path):
-    """Swap valid and test for other pairs: profiles' requests, mined items and CF vectors stay the same."""
+def test_mining_and_profiles_do_not_read_valid_or_test(finished):
+    """Swap valid and test for other pairs: mined items and the pairs that are learned from stay the
+    same."""
     data = backbones.load_data(finished)
     model, _, _ = backbones.load_model(finished / "cf.safetensors", "pretrain", data)
     texts = llm_negatives.load_profiles(finished)
     other = {**data, "valid": data["valid"][:1], "test": data["test"][:1]}
     users, items = (v.detach() for v in model())
-    one, two = (llm_negatives.SftTask(d, model, {"user": users, "item": items}, texts, 1, 5, 0) for d in (data, other))
+    cf = {"user": users, "item": items}
+    one, two = (llm_negatives.SftTask(d, model, cf, texts, 1, 5, 0) for d in (data, other))
     assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Lineage: no result of parts that do not belong together; every message's mend works
 # --------------------------------------------------------------------------------------------------
-
-
-def steps_of(llm, raw):
-    """The flags with which `finished` was made, which a message leaves to the reader."""
-    budget = ["--dim", 8, "--epochs", 4, "--eval-every", 2]
-    band = ["--mine-first", 1, "--mine-last", 5]
-    return {"prepare": ["--reviews", raw / "interactions.tsv", "--meta", raw / "items.tsv"],
-            "pretrain": [*budget, "--sampler", "dns"],
-            "profile": ["--llm", llm, "--new-tokens", 4, "--history", 2, "--llm-rows", 10],
-            "finetune": ["--llm", llm, "--llm-layers", 0, *band, "--warmup-pairs", 64, "--steps", 3,
-                         "--dtype", "fp32"],
-            "generate": ["--llm", llm, "--pairs-per-user", 3, "--shard-pairs", 40],
-            "train": [*budget, *band, "--alpha", 0.3]}
 
 
 def follow(steps, script, *args):
@@ -3306,12 +3548,16 @@ def test_bad_ratings_files(tmp_path, lines, message):
 
 
 def test_truncated_and_unwritable_files_are_named(copied, tmp_path):
-    """Every kind of file cut in half is refused by the step that reads it, in one line that names it; a failed write names its file
-    too and leaves nothing behind."""
-    for name, script, args in (("data.safetensors", "backbones.py", ["pretrain"]), ("cf.safetensors", "hnlmrec.py", ["train", "--out", "new.safetensors"]),
-                               ("negatives-00000.safetensors", "hnlmrec.py", ["train"]), ("negatives-items.safetensors", "hnlmrec.py", ["train"]),
-                               ("model-hnlmrec.safetensors", "eval.py", ["report"]), ("items.jsonl", "eval.py", ["recommend", "--user", "u1"]),
-                               ("sft.safetensors", "llm_negatives.py", ["generate"])):
+    """Every kind of file cut in half is refused by the step that reads it, in one line that names
+    it; a failed write names its file too and leaves nothing behind."""
+    for name, script, args in (
+            ("data.safetensors", "backbones.py", ["pretrain"]),
+            ("cf.safetensors", "hnlmrec.py", ["train", "--out", "new.safetensors"]),
+            ("negatives-00000.safetensors", "hnlmrec.py", ["train"]),
+            ("negatives-items.safetensors", "hnlmrec.py", ["train"]),
+            ("model-hnlmrec.safetensors", "eval.py", ["report"]),
+            ("items.jsonl", "eval.py", ["recommend", "--user", "u1"]),
+            ("sft.safetensors", "llm_negatives.py", ["generate"])):
         whole = (copied / name).read_bytes()
         (copied / name).write_bytes(whole[: len(whole) // 2])
         assert name in refused(script, *args, "--run", copied)
@@ -3319,29 +3565,38 @@ def test_truncated_and_unwritable_files_are_named(copied, tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError) as error:  # a folder stands where the file should go
         backbones.write_atomic(tmp_path / "taken", b"x")
-    assert error.value.filename == str(tmp_path / "taken") and [p.name for p in tmp_path.iterdir() if p.name.endswith("tmp")] == []
+    assert error.value.filename == str(tmp_path / "taken")
+    assert not list(tmp_path.glob("*tmp"))
 
 
 def test_a_cut_off_download_is_refused(tmp_path):
-    path = write_lines(tmp_path / "r.json.gz", [{"reviewerID": f"u{n}", "asin": "x", "overall": 5.0} for n in range(500)])
+    rows = [{"reviewerID": f"u{n}", "asin": "x", "overall": 5.0} for n in range(500)]
+    path = write_lines(tmp_path / "r.json.gz", rows)
     path.write_bytes(path.read_bytes()[:-200])
-    message = refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", "--format", "amazon2018", "--reviews", path)
+    message = refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", "--format", "amazon2018",
+                      "--reviews", path)
     assert str(path) in message and "cannot be read to its end" in message
 
 
 def test_a_user_with_two_items_is_refused(tmp_path):
-    path = tmp_path / "few.tsv"
-    path.write_text("user\titem\trating\n" + "".join(f"a\t{i}\t5\n" for i in range(5)) + "b\t1\t5\nb\t2\t5\n")
-    assert "a split needs 3" in refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", "--reviews", path, "--k-core", 1)
+    rows = [f"a\t{i}\t5" for i in range(5)]
+    path = write_lines(
+        tmp_path / "few.tsv", ["user\titem\trating", *rows, "b\t1\t5", "b\t2\t5"])
+    message = refused("hnlmrec.py", "prepare", "--run", tmp_path / "run", "--reviews", path,
+                      "--k-core", 1)
+    assert "a split needs 3" in message
 
 
 @pytest.mark.parametrize("script, args", [
     ("eval.py", ["judge", "--run", "x", "--top", "0"]),
-    ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]), ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
-    ("hnlmrec.py", ["train", "--run", "x", "--clear", "0.3", "--sampler", "rns"]), ("hnlmrec.py", ["train", "--run", "x", "--control", "cleared"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--alpha", "1.5"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--tau-c", "0"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--clear", "0.3", "--sampler", "rns"]),
+    ("hnlmrec.py", ["train", "--run", "x", "--control", "cleared"]),
     ("hnlmrec.py", ["train", "--run", "x", "--hinge", "0.3"]),
     ("hnlmrec.py", ["train", "--run", "x", "--paper", "--lambda-s", "0.1"]),
-    ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]), ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--epochs", "-1"]),
+    ("backbones.py", ["pretrain", "--run", "x", "--nonsense"]),
     ("eval.py", ["report", "--run", "no such folder"]),
     ("backbones.py", ["pretrain", "--run", "x", "--device", "gpu"]),
     ("hnlmrec.py", ["train", "--run", "x", "--device", "mps"]),
@@ -3349,7 +3604,8 @@ def test_a_user_with_two_items_is_refused(tmp_path):
     ("backbones.py", ["pretrain", "--run", "x", "--seed", 2**64]),
     ("llm_negatives.py", ["finetune", "--run", "x", "--epochs", "inf"]),
     ("backbones.py", ["pretrain", "--run", "x", "--epo", "1"]),
-    ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]), ("llm_negatives.py", ["profile", "--run", "no such folder"]),
+    ("llm_negatives.py", ["finetune", "--run", "x", "--tau-s", "-1"]),
+    ("llm_negatives.py", ["profile", "--run", "no such folder"]),
 ])
 def test_bad_flags_end_in_one_line(script, args):
     refused(script, *args)
