@@ -843,18 +843,27 @@ def judge_layers(text, llm):
 
 @torch.no_grad()
 def read_layers(llm, prompt, texts, layers, batch=64, max_tokens=64):
-    """What the LLM makes of each text alone at several layers, 0 being its token embeddings, a bag
-    of words: the mean of the hidden states over the text's tokens but the first (see encode_items)
-    -> a list of (I, H) float32, one a layer."""
+    """What the LLM makes of each text alone, at several layers: the mean of a layer's hidden states
+    over the text's tokens -> a list of (I, H) float32, one a layer.
+
+    llm: a decoder without its language-model head (AutoModel); prompt: any Prompt of its tokenizer;
+    layers: 0 is the token embeddings, a bag of words, the control for what the layers add; -1 the
+    last layer, after the final norm. The first token is left out: it takes the attention that goes
+    nowhere, and its state is a hundred times larger than the rest (Xiao et al., attention sinks,
+    ICLR 2024)."""
     order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # like lengths together
-    device = llm.get_input_embeddings().weight.device
-    width = llm.config.get_text_config().hidden_size
+    embedding, width = llm.get_input_embeddings(), llm.config.get_text_config().hidden_size
+    device = embedding.weight.device
     result = [torch.zeros(len(texts), width, device=device) for _ in layers]
     progress = Progress("read", len(texts), "texts")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
         ids, mask = pad([prompt.ids(texts[k])[:max_tokens] for k in part], device)
-        hidden = llm(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        hidden = [embedding(ids)]  # (B, L, H)
+        if any(layers):  # a bag of words needs no layer run
+            out = llm(input_ids=ids, attention_mask=mask, use_cache=False,
+                      output_hidden_states=True)
+            hidden += out.hidden_states[1:]
         weight = mask.float()
         weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
         weight /= weight.sum(1, keepdim=True)
@@ -866,29 +875,6 @@ def read_layers(llm, prompt, texts, layers, batch=64, max_tokens=64):
 # --------------------------------------------------------------------------------------------------
 # Step 3: generation, offline, in shards
 # --------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def encode_items(llm, prompt, texts, read=True, batch=64):
-    """What the LLM makes of each item's text alone: the mean of its last hidden states over the
-    text's tokens -> (I, H) float32. llm as for run_piece; prompt: any Prompt of its tokenizer.
-    Without read, the mean of its token embeddings: a bag of words, the control for what the layers
-    add. The first token is left out: it takes the attention that goes nowhere, and its state is a
-    hundred times larger than the rest (Xiao et al., attention sinks, ICLR 2024)."""
-    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # like lengths together
-    embedding, result = llm.get_input_embeddings(), None
-    for at in range(0, len(order), batch):
-        part = order[at:at + batch]
-        pieces = [prompt.ids(texts[k])[:64] for k in part]
-        ids, mask = pad(pieces, embedding.weight.device)
-        hidden = run_piece(llm, pieces)[0] if read else embedding(ids)  # (B, L, H)
-        weight = mask.float()
-        weight[:, 0] = (mask.sum(1) == 1).float()  # a text of one token is all there is
-        if result is None:
-            result = hidden.new_zeros(len(texts), hidden.shape[-1], dtype=torch.float32)
-        total = torch.einsum("bl,blh->bh", weight, hidden.float())
-        result[part] = total / weight.sum(1, keepdim=True)
-    return result
-
 
 def choose_pairs(train, n_users, per_user, seed):
     """Up to `per_user` train rows of each user (0: all), the same ones for a seed -> row numbers
@@ -942,8 +928,8 @@ def load_encoder(run, args, tuned, device):
 @torch.no_grad()
 def generate(args):
     """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) =
-    head(h); and negatives-items.safetensors: text f16 (I, H), encode_items() of titles and
-    metadata, for the semantic alignment.
+    head(h); and negatives-items.safetensors: text f16 (I, H), read_layers() of titles and metadata
+    at the last layer, for the semantic alignment.
 
     A shard holds whole users; finished shards are kept when the run goes on after a kill. Memory is
     flat in the number of pairs: a shard is written when its users are done."""
@@ -1020,7 +1006,7 @@ def generate(args):
     if rank() == 0:
         items = read_jsonl(run / "items.jsonl")
         item_texts = [f"{row['title']}. {row['text']}" for row in items]
-        text = encode_items(llm, prompt, item_texts, args.read_items)
+        text = read_layers(llm, prompt, item_texts, [-1 if args.read_items else 0])[0]
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
     if world() > 1:
         dist.barrier()

@@ -2021,15 +2021,28 @@ def test_encode_equals_the_whole_prompt_on_the_default_llm():
     assert ((ours - whole).abs().amax(1) / whole.abs().amax(1)).max() < 1e-3
 
 
-@pytest.mark.parametrize("read", [True, False])
-def test_item_texts_are_means_over_their_own_tokens(encoder, read):
+def test_item_texts_are_means_over_their_own_tokens(encoder):
+    """Several layers in one pass, against each text run alone and its layers called one by one."""
     llm, prompt = encoder[:2]
-    ours = llm_negatives.encode_items(llm, prompt, ITEM_TEXTS, read, batch=3)
+    assert len(llm.layers) == 2
+    ours = llm_negatives.read_layers(llm, prompt, ITEM_TEXTS, [0, 1, -1], batch=3)
     for row, text in enumerate(ITEM_TEXTS):
         ids = torch.tensor([prompt.ids(text)])
-        hidden = (llm(ids).last_hidden_state if read else llm.get_input_embeddings().weight[ids])[0]
-        alone = hidden[1:].mean(0) if len(hidden) > 1 else hidden[0]
-        assert torch.allclose(ours[row], alone, rtol=1e-3, atol=1e-5)
+        embedded, states = llm.get_input_embeddings()(ids), []
+        hook = llm.layers[1].register_forward_pre_hook(
+            lambda module, inputs, named: states.append((inputs or named.values())[0]), with_kwargs=True)
+        last = llm(ids).last_hidden_state
+        hook.remove()
+        for layer, hidden in enumerate((embedded, states[0], last)):
+            alone = hidden[0, 1:].mean(0) if ids.shape[1] > 1 else hidden[0, 0]
+            assert torch.allclose(ours[layer][row], alone, rtol=1e-3, atol=1e-5)
+
+
+def test_a_bag_of_words_runs_no_layer(encoder, monkeypatch):
+    llm, prompt = encoder[:2]
+    expected = llm_negatives.read_layers(llm, prompt, ITEM_TEXTS, [0, -1])[0]
+    monkeypatch.setattr(llm, "forward", None)
+    assert torch.equal(llm_negatives.read_layers(llm, prompt, ITEM_TEXTS, [0])[0], expected)
 
 
 def test_soft_tokens_reach_their_own_rows_alone(encoder):
