@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 # --------------------------------------------------------------------------------------------------
@@ -338,9 +338,13 @@ class Backbone(nn.Module):
         # users first, then items
         self.embedding = nn.Parameter(torch.empty(n_users + n_items, dim))
         nn.init.normal_(self.embedding, std=self.std)
+        self.texts = None  # a TextVectors, which then makes what `embedding` would be
+
+    def start(self):
+        return self.embedding if self.texts is None else self.texts()  # (U + I, d)
 
     def ego(self):
-        return self.embedding.split([self.n_users, self.n_items])
+        return self.start().split([self.n_users, self.n_items])
 
     def layers(self):
         users, items = self.ego()
@@ -385,13 +389,13 @@ class LightGCN(Backbone):
         self.n_layers = n_layers
 
     def layers(self):
-        hops = [self.embedding]
+        hops = [self.start()]
         for _ in range(self.n_layers):
             hops.append(SymmetricMatmul.apply(self.adjacency, hops[-1]))
         return torch.stack(hops, 1).split([self.n_users, self.n_items])
 
     def forward(self):  # the same as pool(layers()), without holding all hops at once
-        total = hop = self.embedding
+        total = hop = self.start()
         for _ in range(self.n_layers):
             hop = SymmetricMatmul.apply(self.adjacency, hop)
             total = total + hop
@@ -417,7 +421,7 @@ class NGCF(Backbone):
             nn.init.xavier_uniform_(linear.weight)
 
     def layers(self):
-        x = self.embedding
+        x = self.start()
         hops = [x]
         for w1, w2 in zip(self.w1, self.w2):
             side = SymmetricMatmul.apply(self.adjacency, x)
@@ -458,9 +462,32 @@ class NeuMF(Backbone):
         return torch.cat([self.score(users[:, None], part[None]) for part in items.split(chunk)], 1)
 
 
-def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False):
+class TextVectors(nn.Module):
+    """What a backbone starts from, made of frozen texts by an MLP of two layers, in place of free
+    vectors: with LightGCN and the softmax of cosines, AlphaRec (Sheng et al., "Language
+    Representations Can be What Recommenders Need", ICLR 2025). A user's text is the mean of those
+    of the train items. Texts are standardised first, beyond the paper: some axes of an LLM's hidden
+    states dwarf the rest.
+
+    forward() -> (U + I, dim), users first. text (I, H) float; train (N, 2), on the same device."""
+
+    def __init__(self, text, train, n_users, dim):
+        super().__init__()
+        text = (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
+        count = torch.bincount(train[:, 0], minlength=n_users).clamp(min=1)
+        users = sum_of_train_items(text, train, n_users) / count[:, None]
+        self.register_buffer("text", torch.cat([users, text]), persistent=False)  # (U + I, H)
+        width = text.shape[1]
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, dim))
+
+    def forward(self):
+        return self.mlp(self.text)
+
+
+def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False, text=None):
     """One of mf, lightgcn, ngcf, neumf, or pop (an MF of width 1), on the device of `train` (N, 2).
 
+    text (I, H): it starts from TextVectors of them.
     cosine: forward() gives vectors of norm 1, so that inner products are cosines in training, in
     the ranking and in the saved file alike."""
     if name == "neumf" and dim % 2:
@@ -473,6 +500,8 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False)
         adjacency = normalized_adjacency(train, n_users, n_items)
         form = {"lightgcn": LightGCN, "ngcf": NGCF}[name]
         model = form(n_users, n_items, dim, adjacency, n_layers)
+    if text is not None:
+        model.embedding, model.texts = None, TextVectors(text, train, n_users, dim)
     if cosine:
         model.register_forward_hook(unit_vectors)
     return model.to(train.device)
@@ -1014,22 +1043,30 @@ def pretrain(args):
         settings |= {"dim": 1, "layers": 0}
         settings |= {name: getattr(args, name) for name in CLOSED_FORMS[args.backbone]}
     settings["inputs"] = stamp(run, "data.safetensors")
+    text = None
+    if args.text_vectors:
+        path = run / args.text_vectors
+        path = path if path.exists() else args.text_vectors
+        text = read_text_vectors(path, data["n_items"])
+        settings["text_digest"] = file_digest(path)
     if up_to_date(out, settings, force=args.force):
         return
     if args.backbone in CLOSED_FORMS:
         compute_baseline(args, data, settings, out)
     else:
-        train_baseline(args, data, settings, out)
+        train_baseline(args, data, settings, out, text)
 
 
-def train_baseline(args, data, settings, out):
-    """The training of `pretrain`, from the data of load_data to the file `out`."""
+def train_baseline(args, data, settings, out, text=None):
+    """The training of `pretrain`, from the data of load_data to the file `out`. text (I, H): what
+    --text-vectors names."""
     device = start_processes(args.device)
     torch.manual_seed(args.seed)
     train = data["train"].to(device)
     data = {**data, "train": train, "valid": data["valid"].to(device)}
+    text = text if text is None else text.to(device)
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train,
-                           args.layers, args.cosine)
+                           args.layers, args.cosine, text)
     if args.loss == "softmax":
         step = make_softmax_step(model, train, reg=args.reg, n=args.shared, tau=args.tau)
     else:
@@ -1045,6 +1082,8 @@ def train_baseline(args, data, settings, out):
         return
     restore({"backbone": model}, state)
     users, items = model.eval()()
+    if text is not None:  # the vectors alone, which load_model makes an MF of
+        state = {"backbone.embedding": torch.cat([users, items])}
     tensors = {**state, "user": users, "item": items}
     check_finite(out, tensors, "nothing was written; lower --lr and run again")
     save_tensors(out, tensors,
@@ -1125,11 +1164,33 @@ def load_model(path, maker="", data=None):
     if "value" in tensors or "weight" in tensors:
         model = ItemWeights(closed_form_weights(tensors), data["train"], meta["n_users"])
         return model, meta, tensors
-    dim = s["dim"] or tensors["backbone.embedding"].shape[1]
-    model = build_backbone(s["backbone"], meta["n_users"], meta["n_items"], dim, data["train"],
-                           s["layers"], s.get("cosine", False))
+    plain = s["command"] == "pretrain" and s.get("text_vectors")
+    dim = tensors["backbone.embedding"].shape[1]
+    model = build_backbone("mf" if plain else s["backbone"], meta["n_users"], meta["n_items"], dim,
+                           data["train"], s["layers"], s.get("cosine", False))
     restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
+
+
+def read_text_vectors(path, n_items):
+    """The tensor `text` (I, H) of a safetensors file: a vector of each item, as in items.jsonl.
+
+    Raises SystemExit2 when it is not there, has another shape, or a row that is not finite."""
+    try:
+        text = load_file(path)["text"]
+    except FileNotFoundError:
+        fail(f"--text-vectors {path}: no such file")
+    except KeyError:
+        fail(f"--text-vectors {path}: has no tensor `text`; name it so")
+    except (SafetensorError, OSError) as error:
+        fail(f"--text-vectors {path}: cannot be read as safetensors ({error})")
+    if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
+        fail(f"--text-vectors {path}: text is {tuple(text.shape)}, not ({n_items}, width); give a "
+             "row for each item, as in items.jsonl")
+    bad = (~text.isfinite().all(1)).nonzero()
+    if len(bad):
+        fail(f"--text-vectors {path}: row {int(bad[0])} of text is not finite; mend that row")
+    return text.float()
 
 
 def load_negatives(run, name, digest=None):
@@ -1727,6 +1788,10 @@ def main(argv=None):
                    help="softmax's temperature")
     p.add_argument("--cosine", action="store_true",
                    help="softmax of cosines; the saved vectors have norm 1")
+    p.add_argument("--text-vectors", metavar="FILE",
+                   help="safetensors file, in the run folder or elsewhere, with `text` (I, H): an "
+                        "MLP of these in place of free vectors; AlphaRec, with --loss softmax "
+                        "--cosine")
     g = p.add_argument_group(
         "closed forms: --backbone pop, itemknn, rp3, ease; they read no other flag")
     g.add_argument("--shrink", type=number(float, 0), default=20.0,
@@ -1749,6 +1814,8 @@ def main(argv=None):
     if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
         fail("--cosine: needs --loss softmax, and a backbone that scores by inner products: mf, "
              "lightgcn or ngcf")
+    if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
+        fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
     pretrain(args)
 
 

@@ -550,7 +550,8 @@ def judge_section(run, data, cf, metrics):
 
 NAMES = {"pop": "Popularity", "itemknn": "ItemKNN", "rp3": "RP3β", "ease": "EASE",
          "rns": "RNS", "pns": "PNS", "dns": "DNS", "mixgcf": "MixGCF", "ahns": "AHNS",
-         "softmax": "Softmax", "hnlmrec": "HNLMRec", "hnlmrec-full": "HNLMRec in full"}
+         "softmax": "Softmax", "alpharec": "AlphaRec", "hnlmrec": "HNLMRec",
+         "hnlmrec-full": "HNLMRec in full"}
 
 
 def report(args):
@@ -749,7 +750,10 @@ CLOSED = {"Popularity": "pop", "ItemKNN": "itemknn", "RP3β": "rp3", "EASE": "ea
 BASELINES = {**dict.fromkeys(CLOSED, ""), "Softmax": "--loss softmax --cosine",
              "RNS": "--sampler rns", "PNS": "--sampler pns", "DNS": "--sampler dns",
              "DNS(M,N)": "--sampler dns --m 24 --n 2",
-             "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns"}
+             "MixGCF": "--sampler mixgcf", "AHNS": "--sampler ahns",
+             # 2 layers and tau .15 as its authors have them
+             "AlphaRec": "--text-vectors judge.safetensors --loss softmax --cosine --layers 2 "
+                         "--tau 0.15"}
 OURS = {
     "HNLMRec": "", "HNLMRec, cleared negatives": "--clear 0.3",
     # the values of --paper once more, or those of --hnlmrec-flags, tuned for ours, would win
@@ -851,6 +855,7 @@ def compare(args):
     # what their trainings read, made one after the other, on all cores
     judges = {JUDGED[name][0] for name, _ in plan if name in JUDGED}
     judges |= {FULL[name][1] for name, _ in plan if name in FULL}
+    judges |= {"judge.safetensors" for name, _ in plan if name == "AlphaRec"}
     for judge, words in JUDGED.values():
         if judge in judges and not (run / judge).exists():
             program("llm_negatives.py", "judge", "--run", run, "--llm", args.llm, *words.split(),
@@ -1164,6 +1169,7 @@ SPACES = {
     "MixGCF": TRAINED | {"m": M},
     "AHNS": TRAINED | {"m": M},
     "Softmax": TRAINED | {"tau": ("log", 0.05, 1), "shared": [64, 256, 1024]},
+    "AlphaRec": TRAINED | {"tau": ("log", 0.05, 1), "shared": [64, 256, 1024]},
     "HNLMRec": TRAINED | {
         "m": M, "text-init": [0, 1], "lambda-s": [0, 0.01], "clear": [0, 0.3], "alpha": [0, 0.02],
         "lambda-f": [0, 0.3, 1], "gamma": [0.1, 0.2, 0.5]},
@@ -1208,7 +1214,8 @@ def tune(args):
     for name in names:
         if name not in SPACES:
             fail(f"--methods {name}: has no declared space; choose from {'; '.join(SPACES)}")
-        if "lambda-f" in SPACES[name] and not judge.exists():
+        reads_judge = name == "AlphaRec" or "lambda-f" in SPACES[name]
+        if reads_judge and not judge.exists():
             fail(f"{judge}: no such file, and trials of {name} read it; make it with "
                  f"`{maker_of(judge)}`")
 
@@ -1227,7 +1234,8 @@ def tune(args):
     todo = []
     for name in names:
         backbone = CLOSED.get(name, args.backbone)
-        inputs = shared | ({} if name in BASELINES else {"llm": llm})
+        own = name in BASELINES and name != "AlphaRec"  # reads nothing of the LLM's
+        inputs = shared | ({} if own else {"llm": llm})
         for n in range(args.budget if SPACES[name] else 1):
             rng = np.random.default_rng([args.seed, n, *name.encode()])
             row = {"method": name, "backbone": backbone, "trial": n, **inputs}

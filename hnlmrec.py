@@ -48,8 +48,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from backbones import (
@@ -81,6 +79,7 @@ from backbones import (
     pair_keys,
     rank,
     read_jsonl,
+    read_text_vectors,
     restore,
     row_of,
     run_cli,
@@ -576,27 +575,6 @@ def load_generated(run, name, data, text_vectors=None):
     if text_vectors:
         made["text"] = read_text_vectors(text_vectors, data["n_items"])
     return made
-
-
-def read_text_vectors(path, n_items):
-    """The tensor `text` (I, H) of a safetensors file: a vector of each item, as in items.jsonl.
-
-    Raises SystemExit2 when it is not there, has another shape, or a row that is not finite."""
-    try:
-        text = load_file(path)["text"]
-    except FileNotFoundError:
-        fail(f"--text-vectors {path}: no such file")
-    except KeyError:
-        fail(f"--text-vectors {path}: has no tensor `text`; name it so")
-    except (SafetensorError, OSError) as error:
-        fail(f"--text-vectors {path}: cannot be read as safetensors ({error})")
-    if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
-        fail(f"--text-vectors {path}: text is {tuple(text.shape)}, not ({n_items}, width); give a "
-             "row for each item, as in items.jsonl")
-    bad = (~text.isfinite().all(1)).nonzero()
-    if len(bad):
-        fail(f"--text-vectors {path}: row {int(bad[0])} of text is not finite; mend that row")
-    return text.float()
 
 
 def train(args):

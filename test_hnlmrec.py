@@ -191,6 +191,32 @@ def test_lightgcn_against_dense_oracle():
     assert torch.allclose(model.embedding.grad, e.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lightgcn", "mf"])
+def test_vectors_made_of_texts_against_dense_algebra(name):
+    """AlphaRec's form: the mean of the train items' texts, an MLP, hops, norm 1; no free vector."""
+    torch.manual_seed(0)
+    pairs, text = random_pairs()[:40], torch.randn(N_ITEMS, 6) * 3 + 1  # the last users have none
+    model = backbones.build_backbone(name, N_USERS, N_ITEMS, 4, pairs, 2, True, text)
+    standard = (text - text.mean(0)) / text.std(0)
+    rows = torch.zeros(N_USERS + N_ITEMS, 6)
+    rows[N_USERS:] = standard
+    for u in range(N_USERS):
+        own = [standard[i] for user, i in pairs.tolist() if user == u]
+        if own:
+            rows[u] = sum(own) / len(own)
+    first, _, second = model.texts.mlp
+    hidden = rows @ first.weight.T + first.bias
+    e = torch.where(hidden > 0, hidden, 0.01 * hidden) @ second.weight.T + second.bias
+    a = dense_adjacency(pairs)
+    e = (e + a @ e + a @ a @ e) / 3 if name == "lightgcn" else e
+    users, items = model()
+    assert torch.allclose(torch.cat([users, items]), F.normalize(e, dim=1), atol=1e-5)
+    assert all(part.startswith("texts.mlp") for part in model.state_dict())
+    step = backbones.make_softmax_step(model, pairs, reg=0.1, n=20, tau=0.5)
+    step(torch.arange(9), torch.Generator().manual_seed(3))[0].backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
 def test_ngcf_against_dense_oracle():
     pairs = random_pairs()
     model = backbones.build_backbone("ngcf", N_USERS, N_ITEMS, 4, pairs, 2).eval()
@@ -2920,10 +2946,21 @@ def test_closed_forms_and_softmax_by_command(copied, capsys):
     assert all(torch.equal(ours, tensors[name]) for ours, name in zip(model(), ("user", "item")))
     assert torch.allclose(tensors["item"].norm(dim=1), torch.ones(len(tensors["item"])))
     assert "--cosine: needs" in refused("backbones.py", *pretrain, "--cosine")
+    # AlphaRec's row, its texts named by a file of the run
+    words = evaluation.BASELINES["AlphaRec"].replace("judge", "negatives-items").split()
+    words += "--dim 8 --epochs 2 --out model-alpharec.safetensors".split()
+    backbones.main([*pretrain, *words])
+    model, meta, tensors = backbones.load_model(copied / "model-alpharec.safetensors", "", data)
+    assert all(torch.allclose(a, tensors[name]) for a, name in zip(model(), ("user", "item")))
+    valid = backbones.validation(model, data)()
+    assert evaluation.best_epoch(meta)["valid_ndcg@20"] == pytest.approx(valid)
+    assert "no such file" in refused("backbones.py", *pretrain, "--text-vectors", "none")
+    assert "not neumf" in refused(
+        "backbones.py", *pretrain, "--text-vectors", "none", "--backbone", "neumf")
 
     evaluation.main(["report", "--run", str(copied)])
     report = (copied / "report.md").read_text()
-    for name in ("Popularity", "ItemKNN", "RP3β", "EASE", "Softmax", "RNS"):
+    for name in ("Popularity", "ItemKNN", "RP3β", "EASE", "Softmax", "AlphaRec", "RNS"):
         assert f"| {name} |" in report
     recommend = ["recommend", "--run", str(copied), "--user", "u3"]
     evaluation.main([*recommend, "--model", "model-ease.safetensors"])
