@@ -2056,7 +2056,8 @@ def test_item_texts_are_means_over_their_own_tokens(encoder):
         ids = torch.tensor([prompt.ids(text)])
         embedded, states = llm.get_input_embeddings()(ids), []
         hook = llm.layers[1].register_forward_pre_hook(
-            lambda module, inputs, named: states.append((inputs or named.values())[0]), with_kwargs=True)
+            lambda module, inputs, named: states.append((inputs or named.values())[0]),
+            with_kwargs=True)
         last = llm(ids).last_hidden_state
         hook.remove()
         for layer, hidden in enumerate((embedded, states[0], last)):
@@ -2403,6 +2404,13 @@ def toy_backbones(p, encoder):
         model.score(users[:3], items[:3]).sum().backward()
 
 
+def toy_text_vectors(p, encoder):
+    text, train = torch.randn(7, 4), torch.tensor([[0, 1], [0, 6], [1, 3]])
+    made = p["TextVectors"](text, train, 2, 3)
+    assert made().shape == (9, 3)
+    assert torch.allclose(made()[1], made()[2 + 3])  # user 1 has item 3 alone
+
+
 def toy_samplers(p, encoder):
     model, candidates = rigged(torch.randn(3, 4), torch.randn(6, 4)), torch.arange(6).view(3, 2)
     (users, items), positives = model(), candidates[:, 0]
@@ -2535,7 +2543,9 @@ def toy_hnlmrec(p, encoder):
     loss.backward()
     assert set(logs) == {"bpr", "false", "align", "semantic"}
     (u, i), (users, items) = train.T, backbone()
-    e = 0.02 * method.z + 0.98 * items[negative]
+    e_j = items[negative]
+    z = method.z / method.z.norm(dim=1, keepdim=True) * e_j.norm(dim=1, keepdim=True)
+    e = 0.02 * z + 0.98 * e_j
     below = (users[u] * e).sum(1)
     bpr = F.softplus(below - (users[u] * items[i]).sum(1)).mean()
     false = F.softplus(below - (users[u] * items[(u + 4) % 8]).sum(1)).mean()
@@ -2555,7 +2565,8 @@ def toy_bootstrap(p, encoder):
 
 
 TOYS = {
-    "UnseenSampler": toy_sampler, "dns": toy_samplers, "LightGCN": toy_backbones,
+    "UnseenSampler": toy_sampler, "dns": toy_samplers, "TextVectors": toy_text_vectors,
+    "LightGCN": toy_backbones,
     "item_knn": toy_closed_forms, "bpr_loss": toy_losses, "rank_unseen": toy_ranking,
     "mine_hard_negatives": toy_band,
     "ndcg": toy_metrics, "fit": toy_fit, "run_piece": toy_encode,
@@ -3121,7 +3132,7 @@ def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
 
 
 def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeypatch):
-    """Trained in float32, run in the LLM's format. Before LoRA has learned, it is not run at all."""
+    """Trained in float32, run in the LLM's format. Before LoRA has learned, it is not run."""
     seen, fit_head = [], llm_negatives.fit_head
 
     def watched(task, head, hidden, rows, *args, **more):
