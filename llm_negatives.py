@@ -420,18 +420,21 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
 def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", profile_dropout=0.0, batch=64,
                 label=""):
     """encode_pairs over many rows of train, grouped by user -> h (R, H) in the order of `rows`.
-    Each process encodes its share."""
+    Each process encodes its share. batch: suffixes a call, of like length among four times as many
+    rows."""
     order = task.train[rows, 0].argsort(stable=True)
+    instruction = run_piece(llm, [prompt.shared])[2]
+    encoder = functools.partial(encode, batch=batch, instruction=instruction)
     progress = Progress(label, len(order), "pairs") if label else None
     hidden_size = llm.config.get_text_config().hidden_size
     result = torch.zeros(len(rows), hidden_size, device=task.train.device)
-    for n, at in enumerate(order.split(batch)):
+    for n, at in enumerate(order.split(4 * batch)):
         if n % world() == rank():
             torch.manual_seed(n)  # what is left out does not depend on which process encodes it
             result[at] = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts,
-                                      task.train[rows[at]], drop, profile_dropout)
+                                      task.train[rows[at]], drop, profile_dropout, encoder)
         if progress:
-            progress.update(min(len(order), (n + 1) * batch))
+            progress.update(min(len(order), (n + 1) * 4 * batch))
     sum_over([result])
     return result
 
@@ -551,8 +554,8 @@ def training_order(task, warmup_pairs, steps, per_user, groups):
 
 
 def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
-    """Before the first LoRA step: hit rates of the bare LLM, then of a head fitted on its hidden
-    states of `rows` -> the log so far."""
+    """Before the first LoRA step: a head fitted on the bare LLM's hidden states of `rows`, and its
+    hit rates -> the log so far."""
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
     n_items, n_mined = len(task.candidates), task.mined.shape[1]
@@ -561,14 +564,14 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; loss at chance "
           f"ln({n_items}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform "
           f"{chance:.3f}, popularity {popular:.3f}", flush=True)
-    log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "before")
+    log["hit_rates"] = {}
     if len(rows):
         hidden = encode_rows(task, llm, prompt, soft_tokens, rows, label="warm-up",
                              profile_dropout=args.profile_dropout)
         loss = fit_head(task, head, hidden, rows, args.tau_s, seed=args.seed)
         print(f"warm-up: head fitted on {len(rows)} pairs of the frozen LLM, loss {loss:.3f}",
               flush=True)
-        log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
+        log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
     return log
 
 
@@ -617,6 +620,8 @@ def finetune(args):
     if args.checkpointing:  # which runs layers twice, so that no cache can be kept
         llm.gradient_checkpointing_enable({"use_reentrant": False})
         encoder = encode_whole
+    if device == "cpu":  # the fused attention's backward pass takes longer there, a step by a third
+        llm.set_attn_implementation("eager")
     targets = [name.strip() for name in args.lora_targets.split(",")]
     llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
 
@@ -640,7 +645,8 @@ def finetune(args):
         restore_partial(saved.tensors, kept, optimizer)
         print(f"finetune: going on after step {done} of {steps}")
     else:
-        log = warm_up(task, llm, prompt, soft_tokens, head, warm, args)
+        with llm.disable_adapter():  # LoRA begins at zero: it would cost a third and add nothing
+            log = warm_up(task, llm, prompt, soft_tokens, head, warm, args)
         log["dtype"] = dtype_name(dtype)
         if world() > 1:
             for value in kept.values():
@@ -1541,6 +1547,8 @@ def load_sft(run, name, llm, device, lora=True):
     cannot be loaded is an error, never skipped. lora=False leaves the LLM as it came (with the maps
     and head of `name`)."""
     maker = f"python llm_negatives.py finetune --run {run}"
+    if name != "sft":
+        maker += f" --name {name}"
     path, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
     tensors, meta = load_tensors(path, maker, device)
     s = Namespace(**meta["settings"])
@@ -1550,7 +1558,9 @@ def load_sft(run, name, llm, device, lora=True):
     model = load_llm(llm, AutoModel, getattr(torch, meta["dtype"]), device, s.llm_layers)
     if lora:
         try:
-            model = PeftModel.from_pretrained(model, adapter).eval()
+            # to the LLM's number format, so that nothing is converted in each layer
+            dtype = model.dtype
+            model = PeftModel.from_pretrained(model, adapter).to(dtype).eval()
         except Exception as error:  # noqa: BLE001 as above
             fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: "
                  f"{str(error)[:200]}); run `{maker} --force`")
@@ -1691,7 +1701,7 @@ def main(argv=None):
     g.add_argument("--users-per-step", type=number(int, 1), default=16, help="users a step")
     g.add_argument("--items-per-user", type=number(int, 1), default=2,
                    help="pairs of each user in a step, at most")
-    g.add_argument("--micro-pairs", type=number(int, 1), default=8,
+    g.add_argument("--micro-pairs", type=number(int, 1), default=16,
                    help="pairs whose activations are held at once")
     g.add_argument("--checkpointing", action="store_true",
                    help="gradient checkpointing: less memory, more time, no shared prefix")

@@ -3083,6 +3083,35 @@ def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
                 assert torch.allclose(vector, shard["vector"].float(), atol=1e-2)
 
 
+def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeypatch):
+    """Trained in float32, run in the LLM's format. Before LoRA has learned, it is not run at all."""
+    seen, fit_head = [], llm_negatives.fit_head
+
+    def watched(task, head, hidden, rows, *args, **more):
+        seen.append((task, hidden, rows))
+        return fit_head(task, head, hidden, rows, *args, **more)
+
+    monkeypatch.setattr(llm_negatives, "fit_head", watched)
+    tune(copied, tiny_llm, "sft-bf16", "--dtype", "bf16", "--profile-dropout", 0)
+    adapter = load_file(copied / "adapter-bf16" / "adapter_model.safetensors")
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
+    task, frozen, rows = seen[0]
+    both = []
+    for lora in (False, True):
+        llm, prompt, soft_tokens, *_ = llm_negatives.load_sft(
+            copied, "sft-bf16", tiny_llm, "cpu", lora)
+        assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
+        both.append(llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows))
+    llm = llm.float()  # the oracle: the same adapter in float32
+    with torch.no_grad():
+        for name, p in llm.named_parameters():
+            if "lora" in name:
+                p.copy_(adapter[name.replace(".default", "")])
+    exact = llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows)
+    assert F.cosine_similarity(both[1], exact).min() > 0.999
+    assert (both[1] - exact).norm() < (both[0] - exact).norm() / 3
+
+
 def test_a_finished_step_is_skipped_and_a_changed_one_refused(finished, raw):
     before = (finished / "cf.safetensors").read_bytes()
     pretrain = ["pretrain", "--run", finished, *BUDGET, "--sampler", "dns"]
