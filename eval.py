@@ -1149,8 +1149,8 @@ def make_cells(run, cells, jobs, force=False):
         return list(pool.map(one, cells))
 
 # --------------------------------------------------------------------------------------------------
-# Tune: the same number of random trials for every method (random search: Bergstra and Bengio, JMLR
-# 2012), on validation. Reads no test pair
+# Tune: the same number of trials for every method, on validation: random search (Bergstra and
+# Bengio, JMLR 2012) and steps from the best so far, in turn. Reads no test pair
 # --------------------------------------------------------------------------------------------------
 
 TRAINED = {"lr": ("log", 3e-4, 1e-2), "reg": ("log", 1e-6, 1e-1)}
@@ -1184,9 +1184,16 @@ OFF = "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --clear 0 --lambda-f "
 FIRST = {"HNLMRec": [OFF + "0", OFF + "1"]}
 
 
+def as_word(flag, value, m):
+    """A value of SPACES as a command's word, numbers with three digits. m: the M that follows the
+    catalogue's size."""
+    if flag == "m":
+        value = max(1, round(value * m))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def draw(space, rng, m):
-    """One random point of a space of SPACES, as words of a command; numbers have three digits. m:
-    the M that follows the catalogue's size."""
+    """One random point of a space of SPACES, as words of a command."""
     words = []
     for flag, values in space.items():
         if isinstance(values, list):
@@ -1195,15 +1202,36 @@ def draw(space, rng, m):
             value = math.exp(rng.uniform(math.log(values[1]), math.log(values[2])))
         else:
             value = rng.uniform(values[1], values[2])
-        if flag == "m":
-            value = max(1, round(value * m))
-        words += [f"--{flag}", f"{value:.3g}" if isinstance(value, float) else str(value)]
+        words += [f"--{flag}", as_word(flag, value, m)]
     return words
 
 
+def near(words, space, rng, m):
+    """The point `words` with one flag of its space moved: to a neighbour in a list, by a normal
+    step of a sixth of its range on a scale. A flag that has its default is drawn at random."""
+    flag = list(space)[rng.integers(len(space))]
+    values, drawn = space[flag], draw({flag: space[flag]}, rng, m)
+    if f"--{flag}" not in words:
+        return [*words, *drawn]
+    at = words.index(f"--{flag}") + 1
+    moved = drawn[1]
+    if isinstance(values, list):
+        listed = [as_word(flag, value, m) for value in values]
+        if words[at] in listed:
+            i = listed.index(words[at])
+            beside = [word for word in listed[max(i - 1, 0):i + 2] if word != words[at]]
+            moved = beside[rng.integers(len(beside))] if beside else words[at]
+    else:
+        scale, low, high = values
+        old, step = float(words[at]), rng.normal() / 6
+        value = old + step * (high - low) if scale == "linear" else old * (high / low) ** step
+        moved = as_word(flag, min(max(value, low), high), m)
+    return [*words[:at], moved, *words[at + 1:]]
+
+
 def tune(args):
-    """Random search of each method's space, `budget` trials each, after the method's defaults
-    (trial 0) and those of FIRST.
+    """Search each method's space by `budget` trials: the method's defaults (trial 0), those of
+    FIRST, then, in turn, a random point and the best so far with one flag moved.
 
     A trial is one command and one line of OUT.jsonl, so a killed search goes on where it was;
     OUT.json holds the flags of the best trial by validation NDCG@20, for `compare --tuned`."""
@@ -1231,40 +1259,55 @@ def tune(args):
     if log.exists() and not args.force:
         rows = read_jsonl(log, "python eval.py tune", growing=True)
     done = {(row["method"], row["backbone"], row["trial"]): row for row in rows}
-    todo = []
-    for name in names:
+
+    def trial(name, n):
+        """Row n of a method, of which all before it are done."""
         backbone = CLOSED.get(name, args.backbone)
         own = name in BASELINES and name != "AlphaRec"  # reads nothing of the LLM's
-        inputs = shared | ({} if own else {"llm": llm})
-        for n in range(args.budget if SPACES[name] else 1):
-            rng = np.random.default_rng([args.seed, n, *name.encode()])
-            row = {"method": name, "backbone": backbone, "trial": n, **inputs}
-            first = ["", *FIRST.get(name, [])]
-            row["words"] = first[n].split() if n < len(first) else draw(SPACES[name], rng, m)
-            old = done.get((name, backbone, n))
-            if old is None:
-                todo.append(row)
-            elif {key: old.get(key) for key in row} != row:
-                fail(f"{log}: trial {n} of {name} was made from other inputs, flags or space; "
-                     "give --force to make its trials anew, or choose another --out")
+        row = {"method": name, "backbone": backbone, "trial": n}
+        row |= shared if own else shared | {"llm": llm}
+        rng = np.random.default_rng([args.seed, n, *name.encode()])
+        first = ["", *FIRST.get(name, [])]
+        if n < len(first):
+            row["words"] = first[n].split()
+        elif n % 2:
+            row["words"] = draw(SPACES[name], rng, m)
+        else:
+            before = [done[name, backbone, i] for i in range(n)]
+            best = best_trial(before)
+            row["words"] = near(best["words"], SPACES[name], rng, m)
+        return row
 
     def one(row):
-        return row | tune_trial(run, row)
+        return tune_trial(run, row)
 
+    # a round is one trial of each method; those of a round may run beside each other
     with ThreadPoolExecutor(args.jobs) as pool:
-        # one at a time in this thread, where Ctrl-C ends it at once
-        for finished in (map if args.jobs == 1 else pool.map)(one, todo):
-            rows.append(finished)
-            write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        for n in range(args.budget):
+            todo = []
+            for name in names:
+                if n and not SPACES[name]:
+                    continue
+                row = trial(name, n)
+                old = done.get((name, row["backbone"], n))
+                if old is None:
+                    todo.append(row)
+                elif {key: old.get(key) for key in row} != row:
+                    fail(f"{log}: trial {n} of {name} was made from other inputs, flags or space; "
+                         "give --force to make its trials anew, or choose another --out")
+            # one at a time in this thread, where Ctrl-C ends it at once
+            for row in (map if args.jobs == 1 else pool.map)(one, todo):
+                rows.append(row)
+                done[row["method"], row["backbone"], n] = row
+                write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     groups, methods, table = {}, {}, []
     for row in rows:
         groups.setdefault((row["backbone"], row["method"]), []).append(row)
     for (backbone, name), trials in groups.items():
-        finished = [row for row in trials if row["valid"] is not None]
-        best = max(finished, key=lambda row: row["valid"])
+        best, failed = best_trial(trials), sum(row["valid"] is None for row in trials)
         entry = {key: best[key] for key in ("words", "valid", "trial")}
-        entry |= {"trials": len(trials), "failed": len(trials) - len(finished)}
+        entry |= {"trials": len(trials), "failed": failed}
         methods.setdefault(backbone, {})[name] = entry
         table.append([name, backbone, len(trials), entry["failed"], f"{trials[0]['valid']:.4f}",
                       f"{best['valid']:.4f}", best["trial"],
@@ -1277,9 +1320,14 @@ def tune(args):
     print(f"\nwrote {run / args.out}.json")
 
 
+def best_trial(trials):
+    """The first of the trials with the highest validation NDCG@20; trial 0 never fails."""
+    return max((row for row in trials if row["valid"] is not None), key=lambda row: row["valid"])
+
+
 def tune_trial(run, row):
-    """Train one trial and throw the model away -> {"valid": NDCG@20, None when training failed}.
-    The failure of trial 0, the defaults, is an error: it is not the random flags' fault."""
+    """Train one trial and throw the model away -> the row with its "valid": NDCG@20, None when
+    training failed. The failure of trial 0, the defaults, is an error: no flag of ours made it."""
     script, command, words = command_of(row["method"])
     name = f"tune {row['method']} {row['backbone']} {row['trial']}"
     out = Path("compare") / (re.sub("[^a-z0-9]+", "-", name.lower()) + ".safetensors")
@@ -1287,12 +1335,13 @@ def tune_trial(run, row):
     try:
         program(script, command, "--run", run, "--backbone", row["backbone"], "--seed", row["seed"],
                 *words, "--out", out, "--force")
-        return {"valid": best_epoch(read_meta(run / out, "python eval.py tune"))["valid_ndcg@20"]}
+        meta = read_meta(run / out, "python eval.py tune")
+        return row | {"valid": best_epoch(meta)["valid_ndcg@20"]}
     except SystemExit2 as error:
         if row["trial"] == 0:
             raise
         print(f"failed: {error.message}")
-        return {"valid": None, "failed": error.message}
+        return row | {"valid": None, "failed": error.message}
     finally:
         (run / out).unlink(missing_ok=True)
 
@@ -1485,7 +1534,7 @@ def main(argv=None):
     p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
     p.add_argument("--top", type=number(int, 1), default=50, help="unseen items of each user")
     p = commands.add_parser(
-        "tune", help="choose each method's flags by random trials on validation",
+        "tune", help="choose each method's flags by trials on validation",
         epilog="example: python eval.py tune --run runs/ml-100k --methods 'DNS;EASE' --budget 20")
     p.add_argument("--run", required=True, metavar="DIR",
                    help="run folder in which `bash run.sh` has finished")

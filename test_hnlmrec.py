@@ -3019,16 +3019,23 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     for name in ("RNS", "HNLMRec"):
         words = [t["words"] for t in trials if t["method"] == name]
         first = 1 if name == "RNS" else 3
-        assert words[0] == [] and all(w[0] == "--lr" for w in words[first:])
+        flags_of = [dict(zip(w[::2], w[1::2])) for w in words]
+        rates = [float(f.get("--lr", 1e-3)) for f in flags_of]
+        # in turn a random point, and the best before with one flag moved
+        for n in range(first, 12):
+            before = [m for m in range(n) if rates[m] <= 6e-3]
+            best = flags_of[min(before, key=lambda m: abs(math.log(rates[m] / 2e-3)))]
+            moved = [flag for flag, value in flags_of[n].items() if best.get(flag) != value]
+            assert set(best) <= set(flags_of[n])
+            assert len(moved) <= 1 if n % 2 == 0 else words[n][0] == "--lr" and len(moved) > 1
         # DNS itself is always among HNLMRec's: nothing of the LLM or the judge
         off = "alpha lambda1 lambda-s text-init clear lambda-f".split()
         assert name == "RNS" or words[1] == " ".join(f"--{flag} 0" for flag in off).split()
-        rates = [1e-3] * first + [float(w[1]) for w in words[first:]]
-        assert len(set(rates)) > 8 and all(3e-4 <= rate <= 1e-2 for rate in rates)
+        assert words[0] == [] and all(3e-4 <= rate <= 1e-2 for rate in rates)
         entry = found["lightgcn"][name]
         whole = [rate for rate in rates if rate <= 6e-3]
         best = min(whole, key=lambda rate: abs(math.log(rate / 2e-3)))
-        assert entry["words"][:2] == ["--lr", f"{best:.3g}"] and entry["trials"] == 12
+        assert f"--lr {best:.3g}" in " ".join(entry["words"]) and entry["trials"] == 12
         assert entry["failed"] == sum(rate > 6e-3 for rate in rates)
     assert found["pop"]["Popularity"]["trials"] == 1
     assert any(t["valid"] is None for t in trials) and not list(tmp_path.glob("compare/*"))
@@ -3058,6 +3065,25 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     assert "DNS had 3 trials" in refused("eval.py", *compare, "DNS")
     (tmp_path / "tuned.json").write_text("{")
     assert "delete it" in refused("eval.py", *compare, "DNS")
+
+
+def test_a_trial_near_the_best_moves_one_flag_by_a_step():
+    rng, space = np.random.default_rng(0), evaluation.SPACES["DNS"]
+    words, seen = "--lr 0.001 --reg 0.01 --m 8".split(), {"--lr": [], "--reg": [], "--m": []}
+    for _ in range(900):
+        moved = evaluation.near(words, space, rng, 8)
+        assert moved[::2] == words[::2]
+        for flag, old, new in zip(words[::2], words[1::2], moved[1::2]):
+            if new != old:
+                seen[flag].append(float(new))
+    assert 250 < len(seen["--m"]) < 350 and set(seen["--m"]) == {4, 16}  # neighbours of 8 in M
+    # a normal step of a sixth of the range, on a log scale, kept within it
+    for flag, old, low, high in (("--lr", 1e-3, 3e-4, 1e-2), ("--reg", 1e-2, 1e-6, 1e-1)):
+        steps = np.log(np.array(seen[flag]) / old) / np.log(high / low)
+        assert abs(steps.std() - 1 / 6) < 0.03 and abs(np.median(steps)) < 0.03
+        assert low <= min(seen[flag]) and max(seen[flag]) <= high
+    only = evaluation.near([], {"m": [3]}, rng, 2)  # a default is drawn, a lone value stays
+    assert only == ["--m", "6"] == evaluation.near(only, {"m": [3]}, rng, 2)
 
 
 def test_declared_spaces_are_flags_of_their_programs(capsys):
