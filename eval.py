@@ -378,7 +378,7 @@ def text_judge(text, train, n_users):
 
 def find_judges(run, data):
     """Whatever in the run scores users and items by an inner product: yields (name, users (U, k),
-    items (I, k)). Raises SystemExit2 for a file of another split or of a wrong shape."""
+    items (I, k), and for some the ids of the users whose pairs count). Raises SystemExit2 for a file of another split or of a wrong shape."""
     yield from text_judges(run, data)
     yield from generated_judges(run, data)
     yield from file_judges(run, data)
@@ -432,7 +432,8 @@ def generated_judges(run, data):
 
 def file_judges(run, data):
     """Judges in files of their own, judge*.safetensors with tensors user (U, k) and item (I, k), as
-    find_judges yields them."""
+    find_judges yields them. One that was taught on layer 0 alone is a bag of words. Of one that
+    some users taught nothing (`judge --untaught`), their pairs alone count."""
     for path in sorted(run.glob("judge*.safetensors")):
         tensors, meta = load_tensors(path)
         if "data.safetensors" not in meta["settings"].get("inputs", {}):
@@ -443,30 +444,45 @@ def file_judges(run, data):
         needed = {"user": (data["n_users"], k), "item": (data["n_items"], k)}
         if shapes | needed != shapes:
             fail(f"{path}: needs tensors {needed}, has {shapes}; make it again")
-        yield path.stem, tensors["user"].float(), tensors["item"].float()
+        words = meta["settings"].get("layers") == "0"
+        name = f"bag of words ({path.stem})" if words else path.stem
+        judged = name, tensors["user"].float(), tensors["item"].float()
+        yield (*judged, tensors["untaught"]) if "untaught" in tensors else judged
+
+
+def without_texts(name, users, items):
+    """A judge with one of its texts taken away, as find_judges yields judges: the mean user's
+    vector for all users, and the mean item's for all items."""
+    yield f"{name}, mean user", users.mean(0).expand_as(users), items
+    # a column in which all users are alike weighs the items' bias, which is no text: it stays
+    bias = (users == users[0]).all(0)
+    yield f"{name}, mean item", users, torch.where(bias, items, items.mean(0))
 
 
 def measure_judges(model, data, judges, labels="valid", top=50):
     """How much each judge adds to what a CF model trained on train alone knows of the positives of
     `labels` (valid or test) among its own `top` best unseen items of each user.
 
-    judges: (name, users (U, k), items (I, k)), any iterable -> dict: labels, top, pairs, positives,
-    rows {name: {AUC, "over CF": gain, "over CF and bag of words": gain}}, each gain as
-    gain_interval's; the bag of words is the first judge whose name begins so. No rows where none of
-    the pairs is a positive, or all are. Raises SystemExit2 when a judge's score is not finite."""
+    judges: (name, users (U, k), items (I, k)), any iterable; a fourth part, ids (n,), names the
+    users whose gain is summed -> dict: labels, top, pairs, positives, rows {name: {AUC, of all
+    users, "over CF": gain, "over CF and bag of words": gain}}, each gain as gain_interval's; the
+    bag of words is the last judge whose name begins so: the taught one where there is one. No rows
+    where none of the pairs is a positive, or all are. Raises SystemExit2 when a judge's score is
+    not finite."""
     candidates, label, user, cf = cf_candidates(model, data, labels, top)
     positives, rows = int(label.sum()), {}
     result = {"labels": labels, "top": top, "pairs": len(label), "positives": positives,
               "rows": rows}
     if not 0 < positives < len(label):
         return result
-    scores = {}
-    for name, users, items in judges:
+    scores, counted, everyone = {}, {}, torch.arange(model.n_users)
+    for name, users, items, *some in judges:
         scores[name] = factor_scores(users, items, candidates)
+        counted[name] = some[0] if some else everyone
         if not torch.isfinite(scores[name]).all():
             fail(f"judge {name}: has scores that are not finite; make its file again")
 
-    words = next((name for name in scores if name.startswith("bag of words")), None)
+    words = next((name for name in reversed(scores) if name.startswith("bag of words")), None)
     base, own_auc = fit_of_features(cf, label, user, model.n_users)
     rows["CF alone"] = {"AUC": own_auc}
     if words:
@@ -474,10 +490,12 @@ def measure_judges(model, data, judges, labels="valid", top=50):
         known_base, _ = fit_of_features(known, label, user, model.n_users)
     for name, score in scores.items():
         fit, own_auc = fit_of_features([*cf, score], label, user, model.n_users)
-        rows[name] = {"AUC": own_auc, "over CF": gain_interval(fit - base, positives)}
+        own, whose = int(label[torch.isin(user, counted[name])].sum()), counted[name]
+        rows[name] = {"AUC": own_auc, "over CF": gain_interval((fit - base)[whose], own)}
         if words and name != words:
             fit, _ = fit_of_features([*known, score], label, user, model.n_users)
-            rows[name]["over CF and bag of words"] = gain_interval(fit - known_base, positives)
+            gain = gain_interval((fit - known_base)[whose], own)
+            rows[name]["over CF and bag of words"] = gain
     return result
 
 
@@ -517,7 +535,11 @@ def judge(args):
     """Measure the run's judges on the validation pairs -> judge.json. Reads no test pair."""
     run, data = Path(args.run), load_data(args.run)
     model, _, _ = load_model(run / args.cf, data=data)
-    result = measure_judges(model, data, find_judges(run, data), "valid", args.top)
+    judges = list(find_judges(run, data))
+    if args.parts:
+        for name, users, items, *_ in file_judges(run, data):
+            judges += without_texts(name, users, items)
+    result = measure_judges(model, data, judges, "valid", args.top)
     result |= {"data": data["digest"], "cf": args.cf}
     if not result["rows"]:
         fail(f"--top {args.top}: {result['positives']} of the {result['pairs']} best unseen items "
@@ -1533,6 +1555,8 @@ def main(argv=None):
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
     p.add_argument("--top", type=number(int, 1), default=50, help="unseen items of each user")
+    p.add_argument("--parts", action="store_true",
+                   help="also each judge in a file without its users' texts, and without its items'")
     p = commands.add_parser(
         "tune", help="choose each method's flags by trials on validation",
         epilog="example: python eval.py tune --run runs/ml-100k --methods 'DNS;EASE' --budget 20")

@@ -804,13 +804,19 @@ def judge(args):
     del llm
 
     # the maps; validation stops them, as it stops every model here. Small data, small batches
-    train = data["train"].to(device)
+    train, valid = data["train"].to(device), data["valid"].to(device)
     model = Judge(readings, train, data["n_users"], args.width).to(device)
-    step = make_judge_step(model, train, args.negatives)
+    generator = torch.Generator().manual_seed(args.seed)
+    untaught = (torch.rand(data["n_users"], generator=generator) < args.untaught).to(device)  # (U,)
+    taught = train[~untaught[train[:, 0]]]
+    if not len(taught):
+        fail(f"--untaught {args.untaught:g}: leaves no user to teach the judge; give less")
+    step = make_judge_step(model, taught, args.negatives)
     batch = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
     state, history = fit(
-        {"judge": model}, step, len(train),
-        validation(model, {"train": train, "valid": data["valid"].to(device)}), epochs=args.epochs,
+        {"judge": model}, step, len(taught),
+        validation(model, {"train": train, "valid": valid[~untaught[valid[:, 0]]]}),
+        epochs=args.epochs,
         batch_size=batch, lr=args.lr, eval_every=1, patience=2, seed=args.seed, label="judge")
     restore({"judge": model}, state)
 
@@ -819,6 +825,8 @@ def judge(args):
         user, item = model()
     tensors = {"user": user, "item": item, "likely": likely.int(), "share": share,
                "text": readings[len(layers) // 2]}  # of the middle one, for --text-vectors
+    if args.untaught:
+        tensors["untaught"] = untaught.nonzero()[:, 0]
     check_finite(out, tensors, "lower --lr and run again with --force")
     save_tensors(out, tensors, {"settings": settings, "history": history,
                                 "seconds": time.time() - start})
@@ -1734,6 +1742,8 @@ def main(argv=None):
     p.add_argument("--control", choices=["none", "shuffled", "random"], default="none",
                    help="what a judge is worth: texts given to other items, or an LLM of random "
                         "weights")
+    p.add_argument("--untaught", type=number(float, 0, 1), default=0,
+                   help="share of the users that teach it nothing: what it is worth to new users")
     p.add_argument("--width", type=number(int, 1), default=576, help="width k of its vectors")
     p.add_argument("--negatives", type=number(int, 1), default=2048,
                    help="items a step that each left-out item is told apart from")

@@ -1261,6 +1261,36 @@ def test_a_judge_that_knows_the_log_odds_gains_what_it_knows():
         assert abs(float((fit - base).sum())) < 5
 
 
+def test_a_judge_without_its_texts_keeps_its_biases():
+    users, items = torch.randn(6, 4), torch.randn(9, 4)
+    users[:, 3] = 1
+    (no_user, *one), (no_item, *other) = evaluation.without_texts("it", users, items)
+    assert (no_user, no_item) == ("it, mean user", "it, mean item")
+    scores = users @ items.T
+    assert torch.allclose(one[0] @ one[1].T, scores.mean(0).expand(6, 9), atol=1e-5)
+    text = users[:, :3] @ items[:, :3].T
+    assert torch.allclose(other[0] @ other[1].T, text.mean(1)[:, None] + items[:, 3], atol=1e-5)
+
+
+def test_gains_of_some_users_alone():
+    """A judge that knows all of two users and nothing of the others; the bag of words is the last."""
+    data, generator = split_data(), torch.Generator().manual_seed(3)
+    model = rigged(torch.randn(N_USERS, 4, generator=generator),
+                   torch.randn(N_ITEMS, 4, generator=generator))
+    noise = torch.randn(N_USERS, N_ITEMS, generator=generator), torch.eye(N_ITEMS)
+    judges = [("bag of words (untaught)", torch.ones(N_USERS, 1), torch.ones(N_ITEMS, 1)),
+              ("bag of words (taught)", *noise), ("whole", *noise), ("two", *noise, torch.tensor([1, 4])),
+              ("rest", *noise, torch.tensor([u for u in range(N_USERS) if u not in (1, 4)]))]
+    rows = evaluation.measure_judges(model, data, judges, top=20)["rows"]
+    for known in ("over CF", "over CF and bag of words"):
+        whole, two, rest = [rows[name][known]["nats"][0] for name in ("whole", "two", "rest")]
+        assert whole == pytest.approx(two + rest, abs=1e-6) and abs(two) < abs(whole) + abs(rest)
+    assert "over CF and bag of words" not in rows["bag of words (taught)"]
+    _, label, user, _ = evaluation.cf_candidates(model, data, top=20)
+    own, two = int(label[(user == 1) | (user == 4)].sum()), rows["two"]["over CF"]
+    assert two["per 1000 positives"][0] == pytest.approx(1000 * two["nats"][0] / own)
+
+
 @pytest.mark.parametrize("labels, top", [("valid", 7), ("test", 26)])
 def test_cf_candidates_against_loops(labels, top):
     data, generator = split_data(), torch.Generator().manual_seed(3)
@@ -3350,8 +3380,14 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     message = refused("hnlmrec.py", "train", *run, *BAND, "--out",
                       "model-bad.safetensors", "--text-vectors", copied / "alike.safetensors")
     assert "alike" in message
-    evaluation.main(["judge", *run])
-    assert "judge-random" in capsys.readouterr().out
+    # users that teach nothing: a bag of words, of which their pairs alone count
+    llm_negatives.main([*read[:-6], "--layers", "0", "--epochs", "1", "--untaught", "0.3", "--out", "judge-new.safetensors"])
+    new = backbones.load_tensors(copied / "judge-new.safetensors", "")[0]
+    assert 0 < len(new["untaught"]) < data["n_users"] and not torch.equal(new["user"], real["user"])
+    evaluation.main(["judge", *run, "--parts"])
+    out = capsys.readouterr().out
+    for name in ("judge-random", "judge, mean user", "judge, mean item", "bag of words (judge-new)"):
+        assert name in out
 
 
 def test_checkpointing_and_parts_do_not_change_the_step(copied, tiny_llm):
