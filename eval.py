@@ -378,7 +378,8 @@ def text_judge(text, train, n_users):
 
 def find_judges(run, data):
     """Whatever in the run scores users and items by an inner product: yields (name, users (U, k),
-    items (I, k), and for some the ids of the users whose pairs count). Raises SystemExit2 for a file of another split or of a wrong shape."""
+    items (I, k), and for some the ids of the users whose pairs count). Raises SystemExit2 for a
+    file of another split or of a wrong shape."""
     yield from text_judges(run, data)
     yield from generated_judges(run, data)
     yield from file_judges(run, data)
