@@ -801,8 +801,9 @@ JUDGED = {
     "judged by an LLM of random weights": ("judge-random.safetensors", "--control random"),
 }
 # several in one score (`hnlmrec.py blend`): name -> the trained row, the judge's file, and the
-# closed forms beside them
+# baselines beside them. The last three are what run.sh ends with, and the same less its parts
 BESIDE = ("RP3β", "EASE")
+EVERY = ("ItemKNN", "RP3β", "EASE", "RNS", "DNS", "MixGCF")
 FULL = {
     "HNLMRec in full": ("judged negatives alone", "judge.safetensors", BESIDE),
     "in full, without the generated negatives": ("DNS", "judge.safetensors", BESIDE),
@@ -813,6 +814,9 @@ FULL = {
     "DNS and closed forms": ("DNS", "none", BESIDE),
     "judge and closed forms": ("none", "judge.safetensors", BESIDE),
     "judge alone": ("none", "judge.safetensors", ()),
+    "HNLMRec, judge and all baselines": ("HNLMRec", "judge.safetensors", EVERY),
+    "HNLMRec and all baselines": ("HNLMRec", "none", EVERY),
+    "all baselines in one score": ("none", "none", EVERY),
 }
 # name -> the negatives it trains with, and the steps of llm_negatives.py that make them, minutes
 # each
@@ -901,8 +905,8 @@ def compare(args):
     for name, backbone in plan:
         for seed in seeds:
             if name in FULL:
-                trained, _, closed = FULL[name]
-                names = [trained, *closed] if trained != "none" else closed
+                trained, _, beside = FULL[name]
+                names = [trained, *beside] if trained != "none" else beside
                 blended[name, backbone, seed] = [cell_of(part, backbone, seed) for part in names]
             else:
                 cells[name, backbone, seed] = cell_of(name, backbone, seed)
@@ -917,7 +921,7 @@ def compare(args):
         files = [str(made[part].relative_to(run)) for part in parts]
         model, beside = ("none", files) if trained == "none" else (files[0], files[1:])
         words = ("--model", model, "--judge", judge, "--beside", ",".join(beside))
-        own = (backbone, 0 if trained == "none" else seed)
+        own = (backbone, seed if any(part[3] == backbone for part in parts) else 0)
         cells[name, backbone, seed] = ("hnlmrec.py", name, words, *own)
     unique = [cell for cell in dict.fromkeys(cells.values()) if cell not in made]
     made |= dict(zip(unique, make_cells(run, unique, args.jobs, args.force)))

@@ -3144,6 +3144,32 @@ def test_compare_computes_a_closed_form_once(copied, monkeypatch):
     assert cells["EASE | mf"]["NDCG@20"] == pytest.approx([expected, expected])
 
 
+def test_compare_blends_the_files_that_a_row_names(copied, monkeypatch):
+    """A row of FULL is `blend` of its parts' cells, each of its own seed; its score that of the
+    blend of these files."""
+    calls = []
+    monkeypatch.setattr(evaluation, "program",
+                        lambda *words: calls.append(words) or in_process(*words))
+    full = {"a": ("DNS", "none", ("RP3β",)), "b": ("none", "none", ("RNS", "EASE")),
+            "c": ("none", "none", ("RP3β", "EASE"))}
+    monkeypatch.setattr(evaluation, "FULL", full)
+    evaluation.main(["compare", "--run", str(copied), "--seeds", "2", "--backbones", "mf",
+                     "--flags", "--dim 4 --epochs 1", "--methods", "a;b;c"])
+    blends = [dict(zip(words[2::2], words[3::2])) for words in calls if words[1] == "blend"]
+    assert len(calls) == 2 + 2 + 2 + 5 and len(blends) == 5  # c holds closed forms alone: one seed
+    for n, seed in enumerate((0, 1)):
+        assert f"dns-mf-seed{seed}" in blends[n]["--model"] and "rp3" in blends[n]["--beside"]
+        assert blends[2 + n]["--model"] == "none" == blends[2 + n]["--judge"]
+        assert f"rns-mf-seed{seed}" in blends[2 + n]["--beside"]
+    data, cells = backbones.load_data(copied), json.loads(
+        (copied / "compare.json").read_text())["cells"]
+    for name, blend in (("a", blends[1]), ("b", blends[3]), ("c", blends[4])):
+        out = blend["--out"]
+        model, _, _ = backbones.load_model(copied / out, data=data)
+        _, values, _ = evaluation.evaluate(model, data)
+        assert cells[f"{name} | mf"]["NDCG@20"][1] == pytest.approx(float(values["NDCG@20"].mean()))
+
+
 def test_text_vectors_of_ones_own(copied):
     """The LLM's own vectors, given as a file, change nothing; others do; bad files are refused."""
     flags = "--dim 8 --epochs 4 --eval-every 2 --mine-first 1 --mine-last 5 --alpha 0.3"
