@@ -173,7 +173,7 @@ def dns(score, users, items, candidates, top=1, pick=None, penalty=None):
     int64 -> item ids (B,). top at most M. penalty (B, M), in standard deviations of the row's
     scores, is taken off first: it keeps the choice clear of likely false negatives. No gradient."""
     with torch.no_grad():
-        scores = score(users[:, None], items[candidates])  # (B, M)
+        scores = score(users[:, None], take(items, candidates))  # (B, M)
         if penalty is not None:
             scores = scores / scores.std(1, keepdim=True).clamp(min=1e-12) - penalty
         ranked = scores.topk(top, dim=1).indices  # (B, N)
@@ -192,7 +192,7 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
     No gradient."""
     with torch.no_grad():
         target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
-        distance = (score(users[:, None], items[candidates]) - target).abs()  # (B, M)
+        distance = (score(users[:, None], take(items, candidates)) - target).abs()  # (B, M)
         return candidates.gather(1, distance.argmin(1, keepdim=True))[:, 0]
 
 
@@ -225,7 +225,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None, shar
         # positive's part of the mix is the same for all candidates, so it cannot change which one
         # is highest
         with torch.no_grad():
-            scores = torch.einsum("bd,bmd->bm", query, layer[candidates])  # (B, M)
+            scores = torch.einsum("bd,bmd->bm", query, take(layer, candidates))  # (B, M)
             best = candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0]  # (B,)
         hops.append(share * take(layer, positives) + (1 - share) * take(layer, best))
     return pool(torch.stack(hops, 1))
