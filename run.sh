@@ -127,14 +127,14 @@ else
   [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
-PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 8) TRAIN=() JUDGE=()
+PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 4) TRAIN=() JUDGE=()
 # on data of a person's own, M as it follows from their size, and the judge's likely false hard
 # negatives too, unless one of the trials does better
-CF=() HNLMREC=(--lambda-f 1) TRIALS=6
+HNLMREC=(--lambda-f 1) TRIALS=6
 if [[ -z ${DATA:-} ]]; then
   # on MovieLens the texts serve as initial vectors; validation wants neither the semantic alignment
   # nor the judge's items beside them
-  CF=(--m 12) HNLMREC=(--lambda-s 0) TRIALS=0
+  HNLMREC=(--lambda-s 0) TRIALS=0
 fi
 [[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then
@@ -175,7 +175,7 @@ trap 'stop 130' INT
 trap 'stop 143' TERM HUP
 start=$SECONDS
 step hnlmrec.py prepare --run "$OUT" "${SOURCE[@]}" --seed "$SEED"
-step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns "${CF[@]}"
+step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns
 step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
 step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
 step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
@@ -198,11 +198,14 @@ print(*json.load(open(sys.argv[1]))["methods"][sys.argv[2]]["HNLMRec"]["words"])
   echo "HNLMRec: the best of $TUNE trials on validation has ${HNLMREC[*]}"
 fi
 step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
-for sampler in rns dns mixgcf; do
+for sampler in rns mixgcf; do
   step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler \
     --out model-$sampler.safetensors
   BESIDE+=${BESIDE:+,}model-$sampler.safetensors
 done
+cp "$OUT/cf.safetensors" "$OUT/model-dns.tmp"  # the CF model is DNS's
+mv "$OUT/model-dns.tmp" "$OUT/model-dns.safetensors"
+BESIDE+=,model-dns.safetensors
 # HNLMRec, the judge and every baseline, each with the weight that validation gives it: no worse
 # there than the best of them alone; neumf has no inner product to add to
 [[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT" --beside "$BESIDE"
