@@ -531,6 +531,44 @@ def add_lora(llm, targets, rank, alpha, dropout):
     return llm
 
 
+def build_encoder(args, cf, dtype, device, frame=None):
+    """What fine-tuning trains, LoRA in the LLM included -> (llm, prompt, soft_tokens, head).
+
+    args: the flags of `finetune`; cf {"user": (U, d), "item": (I, d)}; frame: as Prompt's. Seeds
+    torch's generator with args.seed."""
+    llm = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers)
+    tokenizer = load_tokenizer(args.llm)
+    frame = frame or from_first(chat_frame(tokenizer, INSTRUCTION))
+    prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens, frame)
+
+    # into the LLM and out of it: R^d -> R^H, R^H -> R^d
+    hidden_size = llm.config.get_text_config().hidden_size
+    torch.manual_seed(args.seed)
+    soft_tokens = SoftTokens(cf["user"], cf["item"], hidden_size, embedding_norm(llm),
+                             args.soft_tokens).to(device)
+    head = Head(hidden_size, cf["item"].shape[1]).to(device)
+
+    # LoRA, and how the layers are run
+    if args.checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    if device == "cpu":  # the fused attention's backward pass takes longer there, a step by a third
+        llm.set_attn_implementation("eager")
+    targets = [name.strip() for name in args.lora_targets.split(",")]
+    llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    return llm, prompt, soft_tokens, head
+
+
+def trained_parameters(llm, soft_tokens, head):
+    """{name: parameter} of LoRA, and of the soft-token maps and the head."""
+    lora, maps = {}, {}
+    for name, p in llm.named_parameters():
+        if p.requires_grad:
+            lora[f"lora.{name}"] = p
+    for prefix, module in (("soft", soft_tokens), ("head", head)):
+        maps |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
+    return lora, maps
+
+
 def finetune_settings(args, dtype):
     """What the result depends on: flags, the number format that --dtype stands for here, inputs."""
     run = Path(args.run)
@@ -584,8 +622,10 @@ def finetune(args):
     if args.warmup_pairs == 1:
         fail("--warmup-pairs 1: one pair has no deviation to standardise by; give 0, or 2 or more")
     out, adapter = run / f"{name}.safetensors", run / adapter_folder(name)
-    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     partial = out.with_suffix(".partial.safetensors")
+
+    # finished with these settings: nothing to do; half-finished: go on from there
+    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     device = start_processes(args.device)
     dtype = pick_dtype(args.dtype, device)
     settings = finetune_settings(args, dtype)
@@ -606,37 +646,20 @@ def finetune(args):
     warm, batches = training_order(task, args.warmup_pairs, steps, args.items_per_user,
                                    args.users_per_step)
 
-    # the encoder: LLM, prompt, soft tokens, head; the chat template's rendering is fixed here
-    llm = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers)
-    tokenizer = load_tokenizer(args.llm)
-    frame = saved.meta["frame"] if saved else from_first(chat_frame(tokenizer, INSTRUCTION))
-    prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens, frame)
-    hidden_size = llm.config.get_text_config().hidden_size
-    torch.manual_seed(args.seed)
-    soft_tokens = SoftTokens(cf["user"], cf["item"], hidden_size, embedding_norm(llm),
-                             args.soft_tokens).to(device)
-    head = Head(hidden_size, cf["item"].shape[1]).to(device)
-    encoder = encode
-    if args.checkpointing:  # which runs layers twice, so that no cache can be kept
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
-        encoder = encode_whole
-    if device == "cpu":  # the fused attention's backward pass takes longer there, a step by a third
-        llm.set_attn_implementation("eager")
-    targets = [name.strip() for name in args.lora_targets.split(",")]
-    llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    # the encoder; a resumed run keeps the chat template's rendering, which may print the date
+    llm, prompt, soft_tokens, head = build_encoder(
+        args, cf, dtype, device, saved.meta["frame"] if saved else None)
+    # checkpointing runs layers twice, so that no cache can be kept
+    encoder = encode_whole if args.checkpointing else encode
 
-    # what is trained, and with which rate; what a saved state holds beside it
-    lora, others = {}, {}
-    for name, p in llm.named_parameters():
-        if p.requires_grad:
-            lora[f"lora.{name}"] = p
-    for prefix, module in (("soft", soft_tokens), ("head", head)):
-        others |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
-    trained = [*lora.values(), *others.values()]
-    kept = lora | others | {"head.mean": head.mean, "head.std": head.std}
+    # Adam with two rates: LoRA's, and that of the maps and the head
+    lora, maps = trained_parameters(llm, soft_tokens, head)
+    trained = [*lora.values(), *maps.values()]
     optimizer = torch.optim.AdamW([{"params": list(lora.values()), "lr": args.lr},
-                                   {"params": list(others.values()), "lr": args.lr_maps}],
+                                   {"params": list(maps.values()), "lr": args.lr_maps}],
                                   weight_decay=0.01)
+    # what a saved state holds: the parameters, and what the warm-up standardises by
+    kept = lora | maps | {"head.mean": head.mean, "head.std": head.std}
 
     # start: from the saved state, or with the head's warm-up
     done = 0
@@ -648,7 +671,7 @@ def finetune(args):
         with llm.disable_adapter():  # LoRA begins at zero: it would cost a third and add nothing
             log = warm_up(task, llm, prompt, soft_tokens, head, warm, args)
         log["dtype"] = dtype_name(dtype)
-        if world() > 1:
+        if world() > 1:  # all go on from the same numbers, to the last bit
             for value in kept.values():
                 dist.broadcast(value.data, 0)
 
@@ -656,6 +679,7 @@ def finetune(args):
     progress, prompt.tokens, begin = Progress("finetune", steps, "steps"), 0, time.time()
     llm.train()
     for k in range(done, steps):
+        # one step; its seed is the step's own, so that a resumed run draws what a whole one would
         for group, rate in zip(optimizer.param_groups, (args.lr, args.lr_maps)):
             group["lr"] = rate * learning_rate(k, steps)
         loss = sft_gradients(task, llm, prompt, soft_tokens, head, trained, batches[k], args.tau_s,
@@ -666,25 +690,28 @@ def finetune(args):
                  "--dtype fp32")
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        # what a person sees, and what a killed run goes on from
         log["steps"].append(round(loss, 4))
         recent, speed = log["steps"][-10:], prompt.tokens * world() / (time.time() - begin)
         progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}  {speed:.0f} tokens/s")
         if rank() == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
-            save_partial(partial, settings, frame, k + 1, kept, optimizer, log)
+            save_partial(partial, settings, prompt.frame, k + 1, kept, optimizer, log)
 
     # what was learned, and what it takes from each part of the prompt
     llm.eval()
     drops = ("", "user vector", "user profile", "item vector")
     log["hit_rates"] |= report_held(task, llm, prompt, soft_tokens, head, "after", drops)
+
+    # write: the adapter first, for the second file names it by its digest
     if rank() == 0:
         save_adapter(llm, adapter, f"it goes on from {partial.name}")
         tensors = state_of({"soft": soft_tokens, "head": head})
         check_finite(out, tensors, "lower --lr, use --dtype fp32, or give --warmup-pairs more "
                      "than 1, with --force")
         save_tensors(out, tensors, {
-            "settings": settings, "beside": stamp(run, *adapter_files(adapter)), "frame": frame,
-            "dim": cf["item"].shape[1], "dtype": dtype_name(dtype), "prompt": prompt.template,
-            "log": log, "seconds": time.time() - start})
+            "settings": settings, "beside": stamp(run, *adapter_files(adapter)),
+            "frame": prompt.frame, "prompt": prompt.template, "dim": cf["item"].shape[1],
+            "dtype": dtype_name(dtype), "log": log, "seconds": time.time() - start})
         partial.unlink(missing_ok=True)
         print(f"wrote {adapter} and {out}, {time.time() - start:.0f} s")
 
