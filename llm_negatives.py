@@ -966,6 +966,34 @@ def load_encoder(run, args, tuned, device):
     return llm, prompt, soft_tokens, head, cf
 
 
+def shard_paths(run, args, settings, n):
+    """The paths of the n shards. What an earlier run has finished stays, when it was made with
+    these settings (else SystemExit2); with --force it is removed."""
+    old = sorted(run.glob(f"{args.out}-?????.safetensors"))
+    if args.force and rank() == 0:
+        for path in old:
+            path.unlink()
+    elif not args.force:
+        for path in old:
+            if read_meta(path)["settings"] != settings:
+                up_to_date(path, settings)  # ends here, naming what differs
+            load_tensors(path)  # a broken shard ends it too
+    if world() > 1:  # no process looks for shards before they are gone
+        dist.barrier()
+    return [run / f"{args.out}-{k:05d}.safetensors" for k in range(n)]
+
+
+def write_shard(path, pairs, hidden, head, settings):
+    """Write a shard: pairs (n, 2), h (n, H) float16 and z = head(h). Raises SystemExit2 where h is
+    beyond float16, or z is not finite."""
+    if not torch.isfinite(hidden).all():
+        fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype "
+             "fp32 in finetune")
+    vector = head(hidden.to(pairs.device).float()).half()  # (n, d)
+    check_finite(path, {"vector": vector}, "use --dtype fp32 in finetune")
+    save_tensors(path, {"pairs": pairs, "hidden": hidden, "vector": vector}, {"settings": settings})
+
+
 @torch.no_grad()
 def generate(args):
     """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) =
@@ -993,20 +1021,8 @@ def generate(args):
     rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.seed)
     shards = cut_shards(rows, data["train"][rows, 0], args.shard_pairs)
     settings["shards"] = len(shards)
-    old = sorted(run.glob(f"{args.out}-?????.safetensors"))
-    if args.force and rank() == 0:
-        for path in old:
-            path.unlink()
-    elif not args.force:
-        for path in old:
-            if read_meta(path)["settings"] != settings:
-                up_to_date(path, settings)  # ends here, naming what differs
-            load_tensors(path)  # a broken shard ends it too
-    if world() > 1:
-        dist.barrier()
     todo, made = [], 0
-    for n, part in enumerate(shards):
-        path = run / f"{args.out}-{n:05d}.safetensors"
+    for path, part in zip(shard_paths(run, args, settings, len(shards)), shards):
         if not path.exists():
             todo.append((path, part))
             made += len(part)
@@ -1018,32 +1034,28 @@ def generate(args):
               "to date")
         return
 
-    # the pairs: each process makes shards of its own
+    # the encoder; the instruction, alike for all pairs, is run once
     llm, prompt, soft_tokens, head, cf = load_encoder(run, args, tuned, device)
     texts, train = load_profiles(run, tuned.profiles), data["train"].to(device)
     instruction = run_piece(llm, [prompt.shared])[2]
     in_batches = functools.partial(encode, batch=args.batch_size, instruction=instruction)
+
+    # the pairs: each process makes shards of its own
     done, mine = len(rows) - made, todo[rank()::world()]
     total = done + sum(len(part) for _, part in mine)
     progress, begin = Progress("generate", total, "pairs"), time.time()
     progress.update(done)
     for path, part in mine:
-        hidden = torch.empty(len(part), head.mean.shape[0], dtype=torch.float16)
+        hidden = torch.empty(len(part), head.mean.shape[0], dtype=torch.float16)  # (n, H)
         # many users at a time, so that there are many suffixes to sort by length
         for at in user_blocks(train[part, 0].cpu(), 8 * args.batch_size):
             hidden[at] = encode_pairs(llm, prompt, soft_tokens, cf, texts, train[part[at]],
                                       encoder=in_batches).half().cpu()
             done += len(at)
             progress.update(done, f"{prompt.tokens / (time.time() - begin):.0f} tokens/s")
-        if not torch.isfinite(hidden).all():
-            fail(f"generate: hidden states of {path.name} are not finite in float16; use --dtype "
-                 "fp32 in finetune")
-        vector = head(hidden.to(device).float()).half()
-        check_finite(path, {"vector": vector}, "use --dtype fp32 in finetune")
-        save_tensors(path, {"pairs": train[part], "hidden": hidden, "vector": vector},
-                     {"settings": settings})
+        write_shard(path, train[part], hidden, head, settings)
 
-    # the items' texts alone
+    # the items' texts alone; their file comes last and says that all is there
     if rank() == 0:
         items = read_jsonl(run / "items.jsonl")
         item_texts = [f"{row['title']}. {row['text']}" for row in items]
