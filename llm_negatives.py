@@ -1339,6 +1339,39 @@ def draw_histories(train, n_users, size, seed):
     return histories
 
 
+def profile_items(items, chosen, file, writer):
+    """Profiles of the items that `file` lacks: of the rows in `chosen` the LLM's sentence, of the
+    others, and where its answer is empty, what is known of the item."""
+    todo = [n for n, row in enumerate(items) if ("item", row["raw"]) not in file.made]
+    plain = [n for n in todo if n not in chosen]
+    file.add("item", [items[n]["raw"] for n in plain], [items[n]["text"] for n in plain])
+    asked = [n for n in todo if n in chosen]
+    if not asked:
+        return
+    for rows, texts in writer.write("item", [item_request(items[n]) for n in asked]):
+        own = [items[asked[row]] for row in rows]
+        texts = [text or item["text"] for item, text in zip(own, texts)]
+        file.add("item", [item["raw"] for item in own], texts, writer.speed())
+
+
+def profile_users(users, items, histories, chosen, file, writer):
+    """Profiles of the users that `file` lacks: of the rows in `chosen` the LLM's sentence on the
+    items of their histories and these items' profiles, of the others the titles alone."""
+    todo = [n for n, row in enumerate(users) if ("user", row["raw"]) not in file.made]
+    for n in todo:
+        if n not in chosen:
+            titles = "; ".join(items[i]["title"] for i in histories[n])
+            file.add("user", [users[n]["raw"]], [f"Likes {titles}."])
+    asked, requests = [n for n in todo if n in chosen], []
+    for n in asked:
+        history = [(items[i]["title"], file.made["item", items[i]["raw"]]) for i in histories[n]]
+        requests.append(user_request(history, users[n].get("reviews", [])[:2]))
+    if not asked:
+        return
+    for rows, texts in writer.write("user", requests):
+        file.add("user", [users[asked[row]]["raw"] for row in rows], texts, writer.speed())
+
+
 def profile(args):
     """Write profiles.jsonl, items first, since users' prompts quote their items' profiles. Goes on
     after a kill. Raises SystemExit2 when the file was made with other settings."""
@@ -1348,57 +1381,38 @@ def profile(args):
     path = run / output_name("--out", args.out, "llm_negatives.py profile", ".jsonl", "profiles")
     device = start_processes(args.device)
     dtype, by_llm = pick_dtype(args.dtype, device), args.profiles == "llm"
+
+    # what the profiles depend on, and which of them an earlier start has written
     settings = {"command": "profile", "inputs": stamp(run, "data.safetensors"),
                 "profiles": args.profiles, "history": args.history,
                 "new_tokens": args.new_tokens, "llm_rows": args.llm_rows, "seed": args.seed,
                 "llm": llm_digest(args.llm) if by_llm else "",
                 "dtype": dtype_name(dtype) if by_llm else ""}
     made, frames = started_profiles(path, settings, args.force)
-    total = len(items) + len(users)
-    if len(made) == total:
+    total, earlier, start = len(items) + len(users), len(made), time.time()
+    if earlier == total:
         print(f"skip: {path} is up to date")
         return
     if rank() == 0:
         clear_litter(run, path.name)
+
+    # the writer comes first: it fixes the chat template's frames, which the file keeps
     writer = None
     if by_llm:
         writer = Writer(args.llm, dtype, device, args.new_tokens, args.batch_size, frames)
     file = ProfileFile(path, {"settings": settings, "frames": frames}, made, total)
-    earlier, start = len(made), time.time()
 
     # whom the LLM writes for: the most popular items and the first users, or all of them
     popularity = torch.bincount(data["train"][:, 1], minlength=data["n_items"])
     ranked = popularity.argsort(descending=True, stable=True).tolist()
     limit = (args.llm_rows or total) if by_llm else 0
-    chosen = {"item": set(ranked[:limit]), "user": set(range(limit))}
 
-    # items: what is known of them, or a sentence made of it
-    todo = [n for n, row in enumerate(items) if ("item", row["raw"]) not in made]
-    plain = [n for n in todo if n not in chosen["item"]]
-    raws = [items[n]["raw"] for n in plain]
-    file.add("item", raws, [items[n]["text"] for n in plain])
-    asked = [n for n in todo if n in chosen["item"]]
-    if asked:
-        for rows, texts in writer.write("item", [item_request(items[n]) for n in asked]):
-            own = [items[asked[row]] for row in rows]
-            texts = [text or item["text"] for item, text in zip(own, texts)]
-            file.add("item", [item["raw"] for item in own], texts, writer.speed())
-
-    # users: some of their train items, with those items' profiles
+    # items, then users by some of their train items
+    profile_items(items, set(ranked[:limit]), file, writer)
     histories = draw_histories(data["train"], data["n_users"], args.history, args.seed)
-    todo = [n for n, row in enumerate(users) if ("user", row["raw"]) not in made]
-    for n in todo:
-        if n not in chosen["user"]:
-            titles = "; ".join(items[i]["title"] for i in histories[n])
-            file.add("user", [users[n]["raw"]], [f"Likes {titles}."])
-    asked, requests = [n for n in todo if n in chosen["user"]], []
-    for n in asked:
-        history = [(items[i]["title"], made["item", items[i]["raw"]]) for i in histories[n]]
-        requests.append(user_request(history, users[n].get("reviews", [])[:2]))
-    if asked:
-        for rows, texts in writer.write("user", requests):
-            file.add("user", [users[asked[row]]["raw"] for row in rows], texts, writer.speed())
+    profile_users(users, items, histories, set(range(limit)), file, writer)
 
+    # how many by whom
     written = f"{total - earlier} from metadata"
     if by_llm:
         plain = total - earlier - writer.written
