@@ -800,22 +800,10 @@ def likely_items(judge, train, n):
     return items, torch.cat(scores).masked_fill(items < 0, -torch.inf).softmax(1).nan_to_num()
 
 
-def judge(args):
-    """Fit the judge on a frozen LLM's readings; write its vectors and each user's likely items."""
-    run, data, start = Path(args.run), load_data(args.run), time.time()
-    out = run / output_name("--out", args.out, "llm_negatives.py judge", ".safetensors", "judge")
-    device = start_processes(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    layers = judge_layers(args.layers, args.llm)
-    args.layers = ",".join(map(str, layers))
-    settings = settings_of(args) | {
-        "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
-        "inputs": stamp(run, "data.safetensors", "items.jsonl")}
-    if up_to_date(out, settings, force=args.force):
-        return
-
-    # what the LLM, or the control in its place, reads of each item's title and metadata
-    items = read_jsonl(run / "items.jsonl")
+def item_readings(args, layers, dtype, device):
+    """What the LLM, or the control in its place, reads of each item's title and metadata ->
+    read_layers' list of (I, H)."""
+    items = read_jsonl(Path(args.run) / "items.jsonl")
     texts = [f"{row['title']}. {row['text']}" for row in items]
     torch.manual_seed(args.seed)
     if args.control == "shuffled":  # each text given to another item
@@ -824,29 +812,49 @@ def judge(args):
     llm = load_llm(args.llm, AutoModel, dtype, device, max(1, layers[-1]))  # 0 would be all
     if args.control == "random":  # the same architecture, that has read nothing yet
         llm = AutoModel.from_config(llm.config).to(device, dtype).eval()
-    prompt = Prompt(load_tokenizer(args.llm))
-    readings = read_layers(llm, prompt, texts, layers)
-    print(f"judge: {len(texts)} texts read at layers {args.layers}, {time.time() - start:.0f} s",
-          flush=True)
-    del llm
+    return read_layers(llm, Prompt(load_tokenizer(args.llm)), texts, layers)
 
-    # the maps; validation stops them, as it stops every model here. Small data, small batches
+
+def fit_judge(args):
+    """Fit the judge on a frozen LLM's readings; write its vectors and each user's likely items."""
+    run, data, start = Path(args.run), load_data(args.run), time.time()
+    out = run / output_name("--out", args.out, "llm_negatives.py judge", ".safetensors", "judge")
+    device = start_processes(args.device)
+    dtype = pick_dtype(args.dtype, device)
+
+    # a file made with these settings from these inputs need not be made again
+    layers = judge_layers(args.layers, args.llm)
+    args.layers = ",".join(map(str, layers))
+    settings = settings_of(args) | {
+        "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
+        "inputs": stamp(run, "data.safetensors", "items.jsonl")}
+    if up_to_date(out, settings, force=args.force):
+        return
+
+    # the judge, on what the LLM reads of the items
+    readings = item_readings(args, layers, dtype, device)
+    print(f"judge: {len(readings[0])} texts read at layers {args.layers}, "
+          f"{time.time() - start:.0f} s", flush=True)
     train, valid = data["train"].to(device), data["valid"].to(device)
     model = Judge(readings, train, data["n_users"], args.width).to(device)
+
+    # whose pairs teach it: all users', or all but the share that stands for new ones
     generator = torch.Generator().manual_seed(args.seed)
     untaught = (torch.rand(data["n_users"], generator=generator) < args.untaught).to(device)  # (U,)
     taught = train[~untaught[train[:, 0]]]
     if not len(taught):
         fail(f"--untaught {args.untaught:g}: leaves no user to teach the judge; give less")
+
+    # the maps; validation stops them, as it stops every model here. Small data, small batches
     step = make_judge_step(model, taught, args.negatives)
     batch = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
+    validate = validation(model, {"train": train, "valid": valid[~untaught[valid[:, 0]]]})
     state, history = fit(
-        {"judge": model}, step, len(taught),
-        validation(model, {"train": train, "valid": valid[~untaught[valid[:, 0]]]}),
-        epochs=args.epochs,
-        batch_size=batch, lr=args.lr, eval_every=1, patience=2, seed=args.seed, label="judge")
+        {"judge": model}, step, len(taught), validate, epochs=args.epochs, batch_size=batch,
+        lr=args.lr, eval_every=1, patience=2, seed=args.seed, label="judge")
     restore({"judge": model}, state)
 
+    # its vectors, which any inner product can use, and what it holds for likely
     likely, share = likely_items(model, train, min(args.likely, data["n_items"]))
     with torch.no_grad():
         user, item = model()
@@ -1389,7 +1397,7 @@ def profile(args):
                 "llm": llm_digest(args.llm) if by_llm else "",
                 "dtype": dtype_name(dtype) if by_llm else ""}
     made, frames = started_profiles(path, settings, args.force)
-    total, earlier, start = len(items) + len(users), len(made), time.time()
+    total, earlier = len(items) + len(users), len(made)
     if earlier == total:
         print(f"skip: {path} is up to date")
         return
@@ -1401,6 +1409,7 @@ def profile(args):
     if by_llm:
         writer = Writer(args.llm, dtype, device, args.new_tokens, args.batch_size, frames)
     file = ProfileFile(path, {"settings": settings, "frames": frames}, made, total)
+    start = time.time()
 
     # whom the LLM writes for: the most popular items and the first users, or all of them
     popularity = torch.bincount(data["train"][:, 1], minlength=data["n_items"])
@@ -1815,7 +1824,7 @@ def main(argv=None):
         p = commands.choices[args.command]
         p.set_defaults(**{key: value for key, value in PAPER.items() if key in vars(args)})
         args = parser.parse_args(argv)
-    programs = {"profile": profile, "finetune": finetune, "judge": judge, "generate": generate}
+    programs = {"profile": profile, "finetune": finetune, "judge": fit_judge, "generate": generate}
     programs[args.command](args)
 
 
