@@ -1765,6 +1765,14 @@ def add_training_flags(parser, more=()):
                         help="remake the output though it was made with other settings")
 
 
+def add_band_flags(group):
+    """The flags of mining_band, which fine-tuning and HNLMRec's training share."""
+    for name, share, which in (("first", BAND[0], "best"), ("last", BAND[1], "last")):
+        group.add_argument(f"--mine-{name}", type=number(int, 0), default=0,
+                           help=f"{which} rank of the mined band; 0: {100 * share:.4g} %% of the "
+                                "catalogue")
+
+
 def main(argv=None):
     parser = Parser(prog="backbones.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)

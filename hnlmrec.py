@@ -54,6 +54,7 @@ from backbones import (
     MF,
     ItemWeights,
     Parser,
+    add_band_flags,
     add_training_flags,
     bpr_loss,
     build_backbone,
@@ -2030,10 +2031,7 @@ def main(argv=None):
                         "items.jsonl, in place of the LLM's reading")
     g.add_argument("--cf", default="cf.safetensors",
                    help="CF vectors that the alignment's hard negatives are mined with")
-    g.add_argument("--mine-first", type=number(int, 0), default=0,
-                   help="best rank of the mined band; 0: 19.85 %% of the catalogue")
-    g.add_argument("--mine-last", type=number(int, 0), default=0,
-                   help="last rank of the mined band; 0: 29.8 %% of the catalogue")
+    add_band_flags(g)
 
     p = commands.add_parser(
         "blend", help="put a trained model, the judge of texts and other models into one score",

@@ -52,6 +52,7 @@ from transformers.pytorch_utils import Conv1D
 from backbones import (
     Parser,
     Progress,
+    add_band_flags,
     check_finite,
     check_inputs,
     contains,
@@ -1739,10 +1740,7 @@ def main(argv=None):
     g = p.add_argument_group("what is learned")
     g.add_argument("--mine", choices=["dns", "mixgcf"], default="dns",
                    help="targets: the mined items, or MixGCF's mixture of them")
-    g.add_argument("--mine-first", type=number(int, 0), default=0,
-                   help="best rank of the mined band; 0: 19.85 %% of the catalogue")
-    g.add_argument("--mine-last", type=number(int, 0), default=0,
-                   help="last rank of the mined band; 0: 29.8 %% of the catalogue")
+    add_band_flags(g)
     g.add_argument("--tau-s", type=number(float, 0, open_low=True), default=0.05,
                    help="InfoNCE temperature")
     g.add_argument("--soft-tokens", type=number(int, 0), default=1,
