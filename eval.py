@@ -532,7 +532,7 @@ def judge_lines(result):
     return [*lines, "", *markdown_table(header, rows)]
 
 
-def judge(args):
+def report_judges(args):
     """Measure the run's judges on the validation pairs -> judge.json. Reads no test pair."""
     run, data = Path(args.run), load_data(args.run)
     model, _, _ = load_model(run / args.cf, data=data)
@@ -1632,8 +1632,9 @@ def main(argv=None):
     p.add_argument("--model", default="model-hnlmrec.safetensors",
                    help="model file inside the run folder")
     args = parser.parse_args(argv)
-    {"judge": judge, "report": report, "compare": compare, "tune": tune, "sweep": sweep,
-     "recommend": recommend}[args.command](args)
+    programs = {"report": report, "judge": report_judges, "tune": tune, "compare": compare,
+                "sweep": sweep, "recommend": recommend}
+    programs[args.command](args)
 
 
 if __name__ == "__main__":

@@ -578,7 +578,7 @@ def load_generated(run, name, data, text_vectors=None):
     return made
 
 
-def train(args):
+def train_hnlmrec(args):
     """Train backbone and projector together; write the state of the best validation."""
     check_flags(args)
     run, data = Path(args.run), load_data(args.run)
@@ -2066,7 +2066,8 @@ def main(argv=None):
     if args.command == "train" and args.paper:  # the paper's values as defaults, and once more
         commands.choices["train"].set_defaults(**PAPER)
         args = parser.parse_args(argv)
-    {"prepare": prepare, "train": train, "blend": blend, "trace": trace}[args.command](args)
+    programs = {"prepare": prepare, "train": train_hnlmrec, "blend": blend, "trace": trace}
+    programs[args.command](args)
 
 
 if __name__ == "__main__":

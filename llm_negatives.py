@@ -573,7 +573,7 @@ def trained_parameters(llm, soft_tokens, head):
 def finetune_settings(args, dtype):
     """What the result depends on: flags, the number format that --dtype stands for here, inputs."""
     run = Path(args.run)
-    settings = settings_of(args, "name", "preset", "save_every", "checkpointing")
+    settings = settings_of(args, "name", "paper", "save_every", "checkpointing")
     return settings | {
         "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
         "inputs": stamp(run, "data.safetensors", args.cf, args.profiles)}
@@ -826,7 +826,7 @@ def fit_judge(args):
     # a file made with these settings from these inputs need not be made again
     layers = judge_layers(args.layers, args.llm)
     args.layers = ",".join(map(str, layers))
-    settings = settings_of(args) | {
+    settings = settings_of(args, "paper") | {
         "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
         "inputs": stamp(run, "data.safetensors", "items.jsonl")}
     if up_to_date(out, settings, force=args.force):
@@ -1706,7 +1706,7 @@ def main(argv=None):
                        help="run folder, as made by `hnlmrec.py prepare`")
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
                        help="local folder or Hugging Face id of a causal LM")
-        p.add_argument("--preset", choices=["paper"],
+        p.add_argument("--paper", action="store_true",
                        help="the paper's LLM and settings; flags given beside it win")
         p.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
                        default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1818,7 +1818,7 @@ def main(argv=None):
     p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
     args = parser.parse_args(argv)
-    if args.preset:
+    if args.paper:  # the paper's values as defaults, and once more
         p = commands.choices[args.command]
         p.set_defaults(**{key: value for key, value in PAPER.items() if key in vars(args)})
         args = parser.parse_args(argv)

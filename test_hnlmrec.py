@@ -2811,7 +2811,7 @@ def test_the_controls_replace_what_the_llm_made(finished):
 def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypatch, capsys):
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(hnlmrec, "train", seen.append)
+        patch.setattr(hnlmrec, "train_hnlmrec", seen.append)
         for flags in ((), ("--paper",), ("--paper", "--alpha", "0.01", "--dim", "64")):
             hnlmrec.main(["train", "--run", "x", *flags])
     plain, paper, mixed = map(vars, seen)
@@ -2820,7 +2820,7 @@ def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypat
     assert mixed == paper | {"alpha": 0.01, "dim": 64}
     words = evaluation.OURS["HNLMRec, as in the paper"].split()
     with monkeypatch.context() as patch:  # the row of the comparison holds the preset's values
-        patch.setattr(hnlmrec, "train", seen.append)
+        patch.setattr(hnlmrec, "train_hnlmrec", seen.append)
         tuned = ["--lr", "5", "--lambda-s", "9", "--clear", "1"]
         hnlmrec.main(["train", "--run", "x", *tuned, *words])
     assert vars(seen[-1]) == paper
@@ -2836,6 +2836,17 @@ def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypat
     hnlmrec.main(["trace", "--run", str(copied), *pair])
     out = capsys.readouterr().out
     assert "contrast" in out and "projector 0.0000" not in out
+
+
+def test_the_papers_llm_settings_and_flags_beside_them_win(monkeypatch):
+    seen = []
+    monkeypatch.setattr(llm_negatives, "finetune", seen.append)
+    for flags in ((), ("--paper",), ("--paper", "--lora-rank", "4")):
+        llm_negatives.main(["finetune", "--run", "x", *flags])
+    plain, paper, mixed = map(vars, seen)
+    assert {name: paper[name] for name in llm_negatives.PAPER} == llm_negatives.PAPER
+    assert {name for name in plain if plain[name] != paper[name]} <= {*llm_negatives.PAPER, "paper"}
+    assert mixed == paper | {"lora_rank": 4}
 
 
 def test_judges_of_a_run(copied, capsys):
