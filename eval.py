@@ -845,104 +845,24 @@ def compare(args):
     run, data, seeds = Path(args.run), load_data(args.run), range(args.seeds)
     report_name(run, args.out, "compare")
 
-    # every method there is, with its flags
-    flags = words_of("--flags", args.flags, CELL_FLAGS)
-    baseline_flags = words_of("--baseline-flags", args.baseline_flags, CELL_FLAGS)
-    hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
-    every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
-    ours = OURS | ABLATIONS
-    ours |= {name: f"--negatives {made}" for name, (made, _) in LLM_ABLATIONS.items()}
-    ours |= {name: ALONE + judge for name, (judge, _) in JUDGED.items()}
-    every |= {name: hnlmrec_flags + words.split() for name, words in ours.items()}
-    every |= {name: [] for name in FULL}
-
-    # those wanted; "MixGCF --lr 2e-3" is a method with flags of its own
-    wanted, methods = [*BASELINES, *OURS], []
-    if args.methods:
-        wanted = args.methods.split(";")
-    for entry in wanted:
-        name, *words = entry.strip().partition(" --")
-        if name not in every:
-            fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
-        if name in methods:
-            fail(f"--methods: {name} is there twice, and a method is one row; compare the second "
-                 "one's flags in another --out")
-        every[name] += words_of(f"--methods {name}", "".join(words), CELL_FLAGS)
-        methods.append(name)
-        if name in FULL and "".join(words):
-            fail(f"--methods {name}: has no flags of its own; give them to the rows that it blends")
-    backbones, plan = args.backbones.split(","), {}  # plan: its keys are (method, backbone)
-    for backbone in backbones:
-        plan |= dict.fromkeys((name, backbone) for name in methods)
-    if args.ablations or args.llm_ablations:
-        plan |= dict.fromkeys((name, backbones[0]) for name in ABLATIONS)
-    if args.llm_ablations:
-        plan |= dict.fromkeys((name, backbones[0]) for name in LLM_ABLATIONS)
-
-    # what their trainings read, made one after the other, on all cores
-    judges = {JUDGED[name][0] for name, _ in plan if name in JUDGED}
-    judges |= {FULL[name][1] for name, _ in plan if name in FULL}
-    judges |= {"judge.safetensors" for name, _ in plan if name == "AlphaRec"}
-    for judge, words in JUDGED.values():
-        if judge in judges and not (run / judge).exists():
-            program("llm_negatives.py", "judge", "--run", run, "--llm", args.llm, *words.split(),
-                    "--out", judge)
+    # the rows; a flag that a row has already must not come again with --flags
+    every = flags_of_methods(args)
+    plan = planned_rows(args, wanted_methods(args.methods, every))
     for name, _ in plan:
         words_of("--flags", args.flags, every[name])
-        if name in LLM_ABLATIONS:
-            make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
-
-    # the cell of each (method, backbone, seed), or the cells that a row of FULL blends
     tuned = read_tuned(run / args.tuned, data["digest"]) if args.tuned else None
 
     def cell_of(name, backbone, seed):
+        """The training behind a row, as make_cells takes it."""
         words = tuned_words(tuned, name, backbone, every[name]) if tuned else every[name]
         script = "backbones.py" if name in BASELINES else "hnlmrec.py"
         own = (CLOSED[name], 0) if name in CLOSED else (backbone, seed)  # one for all of them
-        return (script, name, (*flags, *words), *own)
+        return (script, name, (*args.flags.split(), *words), *own)
 
-    cells, blended = {}, {}
-    for name, backbone in plan:
-        for seed in seeds:
-            if name in FULL:
-                trained, _, beside = FULL[name]
-                names = [trained, *beside] if trained != "none" else beside
-                blended[name, backbone, seed] = [cell_of(part, backbone, seed) for part in names]
-            else:
-                cells[name, backbone, seed] = cell_of(name, backbone, seed)
-    unique = dict.fromkeys(cells.values())
-    for parts in blended.values():
-        unique |= dict.fromkeys(parts)
-    made = dict(zip(unique, make_cells(run, list(unique), args.jobs, args.force)))
-
-    # the blends of these
-    for (name, backbone, seed), parts in blended.items():
-        trained, judge, _ = FULL[name]
-        files = [str(made[part].relative_to(run)) for part in parts]
-        model, beside = ("none", files) if trained == "none" else (files[0], files[1:])
-        words = ("--model", model, "--judge", judge, "--beside", ",".join(beside))
-        own = (backbone, seed if any(part[3] == backbone for part in parts) else 0)
-        cells[name, backbone, seed] = ("hnlmrec.py", name, words, *own)
-    unique = [cell for cell in dict.fromkeys(cells.values()) if cell not in made]
-    made |= dict(zip(unique, make_cells(run, unique, args.jobs, args.force)))
-    paths = {}
-    for name, backbone in plan:
-        for seed in seeds:
-            paths[name, backbone, seed] = made[cells[name, backbone, seed]]
-
-    # rows: (method, backbone) -> list over seeds; statistics: path -> what one evaluation gives
-    rows, statistics, progress = {}, {}, Progress("evaluate", len(paths), "cells")
-    for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
-        if path not in statistics:
-            model, meta, _ = load_model(path, data=data)
-            statistics[path] = list_statistics(model, data, 20)
-            best = best_epoch(meta)["valid_ndcg@20"]
-            statistics[path] |= {"valid": best, "seconds": meta["seconds"]}
-        rows.setdefault((name, backbone), []).append(statistics[path])
-        progress.update(n)
-
-    # table: … -> arrays with seeds as the first axis: metrics (S, n) by user, others (S,), (S, 4)
-    table = {key: stacked(over_seeds) for key, over_seeds in rows.items()}
+    # train what is not there, and evaluate all of it
+    make_inputs(run, args, plan)
+    paths = train_rows(run, plan, seeds, cell_of, args.jobs, args.force)
+    table = evaluate_rows(paths, data)
     result = {"data": data["digest"], "seeds": list(seeds), "tests": {}, "cells": {}}
     for key, cell in table.items():
         result["cells"][" | ".join(key)] = means_of_cell(cell)
@@ -961,6 +881,7 @@ def compare(args):
     for backbone in dict.fromkeys(backbone for _, backbone in plan):
         part = {name: cell for (name, other), cell in table.items() if other == backbone}
         lines += backbone_section(run, args.out, backbone, part, data, result["tests"])
+    # the samplers' false hard negatives, by the first model that is trained
     trained = next((path for (name, *_), path in paths.items() if name not in CLOSED), None)
     reference = load_model(trained, data=data)[0] if trained else None
     lines += fhns_section(run, data, reference, result)
@@ -968,6 +889,118 @@ def compare(args):
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
     print("\n".join(lines))
     print(f"\nwrote {run / args.out}.md and {args.out}.json")
+
+
+def flags_of_methods(args):
+    """{method: the words of its flags}, of every row there is."""
+    baseline_flags = words_of("--baseline-flags", args.baseline_flags, CELL_FLAGS)
+    hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
+    words_of("--flags", args.flags, CELL_FLAGS)
+    every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
+    ours = OURS | ABLATIONS
+    ours |= {name: f"--negatives {shards}" for name, (shards, _) in LLM_ABLATIONS.items()}
+    ours |= {name: ALONE + judge for name, (judge, _) in JUDGED.items()}
+    every |= {name: hnlmrec_flags + words.split() for name, words in ours.items()}
+    return every | {name: [] for name in FULL}  # what they blend has flags
+
+
+def wanted_methods(text, every):
+    """--methods -> the names in it; "MixGCF --lr 2e-3" is a method with flags of its own, which
+    `every`, of flags_of_methods, then holds too. Raises SystemExit2 for a name that is none."""
+    methods = []
+    for entry in text.split(";") if text else [*BASELINES, *OURS]:
+        name, *words = entry.strip().partition(" --")
+        if name not in every:
+            fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
+        if name in methods:
+            fail(f"--methods: {name} is there twice, and a method is one row; compare the second "
+                 "one's flags in another --out")
+        every[name] += words_of(f"--methods {name}", "".join(words), CELL_FLAGS)
+        methods.append(name)
+        if name in FULL and "".join(words):
+            fail(f"--methods {name}: has no flags of its own; give them to the rows that it blends")
+    return methods
+
+
+def planned_rows(args, methods):
+    """The rows (method, backbone), each once: the methods on all backbones, ablations on the
+    first."""
+    backbones, rows, ablations = args.backbones.split(","), [], []
+    for backbone in backbones:
+        rows += [(name, backbone) for name in methods]
+    if args.ablations or args.llm_ablations:
+        ablations += ABLATIONS
+    if args.llm_ablations:
+        ablations += LLM_ABLATIONS
+    return list(dict.fromkeys([*rows, *((name, backbones[0]) for name in ablations)]))
+
+
+def make_inputs(run, args, plan):
+    """Make what the trainings of the rows read and the run lacks, judges and variants of the
+    negatives, one after the other, each on all cores."""
+    judges = {JUDGED[name][0] for name, _ in plan if name in JUDGED}
+    judges |= {FULL[name][1] for name, _ in plan if name in FULL}
+    judges |= {"judge.safetensors" for name, _ in plan if name == "AlphaRec"}
+    for judge, words in JUDGED.values():
+        if judge in judges and not (run / judge).exists():
+            program("llm_negatives.py", "judge", "--run", run, "--llm", args.llm, *words.split(),
+                    "--out", judge)
+    for name, _ in plan:
+        if name in LLM_ABLATIONS:
+            make_negatives(run, *LLM_ABLATIONS[name], args.llm, args.pairs_per_user, args.force)
+
+
+def train_rows(run, plan, seeds, cell_of, jobs, force):
+    """The models of all rows -> {(method, backbone, seed): path}. cell_of(method, backbone, seed):
+    a training as make_cells takes it; equal ones are one cell."""
+    # the trainings of the rows themselves, and of what the rows of FULL blend
+    cells, parts = {}, {}
+    for name, backbone in plan:
+        for seed in seeds:
+            if name in FULL:
+                trained, _, beside = FULL[name]
+                names = [trained, *beside] if trained != "none" else beside
+                parts[name, backbone, seed] = [cell_of(part, backbone, seed) for part in names]
+            else:
+                cells[name, backbone, seed] = cell_of(name, backbone, seed)
+    unique = dict.fromkeys(cells.values())
+    for of_row in parts.values():
+        unique |= dict.fromkeys(of_row)
+    models = dict(zip(unique, make_cells(run, list(unique), jobs, force)))
+
+    # the blends of these; of closed forms alone, one serves all seeds
+    for (name, backbone, seed), of_row in parts.items():
+        trained, judge, _ = FULL[name]
+        files = [str(models[part].relative_to(run)) for part in of_row]
+        model, beside = ("none", files) if trained == "none" else (files[0], files[1:])
+        words = ("--model", model, "--judge", judge, "--beside", ",".join(beside))
+        own = (backbone, seed if any(part[3] == backbone for part in of_row) else 0)
+        cells[name, backbone, seed] = ("hnlmrec.py", name, words, *own)
+    unique = [cell for cell in dict.fromkeys(cells.values()) if cell not in models]
+    models |= dict(zip(unique, make_cells(run, unique, jobs, force)))
+
+    # in the order of the plan
+    paths = {}
+    for name, backbone in plan:
+        for seed in seeds:
+            paths[name, backbone, seed] = models[cells[name, backbone, seed]]
+    return paths
+
+
+def evaluate_rows(paths, data):
+    """Test metrics of every model of train_rows -> {(method, backbone): {column: array, seeds the
+    first axis}}: metrics (S, n) by user, item_recall (S, 4), the others (S,). A file that serves
+    several rows is evaluated once."""
+    rows, statistics, progress = {}, {}, Progress("evaluate", len(paths), "cells")
+    for n, ((name, backbone, _), path) in enumerate(paths.items(), 1):
+        if path not in statistics:
+            model, meta, _ = load_model(path, data=data)
+            statistics[path] = list_statistics(model, data, 20)
+            best = best_epoch(meta)["valid_ndcg@20"]
+            statistics[path] |= {"valid": best, "seconds": meta["seconds"]}
+        rows.setdefault((name, backbone), []).append(statistics[path])
+        progress.update(n)
+    return {key: stacked(over_seeds) for key, over_seeds in rows.items()}
 
 
 LIST_COLUMNS = ["valid", "seconds", "item_recall", "popularity", "coverage", "gini"]
