@@ -225,14 +225,16 @@ def fhns_of_samplers(model, data, m, seed, likely=None):
     uniform, DNS (the best of m), DNS kept clear of the items that a judge lists as a user's likely
     false hard negatives, these items themselves (likely (U, n), best first), and the item nearest
     to MixGCF's synthetic vector; FHNS@10 for the ten best of the draw where a sampler ranks."""
+    # one draw of candidates for all samplers
     generator = torch.Generator().manual_seed(seed)
-    u, i = data["train"][some_of(len(data["train"]), generator)].T
+    u, i = data["train"][some_of(len(data["train"]), generator)].T  # (n,)
     n_items, train_keys = model.n_items, pair_keys(data["train"], model.n_items)
     held = pair_keys(torch.cat([data["valid"], data["test"]]), n_items)
-    candidates = UnseenSampler(data["train"], model.n_users, n_items)(u, m, generator)
+    candidates = UnseenSampler(data["train"], model.n_users, n_items)(u, m, generator)  # (n, m)
     rates = {"uniform": fhns_rates(u, candidates, held, n_items)}
     with torch.no_grad():
         users, items = model()
+        # DNS, in parts, since it gathers (B, m, D)
         chosen, cleared = [], []
         for a, c in zip(u.split(4096), candidates.split(4096)):
             chosen.append(dns(model.score, users[a], items, c)[:, None])
@@ -244,12 +246,14 @@ def fhns_of_samplers(model, data, m, seed, likely=None):
         if likely is not None:
             rates["DNS kept clear by the judge"] = {
                 "FHNS@1": fhns_rate(u, torch.cat(cleared), held, n_items)}
+        # MixGCF, whose negatives are no items: by the nearest ones
         _, item_layers = model.layers()
         synthetic = []
         for a, p, c in zip(u.split(4096), i.split(4096), candidates.split(4096)):
             synthetic.append(mixgcf(users[a], item_layers, p, c, model.pool, generator))
         nearest = nearest_items(torch.cat(synthetic), u, items, train_keys, 10)
         rates["MixGCF, nearest items"] = fhns_rates(u, nearest, held, n_items)
+    # what lies at the very top, by the model and by the judge
     everyone = some_of(model.n_users, generator)
     top = rank_unseen(model, everyone, user_rows(data["train"], model.n_users), 10)
     rates["the model's own top items"] = fhns_rates(everyone, top, held, n_items)
@@ -476,6 +480,7 @@ def measure_judges(model, data, judges, labels="valid", top=50):
               "rows": rows}
     if not 0 < positives < len(label):
         return result
+    # what each judge says of these pairs, and whose gain counts
     scores, counted, everyone = {}, {}, torch.arange(model.n_users)
     for name, users, items, *some in judges:
         scores[name] = factor_scores(users, items, candidates)
@@ -483,12 +488,15 @@ def measure_judges(model, data, judges, labels="valid", top=50):
         if not torch.isfinite(scores[name]).all():
             fail(f"judge {name}: has scores that are not finite; make its file again")
 
+    # what is known without a judge: CF alone, and CF with a bag of words
     words = next((name for name in reversed(scores) if name.startswith("bag of words")), None)
     base, own_auc = fit_of_features(cf, label, user, model.n_users)
     rows["CF alone"] = {"AUC": own_auc}
     if words:
         known = [*cf, scores[words]]
         known_base, _ = fit_of_features(known, label, user, model.n_users)
+
+    # what each adds, user by user: the log-likelihood with it minus that without
     for name, score in scores.items():
         fit, own_auc = fit_of_features([*cf, score], label, user, model.n_users)
         own, whose = int(label[torch.isin(user, counted[name])].sum()), counted[name]
@@ -585,27 +593,16 @@ def report(args):
     if not paths:
         fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or "
              "`python hnlmrec.py train`")
+    # in the order of NAMES, others after them
     place = {name: n for n, name in enumerate(NAMES)}
     paths.sort(key=lambda path: (place.get(path.stem[6:], len(place)), path.name))
 
-    # every model's metrics; per_user keeps those the paired test needs
-    metrics, models, per_user = {"data": data["digest"], "methods": {}}, {}, {}
-    for path in paths:
-        model, meta, tensors = load_model(path, data=data)
-        users, values, skipped = evaluate(model, data)
-        best = best_epoch(meta)
-        row = {name: float(value.mean()) for name, value in values.items()}
-        row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"],
-                "seconds": meta["seconds"], "backbone": meta["settings"]["backbone"],
-                "seed": meta["settings"]["seed"]}
-        if not all(math.isfinite(row[name]) for name in COLUMNS):
-            fail(f"{path}: its metrics are not finite; train it again with --force")
-        row |= unseen_scores(model, data, users, values)
-        metrics["methods"][path.stem[6:]] = row
-        models[path.stem[6:]] = (model, tensors)
-        per_user[path.stem[6:]] = values["NDCG@20"].numpy()
-    metrics["users tested"] = data["n_users"] - skipped
-    metrics["users without a test pair"] = skipped
+    # every model on the test pairs
+    models, rows, per_user = evaluate_models(paths, data)
+    tested = len(next(iter(per_user.values())))
+    skipped = data["n_users"] - tested
+    metrics = {"data": data["digest"], "methods": rows, "users tested": tested,
+               "users without a test pair": skipped}
 
     # first what a person wants to know, then the table of all models
     with_z = [name for name, (_, tensors) in models.items() if "z" in tensors]
@@ -616,19 +613,13 @@ def report(args):
               (f"{data['n_users']:,} users, {data['n_items']:,} items; "
                f"train {len(data['train']):,}, valid {len(data['valid']):,}, "
                f"test {len(data['test']):,} pairs. Full ranking; each model at its best validation "
-               f"epoch; {data['n_users'] - skipped:,} users tested, {skipped} without a test "
-               "pair."), ""]
-    header, rows = ["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"], []
-    for name, row in metrics["methods"].items():
-        scores = [f"{row[column]:.4f}" for column in (*COLUMNS, "valid NDCG@20")]
-        rows.append([NAMES.get(name, name), row["backbone"], *scores, row["best epoch"],
-                     f"{row['seconds']:.0f}"])
-    lines += markdown_table(header, rows)
+               f"epoch; {tested:,} users tested, {skipped} without a test pair."), "",
+              *models_table(rows)]
+
+    lines += unseen_section(data, rows)
 
     # what the negatives are; the samplers' are those of a model trained without ours
-    lines += unseen_section(data, metrics["methods"])
-    methods = metrics["methods"].items()
-    trained = [name for name, row in methods if row["backbone"] not in CLOSED_FORMS]
+    trained = [name for name, row in rows.items() if row["backbone"] not in CLOSED_FORMS]
     name = next((name for name in ("rns", "dns", *trained) if name in models), None)
     reference = models[name][0] if name else None
     projected = {}
@@ -636,6 +627,8 @@ def report(args):
         z = models[name][1]
         projected[f"{NAMES.get(name, name)}, projected z"] = z["z_pairs"], z["z"], z["item"]
     lines += fhns_section(run, data, reference, metrics, args.m, projected)
+
+    # what the judges know, what fine-tuning learned
     lines += judge_section(run, data, args.cf, metrics)
     if (run / "sft.safetensors").exists():
         metrics["sft"] = read_meta(run / "sft.safetensors")["log"]
@@ -644,6 +637,38 @@ def report(args):
     write_atomic(run / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     print("\n".join(lines))
     print(f"\nwrote {run / 'report.md'} and {run / 'metrics.json'}")
+
+
+def evaluate_models(paths, data):
+    """Every model on the test pairs, by the name in its file's -> {name: (model, tensors)},
+    {name: row of metrics, means over users}, {name: NDCG@20 of the users tested (n,)}."""
+    models, rows, per_user = {}, {}, {}
+    for path in paths:
+        name = path.stem[6:]  # model-NAME
+        model, meta, tensors = load_model(path, data=data)
+        users, values, _ = evaluate(model, data)
+        best = best_epoch(meta)
+        row = {metric: float(value.mean()) for metric, value in values.items()}
+        row |= {"valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"],
+                "seconds": meta["seconds"], "backbone": meta["settings"]["backbone"],
+                "seed": meta["settings"]["seed"]}
+        if not all(math.isfinite(row[column]) for column in COLUMNS):
+            fail(f"{path}: its metrics are not finite; train it again with --force")
+        rows[name] = row | unseen_scores(model, data, users, values)
+        models[name] = (model, tensors)
+        per_user[name] = values["NDCG@20"].numpy()
+    return models, rows, per_user
+
+
+def models_table(methods):
+    """Lines of the report's table of all models: {name: row of evaluate_models}."""
+    rows = []
+    for name, row in methods.items():
+        scores = [f"{row[column]:.4f}" for column in (*COLUMNS, "valid NDCG@20")]
+        rows.append([NAMES.get(name, name), row["backbone"], *scores, row["best epoch"],
+                     f"{row['seconds']:.0f}"])
+    header = ["method", "backbone", *COLUMNS, "valid NDCG@20", "best epoch", "seconds"]
+    return markdown_table(header, rows)
 
 
 def finetuning_section(log):
@@ -673,6 +698,8 @@ def verdict_section(run, metrics, per_user, ours):
                 f"pretrain --run {run} --sampler dns --out model-dns.safetensors`."]
     best = max(baselines, key=valid.get)  # the rival is named by validation, as every choice is
     others = [name for name in per_user if name != best]
+
+    # every model against it, and the picture
     rival, metrics["tests"], tests = NAMES.get(best, best), {}, {}
     for name in others:
         tests[name] = mean, low, high, p = paired_bootstrap(per_user[name] - per_user[best])
@@ -682,6 +709,8 @@ def verdict_section(run, metrics, per_user, ours):
     write_atomic(run / "report.svg", svg_chart(
         f"test NDCG@20 minus that of {rival}, 95 % intervals", [NAMES.get(n, n) for n in others],
         means, lows, highs, reference=0.0).encode())
+
+    # ours in words
     lines = []
     for name in dict.fromkeys((ours, "hnlmrec-full")):
         if name not in tests:
@@ -732,10 +761,13 @@ def fhns_section(run, data, model, result, m=8, projected=None):
     """Lines of the table of false hard negatives: what the samplers hand `model` (None: no such
     rows), every set of generated negatives of the run, and projected {name: (pairs, vectors,
     items)}. Also put into result["fhns"]. No lines when there is none of them."""
+    # the samplers
     likely = None
     if (run / "judge.safetensors").exists():
         likely = load_tensors(run / "judge.safetensors")[0]["likely"]
     fhns = fhns_of_samplers(model, data, m, 0, likely) if model else {}
+
+    # what the LLM generated, and what a projector made of it
     paths = sorted(run.glob("negatives*-00000.safetensors"))
     items = load_tensors(run / "cf.safetensors")[0]["item"] if paths else None
     for path in paths:
@@ -749,6 +781,8 @@ def fhns_section(run, data, model, result, m=8, projected=None):
     result["fhns"] = fhns
     if not fhns:
         return []
+
+    # the table
     columns, rows = ("FHNS@1", "FHNS@10"), []
     for name, row in fhns.items():
         rows.append([name, *(f"{row[c]:.2%}" if c in row else "" for c in columns)])
@@ -867,7 +901,7 @@ def compare(args):
     for key, cell in table.items():
         result["cells"][" | ".join(key)] = means_of_cell(cell)
 
-    # compare.md, compare.json and a picture for each backbone
+    # a section and a picture for each backbone
     lines = [f"# Comparison: {markdown(run.name)}", "",
              (f"{data['n_users']:,} users, {data['n_items']:,} items, train "
               f"{len(data['train']):,} pairs; one split, one set of generated negatives; "
@@ -885,6 +919,8 @@ def compare(args):
     trained = next((path for (name, *_), path in paths.items() if name not in CLOSED), None)
     reference = load_model(trained, data=data)[0] if trained else None
     lines += fhns_section(run, data, reference, result)
+
+    # write
     write_atomic(run / f"{args.out}.md", ("\n".join(lines) + "\n").encode())
     write_atomic(run / f"{args.out}.json", (json.dumps(result, indent=1) + "\n").encode())
     print("\n".join(lines))
@@ -893,9 +929,9 @@ def compare(args):
 
 def flags_of_methods(args):
     """{method: the words of its flags}, of every row there is."""
+    words_of("--flags", args.flags, CELL_FLAGS)
     baseline_flags = words_of("--baseline-flags", args.baseline_flags, CELL_FLAGS)
     hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
-    words_of("--flags", args.flags, CELL_FLAGS)
     every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
     ours = OURS | ABLATIONS
     ours |= {name: f"--negatives {shards}" for name, (shards, _) in LLM_ABLATIONS.items()}
@@ -907,8 +943,10 @@ def flags_of_methods(args):
 def wanted_methods(text, every):
     """--methods -> the names in it; "MixGCF --lr 2e-3" is a method with flags of its own, which
     `every`, of flags_of_methods, then holds too. Raises SystemExit2 for a name that is none."""
-    methods = []
-    for entry in text.split(";") if text else [*BASELINES, *OURS]:
+    wanted, methods = [*BASELINES, *OURS], []
+    if text:
+        wanted = text.split(";")
+    for entry in wanted:
         name, *words = entry.strip().partition(" --")
         if name not in every:
             fail(f"--methods {name}: no such method; choose from {'; '.join(every)}")
@@ -1050,6 +1088,7 @@ def backbone_section(run, out, backbone, table, data, tests):
         scores = ["{:.4f} ± {:.4f}".format(*spread(cell[column].mean(1))) for column in COLUMNS]
         main.append([name, *scores, f"{valid[name]:.4f}", "" if name == best else verdict,
                      f"{cell['seconds'].mean():.0f}"])
+        # sparse users, unpopular items
         of_user = quarter[cell["users"][0]]
         groups = [cell["NDCG@20"][:, of_user == q].mean() for q in range(4)]
         groups = [f"{value:.4f}" for value in (*groups, *cell["item_recall"].mean(0))]
@@ -1070,6 +1109,7 @@ def backbone_section(run, out, backbone, table, data, tests):
               "interval and p by paired bootstrap over users (each user's mean over seeds); seeds "
               "in which it is above."), "",
              *markdown_table(header, main), "", f"![test NDCG@20]({out}-{backbone}.svg)"]
+    # ours against every row, since the best baseline is not the only one that matters
     ours = next((name for name in ("HNLMRec in full", "HNLMRec") if name in table), None)
     if ours:
         rows = []
@@ -1094,6 +1134,8 @@ def sweep(args):
     run, flag, values = Path(args.run), args.flag.replace("_", "-"), args.values.split(",")
     out = args.out or f"sweep-{flag}"
     report_name(run, out, "sweep")
+
+    # flags of all cells; the one that is swept is none of them
     taken = CELL_FLAGS + words_of("--flag", f"--{flag}", CELL_FLAGS)
     if flag in LLM_FLAGS:
         taken.append("--negatives")
@@ -1111,6 +1153,8 @@ def sweep(args):
         words = [*more, *words]
         for seed in range(args.seeds):
             cells.append((script, f"sweep {flag} {value}", words, args.backbone, seed))
+
+    # each one's best validation
     paths = make_cells(run, cells, args.jobs, args.force)
     best = [best_epoch(read_meta(path, check=True))["valid_ndcg@20"] for path in paths]
 
@@ -1535,6 +1579,7 @@ def svg_chart(title, labels, means, lows, highs, reference=None):
     labels any text; means, lows, highs (n,) finite numbers; reference: a dashed line at this value.
     A dot says its value by its place and not by a length, so that the axis, with round ticks that
     hold all intervals, need not begin at zero; mean and interval stand beside it in numbers."""
+    # what the axis spans, and where things stand, in pixels
     labels = [one_line(label) for label in labels]
     marks = [] if reference is None else [reference]
     ticks, decimals = axis_ticks(min([*lows, *marks]), max([*highs, *marks]))
@@ -1549,6 +1594,7 @@ def svg_chart(title, labels, means, lows, highs, reference=None):
              ' font-family="DejaVu Sans, Verdana, sans-serif" font-size="12">',
              '<rect width="100%" height="100%" fill="white"/>',
              f'<text x="12" y="20" font-size="14">{html.escape(one_line(title))}</text>']
+    # the grid with its numbers, then the dashed line
     for tick in ticks:
         parts.append(f'<line class="tick" x1="{x(tick)}" x2="{x(tick)}" y1="{top - 8}"'
                      f' y2="{bottom}" stroke="#ddd"/>')
@@ -1557,6 +1603,7 @@ def svg_chart(title, labels, means, lows, highs, reference=None):
     for mark in marks:
         parts.append(f'<line x1="{x(mark)}" x2="{x(mark)}" y1="{top - 8}" y2="{bottom}"'
                      ' stroke="#c33" stroke-dasharray="4 3"/>')
+    # a row a label: name, interval, dot, numbers
     for n, (label, mean, low, high) in enumerate(zip(labels, means, lows, highs)):
         y = top + row * n + 6
         parts.append(f'<text x="12" y="{y + 4}">{html.escape(label)}</text>')
@@ -1594,7 +1641,8 @@ def main(argv=None):
     p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
     p.add_argument("--top", type=number(int, 1), default=50, help="unseen items of each user")
     p.add_argument("--parts", action="store_true",
-                   help="also each judge in a file without its users' texts, and without its items'")
+                   help="also each judge in a file without its users' texts, and without its "
+                        "items'")
     p = commands.add_parser(
         "tune", help="choose each method's flags by trials on validation",
         epilog="example: python eval.py tune --run runs/ml-100k --methods 'DNS;EASE' --budget 20")
