@@ -1117,27 +1117,6 @@ def compute_baseline(args, data, settings, out):
         "seconds": seconds})
     print(f"{args.backbone}: valid NDCG@20 {score:.4f}, {seconds:.0f} s\nwrote {out}")
 
-
-def closed_form_tensors(model):
-    """What the file of a closed form holds: popularity's is that of an MF; item weights are dense,
-    or the three parts of a CSR."""
-    if isinstance(model, MF):
-        return {"backbone.embedding": model.embedding}
-    weight = model.weight
-    if weight.layout is torch.strided:
-        return {"weight": weight}
-    parts = (weight.crow_indices(), weight.col_indices(), weight.values())
-    return dict(zip(("indptr", "column", "value"), parts))
-
-
-def closed_form_weights(tensors):
-    """closed_form_tensors back -> weight (I, I), dense or sparse CSR."""
-    if "weight" in tensors:
-        return tensors["weight"]
-    count = tensors["indptr"].diff()
-    row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-    return sparse_rows(row, tensors["column"], tensors["value"], (len(count), len(count)))
-
 # --------------------------------------------------------------------------------------------------
 # The files of a run: data, models, generated negatives
 # --------------------------------------------------------------------------------------------------
@@ -1170,6 +1149,27 @@ def load_model(path, maker="", data=None):
                            data["train"], s["layers"], s.get("cosine", False))
     restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
+
+
+def closed_form_tensors(model):
+    """What the file of a closed form holds: popularity's is that of an MF; item weights are dense,
+    or the three parts of a CSR."""
+    if isinstance(model, MF):
+        return {"backbone.embedding": model.embedding}
+    weight = model.weight
+    if weight.layout is torch.strided:
+        return {"weight": weight}
+    parts = (weight.crow_indices(), weight.col_indices(), weight.values())
+    return dict(zip(("indptr", "column", "value"), parts))
+
+
+def closed_form_weights(tensors):
+    """closed_form_tensors back -> weight (I, I), dense or sparse CSR."""
+    if "weight" in tensors:
+        return tensors["weight"]
+    count = tensors["indptr"].diff()
+    row = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    return sparse_rows(row, tensors["column"], tensors["value"], (len(count), len(count)))
 
 
 def read_text_vectors(path, n_items):
