@@ -256,6 +256,7 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 
     def sample(u, i, generator):
         candidates = share_of(draw(u, 1 if sampler in ("rns", "pns") else m, generator))  # (B, M)
+        # all vectors as they are now: hops, which mixgcf mixes, or their pool
         if sampler == "mixgcf":
             user_layers, item_layers = model.layers()
             all_users, all_items = model.pool(user_layers), model.pool(item_layers)
@@ -266,11 +267,15 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
             all_users, all_items = model()
         if sampler == "dns":
             pick = share_of(torch.randint(n, (len(u),), generator=generator, device=u.device))
+
+        # nothing is drawn from here on, so this process's rows suffice
         u, i = share_of(u), share_of(i)
-        users, positives = take(all_users, u), take(all_items, i)
+        users, positives = take(all_users, u), take(all_items, i)  # (B, D)
         if sampler == "mixgcf":
             negatives = mixgcf(users, item_layers, i, candidates, model.pool, shares=shares)
             return Sample(all_users, all_items, users, positives, negatives, candidates[:, 0])
+
+        # the others choose one of the candidates: j (B,)
         if sampler == "dns":
             cleared = penalty and penalty(u, candidates)
             j = dns(model.score, users, all_items, candidates, n, pick, cleared)
@@ -697,10 +702,14 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
         sample = draw(u, i, generator)
         u, i, j, weight = share_of(u), share_of(i), sample.negative_ids, share_weight(len(rows))
+
+        # the positive above the negative
         users, positives, negatives = sample.users, sample.positives, sample.negatives
         bpr = bpr_loss(model.score(users, positives), model.score(users, negatives)) * weight
         if not reg:
             return bpr, {"bpr": bpr.item()}
+
+        # L2 on the parameters behind them, not on what propagation makes of these
         ego_users, ego_items = model.ego()
         if model.propagates:
             l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
@@ -719,21 +728,27 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
     ego() as it has. pairs (N, 2) train -> step(rows, generator) for `fit`, whose loss is that of
     this process's share of the rows."""
     train_rows = user_rows(pairs, model.n_users)
-    slot = torch.empty(model.n_items, dtype=torch.int64, device=pairs.device)
+    slot = torch.empty(model.n_items, dtype=torch.int64, device=pairs.device)  # item -> its place
 
     def step(rows, generator):
         u, i = share_of(pairs[rows]).T
         weight = share_weight(len(rows))
         user_vectors, item_vectors = model()
         users, items = take(user_vectors, u), take(item_vectors, i)  # (B, D)
+
+        # the negatives that all rows share
         drawn = torch.randperm(model.n_items, generator=generator, device=u.device)[:n]
         scores = model.score_all(users, take(item_vectors, drawn))  # (B, n)
+
+        # less those that are a row's own train items, found without a table of users x items
         slot.fill_(-1)[drawn] = torch.arange(len(drawn), device=u.device)
         row, seen = rows_of(train_rows, u)
         among = slot[seen] >= 0
         own = torch.zeros_like(scores, dtype=torch.bool)
         own[row[among], slot[seen[among]]] = True
         scores = scores.masked_fill(own, -torch.inf)
+
+        # the positive above all of them, and L2
         loss = sampled_softmax_loss(model.score(users, items), scores, tau)
         logs = {"softmax": loss.item()}
         if reg:
@@ -964,6 +979,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     best, best_state, history, done, start = -math.inf, None, [], 0, time.time()
     progress = Progress(label, epochs, "epochs")
     for epoch in range(1, epochs + 1):
+        # every train pair once, in random order
         total, logs = 0.0, {}
         for module in modules.values():
             module.train()
@@ -978,9 +994,12 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             loss.backward()
             average_gradients(parameters)
             optimizer.step()
+            # weighted, so that a short last batch counts for what it is
             total += float(loss.detach()) * len(rows)
             for name, value in values.items():
                 logs[name] = logs.get(name, 0.0) + value * len(rows)
+
+        # validation: a better state is kept, and a while without one is the end
         if epoch % eval_every == 0 or epoch == epochs:
             score = validate()
             if not math.isfinite(score):
@@ -993,6 +1012,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                 best_state = {}
                 for name, module in modules.items():
                     for key, value in module.state_dict().items():
+                        # a copy: the next steps change the parameters in place
                         best_state[f"{name}.{key}"] = value.clone()
             elif (epoch - best_epoch) // eval_every >= patience:
                 break
@@ -1037,6 +1057,8 @@ def pretrain(args):
     if args.n > args.m:
         fail(f"--n {args.n}: dns draws from the n highest of m candidates, and m is {args.m}; "
              "lower --n or raise --m")
+
+    # what the file depends on: made with these settings from these inputs, it is there already
     settings = settings_of(args, *sum(CLOSED_FORMS.values(), ()))
     if args.backbone in CLOSED_FORMS:  # no seed, no training: only its own constants are read
         settings = {"command": "pretrain", "backbone": args.backbone, "seed": None}
@@ -1064,7 +1086,10 @@ def train_baseline(args, data, settings, out, text=None):
     torch.manual_seed(args.seed)
     train = data["train"].to(device)
     data = {**data, "train": train, "valid": data["valid"].to(device)}
-    text = text if text is None else text.to(device)
+    if text is not None:
+        text = text.to(device)
+
+    # the backbone, and one step of its loss
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train,
                            args.layers, args.cosine, text)
     if args.loss == "softmax":
@@ -1072,6 +1097,8 @@ def train_baseline(args, data, settings, out, text=None):
     else:
         step = make_step(model, args.sampler, train, reg=args.reg, m=args.m, n=args.n,
                          beta=args.beta)
+
+    # train, until validation gets no better
     loss = args.sampler if args.loss == "bpr" else args.loss
     start = time.time()
     validate = validation(model, data, users=args.eval_users)
@@ -1080,6 +1107,8 @@ def train_baseline(args, data, settings, out, text=None):
                          patience=args.patience, seed=args.seed, label=f"{args.backbone} {loss}")
     if rank():
         return
+
+    # the best state, and beside its parameters the vectors that everything else reads
     restore({"backbone": model}, state)
     users, items = model.eval()()
     if text is not None:  # the vectors alone, which load_model makes an MF of
@@ -1107,6 +1136,8 @@ def compute_baseline(args, data, settings, out):
     else:
         weight = rp3beta(train, *shape, args.rp3_alpha, args.rp3_beta, args.topk, args.max_gib)
         model = ItemWeights(weight, train, shape[0])
+
+    # one epoch for its history, so that reports read it as any model
     score = validation(model, {"train": train, "valid": data["valid"].to(device)})()
     if rank():
         return
