@@ -294,25 +294,31 @@ def blend_weights(parts, train, valid, grid, cells=2**28):
     parts as of blend_vectors; train, valid (N, 2); grid: numbers >= 0, 0 among them -> (weights,
     each part's NDCG@20 alone). Some users stand for all where parts x users x items is above
     `cells`, which bounds the memory: 4 bytes each."""
+    # the users that are ranked, and what their lists should hold
     n_users, n_items = len(parts[0][0]), len(parts[0][1])
     users, most = valid[:, 0].unique(), max(1, cells // (len(parts) * n_items))
     some = torch.randperm(len(users), generator=torch.Generator().manual_seed(0))[:most]
     users = users[some.sort().values.to(users.device)]  # (n,)
     seen, keys = user_rows(train, n_users), pair_keys(valid, n_items)
     relevant = torch.bincount(valid[:, 0], minlength=n_users)[users]
+
+    # each part's score, in standard deviations: a list of (n, I)
     scores = []
     for part in parts:
         scaled = Relevance(*part)
-        scores.append(scaled.users[users] @ scaled.items.T)  # (n, I)
+        scores.append(scaled.users[users] @ scaled.items.T)
 
     def quality(total):
         ranked = top_k(leave_out(total, users, seen), 20)  # (n, 20)
         return float(ndcg(contains(keys, users[:, None], ranked, n_items), relevant, 20).mean())
 
+    # from the best part alone (a clone, since quality() writes into what it is given)
     alone = [quality(score.clone()) for score in scores]
     best, improved = max(alone), True
     weights = [0.0] * len(parts)
     weights[alone.index(best)] = 1.0
+
+    # one weight at a time, the others held, until a whole round changes none
     while improved:
         improved = False
         for k, score in enumerate(scores):
@@ -559,7 +565,7 @@ class PaperHNLMRec(HNLMRec):
         return (ranking + s.lambda1 * contrast + s.reg * l2) * share_weight(len(rows)), logs
 
 # --------------------------------------------------------------------------------------------------
-# train: the program around the loss
+# train and blend: the programs around the loss
 # --------------------------------------------------------------------------------------------------
 
 # What the paper and its published code state of this stage; their alpha on Toys is 0.01
@@ -583,6 +589,8 @@ def train_hnlmrec(args):
     check_flags(args)
     run, data = Path(args.run), load_data(args.run)
     out = run / output_name("--out", args.out, "hnlmrec.py train", ".safetensors")
+
+    # what is 0 on the command line follows from the data
     args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     args.batch_size, args.lr, args.epochs, args.m = sized_to_data(
         data, args.batch_size, args.lr, args.epochs, args.m)
@@ -614,9 +622,8 @@ def train_hnlmrec(args):
     start, modules = time.time(), dict(method.named_children())
     state, history = fit(
         modules, method.loss, n, validation(method.backbone, data, users=args.eval_users),
-        epochs=args.epochs,
-        batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
-        seed=args.seed, label=f"{args.backbone} hnlmrec")
+        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every,
+        patience=args.patience, seed=args.seed, label=f"{args.backbone} hnlmrec")
     if rank():
         return
     restore(modules, state)
@@ -629,11 +636,28 @@ def train_hnlmrec(args):
         if made:
             z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
             vectors |= {"z": z.half(), "z_pairs": made["pairs"]}
+
+    # write, unless a number is none
     check_finite(out, state | vectors, "nothing was written; lower --lr and run again")
     save_tensors(out, {**state, **vectors},
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
                   "history": history, "own_negatives": own, "seconds": time.time() - start})
     print(f"wrote {out}")
+
+
+def blend_names(args):
+    """The files that are blended, in order, by the flags of `blend`. Raises SystemExit2 for none,
+    or for one that is there twice."""
+    names = [name for name in (args.model, args.judge) if name != "none"]
+    names += [name for name in args.beside.split(",") if name]
+    if not names:
+        fail("--model none --judge none: nothing is left to blend; name one, or --beside FILES")
+    for name in names:
+        if names.count(name) > 1:
+            fail(f"--beside {name}: is there twice, or is --model or --judge too; name it once")
+    if args.out in names:
+        fail(f"--out {args.out}: is one of the models that are blended; choose another name")
+    return names
 
 
 def blend(args):
@@ -649,17 +673,9 @@ def blend(args):
     if not grid or not all(0 <= weight <= 1000 for weight in grid):  # nan is not either
         fail(f"--weights {args.weights}: give numbers from 0 to 1000, comma-separated, such as "
              "0,0.5,1")
-    names = [name for name in (args.model, args.judge) if name != "none"]
-    names += [name for name in args.beside.split(",") if name]
-    if not names:
-        fail("--model none --judge none: nothing is left to blend; name one, or --beside FILES")
-    for name in names:
-        if names.count(name) > 1:
-            fail(f"--beside {name}: is there twice, or is --model or --judge too; name it once")
-    if args.out in names:
-        fail(f"--out {args.out}: is one of the models that are blended; choose another name")
+    names = blend_names(args)
 
-    # every part as two tables of vectors
+    # what each file holds: the judge two tables of vectors, the others a model
     parts, seconds, seed = [], 0.0, 0
     for name in names:
         if name == args.judge:
@@ -670,17 +686,19 @@ def blend(args):
         if meta["settings"]["backbone"] == "neumf":
             fail(f"{'--model' if name == args.model else '--beside'} {name}: the score of neumf is "
                  "no inner product; give another model")
-        if name == args.model:
+        if name == args.model:  # its seed is the blend's too, and its time is part of the blend's
             seconds, seed = meta["seconds"], meta["settings"]["seed"]
-        parts.append((model, meta))
+        parts.append(model)
     settings = settings_of(args) | {
         "inputs": stamp(run, "data.safetensors", *names), "backbone": "mf", "layers": 0,
         "dim": 0, "seed": seed}  # 0: as wide as its vectors, which the weights decide
     if up_to_date(out, settings, force=args.force):
         return
-    for k, (model, _) in enumerate(parts):
-        if isinstance(model, nn.Module):
-            parts[k] = factors(model, data["train"], args.rank)
+
+    # each as two tables of vectors, (U, D) and (I, D), in the place of its model
+    for k, part in enumerate(parts):
+        if isinstance(part, nn.Module):
+            parts[k] = factors(part, data["train"], args.rank)
 
     # their weights, and the blend on all validation users
     weights, alone = blend_weights(parts, data["train"], data["valid"], grid)
@@ -693,7 +711,7 @@ def blend(args):
 
     # a plain MF whose vectors are given, so that everything reads it as any model
     history = [{"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start}]
-    tensors = {"backbone.embedding": torch.cat([users, items]), "user": users, "item": items}
+    tensors = {"backbone.embedding": blended.embedding, "user": users, "item": items}
     save_tensors(out, tensors, {
         "settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
         "history": history, "weights": dict(zip(names, weights)),
@@ -788,7 +806,9 @@ def build(run, settings, data, made):
         vectors.copy_(part * start + (1 - part) * vectors)
 
     # the sampler of e_j, kept clear of what the texts say the user would like
-    penalties = [likely.penalty] if likely else []
+    penalties = []
+    if likely:
+        penalties.append(likely.penalty)
     if settings.clear:
         texts = semantic.item
         if settings.control == "cleared":
@@ -958,7 +978,6 @@ def gradient_norm(module):
 def prepare(args):
     """Raw files -> data.safetensors, items.jsonl, users.jsonl."""
     run, out = Path(args.run), Path(args.run) / "data.safetensors"
-    # settings: the flags that were given, else the preset's, else the defaults
     s, files, published = prepare_settings(args)
     own = "train" in files
     # files of the same contents under the same settings: nothing to do
@@ -1023,6 +1042,7 @@ def prepare_settings(args):
     """Flags -> settings (a Namespace), {role: path} of the raw files, the paper's statistics.
 
     Raises SystemExit2 for files that are missing or do not go together."""
+    # the defaults, over them the preset's, over these the flags that were given
     chosen = {"format": "table", "min_rating": 4.0, "since": None, "until": None, "k_core": 5}
     chosen |= PRESETS.get(args.preset, {})
     published = chosen.pop("published", None)
@@ -1031,6 +1051,8 @@ def prepare_settings(args):
             chosen[name] = getattr(args, name)
     s = Namespace(**chosen, split=args.split, seed=args.seed,
                   reviews_per_user=args.reviews_per_user)
+
+    # one file that is split here, or three that are split already
     own = {name: getattr(args, f"{name}_file") for name in PARTS}
     if any(own.values()):
         if not all(own.values()):
@@ -1140,6 +1162,8 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
         n_valid, n_test = (max(1, int(len(user) * share)) for share in (valid, test))
         valid_from, test_from = np.sort(seconds)[[-n_valid - n_test, -n_test]]
         return np.where(seconds >= test_from, 2, np.where(seconds >= valid_from, 1, 0))
+
+    # place of each row within its user, in random order or the latest first: the first are test
     count = np.bincount(user)
     key = np.random.default_rng(seed).random(len(user)) if how == "random" else -seconds
     order = np.lexsort((item, key, user))  # the item breaks ties in time the same way each run
@@ -1164,9 +1188,11 @@ def read_interactions(path, s, counts):
     rating, seconds = array("d"), array("d")
     total, outside, start = 0, 0, time.time()
     for n, raw_user, raw_item, stars_given, moment, _ in interactions(path, s.format):
+        # every row has a number, those that are left out too: read_reviews counts again
         total += 1
         if total % 1_000_000 == 0:
             print(f"  read {total:,} rows, {total / (time.time() - start):,.0f} rows/s", flush=True)
+        # a filter that cannot judge a row must not let it pass
         if by_day and not since <= moment < until:
             if moment != moment:  # NaN
                 fail(f"{path}: line {n}: no timestamp, so --since and --until cannot be applied; "
@@ -1176,6 +1202,7 @@ def read_interactions(path, s, counts):
         if by_rating and stars_given != stars_given:
             fail(f"{path}: line {n}: no rating, so --min-rating {s.min_rating:g} cannot be "
                  "applied; mend or delete such lines, or give --min-rating none to keep them all")
+        # numbers alone are kept: a code for an id
         try:
             user.append(users[raw_user])
             item.append(items[raw_item])
@@ -1214,6 +1241,8 @@ def read_own_split(files, fmt, counts):
             fail(f"{path}: no pairs; --{name}-file needs at least one")
         counts["rows"] += total
     counts["repeated rows"] += counts["rows"] - len(part_of)
+
+    # what was not read here, rating and time, is nothing
     pairs, none = np.array(list(part_of)), np.full(len(part_of), np.nan)
     rows = Interactions(pairs[:, 0], pairs[:, 1], none, none, np.array(list(row_of_pair.values())),
                         users.checked(path, counts), items.checked(path, counts))
@@ -1313,6 +1342,7 @@ def parse_day(day, flag, default=None):
 
 def summarize(parts, n_users, items, seconds, with_meta):
     """The printed statistics, a list of lines."""
+    # how many, how dense, how long the tails
     n_items, pairs = len(items), np.concatenate(list(parts.values()))
     sizes = "   ".join(f"{name} {len(part):,}" for name, part in parts.items())
     lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   "
@@ -1326,6 +1356,8 @@ def summarize(parts, n_users, items, seconds, with_meta):
                        for t in (np.nanmin(seconds), np.nanmax(seconds)))
         lines.append(f"  times: {first:%Y-%m-%d} to {last:%Y-%m-%d}")
     lines += cold_lines(parts, n_users, n_items)
+
+    # the texts, which an LLM is to read
     titled = np.mean([bool(row["known"]) for row in items])
     further = np.mean([bool(row["text"]) for row in items])
     lines.append(f"  items with a title {titled:.1%}, with further text {further:.1%}; "
@@ -1369,6 +1401,7 @@ def read_items(path, form, raw_items, counts, title_limit=200, text_limit=400):
     def is_row(row):
         return metadata_id(row, form) in wanted
 
+    # title and text of each item that is wanted; the rest of the file is passed over
     rows = []
     if path:
         rows = form.meta(path, is_row)
@@ -1391,6 +1424,7 @@ def read_items(path, form, raw_items, counts, title_limit=200, text_limit=400):
     if path and len(found) < len(wanted) / 2:
         explain_missing(path, form, wanted, len(found))
 
+    # a row for every item, found or not
     items = []
     for raw in raw_items:
         title, text = found.get(raw, ("", ""))
@@ -1419,6 +1453,7 @@ def fullness(fields):
 def explain_missing(path, form, wanted, n_found):
     """Say that metadata lacks most items, and which column has them, exactly or written otherwise
     (1.0 or 01 against 1, small letters). Raises SystemExit2 when it has none of the items."""
+    # each column's ids: those that are wanted as they stand, and those that would be
     alike = {loose(raw): raw for raw in wanted}
     exact, other, example, n_rows = {}, {}, {}, 0
     for _, row in form.meta(path, None):
@@ -1432,6 +1467,8 @@ def explain_missing(path, form, wanted, n_found):
             elif raw is not None:
                 other.setdefault(column, set()).add(raw)
                 example.setdefault(column, f"{value!r} there, {raw!r} in the interactions")
+
+    # the column with most of either, if it has more than the one that was read
     best, near = (max(found, key=lambda column: len(found[column]), default=None)
                   for found in (exact, other))
     if best not in (None, form.key) and len(exact[best]) > n_found:
@@ -1561,12 +1598,14 @@ def interactions(path, fmt):
         except KeyError as error:
             fail(f"{path}: line {n} has no column {error} (found: {', '.join(list(row)[:8])}); "
                  f"--format {fmt} needs {form.user} and {form.item}")
+        # a number, or nothing; never something else that is taken for nothing
         try:
             rating, moment = parse_number(row.get(form.rating)), parse_time(row.get(form.time))
         except (ValueError, TypeError):
             fail(f"{path}: line {n}: {form.rating} {row.get(form.rating)!r} is no number, or "
                  f"{form.time} {row.get(form.time)!r} no time; write a rating as 4.5, a time in "
                  "seconds since 1970 or as 2016-03-01 12:30:00")
+        # the unit of the times follows from the first of them, and all others have to agree
         if moment:
             size = abs(moment)
             if not unit and moment == moment:  # the first time of the file that is there
@@ -1667,6 +1706,7 @@ def table_rows(path, is_row=None, sep=None, columns=None, encoding="utf-8-sig"):
     is never closed or closed rows later, and a column named twice."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     with open_text(path, encoding) as file:
+        # the first line says what separates the fields, and is read again with the rest
         first = first_line(path, file)
         sep = sep or separator(first)
         lines = chain([first] if first else [], file)
@@ -1675,7 +1715,7 @@ def table_rows(path, is_row=None, sep=None, columns=None, encoding="utf-8-sig"):
         else:
             quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
             reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
-        names, line, end = columns, 1, 0
+        names, line, end = columns, 1, 0  # a row may span lines: from `line` to `end`
         try:
             for row in reader:
                 line, end = end + 1, getattr(reader, "line_num", end + 1)

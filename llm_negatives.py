@@ -1353,7 +1353,8 @@ def profile_items(items, chosen, file, writer):
     others, and where its answer is empty, what is known of the item."""
     todo = [n for n, row in enumerate(items) if ("item", row["raw"]) not in file.made]
     plain = [n for n in todo if n not in chosen]
-    file.add("item", [items[n]["raw"] for n in plain], [items[n]["text"] for n in plain])
+    raws = [items[n]["raw"] for n in plain]
+    file.add("item", raws, [items[n]["text"] for n in plain])
     asked = [n for n in todo if n in chosen]
     if not asked:
         return
