@@ -637,7 +637,7 @@ def train_hnlmrec(args):
             z = torch.cat([method.projector(part[:, None]) for part in method.hidden.split(4096)])
             vectors |= {"z": z.half(), "z_pairs": made["pairs"]}
 
-    # write, unless a number is none
+    # write, unless something is not finite
     check_finite(out, state | vectors, "nothing was written; lower --lr and run again")
     save_tensors(out, {**state, **vectors},
                  {"settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],

@@ -225,6 +225,8 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     prefixes = [prompt.user(text) for text in user_texts]
     pieces = [prompt.item(text) for text in item_texts]
     longest = len(prompt.shared) + max(map(len, prefixes)) + max(map(len, pieces))
+
+    # the instruction once for all, each user once on top of it
     if longest <= attention_window(llm):
         prompt.tokens += sum(map(len, prefixes))
         past = instruction or run_piece(llm, [prompt.shared])[2]
@@ -236,6 +238,7 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
             pieces[row] = prompt.shared + prefixes[own] + pieces[row]
     prompt.tokens += sum(map(len, pieces))
 
+    # the suffixes, each on top of its user; item's soft tokens before the user's, as in the prompt
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
     order = torch.arange(len(pieces), device=device)
     if batch:
@@ -261,10 +264,13 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
     L)). Padding may sit between the pieces: masks leave it out and positions are counted over real
     tokens only, so a row's hidden states are those of its own prompt run alone, as long as no
     attention window (attention_window) is shorter than L0 + L."""
+    # what goes in: embeddings of the ids, vectors in the SOFT places
     ids, mask = pad(pieces, llm.get_input_embeddings().weight.device)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
     if soft is not None:
         x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
+
+    # what came before, one past for each row: a copy, unless it is a cache that may be written into
     full, cache, in_place = mask, DynamicCache(), False
     if past is not None:
         keys_values, past_mask = past
@@ -274,7 +280,9 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
         full = torch.cat([past_mask, mask], 1)  # (B, L0 + L)
         in_place = isinstance(keys_values, DynamicCache)
         cache = keys_values if in_place else DynamicCache(keys_values)
-    position = (full.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+
+    # padding has no position of its own: the token after it goes on where the one before it was
+    position = (full.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # (B, L)
     out = llm(inputs_embeds=x, attention_mask=full, position_ids=position, past_key_values=cache,
               use_cache=True)
     if not in_place:
@@ -345,14 +353,15 @@ class SftTask:
         # centred, so that cosine compares what tells items apart and not the direction that all
         # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
+
+        # two held-back sets of train pairs: new pairs of users that SFT does see, and pairs of
+        # users it never sees
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=generator)
         new_user = torch.rand(data["n_users"], generator=generator) < 0.1
         is_new = new_user[self.train[order, 0].cpu()]
         known = order[~is_new]
         n_held = min(256, max(1, len(known) // 10))
-        # two held-back sets of train pairs: new pairs of users that SFT does see, and pairs of
-        # users it never sees
         self.held = {"known users": known[:n_held], "new users": order[is_new][:256]}
         self.rows = known[n_held:]  # (N,) rows of train that SFT learns from
         self.generator = generator
@@ -400,6 +409,7 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
     so that a user's prefix is run once for several items. users (N,) of all train rows; rows (R,);
     lengths (N,): how long each row's prompt is, so that chunks of like length share a batch and
     little is padded -> list of int64 tensors, in random order."""
+    # each user's rows in random order, cut into chunks
     rows = rows[torch.randperm(len(rows), generator=generator)]
     rows = rows[users[rows].argsort(stable=True)]
     chunks = []
@@ -411,6 +421,8 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
         shuffled, order = order, []
         for at in range(0, len(chunks), 8 * groups):
             order += sorted(shuffled[at:at + 8 * groups], key=longest.__getitem__)
+
+    # chunks into batches, the batches in random order
     batches = []
     for at in range(0, len(order), groups):
         batches.append(torch.cat([chunks[k] for k in order[at:at + groups]]))
@@ -1049,7 +1061,7 @@ def generate(args):
     instruction = run_piece(llm, [prompt.shared])[2]
     in_batches = functools.partial(encode, batch=args.batch_size, instruction=instruction)
 
-    # the pairs: each process makes shards of its own
+    # the pairs: each process makes shards of its own, and goes on where an earlier run was killed
     done, mine = len(rows) - made, todo[rank()::world()]
     total = done + sum(len(part) for _, part in mine)
     progress, begin = Progress("generate", total, "pairs"), time.time()
@@ -1072,6 +1084,8 @@ def generate(args):
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
     if world() > 1:
         dist.barrier()
+
+    # how fast it was; the other processes' shards are taken to be of like length
     seconds = time.time() - begin
     speed = prompt.tokens * world() / seconds
     print(f"generate: {made} pairs in {seconds:.0f} s, {speed:.0f} tokens/s; {len(shards)} shards "
