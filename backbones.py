@@ -1763,6 +1763,16 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see `python {self.prog} --help`)")
 
 
+def add_run_flags(parser):
+    """The flags of every step that makes a file of a run, on a device."""
+    parser.add_argument("--run", required=True, metavar="DIR",
+                        help="run folder, as made by `hnlmrec.py prepare`")
+    parser.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--force", action="store_true",
+                        help="remake the output though it was made with other settings")
+
+
 def add_training_flags(parser, more=()):
     """The flags that a baseline and HNLMRec share: the same backbone, the same budget. more:
     further choices of --backbone."""
@@ -1788,12 +1798,7 @@ def add_training_flags(parser, more=()):
                        help="validations without a new best before stopping")
     group.add_argument("--seed", type=number(int, 0), default=0,
                        help="decides initial weights, batches and negatives")
-    parser.add_argument("--run", required=True, metavar="DIR",
-                        help="run folder, as made by `hnlmrec.py prepare`")
-    parser.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--force", action="store_true",
-                        help="remake the output though it was made with other settings")
+    add_run_flags(parser)
 
 
 def add_band_flags(group):

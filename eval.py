@@ -337,8 +337,11 @@ def fit_of_features(features, label, user, n_users, seed=0):
     return nats.new_zeros(n_users).index_add_(0, user, nats), auc(log_odds, label)
 
 
+TOP = 50  # unseen items of each user, the best of a CF model, that judges are measured on
+
+
 @torch.no_grad()
-def cf_candidates(model, data, labels="valid", top=50):
+def cf_candidates(model, data, labels="valid", top=TOP):
     """The pairs judges are measured on: of each user the `top` best unseen items of a CF model.
 
     labels: valid, or test, where what is in valid counts as seen too -> items (U, top), -1 where a
@@ -464,7 +467,7 @@ def without_texts(name, users, items):
     yield f"{name}, mean item", users, torch.where(bias, items, items.mean(0))
 
 
-def measure_judges(model, data, judges, labels="valid", top=50):
+def measure_judges(model, data, judges, labels="valid", top=TOP):
     """How much each judge adds to what a CF model trained on train alone knows of the positives of
     `labels` (valid or test) among its own `top` best unseen items of each user.
 
@@ -1639,7 +1642,7 @@ def main(argv=None):
                             epilog="example: python eval.py judge --run runs/demo")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--cf", default="cf.safetensors", help="model whose best items are judged")
-    p.add_argument("--top", type=number(int, 1), default=50, help="unseen items of each user")
+    p.add_argument("--top", type=number(int, 1), default=TOP, help="unseen items of each user")
     p.add_argument("--parts", action="store_true",
                    help="also each judge in a file without its users' texts, and without its "
                         "items'")

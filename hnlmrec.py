@@ -334,7 +334,7 @@ def blend_weights(parts, train, valid, grid, cells=2**28):
 
 
 @torch.no_grad()
-def factors(model, train, rank=1024):
+def factors(model, train, rank):
     """A trained recommender as two tables whose inner product is its score -> users (U, D), items
     (I, D). Of a Backbone its own vectors. Item weights W become W ~ A B' by a truncated SVD of that
     rank (Halko, Martinsson and Tropp, SIAM Review 2011), the user being the sum of A's rows over

@@ -53,10 +53,10 @@ from backbones import (
     Parser,
     Progress,
     add_band_flags,
+    add_run_flags,
     check_finite,
     check_inputs,
     contains,
-    device_name,
     end_processes,
     fail,
     fit,
@@ -1717,18 +1717,16 @@ def main(argv=None):
     def command(name, text, example):
         example = f"example: python llm_negatives.py {name} --run runs/demo {example}"
         p = commands.add_parser(name, help=text, description=text, epilog=example)
-        p.add_argument("--run", required=True, metavar="DIR",
-                       help="run folder, as made by `hnlmrec.py prepare`")
+        add_run_flags(p)
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
                        help="local folder or Hugging Face id of a causal LM")
         p.add_argument("--paper", action="store_true",
                        help="the paper's LLM and settings; flags given beside it win")
-        p.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
-                       default="cuda" if torch.cuda.is_available() else "cpu")
         p.add_argument("--seed", type=number(int, 0), default=0,
                        help="decides every random choice of this step")
-        p.add_argument("--force", action="store_true",
-                       help="remake the output though it was made with other settings")
+        if name != "generate":  # which takes what fine-tuning took
+            p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                           help="weights of the LLM; LoRA's own are fp32")
         return p
 
     p = command("profile", "write a text profile of each user and item", "--profiles template")
@@ -1741,8 +1739,6 @@ def main(argv=None):
                    help="users and items that the LLM writes for; 0: all")
     p.add_argument("--batch-size", type=number(int, 1), default=32,
                    help="prompts a call")
-    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                   help="weights of the LLM")
     p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
     p = command("finetune", "LoRA fine-tuning with InfoNCE against CF-mined hard negatives",
@@ -1767,8 +1763,6 @@ def main(argv=None):
     g = p.add_argument_group("the LLM and LoRA")
     g.add_argument("--llm-layers", type=number(int, 0), default=8,
                    help="first layers that are kept; 0: all")
-    g.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                   help="weights of the LLM; LoRA's own are fp32")
     g.add_argument("--lora-rank", type=number(int, 1), default=8, help="LoRA r")
     g.add_argument("--lora-alpha", type=number(float, 0, open_low=True), default=16,
                    help="LoRA alpha")
@@ -1828,8 +1822,6 @@ def main(argv=None):
     p.add_argument("--batch-size", type=number(int, 0), default=0,
                    help="pairs a step; 0: a 64th of the train pairs, 256 to 2,048")
     p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate")
-    p.add_argument("--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                   help="weights of the LLM")
     p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
     args = parser.parse_args(argv)
