@@ -1629,6 +1629,23 @@ def chart_of_spreads(title, labels, spreads, reference=None):
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+def add_cell_flags(parser):
+    """The flags that compare and sweep share: those of training many cells."""
+    parser.add_argument("--run", required=True, metavar="DIR",
+                        help="run folder in which `bash run.sh` has finished")
+    parser.add_argument("--seeds", type=number(int, 1), default=5,
+                        help="seeds 0 to N-1 of training")
+    parser.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
+                        help="LLM of the variants that have to be fine-tuned")
+    parser.add_argument("--pairs-per-user", type=number(int, 0), default=8,
+                        help="as `llm_negatives.py generate`, for the variants")
+    parser.add_argument("--flags", default="",
+                        help="further flags of every training, in one string")
+    parser.add_argument("--force", action="store_true", help="train all cells anew")
+    parser.add_argument("--jobs", type=number(int, 1), default=1,
+                        help="cells at a time; set OMP_NUM_THREADS=1 beside it")
+
+
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -1663,50 +1680,42 @@ def main(argv=None):
     p.add_argument("--force", action="store_true", help="make all trials of OUT.jsonl anew")
     p.add_argument("--jobs", type=number(int, 1), default=1,
                    help="trials at a time; set OMP_NUM_THREADS=1 beside it")
-    for name, text, example in (
-            ("compare", "train methods x seeds and test the differences", "--seeds 5 --ablations"),
-            ("sweep", "try values of one flag on validation",
-             "--flag tau_c --values 0.05,0.1,0.2,0.5")):
-        p = commands.add_parser(name, help=text, description=text,
-                                epilog=f"example: python eval.py {name} --run runs/ml-100k "
-                                       f"{example}")
-        p.add_argument("--run", required=True, metavar="DIR",
-                       help="run folder in which `bash run.sh` has finished")
-        p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0 to N-1 of training")
-        p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
-                       help="LLM of the variants that have to be fine-tuned")
-        p.add_argument("--pairs-per-user", type=number(int, 0), default=8,
-                       help="as `llm_negatives.py generate`, for the variants")
-        p.add_argument("--flags", default="", help="further flags of every training, in one string")
-        p.add_argument("--out", default="compare" if name == "compare" else "",
-                       help="first part of the report's names, inside the run folder (a sweep's: "
-                            "sweep-FLAG)")
-        p.add_argument("--force", action="store_true", help="train all cells anew")
-        p.add_argument("--jobs", type=number(int, 1), default=1,
-                       help="cells at a time; set OMP_NUM_THREADS=1 beside it")
-        if name == "compare":
-            p.add_argument("--backbones", default="lightgcn",
-                           help="comma-separated; the ablations run with the first")
-            p.add_argument("--methods", default="",
-                           help="semicolon-separated names instead of all, ablations included, "
-                                "each with flags of its own if wanted")
-            p.add_argument("--baseline-flags", default="",
-                           help="further flags of the baselines, in one string")
-            p.add_argument("--hnlmrec-flags", default="",
-                           help="further flags of HNLMRec and its ablations, in one string")
-            p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
-                           help="take each method's flags from this file of `tune` (tuned.json)")
-            p.add_argument("--ablations", action="store_true",
-                           help="also the controls and the ablations of training")
-            p.add_argument("--llm-ablations", action="store_true",
-                           help="these, and the ablations that fine-tune or generate anew")
-        else:
-            p.add_argument("--flag", required=True,
-                           help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")
-            p.add_argument("--values", required=True, help="comma-separated values")
-            p.add_argument("--method", default="",
-                           help="flags that choose a baseline instead, for example '--sampler dns'")
-            p.add_argument("--backbone", default="lightgcn", help="backbone")
+    text = "train methods x seeds and test the differences"
+    p = commands.add_parser("compare", help=text, description=text,
+                            epilog="example: python eval.py compare --run runs/ml-100k --seeds 5 "
+                                   "--ablations")
+    add_cell_flags(p)
+    p.add_argument("--out", default="compare",
+                   help="first part of the report's names, inside the run folder")
+    p.add_argument("--backbones", default="lightgcn",
+                   help="comma-separated; the ablations run with the first")
+    p.add_argument("--methods", default="",
+                   help="semicolon-separated names instead of all, ablations included, each with "
+                        "flags of its own if wanted")
+    p.add_argument("--baseline-flags", default="",
+                   help="further flags of the baselines, in one string")
+    p.add_argument("--hnlmrec-flags", default="",
+                   help="further flags of HNLMRec and its ablations, in one string")
+    p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
+                   help="take each method's flags from this file of `tune` (tuned.json)")
+    p.add_argument("--ablations", action="store_true",
+                   help="also the controls and the ablations of training")
+    p.add_argument("--llm-ablations", action="store_true",
+                   help="these, and the ablations that fine-tune or generate anew")
+    text = "try values of one flag on validation"
+    p = commands.add_parser("sweep", help=text, description=text,
+                            epilog="example: python eval.py sweep --run runs/ml-100k --flag tau_c "
+                                   "--values 0.05,0.1,0.2,0.5")
+    add_cell_flags(p)
+    p.add_argument("--out", default="",
+                   help="first part of the report's names, inside the run folder (left out: "
+                        "sweep-FLAG)")
+    p.add_argument("--flag", required=True,
+                   help="flag of `hnlmrec.py train`, or tau_s or lora_rank of fine-tuning")
+    p.add_argument("--values", required=True, help="comma-separated values")
+    p.add_argument("--method", default="",
+                   help="flags that choose a baseline instead, for example '--sampler dns'")
+    p.add_argument("--backbone", default="lightgcn", help="backbone")
     p = commands.add_parser("recommend", help="show one user's recommendations",
                             epilog="example: python eval.py recommend --run runs/demo --user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
