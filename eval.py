@@ -1285,10 +1285,11 @@ SPACES = {
     "HNLMRec, as in the paper": TRAINED | {
         "alpha": ("log", 1e-4, 0.3), "lambda1": ("log", 1e-4, 1), "tau-c": ("log", 0.05, 1)},
 }
-# a method's trials 1, 2 …, before the random ones: HNLMRec without any of its parts, that is DNS;
-# and with the judge's likely false negatives alone
-OFF = "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --clear 0 --lambda-f "
-FIRST = {"HNLMRec": [OFF + "0", OFF + "1"]}
+# a method's trials 1, 2 …, before the searched ones: HNLMRec without any of its parts, that is DNS;
+# with the judge's likely false negatives alone; with the texts as initial vectors alone
+OFF = "--alpha 0 --lambda1 0 --lambda-s 0 --clear 0 "
+FIRST = {"HNLMRec": [OFF + "--text-init 0 --lambda-f 0", OFF + "--text-init 0 --lambda-f 1",
+                     OFF + "--text-init 1 --lambda-f 0"]}
 
 
 def as_word(flag, value, m):
@@ -1478,7 +1479,7 @@ def read_tuned(path, digest):
     budgets = {}
     for methods in tuned["methods"].values():
         for name, entry in methods.items():
-            if SPACES.get(name):
+            if SPACES.get(name) and name not in CLOSED:  # closed forms cost seconds, not minutes
                 budgets[entry["trials"]] = name
     if len(budgets) > 1:
         (low, one), *_, (high, other) = sorted(budgets.items())

@@ -3059,7 +3059,7 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     found = json.loads((tmp_path / "tuned.json").read_text())["methods"]
     for name in ("RNS", "HNLMRec"):
         words = [t["words"] for t in trials if t["method"] == name]
-        first = 1 if name == "RNS" else 3
+        first = 1 if name == "RNS" else 4
         flags_of = [dict(zip(w[::2], w[1::2])) for w in words]
         rates = [float(f.get("--lr", 1e-3)) for f in flags_of]
         # in turn a random point, and the best before with one flag moved
@@ -3070,7 +3070,7 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
             assert set(best) <= set(flags_of[n])
             assert len(moved) <= 1 if n % 2 == 0 else words[n][0] == "--lr" and len(moved) > 1
         # DNS itself is always among HNLMRec's: nothing of the LLM or the judge
-        off = "alpha lambda1 lambda-s text-init clear lambda-f".split()
+        off = "alpha lambda1 lambda-s clear text-init lambda-f".split()
         assert name == "RNS" or words[1] == " ".join(f"--{flag} 0" for flag in off).split()
         assert words[0] == [] and all(3e-4 <= rate <= 1e-2 for rate in rates)
         entry = found["lightgcn"][name]
@@ -3102,6 +3102,8 @@ def test_tune_picks_the_best_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     assert words("Popularity", "mf", []) == []
     compare = ["compare", "--run", str(tmp_path), "--tuned", "--methods"]
     assert "EASE on lightgcn is not in it" in refused("eval.py", *compare, "EASE")
+    evaluation.main([*flags, "--methods", "EASE", "--budget", "2"])  # closed forms: any budget
+    assert evaluation.read_tuned(tmp_path / "tuned.json", digest)["ease"]["EASE"]["trials"] == 2
     evaluation.main([*flags, "--methods", "DNS", "--budget", "3"])
     assert "DNS had 3 trials" in refused("eval.py", *compare, "DNS")
     (tmp_path / "tuned.json").write_text("{")
