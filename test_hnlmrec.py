@@ -9,6 +9,7 @@ import contextlib
 import dis
 import functools
 import gzip
+import inspect
 import io
 import itertools
 import json
@@ -2376,15 +2377,31 @@ def test_the_first_snippet_prints_what_the_readme_says(capsys):
 
 
 def copy_table():
-    """Rows of the table: {first piece: (module, pieces, names to take along)}."""
-    rows = {}
+    """Rows of the table: {first piece: (module, pieces, names to take along)}. A word in bold names
+    the file of the rows below it; "row of `x`" takes along what x's row names."""
+    rows, module = {}, None
     for line in readme("## Copy this piece", "\n## ").splitlines():
-        if line.startswith("| `"):
-            first, along = line.split("|")[1:3]
-            pieces, along = ([word for word in cell.split("`")[1::2]] for cell in (first, along))
-            module, pieces[0] = pieces[0].split(".")
-            rows[pieces[0]] = (PROGRAMS[f"{module}.py"], pieces, along)
-    return rows
+        if line.startswith("| **"):
+            module = PROGRAMS[line.split("**")[1]]
+        elif line.startswith("| `"):
+            first, second = line.split("|")[1:3]
+            pieces, along = first.split("`")[1::2], []
+            for word in second.split(", "):
+                if word.strip() != "–":
+                    along.append(word.strip())
+            rows[pieces[0]] = (module, pieces, along)
+    table = {}
+    for piece, (module, pieces, along) in rows.items():
+        names = []
+        for word in along:
+            prefix, name, end = word.split("`")
+            if prefix == "row of ":
+                names += rows[name][2] + rows[name][1]
+            else:
+                assert prefix == end == ""
+                names.append(name)
+        table[piece] = (module, pieces, names)
+    return table
 
 
 def sources(module):
@@ -2607,13 +2624,17 @@ TOYS = {
 }
 
 
+def pasted_code(row):
+    module, pieces, along = row
+    known = sources(backbones) | sources(module)
+    return compile("\n\n".join(known[name] for name in [*along, *pieces]), "pasted", "exec")
+
+
 @pytest.mark.parametrize("piece", list(TOYS))
 def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
-    module, pieces, along = copy_table()[piece]
-    known, plain = sources(backbones) | sources(module), {}
+    row = next(row for row in copy_table().values() if piece in row[1])
+    (module, pieces, along), plain, code = row, {}, pasted_code(row)
     exec(code_block(readme("## Copy this piece", "\n| "), "python"), plain)
-    pasted = "\n\n".join(known[name] for name in [*along, *pieces])
-    code = compile(pasted, "pasted", "exec")
     # what the pasted code looks up, on paths that the toys do not take either
     taken = global_names(code) - set(plain) - set(dir(builtins)) - {"__name__"}
     assert taken <= {*along, *pieces}
@@ -2624,8 +2645,13 @@ def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
     TOYS[piece](plain, encoder)
 
 
-def test_every_row_of_the_copy_table_is_pasted():
-    assert set(copy_table()) == set(TOYS)
+def test_every_piece_of_the_copy_table_is_run():
+    """By a toy that names it, or from another piece of its row."""
+    named = "".join(map(inspect.getsource, TOYS.values()))
+    for row in copy_table().values():
+        inner = global_names(pasted_code(row))
+        for piece in row[1]:
+            assert f'"{piece}"' in named or piece in inner
 
 
 # --------------------------------------------------------------------------------------------------
