@@ -2378,7 +2378,7 @@ def test_the_first_snippet_prints_what_the_readme_says(capsys):
 
 def copy_table():
     """Rows of the table: {first piece: (module, pieces, names to take along)}. A word in bold names
-    the file of the rows below it; "row of `x`" takes along what x's row names."""
+    the file of the rows below it; "row of `x`" takes along all that x's row names."""
     rows, module = {}, None
     for line in readme("## Copy this piece", "\n## ").splitlines():
         if line.startswith("| **"):
@@ -2386,22 +2386,14 @@ def copy_table():
         elif line.startswith("| `"):
             first, second = line.split("|")[1:3]
             pieces, along = first.split("`")[1::2], []
-            for word in second.split(", "):
-                if word.strip() != "–":
-                    along.append(word.strip())
+            for word in second.strip(" –").split(", "):
+                name = word.strip("`")
+                if word.startswith("row of `"):  # which stands above, so that it is known by now
+                    along += sum(rows[word.split("`")[1]][1:], [])
+                elif name:
+                    along.append(name)
             rows[pieces[0]] = (module, pieces, along)
-    table = {}
-    for piece, (module, pieces, along) in rows.items():
-        names = []
-        for word in along:
-            prefix, name, end = word.split("`")
-            if prefix == "row of ":
-                names += rows[name][2] + rows[name][1]
-            else:
-                assert prefix == end == ""
-                names.append(name)
-        table[piece] = (module, pieces, names)
-    return table
+    return rows
 
 
 def sources(module):
