@@ -2396,6 +2396,7 @@ def copy_table():
     return rows
 
 
+@functools.cache
 def sources(module):
     """{name: source} of the functions, classes and constants at the top of a file."""
     text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
