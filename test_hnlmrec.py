@@ -2400,11 +2400,12 @@ def copy_table():
 def sources(module):
     """{name: source} of the functions, classes and constants at the top of a file."""
     text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
+    lines = text.splitlines()
     for node in ast.parse(text).body:
         names = [node.name] if hasattr(node, "name") else []
         targets = getattr(node, "targets", [])
         names += [target.id for target in targets if isinstance(target, ast.Name)]
-        found |= dict.fromkeys(names, ast.get_source_segment(text, node))
+        found |= dict.fromkeys(names, "\n".join(lines[node.lineno - 1:node.end_lineno]))
     return found
 
 
