@@ -1383,7 +1383,11 @@ def tune(args):
         else:
             before = [done[name, backbone, i] for i in range(n)]
             best = best_trial(before)
-            row["words"] = near(best["words"], SPACES[name], rng, m)
+            tried = [row["words"] for row in before]
+            for _ in range(20):  # a point that was not tried yet, if there is one
+                row["words"] = near(best["words"], SPACES[name], rng, m)
+                if row["words"] not in tried:
+                    break
         return row
 
     def one(row):

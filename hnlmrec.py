@@ -867,7 +867,7 @@ def trace(args):
     maker = f"python hnlmrec.py prepare --run {run}"
     users, items = read_jsonl(run / "users.jsonl", maker), read_jsonl(run / "items.jsonl", maker)
     titles = [item["title"] for item in items]
-    u, i, row = find_pair(args, data, users, items)
+    u, i, row = find_pair(args, data, users, items, made["pairs"])
     print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: "
           f"{titles[i]}; train pair number {row} of {len(data['train'])}")
 
@@ -877,14 +877,17 @@ def trace(args):
     trace_step(method, row)
 
 
-def find_pair(args, data, users, items):
-    """The rows of the user and of the item, and the number of their train pair."""
+def find_pair(args, data, users, items, generated):
+    """The rows of the user and of the item, and the number of their train pair. Without --item the
+    user's first pair that has a generated vector of its own: generated (n, 2) are all that have."""
     u = row_of(users, args.user, "--user", Path(args.run) / "users.jsonl")
     own = [items[i]["raw"] for i in data["train"][data["train"][:, 0] == u, 1].tolist()]
     if args.item is not None and args.item not in own:
         fail(f"--item {args.item}: user {args.user} has no train pair with it "
              f"(for example {', '.join(own[:5])})")
-    i = row_of(items, args.item or own[0], "--item", Path(args.run) / "items.jsonl")
+    first = next(iter(generated[generated[:, 0] == u, 1].tolist()), None)
+    item = args.item or (own[0] if first is None else items[first]["raw"])
+    i = row_of(items, item, "--item", Path(args.run) / "items.jsonl")
     return u, i, int((data["train"] == torch.tensor([u, i])).all(1).nonzero())
 
 
@@ -956,7 +959,7 @@ def trace_step(method, row):
     loss, logs = method.loss(torch.tensor([row]), torch.Generator().manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-    print(f"8. step       e_u·e_i {score:.3f}; loss {loss.item():.4f} = {terms} and L2\n"
+    print(f"8. step       e_u·e_i as trained {score:.3f}; loss {loss.item():.4f} = {terms} and L2\n"
           f"9. gradient   norm: backbone {gradient_norm(method.backbone):.4f}, "
           f"projector {gradient_norm(method.projector):.4f}")
 

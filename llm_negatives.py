@@ -324,7 +324,7 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dr
     return encoder(llm, prompt, soft_tokens, profiles, user_vectors, titles, item_vectors, owner)
 
 # --------------------------------------------------------------------------------------------------
-# Step 2: supervised fine-tuning with InfoNCE against CF-mined hard negatives
+# Fine-tuning, supervised, with InfoNCE against CF-mined hard negatives
 # --------------------------------------------------------------------------------------------------
 
 def info_nce(z, candidates, positive, tau, ignore=None):
@@ -343,7 +343,12 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 
 class SftTask:
     """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was
-    mined, the candidates."""
+    mined, the candidates.
+
+    data: a dict of load_data. cf_model: a Backbone on those pairs; cf: its vectors, {"user" (U, d),
+    "item" (I, d)}. texts {"user": U strings, "item": I strings}: what the prompts say. first, last:
+    the band, ranks of a user's unseen items from 1. mine: "dns", the band itself, or "mixgcf", the
+    synthetic negatives' nearest items. seed: who is held back."""
 
     def __init__(self, data, cf_model, cf, texts, first, last, seed, mine="dns"):
         self.cf, self.texts, self.train, self.mine = cf, texts, data["train"], mine
@@ -935,7 +940,7 @@ def read_layers(llm, prompt, texts, layers, batch=64, max_tokens=64):
     return result
 
 # --------------------------------------------------------------------------------------------------
-# Step 3: generation, offline, in shards
+# Generation, offline, in shards
 # --------------------------------------------------------------------------------------------------
 
 def choose_pairs(train, n_users, per_user, seed):
@@ -1092,7 +1097,7 @@ def generate(args):
           f"{args.out}-*.safetensors and {items_path.name} are there")
 
 # --------------------------------------------------------------------------------------------------
-# Step 1: profiles (the paper's system prompt, item metadata -> item profile, sampled history ->
+# Profiles (the paper's system prompt, item metadata -> item profile, sampled history ->
 # user profile)
 # --------------------------------------------------------------------------------------------------
 

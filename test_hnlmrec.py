@@ -1,6 +1,7 @@
 """Tests against oracles: brute force, closed forms, dense algebra, hand-worked cases.
 `bash run.sh test` runs them."""
 
+import argparse
 import ast
 import builtins
 import bz2
@@ -2776,6 +2777,10 @@ def test_trace_follows_a_pair(finished):
     assert prompt.strip().endswith("User vector:[e_u]")
     assert "projector 0.0000" not in out and "backbone 0.0000" not in out
     held = data["test"][data["test"][:, 0] == u][0, 1]
+    # without --item, a pair of the user that has a generated vector of its own
+    _, _, row = hnlmrec.find_pair(argparse.Namespace(run=finished, user=users[u]["raw"], item=None),
+                                  data, users, items, torch.tensor([[u + 1, i], [u, i]]))
+    assert data["train"][row].tolist() == [u, i]
     assert "no model of" in refused("hnlmrec.py", *trace, "--model", "model-rns.safetensors")
     assert "no train pair" in refused("hnlmrec.py", *trace, "--item", items[held]["raw"])
 
