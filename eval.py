@@ -492,7 +492,8 @@ def measure_judges(model, data, judges, labels="valid", top=TOP):
             fail(f"judge {name}: has scores that are not finite; make its file again")
 
     # what is known without a judge: CF alone, and CF with a bag of words
-    words = next((name for name in reversed(scores) if name.startswith("bag of words")), None)
+    whole = [name for name in scores if not name.endswith((", mean user", ", mean item"))]
+    words = next((name for name in reversed(whole) if name.startswith("bag of words")), None)
     base, own_auc = fit_of_features(cf, label, user, model.n_users)
     rows["CF alone"] = {"AUC": own_auc}
     if words:

@@ -1275,14 +1275,17 @@ def test_a_judge_without_its_texts_keeps_its_biases():
 
 
 def test_gains_of_some_users_alone():
-    """A judge that knows all of two users and nothing of the others; the bag of words is the last."""
+    """A judge that knows all of two users and nothing of the others; the bag of words is the last
+    that is whole."""
     data, generator = split_data(), torch.Generator().manual_seed(3)
     model = rigged(torch.randn(N_USERS, 4, generator=generator),
                    torch.randn(N_ITEMS, 4, generator=generator))
     noise = torch.randn(N_USERS, N_ITEMS, generator=generator), torch.eye(N_ITEMS)
     judges = [("bag of words (untaught)", torch.ones(N_USERS, 1), torch.ones(N_ITEMS, 1)),
-              ("bag of words (taught)", *noise), ("whole", *noise), ("two", *noise, torch.tensor([1, 4])),
-              ("rest", *noise, torch.tensor([u for u in range(N_USERS) if u not in (1, 4)]))]
+              ("bag of words (taught)", *noise), ("whole", *noise),
+              ("two", *noise, torch.tensor([1, 4])),
+              ("rest", *noise, torch.tensor([u for u in range(N_USERS) if u not in (1, 4)])),
+              *evaluation.without_texts("bag of words (taught)", *noise)]
     rows = evaluation.measure_judges(model, data, judges, top=20)["rows"]
     for known in ("over CF", "over CF and bag of words"):
         whole, two, rest = [rows[name][known]["nats"][0] for name in ("whole", "two", "rest")]
@@ -3445,12 +3448,13 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
                       "model-bad.safetensors", "--text-vectors", copied / "alike.safetensors")
     assert "alike" in message
     # users that teach nothing: a bag of words, of which their pairs alone count
-    llm_negatives.main([*read[:-6], "--layers", "0", "--epochs", "1", "--untaught", "0.3", "--out", "judge-new.safetensors"])
+    llm_negatives.main([*read[:-6], "--layers", "0", "--epochs", "1", "--untaught", "0.3",
+                        "--out", "judge-new.safetensors"])
     new = backbones.load_tensors(copied / "judge-new.safetensors", "")[0]
     assert 0 < len(new["untaught"]) < data["n_users"] and not torch.equal(new["user"], real["user"])
     evaluation.main(["judge", *run, "--parts"])
     out = capsys.readouterr().out
-    for name in ("judge-random", "judge, mean user", "judge, mean item", "bag of words (judge-new)"):
+    for name in ("judge-random", "judge, mean user", "judge, mean item", "words (judge-new)"):
         assert name in out
 
 
