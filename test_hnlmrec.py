@@ -3751,16 +3751,17 @@ def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_pat
     assert "Tome" not in (copied / "items.jsonl").read_text()
 
 
-def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied, raw):
+def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied):
     """The report is written though nobody reads, or can read, what is printed."""
-    command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(copied)])
-    (copied / "report.md").unlink()
+    run = copied.rename(copied.with_name("copié"))  # its name is printed
+    command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(run)])
+    (run / "report.md").unlink()
     for end in ("| true", "> /dev/full"):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {end}"], text=True,
                               capture_output=True, check=False, cwd=HERE,
                               env={**os.environ, "PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0 and "Traceback" not in done.stderr
-        (copied / "report.md").rename(copied / "old.md")  # it was written
+        (run / "report.md").rename(run / "old.md")  # it was written
 
 
 def test_names_are_plain_text_wherever_they_are_shown():
