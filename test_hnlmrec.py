@@ -2758,7 +2758,7 @@ def test_pipeline_makes_every_file(finished):
     data = backbones.load_data(finished)
     assert set(map(tuple, tensors["pairs"].tolist())) <= set(map(tuple, data["train"].tolist()))
     recommend = ["recommend", "--run", finished, "--user", "u3", "--k", 3]
-    assert "recommended:" in process(HERE / "eval.py", *recommend)
+    assert "recommended:" in cli("eval.py", *recommend)
 
 
 def test_trace_follows_a_pair(finished):
@@ -3474,17 +3474,35 @@ def assert_same_update(one, other):
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--"]
+# commands one after another in a process of torchrun's, the last as torchrun itself would run it:
+# most of a command's time goes into the import of transformers
+COMMANDS = """
+import runpy, shlex, sys
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import llm_negatives
+*first, last = map(shlex.split, sys.argv[2:])
+start = dist.init_process_group
+dist.init_process_group = lambda *args: dist.is_initialized() or start(*args)
+for words in first:
+    llm_negatives.main(words)
+sys.argv, sys.stdout = ["llm_negatives.py", *last], sys.__stdout__
+runpy.run_path(llm_negatives.__file__, run_name="__main__")
+"""
 
 
-def test_two_processes_do_what_one_does(copied, tiny_llm, raw):
+def test_two_processes_do_what_one_does(copied, tiny_llm, raw, tmp_path):
     """Gradients averaged, profiles and shards shared out: the same update as one process with the
     same batch, the same files."""
     one, run = tune(copied, tiny_llm, "sft-one"), ["--run", copied, "--llm", tiny_llm]
     profile = ["profile", *run, *steps_of(tiny_llm, raw)["profile"], "--batch-size", 3]
-    for args in ([*profile, "--out", "profiles-two.jsonl"],
-                 ["finetune", *run, "--name", "sft-two", *TUNE],
-                 ["generate", *run, *SHARDS, "--out", "negatives-two"]):
-        process(*TORCHRUN, HERE / "llm_negatives.py", *args)
+    commands = []
+    for words in ([*profile, "--out", "profiles-two.jsonl"],
+                  ["finetune", *run, "--name", "sft-two", *TUNE],
+                  ["generate", *run, *SHARDS, "--out", "negatives-two"]):
+        commands.append(shlex.join(map(str, words)))
+    (tmp_path / "commands.py").write_text(COMMANDS)
+    process(*TORCHRUN, tmp_path / "commands.py", HERE, *commands)
     profiles = (copied / "profiles.jsonl").read_text().splitlines()
     shared = (copied / "profiles-two.jsonl").read_text().splitlines()
     assert sorted(shared) == sorted(profiles)
@@ -3496,9 +3514,10 @@ def test_two_processes_do_what_one_does(copied, tiny_llm, raw):
         assert torch.allclose(a["hidden"], b["hidden"], atol=2e-3)
 
 
-def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm, capsys):
+def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm, monkeypatch, capsys):
     """No CF vectors in the prompt; MixGCF's targets; template profiles: each makes negatives of its
     own."""
+    monkeypatch.setattr(evaluation, "program", in_process)
     run = ["--run", copied, "--llm", tiny_llm]
     template = "profiles-template.jsonl"
     cli("llm_negatives.py", "profile", *run, "--profiles", "template", "--out", template)
@@ -3732,16 +3751,17 @@ def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_pat
     assert "Tome" not in (copied / "items.jsonl").read_text()
 
 
-def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied, raw):
+def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied):
     """The report is written though nobody reads, or can read, what is printed."""
-    command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(copied)])
-    (copied / "report.md").unlink()
-    for end in ("| true", "> /dev/full", ""):
+    run = copied.rename(copied.with_name("copié"))  # its name is printed
+    command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(run)])
+    (run / "report.md").unlink()
+    for end in ("| true", "> /dev/full"):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {end}"], text=True,
                               capture_output=True, check=False, cwd=HERE,
                               env={**os.environ, "PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0 and "Traceback" not in done.stderr
-        (copied / "report.md").rename(copied / "old.md")  # it was written
+        (run / "report.md").rename(run / "old.md")  # it was written
 
 
 def test_names_are_plain_text_wherever_they_are_shown():
