@@ -56,7 +56,6 @@ from backbones import (
     add_run_flags,
     check_finite,
     check_inputs,
-    contains,
     end_processes,
     fail,
     fit,
@@ -69,12 +68,12 @@ from backbones import (
     mixgcf,
     number,
     output_name,
-    pair_keys,
     rank,
     rank_unseen,
     read_jsonl,
     read_meta,
     restore,
+    rows_of,
     run_cli,
     sampled_softmax_loss,
     save_tensors,
@@ -83,6 +82,7 @@ from backbones import (
     sum_of_train_items,
     start_processes,
     sum_over,
+    take,
     up_to_date,
     user_rows,
     validation,
@@ -790,16 +790,25 @@ def make_judge_step(judge, train, n_negatives):
     """A step for backbones.fit: softmax of each left-out train item against `n_negatives` items of
     the whole catalogue, drawn uniformly and shared by the batch; the user's other train items among
     them push nothing away. train (N, 2) -> step(rows (B,), generator) -> (scalar, {})."""
-    seen = pair_keys(train, judge.n_items)
+    train_rows = user_rows(train, judge.n_users)
+    slot = torch.empty(judge.n_items, dtype=torch.int64, device=train.device)
 
     def step(rows, generator):
         u, i = train[rows].T
         users = judge.user_vectors(judge.total[u] - judge.text[i])  # (B, k): i is left out
         drawn = torch.randint(judge.n_items, (n_negatives,), generator=generator, device=u.device)
-        positive = (users * judge.item_vectors(i)).sum(1) + judge.bias[i]  # (B,)
-        negative = users @ judge.item_vectors(drawn).T + judge.bias[drawn]  # (B, N)
-        own = contains(seen, u[:, None], drawn[None], judge.n_items)
-        return sampled_softmax_loss(positive, negative.masked_fill(own, -torch.inf)), {}
+        # each item is mapped and scored once: drawn c times, its term in the softmax counts c-fold
+        drawn, count = drawn.unique(return_counts=True)  # (N,), (N,)
+        items, place = torch.cat([i, drawn]).unique(return_inverse=True)
+        vectors = take(judge.item_vectors(items), place)  # (B + N, k)
+        positive = (users * vectors[:len(i)]).sum(1) + judge.bias[i]  # (B,)
+        weight = count.log().repeat(len(i), 1)  # (B, N)
+        slot.fill_(-1)[drawn] = torch.arange(len(drawn), device=u.device)
+        row, seen = rows_of(train_rows, u)
+        among = slot[seen] >= 0
+        weight[row[among], slot[seen[among]]] = -torch.inf
+        negative = users @ vectors[len(i):].T + judge.bias[drawn] + weight  # (B, N)
+        return sampled_softmax_loss(positive, negative), {}
 
     return step
 

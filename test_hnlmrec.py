@@ -611,7 +611,8 @@ def test_text_start_against_svd():
 
 
 def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
-    """The step's loss against loops over pairs, with the cosine, the sum without i and the mask."""
+    """The step's loss and gradients against loops over pairs, with the cosine, the sum without i
+    and the mask; an item drawn twice counts twice."""
     torch.manual_seed(0)
     train = split_data()["train"]
     readings = [torch.randn(N_ITEMS, 5), torch.randn(N_ITEMS, 4)]
@@ -620,8 +621,9 @@ def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
     text = F.normalize(torch.cat([backbones.whiten(layer) for layer in readings], 1), dim=1)
     assert torch.allclose(judge.text, text)
     rows = torch.tensor([0, 7, 20])
-    drawn = torch.randint(N_ITEMS, (9,), generator=torch.Generator().manual_seed(3))
-    losses, scale = [], float(judge.scale.exp())
+    drawn = torch.randint(N_ITEMS, (40,), generator=torch.Generator().manual_seed(3))
+    assert drawn.bincount().max() > 2 and (drawn == train[7, 1]).any()
+    losses, scale = [], judge.scale.exp()
     for u, i in train[rows].tolist():
         own = [j for v, j in train.tolist() if v == u]
         user = judge.user_map.weight @ sum(text[j] for j in own if j != i)
@@ -630,14 +632,17 @@ def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
             cosine = F.cosine_similarity(user, judge.item_map.weight @ text[j], 0)
             scores.append(scale * cosine + judge.bias[j])
         losses.append(torch.stack(scores).logsumexp(0) - scores[0])
-    step = llm_negatives.make_judge_step(judge, train, 9)
+    step = llm_negatives.make_judge_step(judge, train, 40)
     loss, _ = step(rows, torch.Generator().manual_seed(3))
-    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    oracle, learned = torch.stack(losses).mean(), list(judge.parameters())
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
+    for ours, theirs in zip(*(torch.autograd.grad(x, learned) for x in (loss, oracle))):
+        assert torch.allclose(ours, theirs, atol=1e-5)
     # the exported vectors' inner product is the score with all of the user's items
     users, items = judge()
     whole = sum(text[j] for v, j in train.tolist() if v == 2)
     cosine = F.cosine_similarity(judge.user_map.weight @ whole, judge.item_map.weight @ text[4], 0)
-    score = float(scale * cosine + judge.bias[4])
+    score = float((scale * cosine + judge.bias[4]).detach())
     assert float(users[2] @ items[4]) == pytest.approx(score, rel=1e-5)
 
 
