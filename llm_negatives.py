@@ -1751,7 +1751,7 @@ def main(argv=None):
     p.add_argument("--new-tokens", type=number(int, 1), default=40, help="tokens written at most")
     p.add_argument("--llm-rows", type=number(int, 0), default=0,
                    help="users and items that the LLM writes for; 0: all")
-    p.add_argument("--batch-size", type=number(int, 1), default=32,
+    p.add_argument("--batch-size", type=number(int, 1), default=64,
                    help="prompts a call")
     p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
