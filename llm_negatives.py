@@ -366,8 +366,8 @@ class SftTask:
         new_user = torch.rand(data["n_users"], generator=generator) < 0.1
         is_new = new_user[self.train[order, 0].cpu()]
         known = order[~is_new]
-        n_held = min(256, max(1, len(known) // 10))
-        self.held = {"known users": known[:n_held], "new users": order[is_new][:256]}
+        n_held = min(128, max(1, len(known) // 10))
+        self.held = {"known users": known[:n_held], "new users": order[is_new][:128]}
         self.rows = known[n_held:]  # (N,) rows of train that SFT learns from
         self.generator = generator
 
