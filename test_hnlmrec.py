@@ -3533,8 +3533,10 @@ def test_variants_of_fine_tuning_reach_the_recommender(copied, tiny_llm, monkeyp
         evaluation.make_negatives(copied, "negatives-nocf", steps, tiny_llm, 2)
         assert capsys.readouterr().out.count("$ ") == count
     made["nocf"] = backbones.load_negatives(copied, "negatives-nocf")["hidden"]
+    usual = tune(copied, tiny_llm, "sft-usual", "--steps", 1)
     for name, flags in (("mixgcf", ["--mine", "mixgcf"]), ("template", ["--profiles", template])):
-        tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
+        other = tune(copied, tiny_llm, f"sft-{name}", *flags, "--steps", 1)
+        assert not all(torch.equal(usual[key], other[key]) for key in usual)
         cli("llm_negatives.py", "generate", *run, "--sft", f"sft-{name}", "--pairs-per-user", 2,
             "--out", f"negatives-{name}")
         made[name] = backbones.load_negatives(copied, f"negatives-{name}")["hidden"]
