@@ -3585,6 +3585,16 @@ def test_two_runs_with_one_seed_are_identical(copied, tiny_llm, raw):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_gradients_are_averaged_over_processes(monkeypatch):
+    """Beside a process whose gradients are 3 everywhere."""
+    monkeypatch.setattr(backbones, "world", lambda: 2)
+    monkeypatch.setattr(backbones.dist, "all_reduce", lambda tensor: tensor.add_(3))
+    one, two, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
+    one.grad, two.grad = torch.tensor([1.0, 5.0]), torch.tensor([-3.0, 0.0])
+    backbones.average_gradients([one, none, two])
+    assert one.grad.tolist() == [2, 4] and two.grad.tolist() == [0, 1.5] and none.grad is None
+
+
 def test_training_over_two_processes_is_that_of_one(copied, tiny_llm, raw):
     """Mining, training and validation shared out: the model file that one process writes. Adam
     divides a gradient by its own size, so where it is next to nothing, rounding may turn an update
