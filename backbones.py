@@ -76,6 +76,17 @@ def rows_of(rows, users):
     return place, items[start[place] + offset]
 
 
+def own_among(drawn, users, rows, n_items):
+    """Which of some items are a user's own, found without a table of users x items: drawn (n,)
+    distinct items, users (B,), rows as user_rows gives them -> (m,) places in `users` and (m,)
+    places in `drawn`, which index a (B, n) tensor together."""
+    slot = torch.full((n_items,), -1, device=drawn.device)  # item -> its place in `drawn`
+    slot[drawn] = torch.arange(len(drawn), device=drawn.device)
+    row, own = rows_of(rows, users)
+    among = slot[own] >= 0
+    return row[among], slot[own[among]]
+
+
 def take(table, index):
     """Rows of a table: (N, D), (…) -> (…, D). As table[index], but with a backward pass that
     adds in a fixed order: that of plain indexing adds from many threads at once on a CPU, so two
@@ -728,7 +739,6 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
     ego() as it has. pairs (N, 2) train -> step(rows, generator) for `fit`, whose loss is that of
     this process's share of the rows."""
     train_rows = user_rows(pairs, model.n_users)
-    slot = torch.empty(model.n_items, dtype=torch.int64, device=pairs.device)  # item -> its place
 
     def step(rows, generator):
         u, i = share_of(pairs[rows]).T
@@ -740,12 +750,9 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
         drawn = torch.randperm(model.n_items, generator=generator, device=u.device)[:n]
         scores = model.score_all(users, take(item_vectors, drawn))  # (B, n)
 
-        # less those that are a row's own train items, found without a table of users x items
-        slot.fill_(-1)[drawn] = torch.arange(len(drawn), device=u.device)
-        row, seen = rows_of(train_rows, u)
-        among = slot[seen] >= 0
+        # less those that are a row's own train items
         own = torch.zeros_like(scores, dtype=torch.bool)
-        own[row[among], slot[seen[among]]] = True
+        own[own_among(drawn, u, train_rows, model.n_items)] = True
         scores = scores.masked_fill(own, -torch.inf)
 
         # the positive above all of them, and L2

@@ -68,12 +68,12 @@ from backbones import (
     mixgcf,
     number,
     output_name,
+    own_among,
     rank,
     rank_unseen,
     read_jsonl,
     read_meta,
     restore,
-    rows_of,
     run_cli,
     sampled_softmax_loss,
     save_tensors,
@@ -791,7 +791,6 @@ def make_judge_step(judge, train, n_negatives):
     the whole catalogue, drawn uniformly and shared by the batch; the user's other train items among
     them push nothing away. train (N, 2) -> step(rows (B,), generator) -> (scalar, {})."""
     train_rows = user_rows(train, judge.n_users)
-    slot = torch.empty(judge.n_items, dtype=torch.int64, device=train.device)
 
     def step(rows, generator):
         u, i = train[rows].T
@@ -803,10 +802,7 @@ def make_judge_step(judge, train, n_negatives):
         vectors = take(judge.item_vectors(items), place)  # (B + N, k)
         positive = (users * vectors[:len(i)]).sum(1) + judge.bias[i]  # (B,)
         weight = count.log().repeat(len(i), 1)  # (B, N)
-        slot.fill_(-1)[drawn] = torch.arange(len(drawn), device=u.device)
-        row, seen = rows_of(train_rows, u)
-        among = slot[seen] >= 0
-        weight[row[among], slot[seen[among]]] = -torch.inf
+        weight[own_among(drawn, u, train_rows, judge.n_items)] = -torch.inf
         negative = users @ vectors[len(i):].T + judge.bias[drawn] + weight  # (B, N)
         return sampled_softmax_loss(positive, negative), {}
 
