@@ -383,13 +383,17 @@ def text_judge(text, train, n_users):
     return F.normalize(users, dim=1), items
 
 
-def find_judges(run, data):
+def find_judges(run, data, parts=False):
     """Whatever in the run scores users and items by an inner product: yields (name, users (U, k),
-    items (I, k), and for some the ids of the users whose pairs count). Raises SystemExit2 for a
-    file of another split or of a wrong shape."""
+    items (I, k), and for some the ids of the users whose pairs count); with parts=True each judge
+    of a file without its texts too. Raises SystemExit2 for a file of another split or of a wrong
+    shape."""
     yield from text_judges(run, data)
     yield from generated_judges(run, data)
-    yield from file_judges(run, data)
+    for judge in file_judges(run, data):
+        yield judge
+        if parts:
+            yield from without_texts(*judge[:3])
 
 
 def item_texts(run):
@@ -548,10 +552,7 @@ def report_judges(args):
     """Measure the run's judges on the validation pairs -> judge.json. Reads no test pair."""
     run, data = Path(args.run), load_data(args.run)
     model, _, _ = load_model(run / args.cf, data=data)
-    judges = list(find_judges(run, data))
-    if args.parts:
-        for name, users, items, *_ in file_judges(run, data):
-            judges += without_texts(name, users, items)
+    judges = find_judges(run, data, args.parts)
     result = measure_judges(model, data, judges, "valid", args.top)
     result |= {"data": data["digest"], "cf": args.cf}
     if not result["rows"]:
