@@ -5,7 +5,7 @@ report     runs/NAME/model-*.safetensors -> report.md, report.svg and metrics.js
 judge      what texts and LLM know of validation positives beyond CF -> judge.json. No test pair.
 compare    methods x backbones x seeds, ablations and controls, on the test pairs -> compare.md,
            compare.json, pictures.
-tune       as many random trials for each method, on validation -> tuned.json. No test pair.
+tune       as many trials for each method, on validation -> tuned.json. No test pair.
 sweep      values of one flag, ranked on validation -> sweep-FLAG.md and a picture. No test pair.
 recommend  one user's top items with titles and scores, and beside them the negatives the LLM made
            for that user.
@@ -885,6 +885,7 @@ def compare(args):
     report_name(run, args.out, "compare")
 
     # the rows; a flag that a row has already must not come again with --flags
+    flags = words_of("--flags", args.flags, CELL_FLAGS)
     every = flags_of_methods(args)
     plan = planned_rows(args, wanted_methods(args.methods, every))
     for name, _ in plan:
@@ -896,7 +897,7 @@ def compare(args):
         words = tuned_words(tuned, name, backbone, every[name]) if tuned else every[name]
         script = "backbones.py" if name in BASELINES else "hnlmrec.py"
         own = (CLOSED[name], 0) if name in CLOSED else (backbone, seed)  # one for all of them
-        return (script, name, (*args.flags.split(), *words), *own)
+        return (script, name, (*flags, *words), *own)
 
     # train what is not there, and evaluate all of it
     make_inputs(run, args, plan)
@@ -913,10 +914,12 @@ def compare(args):
               f"{len(seeds)} seeds of training; mean ± sd over seeds. Each model at its best "
               "validation epoch.")]
     if tuned:
-        trials = 0
+        trials = set()
         for of_backbone in tuned.values():
-            trials = max(trials, *(entry["trials"] for entry in of_backbone.values()))
-        lines += ["", f"Flags by {trials} random trials a method on validation ({args.tuned})."]
+            trials |= {row["trials"] for name, row in of_backbone.items() if SPACES.get(name)}
+        low, high = min(trials, default=1), max(trials, default=1)
+        span = f"{low}" if low == high else f"{low} to {high}"
+        lines += ["", f"Flags by {span} trials a method on validation ({args.tuned})."]
     for backbone in dict.fromkeys(backbone for _, backbone in plan):
         part = {name: cell for (name, other), cell in table.items() if other == backbone}
         lines += backbone_section(run, args.out, backbone, part, data, result["tests"])
@@ -934,7 +937,6 @@ def compare(args):
 
 def flags_of_methods(args):
     """{method: the words of its flags}, of every row there is."""
-    words_of("--flags", args.flags, CELL_FLAGS)
     baseline_flags = words_of("--baseline-flags", args.baseline_flags, CELL_FLAGS)
     hnlmrec_flags = words_of("--hnlmrec-flags", args.hnlmrec_flags, CELL_FLAGS)
     every = {name: words.split() + baseline_flags for name, words in BASELINES.items()}
@@ -1392,9 +1394,6 @@ def tune(args):
                     break
         return row
 
-    def one(row):
-        return tune_trial(run, row)
-
     # a round is one trial of each method; those of a round may run beside each other
     with ThreadPoolExecutor(args.jobs) as pool:
         for n in range(args.budget):
@@ -1410,7 +1409,7 @@ def tune(args):
                     fail(f"{log}: trial {n} of {name} was made from other inputs, flags or space; "
                          "give --force to make its trials anew, or choose another --out")
             # one at a time in this thread, where Ctrl-C ends it at once
-            for row in (map if args.jobs == 1 else pool.map)(one, todo):
+            for row in (map if args.jobs == 1 else pool.map)(tune_trial, [run] * len(todo), todo):
                 rows.append(row)
                 done[row["method"], row["backbone"], n] = row
                 write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
