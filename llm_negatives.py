@@ -346,9 +346,10 @@ class SftTask:
     mined, the candidates.
 
     data: a dict of load_data. cf_model: a Backbone on those pairs; cf: its vectors, {"user" (U, d),
-    "item" (I, d)}. texts {"user": U strings, "item": I strings}: what the prompts say. first, last:
-    the band, ranks of a user's unseen items from 1. mine: "dns", the band itself, or "mixgcf", the
-    synthetic negatives' nearest items. seed: who is held back."""
+    "item" (I, d)}. texts: U user profiles and I item texts, as load_profiles returns them. first,
+    last: the band, ranks of a user's unseen items from 1. mine: "dns", the band itself, or
+    "mixgcf", the vector that MixGCF makes of the pair and some of the band. seed: who is held
+    back."""
 
     def __init__(self, data, cf_model, cf, texts, first, last, seed, mine="dns"):
         self.cf, self.texts, self.train, self.mine = cf, texts, data["train"], mine
@@ -826,8 +827,7 @@ def likely_items(judge, train, n):
 def item_readings(args, layers, dtype, device):
     """What the LLM, or the control in its place, reads of each item's title and metadata ->
     read_layers' list of (I, H)."""
-    items = read_jsonl(Path(args.run) / "items.jsonl")
-    texts = [f"{row['title']}. {row['text']}" for row in items]
+    texts = titles_and_texts(Path(args.run))
     torch.manual_seed(args.seed)
     if args.control == "shuffled":  # each text given to another item
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))
@@ -911,6 +911,11 @@ def judge_layers(text, llm):
         fail(f"--layers {text}: {llm} has layers 0 (its token embeddings) to {depth}; give some of "
              "these")
     return layers
+
+
+def titles_and_texts(run):
+    """What is read of each item, in the order of the contiguous ids: its title and metadata."""
+    return [f"{row['title']}. {row['text']}" for row in read_jsonl(run / "items.jsonl")]
 
 
 @torch.no_grad()
@@ -1088,9 +1093,8 @@ def generate(args):
 
     # the items' texts alone; their file comes last and says that all is there
     if rank() == 0:
-        items = read_jsonl(run / "items.jsonl")
-        item_texts = [f"{row['title']}. {row['text']}" for row in items]
-        text = read_layers(llm, prompt, item_texts, [-1 if args.read_items else 0])[0]
+        text = read_layers(
+            llm, prompt, titles_and_texts(run), [-1 if args.read_items else 0])[0]
         save_tensors(items_path, {"text": text.half()}, {"settings": settings})
     if world() > 1:
         dist.barrier()
