@@ -1643,7 +1643,7 @@ def add_cell_flags(parser):
                         help="seeds 0 to N-1 of training")
     parser.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
                         help="LLM of the variants that have to be fine-tuned")
-    parser.add_argument("--pairs-per-user", type=number(int, 0), default=8,
+    parser.add_argument("--pairs-per-user", type=number(int, 0), default=4,
                         help="as `llm_negatives.py generate`, for the variants")
     parser.add_argument("--flags", default="",
                         help="further flags of every training, in one string")
