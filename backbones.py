@@ -538,20 +538,36 @@ CLOSED_FORMS = {  # name -> the flags it reads
     "rp3": ("rp3_alpha", "rp3_beta", "topk", "max_gib")}
 
 
-class ItemWeights(nn.Module):
-    """score(u, i) = sum of W[j, i] over the train items j of u; 0 for a user without a train pair.
+class ByNumber(nn.Module):
+    """A recommender whose scores are no inner product of a user's and an item's vector: what stands
+    for the vector is the user's or item's number, (U, 1) and (I, 1), so that ranking and evaluation
+    treat it as any backbone. A subclass has score_all(users (B, 1), items (J, 1)) -> (B, J).
 
-    weight (I, I), dense or sparse CSR; train (N, 2). What stands for the vector of a user or item
-    is its number, (U, 1) and (I, 1), so that ranking and evaluation treat it as any backbone."""
+    train (N, 2): the train pairs, whose items a score is made of."""
 
-    def __init__(self, weight, train, n_users):
+    def __init__(self, n_users, n_items, train):
         super().__init__()
-        self.n_users, self.n_items, self.weight = n_users, len(weight), weight
-        self.train_rows = user_rows(train, n_users)
+        self.n_users, self.n_items, self.train_rows = n_users, n_items, user_rows(train, n_users)
 
     def forward(self):
         device = self.train_rows[0].device
         return [torch.arange(n, device=device)[:, None] for n in (self.n_users, self.n_items)]
+
+    def score(self, users, items):
+        """users (…, 1), items (…, 1) -> (…); leading dimensions broadcast."""
+        users, items = torch.broadcast_tensors(users[..., 0], items[..., 0])
+        some, place = users.unique(return_inverse=True)
+        return self.score_all(some[:, None], self()[1])[place, items]
+
+
+class ItemWeights(ByNumber):
+    """score(u, i) = sum of W[j, i] over the train items j of u; 0 for a user without a train pair.
+
+    weight (I, I), dense or sparse CSR; train (N, 2)."""
+
+    def __init__(self, weight, train, n_users):
+        super().__init__(n_users, len(weight), train)
+        self.weight = weight
 
     def score_all(self, users, items):
         """users (B, 1), items (J, 1) -> (B, J)."""
@@ -563,11 +579,56 @@ class ItemWeights(nn.Module):
             scores = scores.to_dense()
         return scores.index_select(1, items[:, 0])
 
-    def score(self, users, items):
-        """users (…, 1), items (…, 1) -> (…); leading dimensions broadcast."""
-        users, items = torch.broadcast_tensors(users[..., 0], items[..., 0])
-        some, place = users.unique(return_inverse=True)
-        return self.score_all(some[:, None], self()[1])[place, items]
+
+def soft_maximum(total, count, scale, beta):
+    """Between mean and maximum: s (ln(mean of exp(beta (c - 1))) / beta + 1) of some cosines c, of
+    which total is the sum of exp(beta (c - 1)) and count the number. beta near 0 gives s times
+    their mean, a large one s times the largest."""
+    mean = total / count.clamp(min=1)
+    return scale * (mean.clamp(min=1e-12).log() / beta + 1)
+
+
+class HistoryKernel(ByNumber):
+    """A judge's score of user and item (llm_negatives.Judge), by the likeness of the item to each
+    of the user's train items k, the likest counting most:
+
+        score(u, j) = s (ln(mean over k of exp(beta (cos(h_k, v_j) - 1))) / beta + 1) + b_j
+
+    history, items (I, k): h and v, rows of length 1; bias (I,): b; scale: s; beta: sharpness;
+    train (N, 2). A user without a train pair has the biases alone, in order."""
+
+    def __init__(self, history, items, bias, scale, beta, train, n_users):
+        super().__init__(n_users, len(items), train)
+        self.history, self.items, self.bias = history, items, bias
+        self.scale, self.beta = float(scale), float(beta)
+
+    @torch.no_grad()
+    def score_all(self, users, items, rows=2**12):
+        """users (B, 1), items (J, 1) -> (B, J); no more than `rows` x J cosines are held at
+        once."""
+        place, own = rows_of(self.train_rows, users[:, 0])
+        items = items[:, 0]
+        vectors, total = self.items[items], self.items.new_zeros(len(users), len(items))
+        for at, of in zip(place.split(rows), own.split(rows)):
+            cosine = self.history[of] @ vectors.T  # (rows, J)
+            total.index_add_(0, at, cosine.sub_(1).mul_(self.beta).exp_())
+        count = torch.bincount(place, minlength=len(users))[:, None]
+        return soft_maximum(total, count, self.scale, self.beta).add_(self.bias[items])
+
+
+class Blended(ByNumber):
+    """score(u, i) = e_u · e_i + w_u kernel(u, i): what `hnlmrec.py blend` writes where the judge is
+    part of it. embedding (U + I, D), users first; kernel: a HistoryKernel; share (U,): w."""
+
+    def __init__(self, embedding, kernel, share, train):
+        super().__init__(len(share), len(embedding) - len(share), train)
+        self.user, self.item = embedding.split([self.n_users, self.n_items])
+        self.kernel, self.share = kernel, share
+
+    def score_all(self, users, items):
+        """users (B, 1), items (J, 1) -> (B, J)."""
+        scores = self.kernel.score_all(users, items).mul_(self.share[users])
+        return scores.addmm_(self.user[users[:, 0]], self.item[items[:, 0]].T)
 
 
 def sparse_rows(row, column, value, shape):
@@ -1178,6 +1239,11 @@ def load_model(path, maker="", data=None):
     if s.get("command") not in ("pretrain", "train", "blend"):
         fail(f"{path}: holds what `{s.get('command')}` writes, not a trained recommender; "
              "name one, such as cf.safetensors")
+    if "judge.history" in tensors:
+        parts = {name[6:]: tensor for name, tensor in tensors.items() if name[:6] == "judge."}
+        kernel = kernel_of(parts, data["train"], meta["n_users"])
+        return Blended(tensors["backbone.embedding"], kernel, parts["share"], data["train"]), \
+            meta, tensors
     if "value" in tensors or "weight" in tensors:
         model = ItemWeights(closed_form_weights(tensors), data["train"], meta["n_users"])
         return model, meta, tensors
@@ -1187,6 +1253,16 @@ def load_model(path, maker="", data=None):
                            data["train"], s["layers"], s.get("cosine", False))
     restore({"backbone": model}, tensors)
     return model.eval(), meta, tensors
+
+
+KERNEL = ("history", "item", "bias", "shape")  # what a judge's score is made of, in its file
+
+
+def kernel_of(tensors, train, n_users):
+    """The judge's score from its tensors: history (I, k), item (I, k), bias (I,), shape (2,), the
+    scale and the sharpness beta -> HistoryKernel."""
+    history, items, bias, (scale, beta) = (tensors[name].float() for name in KERNEL)
+    return HistoryKernel(history, items, bias, scale, beta, train, n_users)
 
 
 def closed_form_tensors(model):

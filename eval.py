@@ -24,6 +24,8 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ from backbones import (
     file_digest,
     hit_rate,
     json_digest,
+    kernel_of,
     load_data,
     load_model,
     load_negatives,
@@ -367,6 +370,16 @@ def cf_candidates(model, data, labels="valid", top=TOP):
     return items, label, user, cf
 
 
+@torch.no_grad()
+def kernel_scores(kernel, candidates, users=256):
+    """Scores of a backbones.ByNumber, such as the judge's, in blocks of users: candidates (U, top)
+    of cf_candidates -> (n,)."""
+    (everyone, items), scores = kernel(), []
+    for u, c in zip(everyone.split(users), candidates.split(users)):
+        scores.append(kernel.score_all(u, items).gather(1, c.clamp(min=0)))
+    return torch.cat(scores)[candidates >= 0]
+
+
 def factor_scores(users, items, candidates):
     """Inner products: users (U, k), items (I, k), candidates (U, top) of cf_candidates -> (n,)."""
     scores = []
@@ -384,16 +397,13 @@ def text_judge(text, train, n_users):
 
 
 def find_judges(run, data, parts=False):
-    """Whatever in the run scores users and items by an inner product: yields (name, users (U, k),
-    items (I, k), and for some the ids of the users whose pairs count); with parts=True each judge
-    of a file without its texts too. Raises SystemExit2 for a file of another split or of a wrong
-    shape."""
-    yield from text_judges(run, data)
-    yield from generated_judges(run, data)
-    for judge in file_judges(run, data):
-        yield judge
-        if parts:
-            yield from without_texts(*judge[:3])
+    """Whatever in the run scores users and items: yields (name, score, and for some the ids of the
+    users whose pairs count), with score(candidates (U, top) of cf_candidates) -> (n,); with
+    parts=True each judge of a file without its texts too. Raises SystemExit2 for a file of another
+    split or of a wrong shape."""
+    for name, *factors in chain(text_judges(run, data), generated_judges(run, data)):
+        yield name, partial(factor_scores, *factors)
+    yield from file_judges(run, data, parts)
 
 
 def item_texts(run):
@@ -406,8 +416,8 @@ def item_texts(run):
 
 
 def text_judges(run, data, shuffles=3):
-    """Judges by the items' texts of each set of negatives, as find_judges yields them; sets with
-    equal texts have one, by the first one's name. Also by the first set's texts shuffled between
+    """Judges by the items' texts of each set of negatives: yields (name, users (U, k), items (I,
+    k)), whose inner product is the score; sets with equal texts have one, by the first one's name. Also by the first set's texts shuffled between
     items, some times over: what a judge that knows nothing can seem to know by chance."""
     judged = []
     for name, text, bag_of_words in item_texts(run):
@@ -424,7 +434,7 @@ def text_judges(run, data, shuffles=3):
 
 def generated_judges(run, data):
     """Judges by the cosine of an item's centred CF vector with the mean direction of the vectors
-    generated for the user, as find_judges yields them; sets with equal vectors (such as one that
+    generated for the user, as text_judges yields them; sets with equal vectors (such as one that
     differs in its bags of words alone) have one, by the first one's name."""
     judged = []
     for path in sorted(run.glob("negatives*-00000.safetensors")):
@@ -442,9 +452,10 @@ def generated_judges(run, data):
                F.normalize(items - items.mean(0), dim=1))
 
 
-def file_judges(run, data):
-    """Judges in files of their own, judge*.safetensors with tensors user (U, k) and item (I, k), as
-    find_judges yields them. One that was taught on layer 0 alone is a bag of words. Of one that
+def file_judges(run, data, parts=False):
+    """Judges in files of their own, judge*.safetensors, as find_judges yields them: those that
+    `llm_negatives.py judge` wrote, or anybody's with tensors user (U, k) and item (I, k), whose
+    inner product is the score. One that was taught on layer 0 alone is a bag of words. Of one that
     some users taught nothing (`judge --untaught`), their pairs alone count."""
     for path in sorted(run.glob("judge*.safetensors")):
         tensors, meta = load_tensors(path)
@@ -452,19 +463,39 @@ def file_judges(run, data):
             fail(f"{path}: does not say for which split it was made; make it again, with the stamp "
                  "of data.safetensors in its settings' inputs")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        k = shapes.get("user", ("k",))[-1]
+        ours = "history" in shapes
+        k = shapes.get("history" if ours else "user", ("k",))[-1]
         needed = {"user": (data["n_users"], k), "item": (data["n_items"], k)}
+        if ours:
+            needed = {"history": (data["n_items"], k), "item": (data["n_items"], k),
+                      "bias": (data["n_items"],), "shape": (2,)}
         if shapes | needed != shapes:
             fail(f"{path}: needs tensors {needed}, has {shapes}; make it again")
+
+        # the judge as it is, and with the mean text in the place of the user's or the item's
         words = meta["settings"].get("layers") == "0"
         name = f"bag of words ({path.stem})" if words else path.stem
-        judged = name, tensors["user"].float(), tensors["item"].float()
-        yield (*judged, tensors["untaught"]) if "untaught" in tensors else judged
+        some = [tensors["untaught"]] if "untaught" in tensors else []
+        if ours:
+            yield name, kernel_judge(tensors, data), *some
+            for of, table in (("user", "history"), ("item", "item")) if parts else ():
+                mean = tensors[table].float().mean(0).expand(tensors[table].shape)
+                yield f"{name}, mean {of}", kernel_judge(tensors | {table: mean}, data)
+        else:
+            factors = tensors["user"].float(), tensors["item"].float()
+            yield name, partial(factor_scores, *factors), *some
+            for other, *without in without_texts(name, *factors) if parts else ():
+                yield other, partial(factor_scores, *without)
+
+
+def kernel_judge(tensors, data):
+    """A judge's tensors -> its score, as find_judges yields it."""
+    return partial(kernel_scores, kernel_of(tensors, data["train"], data["n_users"]))
 
 
 def without_texts(name, users, items):
-    """A judge with one of its texts taken away, as find_judges yields judges: the mean user's
-    vector for all users, and the mean item's for all items."""
+    """A judge of two tables with one of its texts taken away: yields (name, users, items), the mean
+    user's vector for all users, and the mean item's for all items."""
     yield f"{name}, mean user", users.mean(0).expand_as(users), items
     # a column in which all users are alike weighs the items' bias, which is no text: it stays
     bias = (users == users[0]).all(0)
@@ -475,8 +506,8 @@ def measure_judges(model, data, judges, labels="valid", top=TOP):
     """How much each judge adds to what a CF model trained on train alone knows of the positives of
     `labels` (valid or test) among its own `top` best unseen items of each user.
 
-    judges: (name, users (U, k), items (I, k)), any iterable; a fourth part, ids (n,), names the
-    users whose gain is summed -> dict: labels, top, pairs, positives, rows {name: {AUC, of all
+    judges: (name, score) as find_judges yields them, any iterable; a third part, ids (n,), names
+    the users whose gain is summed -> dict: labels, top, pairs, positives, rows {name: {AUC, of all
     users, "over CF": gain, "over CF and bag of words": gain}}, each gain as gain_interval's; the
     bag of words is the last judge whose name begins so: the taught one where there is one. No rows
     where none of the pairs is a positive, or all are. Raises SystemExit2 when a judge's score is
@@ -489,8 +520,8 @@ def measure_judges(model, data, judges, labels="valid", top=TOP):
         return result
     # what each judge says of these pairs, and whose gain counts
     scores, counted, everyone = {}, {}, torch.arange(model.n_users)
-    for name, users, items, *some in judges:
-        scores[name] = factor_scores(users, items, candidates)
+    for name, score, *some in judges:
+        scores[name] = score(candidates)
         counted[name] = some[0] if some else everyone
         if not torch.isfinite(scores[name]).all():
             fail(f"judge {name}: has scores that are not finite; make its file again")

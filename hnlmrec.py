@@ -51,7 +51,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import (
+    KERNEL,
     MF,
+    Blended,
+    HistoryKernel,
     ItemWeights,
     Parser,
     add_band_flags,
@@ -64,6 +67,7 @@ from backbones import (
     fail,
     file_digest,
     fit,
+    kernel_of,
     l2_loss,
     leave_out,
     load_data,
@@ -286,27 +290,53 @@ def blend_vectors(parts, weights):
 
 
 @torch.no_grad()
-def blend_weights(parts, train, valid, grid, cells=2**28):
-    """The weights of blend_vectors with the highest validation NDCG@20, by coordinate ascent: from
-    the best part alone, each weight in turn takes the value of the grid that is best beside the
-    others, until none improves. A part that does not help keeps weight 0.
+def standardised(part, users):
+    """A recommender's scores of some users over all items, in standard deviations of each user's:
+    part, two tables of vectors (U, D) and (I, D), or a backbones.ByNumber; users (n,) ->
+    (n, I)."""
+    if isinstance(part, nn.Module):
+        some, items = part()
+        scores = part.score_all(some[users], items)
+        return scores.sub_(scores.mean(1, keepdim=True)).div_(deviation(scores))
+    scaled = Relevance(*part)
+    return scaled.users[users] @ scaled.items.T
 
-    parts as of blend_vectors; train, valid (N, 2); grid: numbers >= 0, 0 among them -> (weights,
-    each part's NDCG@20 alone). Some users stand for all where parts x users x items is above
-    `cells`, which bounds the memory: 4 bytes each."""
+
+def deviation(scores):
+    """Standard deviation of each user's scores (n, I) -> (n, 1), no less than 1e-12."""
+    return scores.std(1, keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def deviations(model, users=256):
+    """The standard deviation of each user's scores over all items, of a backbones.ByNumber, in
+    blocks of users -> (U,)."""
+    everyone, items = model()
+    parts = [deviation(model.score_all(some, items)) for some in everyone.split(users)]
+    return torch.cat(parts)[:, 0]
+
+
+@torch.no_grad()
+def blend_weights(parts, train, valid, grid, cells=2**28):
+    """The weights of a blend with the highest validation NDCG@20, by coordinate ascent: from the
+    best part alone, each weight in turn takes the value of the grid that is best beside the others,
+    until none improves. A part that does not help keeps weight 0.
+
+    parts: a list of what `standardised` takes; train, valid (N, 2); grid: numbers >= 0, 0 among
+    them -> (weights, each part's NDCG@20 alone). Some users stand for all where parts x users x
+    items is above `cells`, which bounds the memory: 4 bytes each."""
     # the users that are ranked, and what their lists should hold
-    n_users, n_items = len(parts[0][0]), len(parts[0][1])
+    first = parts[0]
+    if isinstance(first, nn.Module):
+        n_users, n_items = first.n_users, first.n_items
+    else:
+        n_users, n_items = map(len, first)
     users, most = valid[:, 0].unique(), max(1, cells // (len(parts) * n_items))
     some = torch.randperm(len(users), generator=torch.Generator().manual_seed(0))[:most]
     users = users[some.sort().values.to(users.device)]  # (n,)
     seen, keys = user_rows(train, n_users), pair_keys(valid, n_items)
     relevant = torch.bincount(valid[:, 0], minlength=n_users)[users]
-
-    # each part's score, in standard deviations: a list of (n, I)
-    scores = []
-    for part in parts:
-        scaled = Relevance(*part)
-        scores.append(scaled.users[users] @ scaled.items.T)
+    scores = [standardised(part, users) for part in parts]  # (n, I) each
 
     def quality(total):
         ranked = top_k(leave_out(total, users, seen), 20)  # (n, 20)
@@ -675,12 +705,12 @@ def blend(args):
              "0,0.5,1")
     names = blend_names(args)
 
-    # what each file holds: the judge two tables of vectors, the others a model
-    parts, seconds, seed = [], 0.0, 0
+    # what each file holds: the judge its score, the others a model
+    parts, seconds, seed, judge = [], 0.0, 0, None
     for name in names:
         if name == args.judge:
             judge = load_judge(run / name)
-            parts.append((judge["user"], judge["item"]))
+            parts.append(kernel_of(judge, data["train"], data["n_users"]))
             continue
         model, meta, _ = load_model(run / name, data=data)
         if meta["settings"]["backbone"] == "neumf":
@@ -695,39 +725,56 @@ def blend(args):
     if up_to_date(out, settings, force=args.force):
         return
 
-    # each as two tables of vectors, (U, D) and (I, D), in the place of its model
+    # each but the judge as two tables of vectors, (U, D) and (I, D), in the place of its model
     for k, part in enumerate(parts):
-        if isinstance(part, nn.Module):
+        if not isinstance(part, HistoryKernel):
             parts[k] = factors(part, data["train"], args.rank)
 
-    # their weights, and the blend on all validation users
+    # their weights
     weights, alone = blend_weights(parts, data["train"], data["valid"], grid)
-    users, items = blend_vectors(parts, weights)
-    blended = MF(data["n_users"], data["n_items"], users.shape[1])
-    blended.embedding.data = torch.cat([users, items])
-    score = validation(blended, data)()
     for name, weight, own in zip(names, weights, alone):
         print(f"blend: {name}, alone valid NDCG@20 {own:.4f}, weight {weight:g}", flush=True)
 
-    # a plain MF whose vectors are given, so that everything reads it as any model
+    # one score: the inner products as one, then the judge in standard deviations of each user's
+    weight_of, vectors = dict(zip(names, weights)), []
+    for name, part in zip(names, parts):
+        if name != args.judge and weight_of[name]:
+            vectors.append((part, weight_of[name]))
+    if not vectors:  # the judge alone
+        vectors = [((torch.zeros(data["n_users"], 1), torch.zeros(data["n_items"], 1)), 1.0)]
+    users, items = blend_vectors(*zip(*vectors))
+    tensors = {"backbone.embedding": torch.cat([users, items]), "user": users, "item": items}
+    if weight_of.get(args.judge):
+        kernel = parts[names.index(args.judge)]
+        share = weight_of[args.judge] / deviations(kernel)  # (U,)
+        tensors |= {f"judge.{name}": judge[name] for name in KERNEL} | {"judge.share": share}
+        blended = Blended(tensors["backbone.embedding"], kernel, share, data["train"])
+    else:  # a plain MF whose vectors are given
+        blended = MF(data["n_users"], data["n_items"], users.shape[1])
+        blended.embedding.data = tensors["backbone.embedding"]
+    score = validation(blended, data)()
+
+    # written so that everything reads it as any model
     history = [{"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start}]
-    tensors = {"backbone.embedding": blended.embedding, "user": users, "item": items}
     save_tensors(out, tensors, {
         "settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
-        "history": history, "weights": dict(zip(names, weights)),
-        "seconds": seconds + time.time() - start})
-    print(f"wrote {out}: {users.shape[1]} numbers a user and item, valid NDCG@20 {score:.4f}")
+        "history": history, "weights": weight_of, "seconds": seconds + time.time() - start})
+    print(f"wrote {out}: {users.shape[1]} numbers a user and item"
+          f"{' and the judge' if weight_of.get(args.judge) else ''}, valid NDCG@20 {score:.4f}")
 
 
 def load_judge(path, device="cpu"):
-    """What `llm_negatives.py judge` wrote -> dict: user (U, k) and item (I, k) float32, likely
-    (U, n) int32, share (U, n) float32. Raises SystemExit2 for another kind of file, as well as
+    """What `llm_negatives.py judge` wrote -> dict: its score as kernel_of takes it, likely (U, n)
+    int32, share (U, n) float32. Raises SystemExit2 for another kind of file, as well as
     load_tensors."""
     tensors, meta = load_tensors(path, device=device)
     command = meta["settings"].get("command")
     if command != "judge":
         fail(f"{path}: holds what `{command}` writes, not a judge; name one "
              "with --judge, such as judge.safetensors")
+    if "history" not in tensors:
+        fail(f"{path}: is of an older version, which had another score; make it again with "
+             "`python llm_negatives.py judge`")
     return tensors
 
 

@@ -44,7 +44,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+)
 from transformers import logging as transformers_logging
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
@@ -60,6 +66,8 @@ from backbones import (
     fail,
     fit,
     from_first,
+    kernel_of,
+    leave_out,
     load_data,
     load_model,
     load_tensors,
@@ -70,16 +78,16 @@ from backbones import (
     output_name,
     own_among,
     rank,
-    rank_unseen,
     read_jsonl,
     read_meta,
     restore,
+    rows_of,
     run_cli,
     sampled_softmax_loss,
     save_tensors,
     settings_of,
+    soft_maximum,
     stamp,
-    sum_of_train_items,
     start_processes,
     sum_over,
     take,
@@ -742,86 +750,129 @@ def finetune(args):
 # --------------------------------------------------------------------------------------------------
 
 class Judge(nn.Module):
-    """A user's liking of an item by their texts alone, learned maps on what a frozen LLM reads:
+    """A user's liking of an item by texts alone, learned maps on what a frozen LLM reads: how like
+    the item is to each of the user's train items k, the likest counting most,
 
-        score(u, j) = s cos(W_u t_u, W_i t_j) + b_j,    t_u = sum of t_i over u's train items i
+        score(u, j) = s soft-max over k of cos(W_h t_k, W_i t_j) + b_j
+        soft-max of some c = ln(mean of exp(beta (c - 1))) / beta + 1
 
-    with t_j the whitened readings of item j's text at several layers, one after the other. t_u
-    leaves out the item that is judged. W_u and W_i start as identities, so that an untrained judge
-    compares the texts as they are; b starts at half the log popularity.
+    with t_j the whitened readings of item j's text at several layers, one after the other. The item
+    that is judged is none of the k. One train item that is much like j says more than the mean of
+    all: people have more than one taste. W_h and W_i start as identities, so that an untrained
+    judge compares the texts as they are; b starts at half the log popularity.
 
     readings: a list of (I, H) float, one a layer, row i of item i; train (N, 2); width: k, of the
-    maps. forward() -> users (U, k + 1), items (I, k + 1), whose inner product is the score: plain
-    vectors, which rank_unseen and any index can use."""
+    maps; beta: the sharpness it starts with, near 0 for the mean over k. forward() -> the
+    HistoryKernel that ranks, without gradient."""
 
-    def __init__(self, readings, train, n_users, width=576):
+    def __init__(self, readings, train, n_users, width=576, beta=4.0):
         super().__init__()
         text = F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
         popularity = torch.bincount(train[:, 1], minlength=len(text)).float()
-        total = sum_of_train_items(text, train, n_users)
-        self.n_users, self.n_items = n_users, len(text)
+        self.n_users, self.n_items, self.train_pairs = n_users, len(text), train
         self.register_buffer("text", text, persistent=False)  # (I, T)
-        self.register_buffer("total", total, persistent=False)  # (U, T)
         width = min(width, text.shape[1])
-        self.user_map = nn.Linear(text.shape[1], width, bias=False)
+        self.history_map = nn.Linear(text.shape[1], width, bias=False)
         self.item_map = nn.Linear(text.shape[1], width, bias=False)
-        nn.init.eye_(self.user_map.weight)
+        nn.init.eye_(self.history_map.weight)
         nn.init.eye_(self.item_map.weight)
         self.bias = nn.Parameter(0.5 * (popularity + 1).log())  # (I,)
         self.scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        # in tens: Adam's steps are of one size for all, and this has further to go than a weight
+        self.log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
 
-    def user_vectors(self, text):
-        """Sums of texts (B, T) -> (B, k), of length s."""
-        return F.normalize(self.user_map(F.normalize(text, dim=1)), dim=1) * self.scale.exp()
+    def history_vectors(self, items):
+        """Item ids (B,) -> (B, k), of length 1: the items as a user's."""
+        return F.normalize(self.history_map(self.text[items]), dim=1)
 
     def item_vectors(self, items):
-        """Item ids (B,) -> (B, k), of length 1."""
+        """Item ids (B,) -> (B, k), of length 1: the items as those that are judged."""
         return F.normalize(self.item_map(self.text[items]), dim=1)
 
+    def beta(self):
+        return (10 * self.log_beta).exp()
+
+    def kernel(self, cosine):
+        return (self.beta() * (cosine - 1)).exp()
+
+    def soft_maximum(self, total, count):
+        return soft_maximum(total, count, self.scale.exp(), self.beta())
+
+    @torch.no_grad()
+    def tensors(self):
+        """What its score is made of, as backbones.kernel_of takes it."""
+        everything = torch.arange(self.n_items, device=self.text.device)
+        return {"history": self.history_vectors(everything), "item": self.item_vectors(everything),
+                "bias": self.bias.detach(), "shape": torch.stack([self.scale.exp(), self.beta()])}
+
     def forward(self):
-        users = self.user_vectors(self.total)
-        items = self.item_vectors(torch.arange(self.n_items, device=self.text.device))
-        return F.pad(users, (0, 1), value=1.0), torch.cat([items, self.bias[:, None]], 1)
-
-    def score_all(self, users, items):
-        return users @ items.T
+        return kernel_of(self.tensors(), self.train_pairs, self.n_users)
 
 
-def make_judge_step(judge, train, n_negatives):
-    """A step for backbones.fit: softmax of each left-out train item against `n_negatives` items of
-    the whole catalogue, drawn uniformly and shared by the batch; the user's other train items among
-    them push nothing away. train (N, 2) -> step(rows (B,), generator) -> (scalar, {})."""
+def make_judge_step(judge, train, n_negatives, most=64):
+    """A step for backbones.fit over users: softmax of each of a user's train items, left out in
+    turn, against `n_negatives` items of the whole catalogue, drawn uniformly and shared by the
+    batch; the user's other train items among them push nothing away. Of a user with more than
+    `most` train items that many are drawn, anew each time. train (N, 2), at least two pairs of each
+    user that is stepped on -> step(users (B,), generator) -> (scalar, {})."""
     train_rows = user_rows(train, judge.n_users)
 
-    def step(rows, generator):
-        u, i = train[rows].T
-        users = judge.user_vectors(judge.total[u] - judge.text[i])  # (B, k): i is left out
-        drawn = torch.randint(judge.n_items, (n_negatives,), generator=generator, device=u.device)
-        # each item is mapped and scored once: drawn c times, its term in the softmax counts c-fold
-        drawn, count = drawn.unique(return_counts=True)  # (N,), (N,)
-        items, place = torch.cat([i, drawn]).unique(return_inverse=True)
-        vectors = take(judge.item_vectors(items), place)  # (B + N, k)
-        positive = (users * vectors[:len(i)]).sum(1) + judge.bias[i]  # (B,)
-        weight = count.log().repeat(len(i), 1)  # (B, N)
-        weight[own_among(drawn, u, train_rows, judge.n_items)] = -torch.inf
-        negative = users @ vectors[len(i):].T + judge.bias[drawn] + weight  # (B, N)
+    def step(users, generator):
+        # their train items, P in all: each one's user (its place in the batch) and slot there
+        place, own = rows_of(train_rows, users)
+        order = torch.rand(len(own), generator=generator, device=own.device, dtype=torch.float64)
+        order = (place + order).argsort()
+        place, own = place[order], own[order]
+        count = torch.bincount(place, minlength=len(users))
+        slot = torch.arange(len(own), device=own.device) - (count.cumsum(0) - count)[place]
+        place, own, slot = place[slot < most], own[slot < most], slot[slot < most]
+        count = count.clamp(max=most)
+
+        # each item is mapped once; one drawn c times counts c-fold in the softmax
+        drawn = torch.randint(judge.n_items, (n_negatives,), generator=generator, device=own.device)
+        drawn, times = drawn.unique(return_counts=True)  # (N,), (N,)
+        items, at = own.unique(return_inverse=True)
+        history = take(judge.history_vectors(items), at)  # (P, k)
+        items, at = torch.cat([own, drawn]).unique(return_inverse=True)
+        own_vectors, vectors = take(judge.item_vectors(items), at).split([len(own), len(drawn)])
+
+        # positives: each item by its user's others, as (B, S, S) with S slots a user
+        padded = history.new_zeros(2, len(users), int(count.max()), history.shape[1])
+        by_user = [empty.index_put((place, slot), rows)
+                   for empty, rows in zip(padded, (history, own_vectors))]
+        likeness = judge.kernel(by_user[0] @ by_user[1].mT)  # (B, S, S): of history, of item
+        slots = torch.arange(likeness.shape[1], device=own.device)
+        counts = (slots < count[:, None])[:, :, None] & (slots[:, None] != slots)
+        total = (likeness * counts).sum(1)[place, slot]  # (P,)
+        others = count[place] - 1
+        positive = judge.soft_maximum(total, others) + judge.bias[own]  # (P,)
+
+        # negatives: each drawn item by all of the user's but the one left out
+        likeness = judge.kernel(history @ vectors.T)  # (P, N)
+        total = likeness.new_zeros(len(users), len(drawn)).index_add(0, place, likeness)
+        total = take(total, place) - likeness
+        negative = judge.soft_maximum(total, others[:, None]) + judge.bias[drawn] + times.log()
+        mine = own_among(drawn, users[place], train_rows, judge.n_items)
+        negative = negative.index_put(mine, negative.new_tensor(-torch.inf))
         return sampled_softmax_loss(positive, negative), {}
 
     return step
 
 
 @torch.no_grad()
-def likely_items(judge, train, n):
+def likely_items(kernel, train, n):
     """The n items that the judge ranks highest of those the user has not seen, and how likely each
     is beside the others: (U, n) int64, (U, n) shares that add up to 1. -1 and share 0 where a user
-    has fewer unseen items."""
-    everyone = torch.arange(judge.n_users, device=train.device)
-    items = rank_unseen(judge, everyone, user_rows(train, judge.n_users), n)  # (U, n)
-    user_vectors, item_vectors = judge.eval()()
-    scores = []
-    for u, j in zip(everyone.split(1024), items.split(1024)):  # so that (1024, n, k) is gathered
-        scores.append(torch.einsum("bk,bnk->bn", user_vectors[u], item_vectors[j.clamp(min=0)]))
-    return items, torch.cat(scores).masked_fill(items < 0, -torch.inf).softmax(1).nan_to_num()
+    has fewer unseen items. kernel: a HistoryKernel; train (N, 2)."""
+    seen, everyone = user_rows(train, kernel.n_users), torch.arange(
+        kernel.n_users, device=train.device)
+    every_item, items, share = kernel()[1], [], []
+    for users in everyone.split(max(1, 2**23 // kernel.n_items)):
+        scores = leave_out(kernel.score_all(users[:, None], every_item), users, seen)  # (B, I)
+        best, listed = scores.topk(n)
+        items.append(listed.masked_fill(best == -torch.inf, -1))
+        share.append(best.softmax(1).nan_to_num())
+    return torch.cat(items), torch.cat(share)
 
 
 def item_readings(args, layers, dtype, device):
@@ -838,8 +889,11 @@ def item_readings(args, layers, dtype, device):
     return read_layers(llm, Prompt(load_tokenizer(args.llm)), texts, layers)
 
 
+VALIDATED = 5000  # users at most that tell whether another epoch makes the judge better
+
+
 def fit_judge(args):
-    """Fit the judge on a frozen LLM's readings; write its vectors and each user's likely items."""
+    """Fit the judge on a frozen LLM's readings; write its score and each user's likely items."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     out = run / output_name("--out", args.out, "llm_negatives.py judge", ".safetensors", "judge")
     device = start_processes(args.device)
@@ -859,29 +913,34 @@ def fit_judge(args):
     print(f"judge: {len(readings[0])} texts read at layers {args.layers}, "
           f"{time.time() - start:.0f} s", flush=True)
     train, valid = data["train"].to(device), data["valid"].to(device)
-    model = Judge(readings, train, data["n_users"], args.width).to(device)
+    model = Judge(readings, train, data["n_users"], args.width, args.sharpness).to(device)
 
-    # whose pairs teach it: all users', or all but the share that stands for new ones
+    # who teaches it: each user of two or more pairs, but for a share that stands for new users
     generator = torch.Generator().manual_seed(args.seed)
     untaught = (torch.rand(data["n_users"], generator=generator) < args.untaught).to(device)  # (U,)
-    taught = train[~untaught[train[:, 0]]]
+    several = torch.bincount(train[:, 0], minlength=data["n_users"]) > 1
+    taught = (several & ~untaught).nonzero()[:, 0]
     if not len(taught):
-        fail(f"--untaught {args.untaught:g}: leaves no user to teach the judge; give less")
+        fail(f"--untaught {args.untaught:g}: leaves no user of two or more train pairs to teach "
+             "the judge; give less")
 
     # the maps; validation stops them, as it stops every model here. Small data, small batches
-    step = make_judge_step(model, taught, args.negatives)
-    batch = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
-    validate = validation(model, {"train": train, "valid": valid[~untaught[valid[:, 0]]]})
+    pairs = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
+    step = make_judge_step(model, train, args.negatives)
+    known = {"train": train, "valid": valid[~untaught[valid[:, 0]]]}
+
+    def validate():  # on the same users each time
+        return validation(model(), known, users=VALIDATED)()
+
     state, history = fit(
-        {"judge": model}, step, len(taught), validate, epochs=args.epochs, batch_size=batch,
+        {"judge": model}, lambda rows, generator: step(taught[rows], generator), len(taught),
+        validate, epochs=args.epochs, batch_size=max(2, pairs * data["n_users"] // len(train)),
         lr=args.lr, eval_every=1, patience=2, seed=args.seed, label="judge")
     restore({"judge": model}, state)
 
-    # its vectors, which any inner product can use, and what it holds for likely
-    likely, share = likely_items(model, train, min(args.likely, data["n_items"]))
-    with torch.no_grad():
-        user, item = model()
-    tensors = {"user": user, "item": item, "likely": likely.int(), "share": share,
+    # its score, and what it holds for likely
+    likely, share = likely_items(model(), train, min(args.likely, data["n_items"]))
+    tensors = {**model.tensors(), "likely": likely.int(), "share": share,
                "text": readings[len(layers) // 2]}  # of the middle one, for --text-vectors
     if args.untaught:
         tensors["untaught"] = untaught.nonzero()[:, 0]
@@ -1828,11 +1887,14 @@ def main(argv=None):
     p.add_argument("--untaught", type=number(float, 0, 1), default=0,
                    help="share of the users that teach it nothing: what it is worth to new users")
     p.add_argument("--width", type=number(int, 1), default=576, help="width k of its vectors")
-    p.add_argument("--negatives", type=number(int, 1), default=2048,
+    p.add_argument("--sharpness", type=number(float, 0, open_low=True), default=4,
+                   help="beta at the start, how much a user's likest items count more than the "
+                        "rest; near 0: all alike")
+    p.add_argument("--negatives", type=number(int, 1), default=1024,
                    help="items a step that each left-out item is told apart from")
     p.add_argument("--likely", type=number(int, 1), default=20,
                    help="likely false hard negatives listed of each user")
-    p.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the train pairs")
+    p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the users")
     p.add_argument("--batch-size", type=number(int, 0), default=0,
                    help="pairs a step; 0: a 64th of the train pairs, 256 to 2,048")
     p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate")

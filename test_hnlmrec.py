@@ -26,6 +26,7 @@ import xml.etree.ElementTree
 from argparse import Namespace
 from collections import Counter
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -610,40 +611,104 @@ def test_text_start_against_svd():
     assert torch.allclose(hnlmrec.text_start(text, train, 4, 12, 0.1)[:, 9:], torch.zeros(24, 3))
 
 
-def test_judge_scores_leave_the_judged_item_out_of_the_users_text():
-    """The step's loss and gradients against loops over pairs, with the cosine, the sum without i
-    and the mask; an item drawn twice counts twice."""
+def judge_by_loops(judge, history, j, left_out=None):
+    """The formula of llm_negatives.Judge for one user with these train items, and item j."""
+    item = judge.item_map.weight @ judge.text[j]
+    beta, likeness = judge.beta(), []
+    for k in history:
+        if k != left_out:
+            cosine = F.cosine_similarity(judge.history_map.weight @ judge.text[k], item, 0)
+            likeness.append(beta * (cosine - 1))
+    mean = torch.stack(likeness).logsumexp(0) - math.log(len(likeness))
+    return judge.scale.exp() * (mean / beta + 1) + judge.bias[j]
+
+
+def small_judge(train, width=6):
     torch.manual_seed(0)
-    train = split_data()["train"]
     readings = [torch.randn(N_ITEMS, 5), torch.randn(N_ITEMS, 4)]
-    judge = llm_negatives.Judge(readings, train, N_USERS, width=6)
-    torch.nn.init.normal_(judge.user_map.weight)
+    judge = llm_negatives.Judge(readings, train, N_USERS, width, beta=3)
+    torch.nn.init.normal_(judge.history_map.weight)
+    torch.nn.init.normal_(judge.item_map.weight)
+    torch.nn.init.normal_(judge.bias)
     text = F.normalize(torch.cat([backbones.whiten(layer) for layer in readings], 1), dim=1)
     assert torch.allclose(judge.text, text)
-    rows = torch.tensor([0, 7, 20])
-    drawn = torch.randint(N_ITEMS, (40,), generator=torch.Generator().manual_seed(3))
-    assert drawn.bincount().max() > 2 and (drawn == train[7, 1]).any()
-    losses, scale = [], judge.scale.exp()
-    for u, i in train[rows].tolist():
-        own = [j for v, j in train.tolist() if v == u]
-        user = judge.user_map.weight @ sum(text[j] for j in own if j != i)
-        scores = []
-        for j in [i, *(j for j in drawn.tolist() if j not in own)]:
-            cosine = F.cosine_similarity(user, judge.item_map.weight @ text[j], 0)
-            scores.append(scale * cosine + judge.bias[j])
-        losses.append(torch.stack(scores).logsumexp(0) - scores[0])
+    return judge
+
+
+def test_judge_step_against_loops_over_the_left_out_items():
+    """The step's loss and gradients against loops over pairs, with the cosines, the history without
+    the judged item and the mask; an item drawn twice counts twice."""
+    train = split_data()["train"]
+    judge, users = small_judge(train), torch.tensor([2, 0, 5])
+    generator = torch.Generator().manual_seed(3)
+    own = {u: [j for v, j in train.tolist() if v == u] for u in users.tolist()}
+    torch.rand(sum(map(len, own.values())), generator=generator, dtype=torch.float64)  # the order
+    drawn = torch.randint(N_ITEMS, (40,), generator=generator)
+    assert drawn.bincount().max() > 2 and any(int(j) in own[2] for j in drawn)
+    losses = []
+    for history in own.values():
+        for i in history:
+            judged = [i, *(j for j in drawn.tolist() if j not in history)]
+            scores = torch.stack([judge_by_loops(judge, history, j, left_out=i) for j in judged])
+            losses.append(scores.logsumexp(0) - scores[0])
     step = llm_negatives.make_judge_step(judge, train, 40)
-    loss, _ = step(rows, torch.Generator().manual_seed(3))
+    loss, _ = step(users, torch.Generator().manual_seed(3))
     oracle, learned = torch.stack(losses).mean(), list(judge.parameters())
     assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad(x, learned) for x in (loss, oracle))):
-        assert torch.allclose(ours, theirs, atol=1e-5)
-    # the exported vectors' inner product is the score with all of the user's items
-    users, items = judge()
-    whole = sum(text[j] for v, j in train.tolist() if v == 2)
-    cosine = F.cosine_similarity(judge.user_map.weight @ whole, judge.item_map.weight @ text[4], 0)
-    score = float((scale * cosine + judge.bias[4]).detach())
-    assert float(users[2] @ items[4]) == pytest.approx(score, rel=1e-5)
+        assert torch.allclose(ours, theirs, atol=2e-5)
+
+
+def test_judge_step_takes_some_of_a_long_history():
+    """With two slots a user each item is judged by one other, drawn anew for each generator."""
+    train = split_data()["train"]
+    judge, users = small_judge(train), torch.tensor([1])
+    own = [j for v, j in train.tolist() if v == 1]
+    assert len(own) > 3
+    step, seen = llm_negatives.make_judge_step(judge, train, 25, most=2), set()
+    for seed in range(8):
+        loss, _ = step(users, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(len(own), generator=generator, dtype=torch.float64).argsort()[:2]
+        pair, drawn = [own[n] for n in order], torch.randint(N_ITEMS, (25,), generator=generator)
+        seen.add(tuple(pair))
+        losses = []
+        for i in pair:
+            judged = [i, *(j for j in drawn.tolist() if j not in own)]
+            scores = torch.stack([judge_by_loops(judge, pair, j, left_out=i) for j in judged])
+            losses.append(scores.logsumexp(0) - scores[0])
+        assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert len(seen) > 3
+
+
+def test_history_kernel_scores_by_all_of_the_users_items():
+    """The kernel that ranks against loops, in blocks of any size; near 0 beta is the mean of the
+    cosines and a large one their maximum; a user without a train pair gets the biases' order."""
+    train = split_data()["train"]
+    train = train[train[:, 0] != 3]
+    judge = small_judge(train)
+    kernel = judge()
+    users, items = kernel()
+    assert users.shape == (N_USERS, 1) and items.shape == (N_ITEMS, 1)
+    scores = kernel.score_all(users, items)
+    for u, j in ((0, 4), (2, 7), (5, 19)):
+        history = [i for v, i in train.tolist() if v == u]
+        oracle = judge_by_loops(judge, history, j).item()
+        assert scores[u, j].item() == pytest.approx(oracle, rel=1e-5)
+        assert kernel.score(users[u], items[j]).item() == pytest.approx(oracle, rel=1e-5)
+    some = torch.tensor([[5], [2]])
+    assert torch.allclose(kernel.score_all(some, items, rows=3), scores[some[:, 0]], atol=1e-5)
+    assert torch.equal(scores[3].argsort(), judge.bias.argsort())
+    cosine = (kernel.history[train[train[:, 0] == 2, 1]] @ kernel.items.T).double()  # (n, I)
+    assert len(cosine) > 1
+    mean, most, between = cosine.mean(0), cosine.max(0).values, []
+    for beta in (1e-3, 1, 8):
+        total = (beta * (cosine - 1)).exp().sum(0)
+        between.append(backbones.soft_maximum(total, torch.tensor(len(cosine)), 2.0, beta) / 2)
+    assert torch.allclose(between[0], mean, atol=1e-3)
+    assert (mean < between[1]).all() and (between[1] < between[2]).all() and (
+        between[2] <= most).all()
+    assert (most - between[2] <= math.log(len(cosine)) / 8).all()
 
 
 def test_judge_finds_what_the_texts_decide_and_lists_it():
@@ -657,18 +722,18 @@ def test_judge_finds_what_the_texts_decide_and_lists_it():
         items = (half == u % 2).nonzero()[:, 0][some].sort().values
         pairs.append(torch.stack([torch.full((4,), u), items], 1))
     pairs = torch.cat(pairs)
-    judge = llm_negatives.Judge([text], pairs, 30)
-    items, share = llm_negatives.likely_items(judge, pairs, 6)
+    kernel = llm_negatives.Judge([text], pairs, 30)()
+    items, share = llm_negatives.likely_items(kernel, pairs, 6)
     own = half[items] == (torch.arange(30) % 2)[:, None]
     assert own.float().mean() > 0.9
     seen = backbones.pair_keys(pairs, 40)
     assert not backbones.contains(seen, torch.arange(30)[:, None], items, 40).any()
-    users, vectors = judge()
-    scores = (users[:, None] * vectors[items]).sum(2)
+    users, every = kernel()
+    scores = kernel.score_all(users, every).gather(1, items)
     assert torch.allclose(share, scores.softmax(1), atol=1e-6)
     assert (scores.diff(dim=1) <= 1e-5).all()
     # more than there are unseen: places left over are never drawn
-    items, share = llm_negatives.likely_items(judge, pairs, 40)
+    items, share = llm_negatives.likely_items(kernel, pairs, 40)
     assert (items[:, 36:] == -1).all() and (share[:, 36:] == 0).all()
     drawn = hnlmrec.LikelyFalse(items, share)(torch.arange(30).repeat(50), generator)
     assert not backbones.contains(seen, torch.arange(30).repeat(50), drawn, 40).any()
@@ -1286,11 +1351,16 @@ def test_gains_of_some_users_alone():
     model = rigged(torch.randn(N_USERS, 4, generator=generator),
                    torch.randn(N_ITEMS, 4, generator=generator))
     noise = torch.randn(N_USERS, N_ITEMS, generator=generator), torch.eye(N_ITEMS)
-    judges = [("bag of words (untaught)", torch.ones(N_USERS, 1), torch.ones(N_ITEMS, 1)),
-              ("bag of words (taught)", *noise), ("whole", *noise),
-              ("two", *noise, torch.tensor([1, 4])),
-              ("rest", *noise, torch.tensor([u for u in range(N_USERS) if u not in (1, 4)])),
-              *evaluation.without_texts("bag of words (taught)", *noise)]
+
+    def judged(users, items):
+        return partial(evaluation.factor_scores, users, items)
+
+    judges = [("bag of words (untaught)", judged(torch.ones(N_USERS, 1), torch.ones(N_ITEMS, 1))),
+              ("bag of words (taught)", judged(*noise)), ("whole", judged(*noise)),
+              ("two", judged(*noise), torch.tensor([1, 4])),
+              ("rest", judged(*noise), torch.tensor([u for u in range(N_USERS) if u not in (1, 4)]))]
+    for name, *without in evaluation.without_texts("bag of words (taught)", *noise):
+        judges.append((name, judged(*without)))
     rows = evaluation.measure_judges(model, data, judges, top=20)["rows"]
     for known in ("over CF", "over CF and bag of words"):
         whole, two, rest = [rows[name][known]["nats"][0] for name in ("whole", "two", "rest")]
@@ -2546,10 +2616,10 @@ def toy_judge(p, encoder):
     train = torch.tensor([(u, 10 * (u % 2) + (u + n) % 10) for u in range(20) for n in range(6)])
     taste, other = (torch.arange(20) < 10).float(), torch.arange(20) % 2.0  # other: 3 of each 6
     judge = p["Judge"]([taste[:, None], other[:, None]], train, 20)
-    loss, _ = p["make_judge_step"](judge, train, 16)(torch.arange(len(train)), None)
+    loss, _ = p["make_judge_step"](judge, train, 16)(torch.arange(20), None)
     loss.backward()
     assert judge.item_map.weight.grad.abs().sum() > 0
-    items, share = p["likely_items"](judge, train, 4)
+    items, share = p["likely_items"](judge(), train, 4)
     assert torch.equal(items // 10, (torch.arange(20) % 2)[:, None].expand(-1, 4))
     assert torch.allclose(share.sum(1), torch.ones(20))
 
@@ -2921,6 +2991,7 @@ def test_judges_of_a_run(copied, capsys):
     for factors, meta, message in (
             ({"user": table}, stamped, "needs tensors"),
             ({"user": table, "item": table.clone()}, stamped, "needs tensors"),
+            ({"history": square, "item": square.clone()}, stamped, "needs tensors"),
             ({"user": 9 + table, "item": huge}, stamped, "not finite"),
             ({"user": table, "item": square}, {"settings": {}}, "which split"),
             ({"user": table, "item": square}, other, "another data.safetensors")):
@@ -3395,8 +3466,8 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     llm_negatives.main([*read, *control])
     real, random = (backbones.load_tensors(copied / f"{name}.safetensors")[0]
                     for name in ("judge", "judge-random"))
-    assert real["likely"].shape == (real["user"].shape[0], 20)
-    assert not torch.equal(real["user"], random["user"])
+    assert real["likely"].shape == (backbones.load_data(copied)["n_users"], 20)
+    assert not torch.equal(real["history"], random["history"])
     for layers in ("0,x", "0,3", "-1"):
         with pytest.raises(SystemExit) as error:
             llm_negatives.main([*read, "--layers", layers, "--out", "judge-bad.safetensors"])
@@ -3421,9 +3492,12 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     assert meta["history"][0]["valid_ndcg@20"] >= max(float(alone) for alone, _ in printed) - 1e-4
     assert [float(weight) for _, weight in printed] == list(meta["weights"].values())
     for (alone, _), name in zip(printed, meta["weights"]):
-        if name.startswith("model"):  # what is blended is the model itself, EASE's item weights too
+        # what is blended is the model itself, EASE's item weights and the judge's kernel too
+        if name.startswith("model"):
             part, _, _ = backbones.load_model(copied / name, data=data)
-            assert alone == f"{backbones.validation(part, data)():.4f}"
+        else:
+            part = backbones.kernel_of(real, data["train"], data["n_users"])
+        assert alone == f"{backbones.validation(part, data)():.4f}"
     hnlmrec.main(blend)
     assert "skip" in capsys.readouterr().out
     for flag, value in (("--weights", "0,nan"), ("--weights", "1e39"), ("--weights=-1", None),
@@ -3456,7 +3530,8 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     llm_negatives.main([*read[:-6], "--layers", "0", "--epochs", "1", "--untaught", "0.3",
                         "--out", "judge-new.safetensors"])
     new = backbones.load_tensors(copied / "judge-new.safetensors", "")[0]
-    assert 0 < len(new["untaught"]) < data["n_users"] and not torch.equal(new["user"], real["user"])
+    assert 0 < len(new["untaught"]) < data["n_users"] and not torch.equal(
+        new["history"], real["history"])
     evaluation.main(["judge", *run, "--parts"])
     out = capsys.readouterr().out
     for name in ("judge-random", "judge, mean user", "judge, mean item", "words (judge-new)"):
