@@ -595,25 +595,40 @@ class HistoryKernel(ByNumber):
         score(u, j) = s (ln(mean over k of exp(beta (cos(h_k, v_j) - 1))) / beta + 1) + b_j
 
     history, items (I, k): h and v, rows of length 1; bias (I,): b; scale: s; beta: sharpness;
-    train (N, 2). A user without a train pair has the biases alone, in order."""
+    train (N, 2). A user without a train pair has the biases alone, in order. Up to 16,384 items the
+    I x I exponentials are kept, since an item is in many users' histories."""
 
     def __init__(self, history, items, bias, scale, beta, train, n_users):
         super().__init__(n_users, len(items), train)
         self.history, self.items, self.bias = history, items, bias
         self.scale, self.beta = float(scale), float(beta)
+        self.train_pairs, self.kept = train, None
+
+    def exponentials(self, some, items):
+        """Item ids (P,) and (J,) -> exp(beta (cosine - 1)), (P, J)."""
+        cosine = self.history[some] @ self.items[items].T
+        return cosine.sub_(1).mul_(self.beta).exp_()
 
     @torch.no_grad()
-    def score_all(self, users, items, rows=2**12):
-        """users (B, 1), items (J, 1) -> (B, J); no more than `rows` x J cosines are held at
-        once."""
+    def score_all(self, users, items, rows=2**12, most=2**28):
+        """users (B, 1), items (J, 1) -> (B, J). most: I x I up to which all is kept; beyond, no
+        more than `rows` x J are held at once."""
         place, own = rows_of(self.train_rows, users[:, 0])
-        items = items[:, 0]
-        vectors, total = self.items[items], self.items.new_zeros(len(users), len(items))
-        for at, of in zip(place.split(rows), own.split(rows)):
-            cosine = self.history[of] @ vectors.T  # (rows, J)
-            total.index_add_(0, at, cosine.sub_(1).mul_(self.beta).exp_())
+        if self.n_items**2 <= most:
+            if self.kept is None:
+                everything = torch.arange(self.n_items, device=own.device)
+                kept = self.bias.new_empty(self.n_items, self.n_items)
+                for part, block in zip(everything.split(rows), kept.split(rows)):
+                    block.copy_(self.exponentials(part, everything))
+                # a sum over the train items is what item weights are
+                self.kept = ItemWeights(kept, self.train_pairs, self.n_users)
+            total = self.kept.score_all(users, items)
+        else:
+            total = self.bias.new_zeros(len(users), len(items))
+            for at, some in zip(place.split(rows), own.split(rows)):
+                total.index_add_(0, at, self.exponentials(some, items[:, 0]))
         count = torch.bincount(place, minlength=len(users))[:, None]
-        return soft_maximum(total, count, self.scale, self.beta).add_(self.bias[items])
+        return soft_maximum(total, count, self.scale, self.beta).add_(self.bias[items[:, 0]])
 
 
 class Blended(ByNumber):

@@ -697,7 +697,9 @@ def test_history_kernel_scores_by_all_of_the_users_items():
         assert scores[u, j].item() == pytest.approx(oracle, rel=1e-5)
         assert kernel.score(users[u], items[j]).item() == pytest.approx(oracle, rel=1e-5)
     some = torch.tensor([[5], [2]])
-    assert torch.allclose(kernel.score_all(some, items, rows=3), scores[some[:, 0]], atol=1e-5)
+    for most in (0, 2**28):  # in blocks, and with all of them kept
+        ours = kernel.score_all(some, items, rows=3, most=most)
+        assert torch.allclose(ours, scores[some[:, 0]], atol=1e-5)
     assert torch.equal(scores[3].argsort(), judge.bias.argsort())
     cosine = (kernel.history[train[train[:, 0] == 2, 1]] @ kernel.items.T).double()  # (n, I)
     assert len(cosine) > 1
