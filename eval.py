@@ -417,8 +417,9 @@ def item_texts(run):
 
 def text_judges(run, data, shuffles=3):
     """Judges by the items' texts of each set of negatives: yields (name, users (U, k), items (I,
-    k)), whose inner product is the score; sets with equal texts have one, by the first one's name. Also by the first set's texts shuffled between
-    items, some times over: what a judge that knows nothing can seem to know by chance."""
+    k)), whose inner product is the score; sets with equal texts have one, by the first one's name.
+    Also by the first set's texts shuffled between items, some times over: what a judge that knows
+    nothing can seem to know by chance."""
     judged = []
     for name, text, bag_of_words in item_texts(run):
         if any(torch.equal(text, other) for other in judged):

@@ -274,7 +274,7 @@ class Relevance:
 
 
 def blend_vectors(parts, weights):
-    """Several recommenders in one score, that stays an inner product, so that any index can serve
+    """Several recommenders in one score that is an inner product again, so that any index can serve
     it: the sum over them of weight z(e_u · e_i), z being the score in standard deviations of the
     user's scores over all items (up to a constant a user, which ranks nothing).
 
@@ -693,7 +693,7 @@ def blend_names(args):
 def blend(args):
     """Put a trained model, the judge of texts and other trained models into one score, with the
     weights that are best on validation; what does not help there gets none. Writes a model like any
-    other."""
+    other: one inner product, beside which the judge keeps its own score (backbones.Blended)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     out = run / output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
     try:
