@@ -352,11 +352,14 @@ def blend_weights(parts, train, valid, grid, cells=2**28):
     while improved:
         improved = False
         for k, score in enumerate(scores):
-            rest = torch.zeros_like(score)
+            rest, others = torch.zeros_like(score), 0
             for other, weight in enumerate(weights):
                 if other != k and weight:
                     rest.add_(scores[other], alpha=weight)
+                    others += 1
             for value in grid:
+                if not value and not others:  # all scores alike: the order of the ids, no ranking
+                    continue
                 found = quality(rest.add(score, alpha=value))
                 if found > best:
                     best, weights[k], improved = found, value, True
@@ -713,9 +716,11 @@ def blend(args):
             parts.append(kernel_of(judge, data["train"], data["n_users"]))
             continue
         model, meta, _ = load_model(run / name, data=data)
+        flag = "--model" if name == args.model else "--beside"
         if meta["settings"]["backbone"] == "neumf":
-            fail(f"{'--model' if name == args.model else '--beside'} {name}: the score of neumf is "
-                 "no inner product; give another model")
+            fail(f"{flag} {name}: the score of neumf is no inner product; give another model")
+        if isinstance(model, Blended):
+            fail(f"{flag} {name}: is a blend with a judge already; name what it was made of")
         if name == args.model:  # its seed is the blend's too, and its time is part of the blend's
             seconds, seed = meta["seconds"], meta["settings"]["seed"]
         parts.append(model)

@@ -800,6 +800,34 @@ def test_blended_vectors_rank_as_the_sum_of_the_standardised_scores():
     assert users.shape == (5, 10) and torch.allclose(users @ items.T, expected)
 
 
+def test_a_blend_with_the_judge_is_the_sum_of_both():
+    """Weights and scores of a blend with a model that is no inner product: as of the same scores
+    given as two tables, and the sum by hand."""
+    train = split_data()["train"]
+    kernel, generator = small_judge(train)(), torch.Generator().manual_seed(2)
+    users, items = kernel()
+    table = kernel.score_all(users, items)
+    z = (table - table.mean(1, keepdim=True)) / table.std(1, keepdim=True)
+    everyone = torch.arange(N_USERS)
+    assert torch.allclose(hnlmrec.standardised(kernel, everyone), z, atol=1e-4)
+    as_factors = table, torch.eye(N_ITEMS)
+    assert torch.allclose(hnlmrec.standardised(as_factors, everyone), z, atol=1e-4)
+    assert torch.allclose(hnlmrec.deviations(kernel, users=4), table.std(1), rtol=1e-5)
+    model = [torch.randn(n, 3, generator=generator) for n in (N_USERS, N_ITEMS)]
+    for parts, other in (([kernel, model], [as_factors, model]),
+                         ([model, kernel], [model, as_factors])):
+        split = train, split_data()["valid"], [0, 0.5, 1]
+        ours, theirs = (hnlmrec.blend_weights(some, *split) for some in (parts, other))
+        assert ours[0] == theirs[0] and ours[1] == pytest.approx(theirs[1])
+    share = torch.rand(N_USERS, generator=generator)
+    blended = backbones.Blended(torch.cat(model), kernel, share, train)
+    oracle = model[0] @ model[1].T + share[:, None] * table
+    assert torch.allclose(blended.score_all(*blended()), oracle, atol=1e-4)
+    some, few = torch.tensor([[4], [1]]), torch.tensor([[7], [2], [9]])
+    assert torch.allclose(blended.score_all(some, few), oracle[some, few[:, 0]], atol=1e-4)
+    assert torch.allclose(blended.score(some, few[:2]), oracle[some[:, 0], few[:2, 0]], atol=1e-4)
+
+
 def test_blend_weights_are_a_maximum_and_drop_noise():
     """No weight of the grid in another's place is better, by the validation of the blended model;
     the part that says what the other lacks gets a weight, noise gets none."""
@@ -3513,6 +3541,16 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     itself = ["--model", "model-hnlmrec-full.safetensors", "--force"]
     assert "is one of the models" in refused("hnlmrec.py", "blend", *run, *itself)
     assert "is there twice" in refused("hnlmrec.py", *blend[:-1], "judge.safetensors")
+    again = ["--model", "none", "--judge", "judge-random.safetensors"]
+    again += ["--beside", "model-judged.safetensors", "--out", "model-bad.safetensors"]
+    hnlmrec.main(["blend", *run, "--model", "none", "--out", "model-judged.safetensors"])
+    judged, _, _ = backbones.load_model(copied / "model-judged.safetensors", data=data)
+    kernel = backbones.kernel_of(real, data["train"], data["n_users"])
+    users, items = kernel()
+    ours, scores = (model.score_all(users, items) for model in (judged, kernel))
+    scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+    assert torch.allclose(ours - ours.mean(1, keepdim=True), scores, atol=1e-4)
+    assert "is a blend with a judge" in refused("hnlmrec.py", "blend", *run, *again)
     assert "nothing is left" in refused(
         "hnlmrec.py", "blend", *run, "--model", "none", "--judge", "none")
     assert "hnlmrec.py blend" in backbones.maker_of(copied / "model-hnlmrec-full.safetensors")
