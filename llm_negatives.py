@@ -14,8 +14,9 @@ finetune  cf.safetensors + profiles.jsonl -> adapter/ (LoRA, peft's format) + sf
 generate  the same prompts, the same encode(), the same adapter -> negatives-00000.safetensors …:
           h and z of train pairs; negatives-items.safetensors: the LLM's reading of each item.
 judge     items.jsonl, data.safetensors (train pairs) -> judge.safetensors: by a frozen LLM's
-          reading of the texts alone, what a user likes (user (U, k), item (I, k)), and of each user
-          the likely false hard negatives (U, n), for `hnlmrec.py train --lambda-f` and `blend`.
+          reading of the texts alone, what a user likes (how like an item is to the user's items:
+          history, item (I, k)), and of each user the likely false hard negatives (U, n), for
+          `hnlmrec.py train --lambda-f` and `blend`.
 
 The method comes first (prompt, encoding, fine-tuning, judge, generation), then profiles, then the
 loading of LLMs and files.
