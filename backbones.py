@@ -1039,12 +1039,13 @@ def validation(model, data, k=20, users=None):
 # --------------------------------------------------------------------------------------------------
 
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
-        label="train"):
+        label="train", decay=False):
     """Train all parameters of `modules` with Adam and keep the state of the best validation.
 
     modules: {name: nn.Module}; one optimizer over all of them, so none can be forgotten. step(rows
     (B,), generator) -> (loss, {name: float}) on those rows of the train pairs. validate() -> float,
     higher is better; never the test split. Stops after `patience` validations without a new best.
+    With `decay` the learning rate falls step by step, in a line from lr to 0 after the last epoch.
     Returns (best state {name.parameter: tensor}, history list).
 
     Under torchrun every process gets the same rows, its step returns the loss of its share of them
@@ -1060,6 +1061,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     best, best_state, history, done, start = -math.inf, None, [], 0, time.time()
+    n_steps = epochs * -(-n_rows // batch_size)
     progress = Progress(label, epochs, "epochs")
     for epoch in range(1, epochs + 1):
         # every train pair once, in random order
@@ -1076,6 +1078,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(parameters)
+            if decay:
+                optimizer.param_groups[0]["lr"] = lr * (1 - (done - 1) / n_steps)
             optimizer.step()
             # weighted, so that a short last batch counts for what it is
             total += float(loss.detach()) * len(rows)
@@ -1837,6 +1841,11 @@ def number(kind, low, high=None, open_low=False):
         return value
 
     return parse
+
+
+def several(kind):
+    """An argparse type: a list of values of the argparse type `kind`, comma-separated."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def device_name(text):

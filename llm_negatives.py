@@ -87,6 +87,7 @@ from backbones import (
     sampled_softmax_loss,
     save_tensors,
     settings_of,
+    several,
     soft_maximum,
     stamp,
     start_processes,
@@ -782,13 +783,13 @@ class Judge(nn.Module):
         # in tens: Adam's steps are of one size for all, and this has further to go than a weight
         self.log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
 
-    def history_vectors(self, items):
-        """Item ids (B,) -> (B, k), of length 1: the items as a user's."""
-        return F.normalize(self.history_map(self.text[items]), dim=1)
+    def history_vectors(self, text):
+        """Rows of self.text (B, T) -> (B, k), of length 1: items as a user's."""
+        return F.normalize(self.history_map(text), dim=1)
 
-    def item_vectors(self, items):
-        """Item ids (B,) -> (B, k), of length 1: the items as those that are judged."""
-        return F.normalize(self.item_map(self.text[items]), dim=1)
+    def item_vectors(self, text):
+        """Rows of self.text (B, T) -> (B, k), of length 1: items as those that are judged."""
+        return F.normalize(self.item_map(text), dim=1)
 
     def beta(self):
         return (10 * self.log_beta).exp()
@@ -802,20 +803,21 @@ class Judge(nn.Module):
     @torch.no_grad()
     def tensors(self):
         """What its score is made of, as backbones.kernel_of takes it."""
-        everything = torch.arange(self.n_items, device=self.text.device)
-        return {"history": self.history_vectors(everything), "item": self.item_vectors(everything),
+        return {"history": self.history_vectors(self.text), "item": self.item_vectors(self.text),
                 "bias": self.bias.detach(), "shape": torch.stack([self.scale.exp(), self.beta()])}
 
     def forward(self):
         return kernel_of(self.tensors(), self.train_pairs, self.n_users)
 
 
-def make_judge_step(judge, train, n_negatives, most=64):
+def make_judge_step(judge, train, n_negatives, most=64, dropout=0.0):
     """A step for backbones.fit over users: softmax of each of a user's train items, left out in
     turn, against `n_negatives` items of the whole catalogue, drawn uniformly and shared by the
     batch; the user's other train items among them push nothing away. Of a user with more than
-    `most` train items that many are drawn, anew each time. train (N, 2), at least two pairs of each
-    user that is stepped on -> step(users (B,), generator) -> (scalar, {})."""
+    `most` train items that many are drawn, anew each time. `dropout`: the share of each text's
+    numbers that is left out, drawn anew at each step, so that maps of few users' data do not lean
+    on single ones (Srivastava et al., JMLR 2014). train (N, 2), at least two pairs of each user
+    that is stepped on -> step(users (B,), generator) -> (scalar, {})."""
     train_rows = user_rows(train, judge.n_users)
 
     def step(users, generator):
@@ -833,9 +835,11 @@ def make_judge_step(judge, train, n_negatives, most=64):
         drawn = torch.randint(judge.n_items, (n_negatives,), generator=generator, device=own.device)
         drawn, times = drawn.unique(return_counts=True)  # (N,), (N,)
         items, at = own.unique(return_inverse=True)
-        history = take(judge.history_vectors(items), at)  # (P, k)
+        history = judge.history_vectors(F.dropout(judge.text[items], dropout))
+        history = take(history, at)  # (P, k)
         items, at = torch.cat([own, drawn]).unique(return_inverse=True)
-        own_vectors, vectors = take(judge.item_vectors(items), at).split([len(own), len(drawn)])
+        vectors = judge.item_vectors(F.dropout(judge.text[items], dropout))
+        own_vectors, vectors = take(vectors, at).split([len(own), len(drawn)])
 
         # positives: each item by its user's others, as (B, S, S) with S slots a user
         padded = history.new_zeros(2, len(users), int(count.max()), history.shape[1])
@@ -914,7 +918,6 @@ def fit_judge(args):
     print(f"judge: {len(readings[0])} texts read at layers {args.layers}, "
           f"{time.time() - start:.0f} s", flush=True)
     train, valid = data["train"].to(device), data["valid"].to(device)
-    model = Judge(readings, train, data["n_users"], args.width, args.sharpness).to(device)
 
     # who teaches it: each user of two or more pairs, but for a share that stands for new users
     generator = torch.Generator().manual_seed(args.seed)
@@ -925,18 +928,24 @@ def fit_judge(args):
         fail(f"--untaught {args.untaught:g}: leaves no user of two or more train pairs to teach "
              "the judge; give less")
 
-    # the maps; validation stops them, as it stops every model here. Small data, small batches
+    # the maps, once with each dropout. Validation, on the same users each time, chooses the epoch
+    # and the dropout. Small data, small batches
     pairs = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
-    step = make_judge_step(model, train, args.negatives)
     known = {"train": train, "valid": valid[~untaught[valid[:, 0]]]}
-
-    def validate():  # on the same users each time
-        return validation(model(), known, users=VALIDATED)()
-
-    state, history = fit(
-        {"judge": model}, lambda rows, generator: step(taught[rows], generator), len(taught),
-        validate, epochs=args.epochs, batch_size=max(2, pairs * data["n_users"] // len(train)),
-        lr=args.lr, eval_every=1, patience=2, seed=args.seed, label="judge")
+    best = None
+    for dropout in args.dropout:
+        model = Judge(readings, train, data["n_users"], args.width, args.sharpness).to(device)
+        step = make_judge_step(model, train, args.negatives, dropout=dropout)
+        torch.manual_seed(args.seed)  # of what is dropped
+        state, history = fit(
+            {"judge": model}, lambda rows, generator: step(taught[rows], generator), len(taught),
+            lambda: validation(model(), known, users=VALIDATED)(), epochs=args.epochs,
+            batch_size=max(2, pairs * data["n_users"] // len(train)), lr=args.lr, decay=True,
+            eval_every=1, patience=args.epochs, seed=args.seed, label=f"judge, dropout {dropout:g}")
+        score = max(row["valid_ndcg@20"] for row in history)
+        if best is None or score > best[0]:
+            best = score, dropout, state, history
+    _, dropout, state, history = best
     restore({"judge": model}, state)
 
     # its score, and what it holds for likely
@@ -946,9 +955,9 @@ def fit_judge(args):
     if args.untaught:
         tensors["untaught"] = untaught.nonzero()[:, 0]
     check_finite(out, tensors, "lower --lr and run again with --force")
-    save_tensors(out, tensors, {"settings": settings, "history": history,
+    save_tensors(out, tensors, {"settings": settings, "dropout": dropout, "history": history,
                                 "seconds": time.time() - start})
-    print(f"wrote {out}, {time.time() - start:.0f} s")
+    print(f"wrote {out}, dropout {dropout:g}, {time.time() - start:.0f} s")
 
 
 def judge_layers(text, llm):
@@ -1895,10 +1904,14 @@ def main(argv=None):
                    help="items a step that each left-out item is told apart from")
     p.add_argument("--likely", type=number(int, 1), default=20,
                    help="likely false hard negatives listed of each user")
-    p.add_argument("--epochs", type=number(int, 1), default=20, help="passes over the users")
+    p.add_argument("--dropout", type=several(number(float, 0, 0.95)), default="0,0.5",
+                   help="shares of the texts' numbers left out while it learns, comma-separated; "
+                        "each is tried and validation chooses")
+    p.add_argument("--epochs", type=number(int, 1), default=8, help="passes over the users")
     p.add_argument("--batch-size", type=number(int, 0), default=0,
                    help="pairs a step; 0: a 64th of the train pairs, 256 to 2,048")
-    p.add_argument("--lr", type=number(float, 0, open_low=True), default=5e-4, help="learning rate")
+    p.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3,
+                   help="learning rate of the first step; it falls to 0")
     p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
     args = parser.parse_args(argv)

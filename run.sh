@@ -138,7 +138,7 @@ if [[ -z ${DATA:-} ]]; then
 fi
 [[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then
-  PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2)
+  PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2 --dropout 0)
   FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
   TRAIN+=(--epochs 20 --eval-every 5) TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi

@@ -659,6 +659,26 @@ def test_judge_step_against_loops_over_the_left_out_items():
         assert torch.allclose(ours, theirs, atol=2e-5)
 
 
+def test_judge_step_leaves_out_a_share_of_the_texts():
+    """Each number of an item's text is dropped with that chance, anew for history and item and at
+    each step, and the others grow to make up for it; none is dropped of the judge that ranks."""
+    train = split_data()["train"]
+    judge, seen = small_judge(train), []
+    before = judge()
+    for text_map in (judge.history_map, judge.item_map):
+        text_map.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    step = llm_negatives.make_judge_step(judge, train, 200, dropout=0.5)
+    for _ in range(20):
+        step(torch.arange(N_USERS), None)
+    kept = torch.cat([rows.flatten() for rows in seen])
+    assert (kept == 0).float().mean() == pytest.approx(0.5, abs=0.02)
+    texts, grown = judge.text, torch.cat([rows for rows in seen])
+    near = (grown[:, None] - 2 * texts).abs().where(grown[:, None] != 0, 0).amax(2).amin(1)
+    assert near.max() < 1e-6
+    assert not torch.equal(seen[0] == 0, seen[2][:len(seen[0])] == 0)
+    assert torch.equal(judge().history, before.history)
+
+
 def test_judge_step_takes_some_of_a_long_history():
     """With two slots a user each item is judged by one other, drawn anew for each generator."""
     train = split_data()["train"]
@@ -1157,6 +1177,23 @@ def test_fit_returns_the_best_state_not_the_last():
         eval_every=1, patience=9, seed=0)
     assert torch.equal(state["backbone.embedding"], states[1])
     assert [row["valid_ndcg@20"] for row in history] == [0.1, 0.5, 0.3]
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_fit_against_adam_by_hand_with_its_learning_rate(decay):
+    """Three epochs of two steps on sum(x^2): x by the formulas of Kingma and Ba; with decay the six
+    learning rates are .6, .5 … .1."""
+    model, x, m, v = rigged(torch.ones(1, 1), torch.ones(1, 1)), 1.0, 0.0, 0.0
+    for n in range(1, 7):
+        m, v = 0.9 * m + 0.1 * 2 * x, 0.999 * v + 0.001 * (2 * x) ** 2
+        lr = 0.6 - 0.1 * (n - 1) if decay else 0.6
+        x -= lr * (m / (1 - 0.9**n)) / (math.sqrt(v / (1 - 0.999**n)) + 1e-8)
+    scores = iter(range(3))
+    state, _ = backbones.fit(
+        {"backbone": model}, lambda rows, generator: (model.embedding.pow(2).sum(), {}), 3,
+        lambda: float(next(scores)), epochs=3, batch_size=2, lr=0.6, eval_every=1, patience=9,
+        seed=0, decay=decay)
+    assert state["backbone.embedding"].flatten().tolist() == pytest.approx([x, x], rel=1e-4)
 
 
 @pytest.mark.parametrize("n, n_items, given, expected", [
@@ -3497,6 +3534,16 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     real, random = (backbones.load_tensors(copied / f"{name}.safetensors")[0]
                     for name in ("judge", "judge-random"))
     assert real["likely"].shape == (backbones.load_data(copied)["n_users"], 20)
+    # each dropout is tried, and the better of the two by validation is what is written
+    meta, tried = backbones.read_meta(copied / "judge.safetensors"), {}
+    for dropout in (0, 0.5):
+        llm_negatives.main([*read, "--dropout", str(dropout), "--out", f"judge-{dropout}.safetensors"])
+        other = backbones.read_meta(copied / f"judge-{dropout}.safetensors")
+        tried[dropout] = max(row["valid_ndcg@20"] for row in other["history"])
+        if dropout == meta["dropout"]:
+            assert other["history"][0]["loss"] == meta["history"][0]["loss"]
+    assert max(row["valid_ndcg@20"] for row in meta["history"]) == max(tried.values())
+    assert tried[meta["dropout"]] == max(tried.values())
     assert not torch.equal(real["history"], random["history"])
     for layers in ("0,x", "0,3", "-1"):
         with pytest.raises(SystemExit) as error:
