@@ -897,6 +897,23 @@ def item_readings(args, layers, dtype, device):
 VALIDATED = 5000  # users at most that tell whether another epoch makes the judge better
 
 
+def train_judge(judge, train, taught, known, dropout, args):
+    """Train the judge's maps and keep the epoch that is best on `known`, validated on the same
+    users each time. taught (n,): the users that teach it; known: {train, valid} of any of them.
+    Returns (its validation NDCG@20, history of fit)."""
+    step = make_judge_step(judge, train, args.negatives, dropout=dropout)
+    # small data, small batches
+    pairs = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
+    torch.manual_seed(args.seed)  # of what is dropped
+    state, history = fit(
+        {"judge": judge}, lambda rows, generator: step(taught[rows], generator), len(taught),
+        lambda: validation(judge(), known, users=VALIDATED)(), epochs=args.epochs,
+        batch_size=max(2, pairs * judge.n_users // len(train)), lr=args.lr, decay=True,
+        eval_every=1, patience=args.epochs, seed=args.seed, label=f"judge, dropout {dropout:g}")
+    restore({"judge": judge}, state)
+    return max(row["valid_ndcg@20"] for row in history), history
+
+
 def fit_judge(args):
     """Fit the judge on a frozen LLM's readings; write its score and each user's likely items."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
@@ -922,35 +939,23 @@ def fit_judge(args):
     # who teaches it: each user of two or more pairs, but for a share that stands for new users
     generator = torch.Generator().manual_seed(args.seed)
     untaught = (torch.rand(data["n_users"], generator=generator) < args.untaught).to(device)  # (U,)
-    several = torch.bincount(train[:, 0], minlength=data["n_users"]) > 1
-    taught = (several & ~untaught).nonzero()[:, 0]
+    enough = torch.bincount(train[:, 0], minlength=data["n_users"]) > 1
+    taught = (enough & ~untaught).nonzero()[:, 0]
     if not len(taught):
         fail(f"--untaught {args.untaught:g}: leaves no user of two or more train pairs to teach "
              "the judge; give less")
 
-    # the maps, once with each dropout. Validation, on the same users each time, chooses the epoch
-    # and the dropout. Small data, small batches
-    pairs = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
-    known = {"train": train, "valid": valid[~untaught[valid[:, 0]]]}
-    best = None
-    for dropout in args.dropout:
+    # once with each dropout: validation chooses
+    known, best = {"train": train, "valid": valid[~untaught[valid[:, 0]]]}, -math.inf
+    for tried in args.dropout:
         model = Judge(readings, train, data["n_users"], args.width, args.sharpness).to(device)
-        step = make_judge_step(model, train, args.negatives, dropout=dropout)
-        torch.manual_seed(args.seed)  # of what is dropped
-        state, history = fit(
-            {"judge": model}, lambda rows, generator: step(taught[rows], generator), len(taught),
-            lambda: validation(model(), known, users=VALIDATED)(), epochs=args.epochs,
-            batch_size=max(2, pairs * data["n_users"] // len(train)), lr=args.lr, decay=True,
-            eval_every=1, patience=args.epochs, seed=args.seed, label=f"judge, dropout {dropout:g}")
-        score = max(row["valid_ndcg@20"] for row in history)
-        if best is None or score > best[0]:
-            best = score, dropout, state, history
-    _, dropout, state, history = best
-    restore({"judge": model}, state)
+        score, losses = train_judge(model, train, taught, known, tried, args)
+        if score > best:
+            best, judge, dropout, history = score, model, tried, losses
 
     # its score, and what it holds for likely
-    likely, share = likely_items(model(), train, min(args.likely, data["n_items"]))
-    tensors = {**model.tensors(), "likely": likely.int(), "share": share,
+    likely, share = likely_items(judge(), train, min(args.likely, data["n_items"]))
+    tensors = {**judge.tensors(), "likely": likely.int(), "share": share,
                "text": readings[len(layers) // 2]}  # of the middle one, for --text-vectors
     if args.untaught:
         tensors["untaught"] = untaught.nonzero()[:, 0]
