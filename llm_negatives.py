@@ -894,22 +894,23 @@ def item_readings(args, layers, dtype, device):
     return read_layers(llm, Prompt(load_tokenizer(args.llm)), texts, layers)
 
 
-VALIDATED = 5000  # users at most that tell whether another epoch makes the judge better
+def train_judge(judge, train, valid, taught, *, dropout=0.0, n_negatives=1024, epochs=8,
+                batch_size=0, lr=1e-3, seed=0, validated=5000):
+    """Train the judge's maps and keep the epoch that is best on the valid pairs (N', 2) of the same
+    `validated` users each time. taught (n,): the users that teach it; batch_size: pairs a step; 0:
+    a 64th of the train pairs, 256 to 2,048: small data, small batches. Returns (its validation
+    NDCG@20, history of fit)."""
+    step = make_judge_step(judge, train, n_negatives, dropout=dropout)
+    pairs = batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
+    torch.manual_seed(seed)  # of what is dropped
 
+    def validate():
+        return validation(judge(), {"train": train, "valid": valid}, users=validated)()
 
-def train_judge(judge, train, taught, known, dropout, args):
-    """Train the judge's maps and keep the epoch that is best on `known`, validated on the same
-    users each time. taught (n,): the users that teach it; known: {train, valid} of any of them.
-    Returns (its validation NDCG@20, history of fit)."""
-    step = make_judge_step(judge, train, args.negatives, dropout=dropout)
-    # small data, small batches
-    pairs = args.batch_size or min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
-    torch.manual_seed(args.seed)  # of what is dropped
     state, history = fit(
         {"judge": judge}, lambda rows, generator: step(taught[rows], generator), len(taught),
-        lambda: validation(judge(), known, users=VALIDATED)(), epochs=args.epochs,
-        batch_size=max(2, pairs * judge.n_users // len(train)), lr=args.lr, decay=True,
-        eval_every=1, patience=args.epochs, seed=args.seed, label=f"judge, dropout {dropout:g}")
+        validate, epochs=epochs, batch_size=max(2, pairs * judge.n_users // len(train)), lr=lr,
+        decay=True, eval_every=1, patience=epochs, seed=seed, label=f"judge, dropout {dropout:g}")
     restore({"judge": judge}, state)
     return max(row["valid_ndcg@20"] for row in history), history
 
@@ -945,11 +946,13 @@ def fit_judge(args):
         fail(f"--untaught {args.untaught:g}: leaves no user of two or more train pairs to teach "
              "the judge; give less")
 
-    # once with each dropout: validation chooses
-    known, best = {"train": train, "valid": valid[~untaught[valid[:, 0]]]}, -math.inf
+    # once with each dropout: validation, of users that teach it, chooses
+    valid, best = valid[~untaught[valid[:, 0]]], -math.inf
     for tried in args.dropout:
         model = Judge(readings, train, data["n_users"], args.width, args.sharpness).to(device)
-        score, losses = train_judge(model, train, taught, known, tried, args)
+        score, losses = train_judge(
+            model, train, valid, taught, dropout=tried, n_negatives=args.negatives,
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
         if score > best:
             best, judge, dropout, history = score, model, tried, losses
 

@@ -132,9 +132,9 @@ PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 4) 
 # negatives too, unless one of the trials does better
 HNLMREC=(--lambda-f 1) TRIALS=6
 if [[ -z ${DATA:-} ]]; then
-  # on MovieLens the texts serve as initial vectors; validation wants neither the semantic alignment
-  # nor the judge's items beside them
-  HNLMREC=(--lambda-s 0) TRIALS=0
+  # on MovieLens the texts serve as initial vectors, the judge's items stand beside them, and
+  # validation does not want the semantic alignment
+  HNLMREC=(--lambda-s 0 --lambda-f 1 --gamma 0.05 --m 16) TRIALS=0
 fi
 [[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
 if [[ $FAST == 1 ]]; then

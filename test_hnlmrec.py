@@ -1425,7 +1425,7 @@ def test_gains_of_some_users_alone():
     judges = [("bag of words (untaught)", judged(torch.ones(N_USERS, 1), torch.ones(N_ITEMS, 1))),
               ("bag of words (taught)", judged(*noise)), ("whole", judged(*noise)),
               ("two", judged(*noise), torch.tensor([1, 4])),
-              ("rest", judged(*noise), torch.tensor([u for u in range(N_USERS) if u not in (1, 4)]))]
+              ("rest", judged(*noise), torch.tensor(sorted({*range(N_USERS)} - {1, 4})))]
     for name, *without in evaluation.without_texts("bag of words (taught)", *noise):
         judges.append((name, judged(*without)))
     rows = evaluation.measure_judges(model, data, judges, top=20)["rows"]
@@ -2773,7 +2773,7 @@ def pasted_code(row):
 @pytest.mark.parametrize("piece", list(TOYS))
 def test_a_pasted_piece_runs_with_what_its_row_takes_along(piece, encoder):
     row = next(row for row in copy_table().values() if piece in row[1])
-    (module, pieces, along), plain, code = row, {}, pasted_code(row)
+    (_, pieces, along), plain, code = row, {}, pasted_code(row)
     exec(code_block(readme("## Copy this piece", "\n| "), "python"), plain)
     # what the pasted code looks up, on paths that the toys do not take either
     taken = global_names(code) - set(plain) - set(dir(builtins)) - {"__name__"}
@@ -3537,8 +3537,9 @@ def test_judge_its_negatives_and_its_blend_go_through(copied, tiny_llm, capsys):
     # each dropout is tried, and the better of the two by validation is what is written
     meta, tried = backbones.read_meta(copied / "judge.safetensors"), {}
     for dropout in (0, 0.5):
-        llm_negatives.main([*read, "--dropout", str(dropout), "--out", f"judge-{dropout}.safetensors"])
-        other = backbones.read_meta(copied / f"judge-{dropout}.safetensors")
+        out = f"judge-{dropout}.safetensors"
+        llm_negatives.main([*read, "--dropout", str(dropout), "--out", out])
+        other = backbones.read_meta(copied / out)
         tried[dropout] = max(row["valid_ndcg@20"] for row in other["history"])
         if dropout == meta["dropout"]:
             assert other["history"][0]["loss"] == meta["history"][0]["loss"]
