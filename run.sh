@@ -141,6 +141,8 @@ if [[ $FAST == 1 ]]; then
   PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2 --dropout 0)
   FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
   TRAIN+=(--epochs 20 --eval-every 5) TRIALS=$((TRIALS < 2 ? TRIALS : 2))
+  # the judge's items take more epochs to tell
+  [[ -n ${DATA:-} ]] || HNLMREC=(--lambda-s 0)
 fi
 TUNE=${TUNE:-$TRIALS}
 BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
