@@ -572,12 +572,16 @@ class ItemWeights(ByNumber):
     def score_all(self, users, items):
         """users (B, 1), items (J, 1) -> (B, J)."""
         place, seen = rows_of(self.train_rows, users[:, 0])
-        one = torch.ones(len(seen), device=seen.device)
-        profile = sparse_rows(place, seen, one, (len(users), self.n_items))  # their rows of X
-        scores = profile @ self.weight  # (B, I)
-        if scores.layout is not torch.strided:
-            scores = scores.to_dense()
-        return scores.index_select(1, items[:, 0])
+        return sum_of_rows(self.weight, place, seen, len(users)).index_select(1, items[:, 0])
+
+
+def sum_of_rows(weight, place, seen, n_users):
+    """The sum of the rows of weight (I, J), dense or sparse CSR, over each user's seen items: place
+    (P,) and seen (P,) as rows_of gives them -> (n_users, J)."""
+    one = torch.ones(len(seen), device=seen.device)
+    profile = sparse_rows(place, seen, one, (n_users, len(weight)))  # the users' rows of X
+    total = profile @ weight
+    return total if total.layout is torch.strided else total.to_dense()
 
 
 def soft_maximum(total, count, scale, beta):
@@ -602,7 +606,7 @@ class HistoryKernel(ByNumber):
         super().__init__(n_users, len(items), train)
         self.history, self.items, self.bias = history, items, bias
         self.scale, self.beta = float(scale), float(beta)
-        self.train_pairs, self.kept = train, None
+        self.kept = None  # (I, I), see score_all
 
     def exponentials(self, some, items):
         """Item ids (P,) and (J,) -> exp(beta (cosine - 1)), (P, J)."""
@@ -620,9 +624,8 @@ class HistoryKernel(ByNumber):
                 kept = self.bias.new_empty(self.n_items, self.n_items)
                 for part, block in zip(everything.split(rows), kept.split(rows)):
                     block.copy_(self.exponentials(part, everything))
-                # a sum over the train items is what item weights are
-                self.kept = ItemWeights(kept, self.train_pairs, self.n_users)
-            total = self.kept.score_all(users, items)
+                self.kept = kept
+            total = sum_of_rows(self.kept, place, own, len(users)).index_select(1, items[:, 0])
         else:
             total = self.bias.new_zeros(len(users), len(items))
             for at, some in zip(place.split(rows), own.split(rows)):
@@ -1259,7 +1262,8 @@ def load_model(path, maker="", data=None):
         fail(f"{path}: holds what `{s.get('command')}` writes, not a trained recommender; "
              "name one, such as cf.safetensors")
     if "judge.history" in tensors:
-        parts = {name[6:]: tensor for name, tensor in tensors.items() if name[:6] == "judge."}
+        parts = {name.removeprefix("judge."): tensor for name, tensor in tensors.items()
+                 if name.startswith("judge.")}
         kernel = kernel_of(parts, data["train"], meta["n_users"])
         return Blended(tensors["backbone.embedding"], kernel, parts["share"], data["train"]), \
             meta, tensors

@@ -327,10 +327,7 @@ def blend_weights(parts, train, valid, grid, cells=2**28):
     items is above `cells`, which bounds the memory: 4 bytes each."""
     # the users that are ranked, and what their lists should hold
     first = parts[0]
-    if isinstance(first, nn.Module):
-        n_users, n_items = first.n_users, first.n_items
-    else:
-        n_users, n_items = map(len, first)
+    n_users, n_items = map(len, first() if isinstance(first, nn.Module) else first)
     users, most = valid[:, 0].unique(), max(1, cells // (len(parts) * n_items))
     some = torch.randperm(len(users), generator=torch.Generator().manual_seed(0))[:most]
     users = users[some.sort().values.to(users.device)]  # (n,)

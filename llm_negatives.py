@@ -45,13 +45,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
@@ -865,15 +859,14 @@ def make_judge_step(judge, train, n_negatives, most=64, dropout=0.0):
 
 
 @torch.no_grad()
-def likely_items(kernel, train, n):
+def likely_items(kernel, n):
     """The n items that the judge ranks highest of those the user has not seen, and how likely each
     is beside the others: (U, n) int64, (U, n) shares that add up to 1. -1 and share 0 where a user
-    has fewer unseen items. kernel: a HistoryKernel; train (N, 2)."""
-    seen, everyone = user_rows(train, kernel.n_users), torch.arange(
-        kernel.n_users, device=train.device)
-    every_item, items, share = kernel()[1], [], []
-    for users in everyone.split(max(1, 2**23 // kernel.n_items)):
-        scores = leave_out(kernel.score_all(users[:, None], every_item), users, seen)  # (B, I)
+    has fewer unseen items. kernel: a HistoryKernel, whose train items are the seen ones."""
+    (everyone, every_item), items, share = kernel(), [], []
+    for users in everyone.split(max(1, 2**23 // kernel.n_items)):  # (B, 1)
+        scores = kernel.score_all(users, every_item)  # (B, I)
+        scores = leave_out(scores, users[:, 0], kernel.train_rows)
         best, listed = scores.topk(n)
         items.append(listed.masked_fill(best == -torch.inf, -1))
         share.append(best.softmax(1).nan_to_num())
@@ -957,9 +950,11 @@ def fit_judge(args):
             best, judge, dropout, history = score, model, tried, losses
 
     # its score, and what it holds for likely
-    likely, share = likely_items(judge(), train, min(args.likely, data["n_items"]))
-    tensors = {**judge.tensors(), "likely": likely.int(), "share": share,
-               "text": readings[len(layers) // 2]}  # of the middle one, for --text-vectors
+    tensors = judge.tensors()
+    kernel = kernel_of(tensors, train, data["n_users"])
+    likely, share = likely_items(kernel, min(args.likely, data["n_items"]))
+    tensors |= {"likely": likely.int(), "share": share,
+                "text": readings[len(layers) // 2]}  # of the middle one, for --text-vectors
     if args.untaught:
         tensors["untaught"] = untaught.nonzero()[:, 0]
     check_finite(out, tensors, "lower --lr and run again with --force")
