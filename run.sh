@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline: prepare, pre-train CF, profiles, fine-tune, generate, train, baselines,
-# report.
+# The whole pipeline: prepare, pre-train CF, profiles, fine-tune, generate, read, judge, train,
+# baselines, report.
 #
 #   bash run.sh            all of it, on MovieLens-100K with SmolLM2-135M-Instruct
 #   bash run.sh test       set up and run the tests
@@ -10,14 +10,19 @@
 #   BACKBONE=lightgcn  mf, lightgcn, ngcf or neumf          SEED=0     every random choice
 #   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
 #   DATA=… META=…      your interactions and items files
-#   FORMAT=table PRESET=…      as `hnlmrec.py prepare --help`
-#   TUNE=6             trainings that HNLMRec's flags are chosen from, on validation; of your own
-#                      data 6, with FAST=1 2; of MovieLens 0: its flags below were chosen so before
+#   FORMAT=table PRESET=… MIN_RATING=… K_CORE=…      as `hnlmrec.py prepare --help`
+#   WHOLE=1            the LLM writes of all users and items, reads all items, and generates four
+#                      negatives of each user; else each of its steps is bounded to a few minutes
+#   TUNE=6             trials, on validation, that the flags of DNS and of the judge's negatives are
+#                      chosen from; of your own data 6, with FAST=1 2; of MovieLens 0: its flags
+#                      below were chosen so before
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
 # A step whose output is there and whose inputs and settings are unchanged is skipped. FORCE=1
-# remakes all.
+# remakes all. Runs under bash 3.2, macOS's: no ${x,,}, no mapfile, and no array that may be empty, since
+# there an empty one counts as unset.
 set -euo pipefail
+unset CDPATH  # cd would print what it finds there
 cd "$(dirname "${BASH_SOURCE[0]}")"
 die() { echo "error: $*" >&2; exit 2; }
 folder() {  # folder PATH VARIABLE
@@ -114,7 +119,7 @@ EOF
 fi
 
 # ---- settings -----------------------------------------------------------------------------------
-BACKBONE=${BACKBONE:-lightgcn} SEED=${SEED:-0} FAST=${FAST:-0}
+BACKBONE=${BACKBONE:-lightgcn} SEED=${SEED:-0} FAST=${FAST:-0} WHOLE=${WHOLE:-0}
 if [[ -z ${DATA:-} ]]; then
   NAME=ml-100k SOURCE=(--format recbole --reviews "$ML/ml-100k.inter" --meta "$ML/ml-100k.item")
 else
@@ -127,25 +132,29 @@ else
   [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
-PROFILE=(--new-tokens 20 --history 3) FINETUNE=() GENERATE=(--pairs-per-user 4) TRAIN=() JUDGE=()
-# on data of a person's own, M as it follows from their size, and the judge's likely false hard
-# negatives too, unless one of the trials does better
-HNLMREC=(--lambda-f 1) TRIALS=6
-if [[ -z ${DATA:-} ]]; then
-  # on MovieLens the texts serve as initial vectors, the judge's items stand beside them, and
-  # validation does not want the semantic alignment
-  HNLMREC=(--lambda-s 0 --lambda-f 1 --gamma 0.05 --m 16) TRIALS=0
+# flags of the steps: words without spaces, so that plain strings do (see bash 3.2 above).
+# What the LLM's steps do at most, whatever the data's size: about two minutes each on two cores
+PROFILE="--new-tokens 20 --history 3 --llm-rows 400" READ="--most 12000"
+GENERATE="--pairs-per-user 4 --pairs 4000" FINETUNE="--warmup-pairs 1024 --steps 40"
+SIZE="--llm-rows 400 --pairs 4000"
+if [[ $WHOLE == 1 ]]; then
+  PROFILE="--new-tokens 20 --history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE=
 fi
-[[ $BACKBONE != mf ]] || TRAIN+=(--reg 1e-2)
+TRAIN= JUDGE= DNS= HNLMREC= JUDGED= TRIALS=6
+if [[ -z ${DATA:-} ]]; then
+  # on MovieLens validation does not want the semantic alignment; the judge's negatives have the
+  # flags that eight trials chose
+  HNLMREC="--lambda-s 0" JUDGED="--lr 0.00126 --reg 5.05e-06 --m 16 --gamma 0.05" TRIALS=0
+fi
+[[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
-  PROFILE+=(--llm-rows 32) JUDGE=(--layers 0,4 --epochs 2 --dropout 0)
-  FINETUNE+=(--llm-layers 4 --warmup-pairs 1024 --steps 8) GENERATE=(--pairs-per-user 2)
-  TRAIN+=(--epochs 20 --eval-every 5) TRIALS=$((TRIALS < 2 ? TRIALS : 2))
-  # the judge's items take more epochs to tell
-  [[ -n ${DATA:-} ]] || HNLMREC=(--lambda-s 0)
+  PROFILE+=" --llm-rows 32" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
+  FINETUNE="--llm-layers 4 --warmup-pairs 512 --steps 8" GENERATE="--pairs-per-user 2 --pairs 2000"
+  SIZE="--llm-rows 32 --pairs 2000"
+  TRAIN+=" --epochs 20 --eval-every 5" TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi
 TUNE=${TUNE:-$TRIALS}
-BUDGET=(--backbone "$BACKBONE" --seed "$SEED" "${TRAIN[@]}")
+BUDGET="--backbone $BACKBONE --seed $SEED $TRAIN"
 FORCE=$([[ ${FORCE:-0} == 1 ]] && echo --force || true)
 
 # ---- one run at a time in a folder: a lock of the system, held while a step of it lives ---------
@@ -154,17 +163,25 @@ folder "$OUT/.lock" OUT
 [[ -O $OUT/.lock ]] ||
   die "$OUT: another user's run.sh is or was there; remove $OUT/.lock once it has ended, or set OUT"
 exec 9> "$OUT/.lock/held"
-if command -v flock >/dev/null; then
-  flock -n 9
-else  # the same lock, by Python: it belongs to the open file, so that it outlives that process
-  "$PY" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null
-fi || die "$OUT: another run.sh is at work there; wait for it or set OUT"
+# by Python, since macOS has no flock: the lock belongs to the open file and outlives that process.
+# A disk without locks is no reason to stop
+"$PY" -c 'import fcntl
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    raise SystemExit(1)
+except OSError as error:
+    print(f"warning: no locks on this disk ({error.strerror}): start one run.sh at a time here")' ||
+  die "$OUT: another run.sh is at work there; wait for it or set OUT"
 
 # ---- the steps ----------------------------------------------------------------------------------
 step() {  # in the background: bash hears no signal before the end of what runs in the foreground
+  local begin=$SECONDS name="${1%.py} $2" word
+  for word in "$@"; do [[ $word != model-*.safetensors ]] || name="$name ${word%.safetensors}"; done
   echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"
   "$PY" "$@" ${FORCE:+$FORCE} & child=$!
-  wait "$child"
+  wait "$child" || return $?
+  printf '%s\t%s\n' "$name" $((SECONDS - begin)) >> "$OUT/steps.tsv"
 }
 stop() {
   trap '' INT TERM HUP
@@ -176,41 +193,69 @@ child=
 trap 'stop 130' INT
 trap 'stop 143' TERM HUP
 start=$SECONDS
+: > "$OUT/steps.tsv"
 step hnlmrec.py prepare --run "$OUT" "${SOURCE[@]}" --seed "$SEED"
-step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler dns
-step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" "${PROFILE[@]}"
-step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" "${FINETUNE[@]}"
-step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" "${GENERATE[@]}"
-step llm_negatives.py judge --run "$OUT" --llm "$LLM" --seed "$SEED" "${JUDGE[@]}"
-BESIDE=
+FORCE= step eval.py estimate --run "$OUT" --trials "$TUNE" $SIZE
+step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns
+
+# what the texts say: read by the frozen LLM, weighed by the judge
+step llm_negatives.py read --run "$OUT" --llm "$LLM" --seed "$SEED" $READ
+step hnlmrec.py judge --run "$OUT" --seed "$SEED" $JUDGE
+# texts that say nothing make no judge; then the judge's rows and the texts' start are left out
+HAVE_JUDGE=0
+[[ ! -f $OUT/judge.safetensors ]] || HAVE_JUDGE=1
+
+# the generated negative: profiles, fine-tuning, generation
+step llm_negatives.py profile --run "$OUT" --llm "$LLM" --seed "$SEED" $PROFILE
+step llm_negatives.py finetune --run "$OUT" --llm "$LLM" --seed "$SEED" \
+  $FINETUNE
+step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" $GENERATE
+
+# baselines: closed forms, then samplers
+CLOSED=
 for form in pop itemknn rp3 ease; do  # ease refuses a catalogue whose items x items do not fit
   if step backbones.py pretrain --run "$OUT" --backbone $form --out model-$form.safetensors; then
-    [[ $form == pop ]] || BESIDE+=${BESIDE:+,}model-$form.safetensors
+    [[ $form != rp3 && $form != ease ]] || CLOSED+=,model-$form.safetensors
   else
     [[ $form == ease ]] || exit 2
     echo "ease: left out of the report"
   fi
 done
-if [[ $TUNE != 0 ]]; then  # trials stop early: their order is what counts
-  step eval.py tune --run "$OUT" --methods HNLMRec --budget "$TUNE" --backbone "$BACKBONE" \
-    --seed "$SEED" --flags "${TRAIN[*]} ${HNLMREC[*]} --patience 2" --out tuned-hnlmrec
+NONE="--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --lambda-f 1"
+if [[ $TUNE != 0 ]]; then
+  METHODS=DNS
+  [[ $HAVE_JUDGE == 0 ]] || METHODS="DNS;judge's negatives"
+  step eval.py tune --run "$OUT" --methods "$METHODS" --budget "$TUNE" --backbone "$BACKBONE" \
+    --seed "$SEED" --flags "$TRAIN --patience 2" --out tuned-run
   best='import json, sys
-print(*json.load(open(sys.argv[1]))["methods"][sys.argv[2]]["HNLMRec"]["words"])'
-  HNLMREC+=($("$PY" -c "$best" "$OUT/tuned-hnlmrec.json" "$BACKBONE"))
-  echo "HNLMRec: the best of $TUNE trials on validation has ${HNLMREC[*]}"
+methods = json.load(open(sys.argv[1]))["methods"][sys.argv[2]]
+print(*methods.get(sys.argv[3], {}).get("words", []))'
+  DNS=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" DNS)
+  JUDGED=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" "judge's negatives")
+  HNLMREC=$DNS  # HNLMRec is DNS with more terms
 fi
-step hnlmrec.py train --run "$OUT" "${BUDGET[@]}" "${HNLMREC[@]}"
+[[ $HAVE_JUDGE == 1 ]] || HNLMREC+=" --lambda-s 0 --text-init 0"
+if [[ -n $DNS ]]; then
+  step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns $DNS --out model-dns.safetensors
+else  # with its defaults it is the CF model
+  cp "$OUT/cf.safetensors" "$OUT/model-dns.tmp"
+  mv "$OUT/model-dns.tmp" "$OUT/model-dns.safetensors"
+fi
 for sampler in rns mixgcf; do
-  step backbones.py pretrain --run "$OUT" "${BUDGET[@]}" --sampler $sampler \
+  step backbones.py pretrain --run "$OUT" $BUDGET --sampler $sampler \
     --out model-$sampler.safetensors
-  BESIDE+=${BESIDE:+,}model-$sampler.safetensors
 done
-cp "$OUT/cf.safetensors" "$OUT/model-dns.tmp"  # the CF model is DNS's
-mv "$OUT/model-dns.tmp" "$OUT/model-dns.safetensors"
-BESIDE+=,model-dns.safetensors
-# HNLMRec, the judge and every baseline, each with the weight that validation gives it: no worse
-# there than the best of them alone; neumf has no inner product to add to
-[[ $BACKBONE == neumf ]] || step hnlmrec.py blend --run "$OUT" --beside "$BESIDE"
+
+# HNLMRec; the judge's negatives; these, the judge and the closed forms in one score
+step hnlmrec.py train --run "$OUT" $BUDGET $HNLMREC
+if [[ $HAVE_JUDGE == 1 ]]; then
+  step hnlmrec.py train --run "$OUT" $BUDGET $NONE $JUDGED \
+    --out model-judged.safetensors
+  step hnlmrec.py blend --run "$OUT" \
+    --parts "model-judged.safetensors,judge.safetensors$CLOSED"
+else
+  echo "judge: left out, and with it the judge's negatives and the blend"
+fi
 FORCE= step eval.py report --run "$OUT" > /dev/null
 
 # ---- what came of it ----------------------------------------------------------------------------
@@ -220,7 +265,8 @@ with open(sys.argv[1], encoding="utf-8") as file:
 user=$("$PY" -c "$first_id" "$OUT/users.jsonl")
 echo; echo "done in $((SECONDS - start)) s: $OUT/report.md"; echo
 # its first table
-awk '/^\|/ { print; table = 1; next } table { exit }' "$OUT/report.md" 2>/dev/null || true
+awk '/^\|/ { print; table = 1; next } table { exit }' < "$OUT/report.md" || true
+echo; awk -F'\t' '{ printf "%s %s s   ", $1, $2 } END { print "" }' < "$OUT/steps.tsv"
 echo; echo "next: follow one pair through all steps, and see what a user gets"
 for command in "hnlmrec.py trace" "eval.py recommend"; do
   printf '  %s %s --run %q --user %s\n' "$PY" "$command" "$OUT" "$user"
