@@ -1,4 +1,4 @@
-"""llm_negatives.py: a large language model (LLM) reads items, writes profiles, makes hard negatives.
+"""llm_negatives.py: an LLM reads items, writes profiles, makes hard negatives.
 
 read      items.jsonl -> texts.safetensors: what a frozen LLM reads of each item's title and
           metadata, a tensor (I, H) a layer, for the judge and the text start.
@@ -120,9 +120,9 @@ def text_ids(tokenizer, text):
 
 
 class Prompt:
-    """Token ids of the prompt's pieces. n_soft: soft tokens for each vector, 0: the ablation without
-    CF vectors. frame: (head, tail) as an earlier step rendered it, since a template may print the
-    date; None: rendered now. tokens: counts the ids that were run, for the log."""
+    """Token ids of the prompt's pieces. n_soft: soft tokens for each vector, 0 for the ablation
+    without CF vectors. frame: (head, tail) as an earlier step rendered it, since a template may
+    print the date; None: rendered now. tokens: counts the ids that were run, for the log."""
 
     def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
         self.tokenizer, self.max_tokens, self.tokens = tokenizer, max_tokens, 0
@@ -280,8 +280,8 @@ def check_window(llm, length):
     for name in ("sliding_window", "attention_chunk_size", "window_size"):
         window = getattr(config, name, None)
         if isinstance(window, int) and window < length:
-            fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; lower "
-                 "--max-tokens or --history, or give another LLM")
+            fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
+                 "lower --max-tokens or --history, or give another LLM")
 
 
 def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0,
@@ -318,9 +318,9 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 
 class SftTask:
     """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was
-    mined, the candidates. data: of load_data; cf_model: a Backbone; cf: its vectors, {"user" (U, d),
-    "item" (I, d)}; texts: (user profiles, item texts); first, last: the mined ranks; mine: "dns",
-    the band itself, or "mixgcf", mixtures of pair and band."""
+    mined, the candidates. data: of load_data; cf_model: a Backbone; cf: its vectors, {"user"
+    (U, d), "item" (I, d)}; texts: (user profiles, item texts); first, last: the mined ranks; mine:
+    "dns", the band itself, or "mixgcf", mixtures of pair and band."""
 
     def __init__(self, data, cf_model, cf, texts, first, last, seed, mine="dns"):
         self.cf, self.texts, self.train, self.mine = cf, texts, data["train"], mine
@@ -340,9 +340,9 @@ class SftTask:
         self.held = {"known users": known[:n_held], "new users": order[is_new][:128]}
         self.rows = known[n_held:]  # (N,) rows of train that SFT learns from
         if data["n_users"] < 2 or not len(self.rows):
-            fail(f"fine-tuning needs two users or more, some of them not held back; {len(self.rows)}"
-                 f" of {len(self.train)} train pairs of {data['n_users']} users are left; give more "
-                 "data, or another --seed")
+            fail("--run: fine-tuning needs two users or more, some of them not held back; "
+                 f"{len(self.rows)} of {len(self.train)} train pairs of {data['n_users']} users "
+                 "are left; give more data, or another --seed")
 
     def is_mined(self, rows):
         """(R, I) bool: the mined hard negatives of each row's user."""
@@ -493,7 +493,8 @@ def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
     key = torch.rand(len(train), generator=generator, dtype=torch.float64)
     order = torch.argsort(train[:, 0].double() + key * 0.999)  # by user, random within a user
     count = torch.bincount(train[:, 0], minlength=n_users)
-    place = torch.arange(len(train)) - (count.cumsum(0) - count)[train[order, 0]]  # among the user's
+    # its place among the user's
+    place = torch.arange(len(train)) - (count.cumsum(0) - count)[train[order, 0]]
     if per_user:
         order, place = order[place < per_user], place[place < per_user]
     if limit:
@@ -587,7 +588,8 @@ ITEM_EXAMPLES = (
      "A strategy board game of trading and building settlements, for players who like to plan and "
      "bargain."),
     ("Item: The Hound of the Baskervilles. Book Mystery",
-     "A dark detective story on the foggy moors, for readers who enjoy clues and suspense."))
+     "A detective story about a family and a giant hound on the foggy moors, for readers who enjoy "
+     "clues and suspense."))
 USER_SYSTEM = ("You describe, in one short sentence, the taste of a person from the items they "
                "liked.")
 USER_EXAMPLES = (
@@ -611,8 +613,9 @@ def user_request(history, reviews):
     return " ".join(["Liked:", *liked, *(f"They wrote: {text}" for text in reviews)])
 
 
-ABBREVIATIONS = ("mr mrs ms dr st jr sr prof mt ft gen lt col sgt capt rev vol no inc ltd co vs etc "
-                 "feat ed").split()
+# words whose stop ends no sentence
+ABBREVIATIONS = ("mr mrs ms dr st jr sr prof mt ft gen lt col sgt capt rev vol no inc ltd co vs "
+                 "etc feat ed").split()
 
 
 def sentence_ends(text):
@@ -694,15 +697,20 @@ def end_tokens(model, tokenizer):
     return ends
 
 
-def best_new(logits, written):
-    """Greedy choice, without two tokens in a row that the row has written before (no repeated
-    n-gram: Paulus et al., 2018), on which small LLMs loop: logits (B, V), written: B id lists ->
-    list of B ids."""
+def best_new(logits, written, tokenizer):
+    """Greedy choice without repeats, on which small LLMs loop: no two tokens in a row that the row
+    has written before (no repeated n-gram: Paulus et al., 2018), and no "X and X". logits (B, V),
+    written: B id lists -> list of B ids."""
     chosen = []
     for candidates, ids in zip(logits.topk(8).indices.tolist(), written):
-        pairs = set(zip(ids, ids[1:]))
-        fresh = [token for token in candidates if (*ids[-1:], token) not in pairs]
-        chosen.append((fresh or candidates)[0])
+        pairs, choice = set(zip(ids, ids[1:])), candidates[0]
+        for token in candidates:
+            again = token in ids[-2:] or (*ids[-1:], token) in pairs
+            # digits may repeat, as in 2000, and so may commas
+            if not again or not re.search(r"[^\W\d]", tokenizer.decode([token])):
+                choice = token
+                break
+        chosen.append(choice)
     return chosen
 
 
@@ -725,8 +733,9 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends=None):
     for step in range(new_tokens):
         # write one token in each row, and see which rows are at their end
         n_tokens += len(alive)
+        chosen = best_new(to_logits(last), [written[row] for row in alive], tokenizer)
         unfinished = []
-        for place, token in enumerate(best_new(to_logits(last), [written[row] for row in alive])):
+        for place, token in enumerate(chosen):
             row = alive[place]
             if token not in ends:
                 written[row].append(token)
@@ -787,7 +796,7 @@ def build_encoder(args, cf, dtype, device, frame=None):
     the flags of `finetune`; frame: as Prompt's."""
     llm = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers)
     tokenizer = load_tokenizer(args.llm)
-    frame = frame or from_first(chat_frame(tokenizer, INSTRUCTION))
+    frame = frame or gather(chat_frame(tokenizer, INSTRUCTION))[0]
     prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens, frame)
     check_pieces(args.llm, llm, tokenizer, prompt.shared + prompt.ask)
 
@@ -871,24 +880,39 @@ def tune(task, encoder, batches, args, optimizer, log, save):
     llm.eval()
 
 
+def make_optimizer(llm, soft_tokens, head, lr):
+    """Adam with two rates, LoRA's and the rate of the maps and the head -> (optimizer, {name:
+    tensor} of what a saved state holds)."""
+    lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
+    maps = {f"soft.{name}": p for name, p in soft_tokens.named_parameters()}
+    maps |= {f"head.{name}": p for name, p in head.named_parameters()}
+    groups = [{"params": list(lora.values()), "lr": lr},
+              {"params": list(maps.values()), "lr": LR_MAPS}]
+    # beside the parameters, what the warm-up standardises by
+    kept = lora | maps | {"head.mean": head.mean, "head.std": head.std}
+    return torch.optim.AdamW(groups, weight_decay=0.01), kept
+
+
 def save_partial(path, kept, optimizer, meta):
-    """What training needs to resume: weights, Adam's moments "adam.PARAMETER.MOMENT", the log."""
+    """What training needs to resume: weights, Adam's moments "adam.MOMENT.PARAMETER", the log."""
     tensors = dict(kept)
-    for n, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{n}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    for name, p in kept.items():
+        for moment, value in optimizer.state.get(p, {}).items():
+            tensors[f"adam.{moment}.{name}"] = value
     save_tensors(path, tensors, meta)
 
 
 def restore_partial(path, kept, optimizer):
     """Put the weights and Adam's moments of save_partial back in their places."""
-    tensors, state = load_tensors(path)[0], optimizer.state_dict()
-    for name, value in kept.items():
-        value.data.copy_(tensors[name])
+    tensors, _ = load_tensors(path)
     for key, value in tensors.items():
         if key.startswith("adam."):
-            _, n, name = key.split(".")
-            state["state"].setdefault(int(n), {})[name] = value
-    optimizer.load_state_dict(state)
+            _, moment, name = key.split(".", 2)
+            p = kept[name]
+            # the count of steps stays where it was, on the CPU
+            optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
+        else:
+            kept[key].data.copy_(value)
 
 
 def finetune(args):
@@ -924,16 +948,10 @@ def finetune(args):
         steps = math.ceil(args.epochs * len(task.rows) / size)
     warm, batches = training_order(task, args.warmup_pairs, steps, size)
 
-    # the encoder; Adam with two rates, LoRA's and that of the maps and the head
+    # the encoder; a resumed run keeps the chat template's rendering, which may print the date
     encoder = llm, prompt, soft_tokens, head = build_encoder(
         args, cf, dtype, device, saved.get("frame"))
-    lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
-    maps = {f"soft.{name}": p for name, p in soft_tokens.named_parameters()}
-    maps |= {f"head.{name}": p for name, p in head.named_parameters()}
-    optimizer = torch.optim.AdamW([{"params": lora.values()}, {"params": maps.values()}],
-                                  weight_decay=0.01)
-    # what a saved state holds: the parameters, and what the warm-up standardises by
-    kept = lora | maps | {"head.mean": head.mean, "head.std": head.std}
+    optimizer, kept = make_optimizer(llm, soft_tokens, head, args.lr)
 
     # from the saved state, or with the head's warm-up
     if saved:
@@ -995,7 +1013,8 @@ def load_sft(run, name, llm, device, lora=True):
     does not belong to NAME.safetensors or cannot be loaded."""
     path, adapter = Path(run) / f"{name}.safetensors", Path(run) / adapter_folder(name)
     tensors, meta = load_tensors(path, device)
-    s, again = Namespace(**meta["settings"]), f"run `{MAKER} finetune --run {run} --name {name} --force`"
+    s = Namespace(**meta["settings"])
+    again = f"run `{MAKER} finetune --run {run} --name {name} --force`"
     if s.llm != llm_digest(llm):
         fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or {again}")
     model = load_llm(llm, AutoModel, getattr(torch, meta["dtype"]), device, s.llm_layers)
@@ -1163,7 +1182,7 @@ class Writer:
         if not frames:
             for kind, *prompt in (("item", ITEM_SYSTEM, ITEM_EXAMPLES),
                                   ("user", USER_SYSTEM, USER_EXAMPLES)):
-                frames[kind] = from_first(chat_frame(self.tokenizer, *prompt))
+                frames[kind] = gather(chat_frame(self.tokenizer, *prompt))[0]
         ids = [frame_ids(self.tokenizer, part) for frame in frames.values() for part in frame]
         check_pieces(args.llm, self.model.base_model, self.tokenizer, sum(ids, []))
         self.ends = end_tokens(self.model, self.tokenizer)
@@ -1180,16 +1199,12 @@ class Writer:
         order, size = sorted(range(len(ids)), key=lambda n: len(ids[n])), self.args.batch_size
         batches = [order[at:at + size] for at in range(0, len(order), size)]
         for at in range(0, len(batches), world()):
-            parts, results = batches[at:at + world()], [([], 0)]
+            parts, result = batches[at:at + world()], ([], 0)
             if rank() < len(parts):
-                results = [write_texts(self.model, self.tokenizer, past,
-                                       [ids[n] for n in parts[rank()]], self.args.new_tokens,
-                                       self.ends)]
-            if world() > 1:
-                every = [None] * world()
-                dist.all_gather_object(every, results[0])
-                results = every
-            for numbers, (texts, tokens) in zip(parts, results):
+                result = write_texts(self.model, self.tokenizer, past,
+                                     [ids[n] for n in parts[rank()]], self.args.new_tokens,
+                                     self.ends)
+            for numbers, (texts, tokens) in zip(parts, gather(result)):
                 self.tokens += tokens
                 yield numbers, [f"{beginning} {text}".strip() if text else "" for text in texts]
 
@@ -1260,8 +1275,8 @@ def profile(args):
     describe(file, "user", [users[n]["raw"] for n in chosen[1]], [titles[n] for n in chosen[1]])
     good = file.faults.pop("", 0)
     faults = ", ".join(f"{fault} {count}" for fault, count in file.faults.items())
-    print(f"profile: {good} written by the LLM, {total - earlier - good} from metadata, in the place "
-          f"of {sum(file.faults.values())} sentences with a fault ({faults or 'none'})")
+    print(f"profile: {good} written by the LLM, {total - earlier - good} from metadata, in the "
+          f"place of {sum(file.faults.values())} sentences with a fault ({faults or 'none'})")
     print(f"wrote {path}, {earlier} of an earlier start, {time.time() - start:.0f} s")
 
 
@@ -1299,12 +1314,12 @@ def load_profiles(run, name="profiles.jsonl"):
     return tuple(texts)
 
 
-def from_first(value):
-    """The value that the process of rank 0 has, for all."""
-    box = [value]
+def gather(value):
+    """The values that all processes have, in their order."""
+    values = [value] * world()
     if world() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.all_gather_object(values, value)
+    return values
 
 # ==== The LLM: loading, checks, number format, digest =============================================
 
@@ -1361,8 +1376,8 @@ def load_llm(llm, cls, dtype, device, layers=0):
                                  use_safetensors=True, output_loading_info=True)  # no pickle
     missing = sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"]))
     if missing:
-        fail(f"--llm {llm}: its files lack {len(missing)} of its weights (the first: {missing[0]}); "
-             "download or convert the model again")
+        fail(f"--llm {llm}: its files lack {len(missing)} of its weights (the first: "
+             f"{missing[0]}); download or convert the model again")
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -1512,7 +1527,8 @@ def main(argv=None):
         values = {name: value for name, value in PAPER.items() if name in vars(args)}
         commands.choices[args.command].set_defaults(**values)
         args = parser.parse_args(argv)
-    {"read": read, "profile": profile, "finetune": finetune, "generate": generate}[args.command](args)
+    programs = {"read": read, "profile": profile, "finetune": finetune, "generate": generate}
+    programs[args.command](args)
 
 
 if __name__ == "__main__":

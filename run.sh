@@ -177,7 +177,7 @@ except OSError as error:
 # ---- the steps ----------------------------------------------------------------------------------
 step() {  # in the background: bash hears no signal before the end of what runs in the foreground
   local begin=$SECONDS name="${1%.py} $2" word
-  for word in "$@"; do [[ $word != model-*.safetensors ]] || name="$name ${word%.safetensors}"; done
+  for word in "$@"; do [[ $word != model-*.safetensors || $word == *,* ]] || name="$name ${word%.safetensors}"; done
   echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"
   "$PY" "$@" ${FORCE:+$FORCE} & child=$!
   wait "$child" || return $?
