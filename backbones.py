@@ -67,7 +67,6 @@ def take(table, index):
     return F.embedding(index, table)
 
 # ---- Propagation: layers() gives every hop, pool() joins the hops, forward() = pool(layers()) ----
-
 def sparse_csr(row, column, value, shape):
     """A sparse CSR matrix from its entries: row, column, value (n,), no (row, column) twice."""
     entries = torch.sparse_coo_tensor(torch.stack([row, column]), value, shape)
@@ -178,7 +177,6 @@ class LightGCN(Backbone):
         return (total / (self.n_layers + 1)).split([self.n_users, self.n_items])
 
 # ---- Losses --------------------------------------------------------------------------------------
-
 def bpr_loss(positive_score, negative_score):
     """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative); scores (B,) -> scalar."""
     # softplus is the same and cannot overflow
@@ -190,7 +188,6 @@ def l2_loss(*vectors):
     return sum((vector * vector).sum() for vector in vectors) / (2 * len(vectors[0]))
 
 # ---- Negative samplers: a batch of (user, positive) -> negatives, without a loop over pairs ------
-
 class UnseenSampler:
     """Draws items that a user has not interacted with, uniformly and independently (RNS: Rendle et
     al., BPR, 2009): users (B,), n -> items (B, n). Raises SystemExit2 where a user has them all."""
@@ -258,8 +255,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     return pool(torch.stack(hops, 1))
 
 
-# What a sampler gives for a batch: all vectors (U, D), (I, D) and the batch's (B, D), which carry
-# the model's gradient; the negatives' items (B,). MixGCF's negatives are none: first candidates
+# all vectors, the batch's, and the negatives' items (of mixgcf, which has none, first candidates)
 Sample = namedtuple("Sample", "all_users all_items users positives negatives negative_ids")
 
 
@@ -291,8 +287,87 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 
     return sample
 
-# ---- The training step and the loop: baselines and HNLMRec differ in the step alone --------------
+# ---- Full ranking: the top k of all unseen items, by any recommender's scores(users) -> (B, I) ---
+def top_k(scores, k):
+    """Ids (B, k) of the k highest of scores (B, I), best first; equal ones by id, lowest first."""
+    # torch.topk leaves the order of ties open, and looks at each score with care. So: cut a row
+    # into blocks; the k highest lie in the k blocks with the highest maxima, and only those are
+    # searched. One more than k are taken, to see a tie across the border
+    n, more = scores.shape[1], min(k + 1, scores.shape[1])
+    width = round((n / more) ** 0.5)  # the fewest scores: n / width maxima, then more * width
+    # column c belongs to block c % blocks, so that maxima run along contiguous memory; fewer than
+    # `width` columns are left over
+    blocks = n // width
+    maxima = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1)  # (B, blocks)
+    best = maxima.topk(min(more, blocks), dim=1, sorted=False).indices
+    every = torch.arange(n, device=scores.device)
+    columns = (best[:, None] + every[: width * blocks : blocks, None]).flatten(1)
+    left_over = every[width * blocks :].expand(len(scores), -1)
+    columns = torch.cat([columns, left_over], 1)  # (B, about width * (k + 1))
+    values, place = scores.gather(1, columns).topk(more, dim=1)
+    index = columns.gather(1, place)
+    # rows with a tie pay for the full stable sort
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    if tied.any():
+        index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
+    return index[:, :k]
 
+
+def leave_out(scores, users, seen):
+    """scores (B, I), those of the users' seen items (seen of user_rows) set to -inf, in place."""
+    row, items = rows_of(seen, users)
+    scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
+    return scores
+
+
+def best_unseen(scores_at, users, seen, k, n_items, cells=2**23):
+    """The k best items of n rows by scores_at(rows (b,)) -> (b, I), a new tensor; users (n,), whose
+    seen items are left out; cells: scores held at once -> item ids (n, k), -1 where fewer are."""
+    # one table made at once: many small ones between the scores would leave holes in the memory
+    result = users.new_empty(len(users), min(k, n_items))
+    for rows in torch.arange(len(users), device=users.device).split(max(1, cells // n_items)):
+        scores = leave_out(scores_at(rows), users[rows], seen)
+        index = top_k(scores, k)
+        result[rows] = index.masked_fill(scores.gather(1, index) == -torch.inf, -1)
+    return result
+
+
+@torch.no_grad()
+def rank_unseen(model, users, seen, k):
+    """The k best unseen items of users (n,) by a recommender, any module with n_items and scores;
+    seen: user_rows of the pairs to leave out -> item ids (n, k), best first, -1 where fewer are."""
+    was_training, _ = model.training, model.eval()
+    ranked = best_unseen(lambda rows: model.scores(users[rows]), users, seen, k, model.n_items)
+    model.train(was_training)
+    return ranked
+
+# ---- CF-mined hard negatives: what the LLM learns to imitate -------------------------------------
+# Shares of the catalogue: ranks 200-300 of MovieLens-100K's 1,008 items. Higher ranks are full of
+# items that the user would like (4.3 % of ranks 5-60 are validation positives, .8 % of all items)
+BAND = 0.1985, 0.298
+
+
+def mining_band(n_items, most_seen, first=0, last=0):
+    """The ranks first..last that are mined, 1 the best; 0: that share of the catalogue (BAND), but
+    never beyond the unseen items of the user who has seen most. SystemExit2 where last < first."""
+    low, high = (max(1, min(n_items - most_seen, round(part * n_items))) for part in BAND)
+    first, last = first or min(low, last or low), last or max(high, first)
+    if first > last:
+        fail(f"--mine-first {first}: lies after --mine-last {last}; give the better rank first")
+    return first, last
+
+
+@torch.no_grad()
+def mine_hard_negatives(model, train, first, last):
+    """Each user's unseen items at ranks first..last of a trained recommender's full ranking, from
+    train (N, 2) alone -> item ids (U, last - first + 1). Raises SystemExit2 for too few items."""
+    seen = user_rows(train, model.n_users)
+    if model.n_items - int(seen[0].diff().max()) < last:
+        fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
+    everyone = torch.arange(model.n_users, device=train.device)
+    return rank_unseen(model, everyone, seen, last)[:, first - 1:]
+
+# ---- The training step and the loop: baselines and HNLMRec differ in the step alone --------------
 def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     """The baselines' step for `fit`: BPR with one sampler's negatives, plus L2 on the batch's own
     parameters. Arguments as make_sampler's -> step(rows (B,), generator)."""
@@ -388,61 +463,6 @@ def restore(modules, state):
                                 if name.startswith(f"{prefix}.")})
         module.train(module.training)  # a backbone drops what it keeps for scores()
 
-# ---- Full ranking: the top k of all unseen items, by any recommender's scores(users) -> (B, I) ---
-
-def top_k(scores, k):
-    """Ids (B, k) of the k highest of scores (B, I), best first; equal ones by id, lowest first."""
-    # torch.topk leaves the order of ties open, and looks at each score with care. So: cut a row
-    # into blocks; the k highest lie in the k blocks with the highest maxima, and only those are
-    # searched. One more than k are taken, to see a tie across the border
-    n, more = scores.shape[1], min(k + 1, scores.shape[1])
-    width = round((n / more) ** 0.5)  # the fewest scores: n / width maxima, then more * width
-    # column c belongs to block c % blocks, so that maxima run along contiguous memory; fewer than
-    # `width` columns are left over
-    blocks = n // width
-    maxima = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1)  # (B, blocks)
-    best = maxima.topk(min(more, blocks), dim=1, sorted=False).indices
-    every = torch.arange(n, device=scores.device)
-    columns = (best[:, None] + every[: width * blocks : blocks, None]).flatten(1)
-    left_over = every[width * blocks :].expand(len(scores), -1)
-    columns = torch.cat([columns, left_over], 1)  # (B, about width * (k + 1))
-    values, place = scores.gather(1, columns).topk(more, dim=1)
-    index = columns.gather(1, place)
-    # rows with a tie pay for the full stable sort
-    tied = (values[:, 1:] == values[:, :-1]).any(1)
-    if tied.any():
-        index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
-    return index[:, :k]
-
-
-def leave_out(scores, users, seen):
-    """scores (B, I), those of the users' seen items (seen of user_rows) set to -inf, in place."""
-    row, items = rows_of(seen, users)
-    scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
-    return scores
-
-
-def best_unseen(scores_at, users, seen, k, n_items, cells=2**23):
-    """The k best items of n rows by scores_at(rows (b,)) -> (b, I), a new tensor; users (n,), whose
-    seen items are left out; cells: scores held at once -> item ids (n, k), -1 where fewer are."""
-    # one table made at once: many small ones between the scores would leave holes in the memory
-    result = users.new_empty(len(users), min(k, n_items))
-    for rows in torch.arange(len(users), device=users.device).split(max(1, cells // n_items)):
-        scores = leave_out(scores_at(rows), users[rows], seen)
-        index = top_k(scores, k)
-        result[rows] = index.masked_fill(scores.gather(1, index) == -torch.inf, -1)
-    return result
-
-
-@torch.no_grad()
-def rank_unseen(model, users, seen, k):
-    """The k best unseen items of users (n,) by a recommender, any module with n_items and scores;
-    seen: user_rows of the pairs to leave out -> item ids (n, k), best first, -1 where fewer are."""
-    was_training, _ = model.training, model.eval()
-    ranked = best_unseen(lambda rows: model.scores(users[rows]), users, seen, k, model.n_items)
-    model.train(was_training)
-    return ranked
-
 
 def ranking_hits(model, pairs, seen, k):
     """Which of the k best unseen items are among `pairs` (N, 2): model, seen as rank_unseen's ->
@@ -481,34 +501,7 @@ def validation(model, data, k=20, users=None):
 
     return lambda: float(ndcg(*ranking_hits(model, pairs, seen, k)[1:], k).mean())
 
-# ---- CF-mined hard negatives: what the LLM learns to imitate -------------------------------------
-# Shares of the catalogue: ranks 200-300 of MovieLens-100K's 1,008 items. Higher ranks are full of
-# items that the user would like (4.3 % of ranks 5-60 are validation positives, .8 % of all items)
-BAND = 0.1985, 0.298
-
-
-def mining_band(n_items, most_seen, first=0, last=0):
-    """The ranks first..last that are mined, 1 the best; 0: that share of the catalogue (BAND), but
-    never beyond the unseen items of the user who has seen most. SystemExit2 where last < first."""
-    low, high = (max(1, min(n_items - most_seen, round(part * n_items))) for part in BAND)
-    first, last = first or min(low, last or low), last or max(high, first)
-    if first > last:
-        fail(f"--mine-first {first}: lies after --mine-last {last}; give the better rank first")
-    return first, last
-
-
-@torch.no_grad()
-def mine_hard_negatives(model, train, first, last):
-    """Each user's unseen items at ranks first..last of a trained recommender's full ranking, from
-    train (N, 2) alone -> item ids (U, last - first + 1). Raises SystemExit2 for too few items."""
-    seen = user_rows(train, model.n_users)
-    if model.n_items - int(seen[0].diff().max()) < last:
-        fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
-    everyone = torch.arange(model.n_users, device=train.device)
-    return rank_unseen(model, everyone, seen, last)[:, first - 1:]
-
 # ==== 2. The shelf: baselines that are not on the way from pairs to LightGCN ======================
-
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2)
     with message dropout, hops L2-normalised and concatenated: D = (n_layers + 1) * dim."""
@@ -562,8 +555,7 @@ class NeuMF(Backbone):
 
 def standardised(text):
     """Texts' vectors (I, H) with mean 0 and deviation 1 in each dimension."""
-    # a few dimensions of an LLM's hidden states are a hundred times larger than the rest and would
-    # drown them; the clamp leaves alone what is nearly constant, which is rounding
+    # a few dimensions of an LLM's hidden states are a hundred times larger and would drown the rest
     return (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
 
 
@@ -608,8 +600,7 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False,
         model.register_forward_hook(lambda _, __, ends: [F.normalize(x, dim=-1) for x in ends])
     return model.to(train.device)
 
-# ---- Samplers ------------------------------------------------------------------------------------
-
+# ---- Samplers and sampled softmax ----------------------------------------------------------------
 class PopularitySampler:
     """Draws unseen items in proportion to (train count + 1) ** beta, exactly (PNS: Mikolov et al.,
     2013, beta .75). Arguments and call as UnseenSampler's."""
@@ -651,7 +642,6 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
         distance = (score(users[:, None], take(items, candidates)) - target).abs()  # (B, M)
         return candidates.gather(1, distance.argmin(1, keepdim=True))[:, 0]
 
-# ---- Sampled softmax, another loss than BPR ------------------------------------------------------
 
 def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
     """Softmax cross-entropy of a positive (B,) against N negatives (B, N), -inf where n is not b's
@@ -797,7 +787,6 @@ def ease(pairs, n_users, n_items, ridge=200.0):
     return inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0).float()
 
 # ---- Further metrics: hits (n, >= k) bool in rank order and relevant (n,) -> (n,) float64 --------
-
 def precision(hits, relevant, k):
     """Share of the first k that are held-out items."""
     return hits[:, :k].double().sum(1) / k
@@ -810,8 +799,8 @@ def hit_rate(hits, relevant, k):
 
 def mrr(hits, relevant, k):
     """1 / rank of the first held-out item, 0 when it is not among the first k."""
-    rank = torch.arange(1, hits[:, :k].shape[1] + 1, device=hits.device).double()
-    return (hits[:, :k] / rank).max(1).values
+    place = torch.arange(1, hits[:, :k].shape[1] + 1, device=hits.device).double()
+    return (hits[:, :k] / place).max(1).values
 
 
 @torch.no_grad()
@@ -823,10 +812,8 @@ def nearest_items(vectors, users, items, seen, k):
                        seen, k, len(items))
 
 # ==== 3. The method ends here. What follows are programs, files, errors, processes ===============
-
 def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):
-    """What follows from the number N of train pairs and I of items where 0 is given -> batch size,
-    learning rate, epochs, M (candidates of dns, mixgcf and ahns). data of load_data."""
+    """What follows from N train pairs and I items where 0 is given: batch size, lr, epochs, M."""
     # chosen by validation on two sets: MovieLens-100K (N 44,287, I 1,008: 2,048, 1e-3, M 8) and
     # full Toys & Games (124,813, 11,924: 16,384, 8e-3, M 32); elsewhere a rule of thumb
     n = len(data["train"])
@@ -860,8 +847,7 @@ def pretrain(args):
     settings["inputs"] = digests(run, "data.safetensors")
     if args.text_vectors:
         readings, settings["texts"] = load_texts(run, args.text_vectors, data["n_items"])
-        # the middle layer's: most of the meaning
-        text = readings[len(readings) // 2]
+        text = readings[len(readings) // 2]  # the middle layer's: most of the meaning
     if skip(out, settings, args.force):
         return
     device, start = start_processes(args.device), time.time()
@@ -895,8 +881,7 @@ def train_baseline(args, data, text):
     restore({"backbone": model}, state)
     with torch.no_grad():
         users, items = model.eval()()
-    # AlphaRec's vectors alone, which load_model makes an MF of
-    if text is not None:
+    if text is not None:  # AlphaRec's vectors alone, which load_model makes an MF of
         state = {"backbone.embedding": torch.cat([users, items])}
     # beside the parameters the vectors that everything else reads
     return {**state, "user": users, "item": items}, history
@@ -919,7 +904,6 @@ def compute_closed_form(args, data, _):
     return tensors, [{"epoch": 0, "valid_ndcg@20": score, "seconds": seconds}]
 
 # ---- The files of a run: data, models, texts, generated negatives --------------------------------
-
 def load_data(run):
     """data.safetensors -> a dict: train, valid, test (N, 2); n_users, n_items; digest; settings."""
     tensors, meta = load_tensors(Path(run) / "data.safetensors")
@@ -947,9 +931,8 @@ def load_model(path, data):
 
 
 def load_texts(run, name, n_items):
-    """Vectors of each item's text, a tensor a layer: of `llm_negatives.py read`, or one's own file,
-    in the run folder or elsewhere -> list of (I, H) float32, by the tensors' names; the file's
-    digest. Raises SystemExit2 for tensors of another shape or not finite."""
+    """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own, a tensor a
+    layer -> list of (I, H) float32, by name; digest. Raises SystemExit2 for a bad shape or NaN."""
     path = Path(run) / name if (Path(run) / name).exists() else Path(name)
     if not path.is_file():
         fail(f"--text-vectors {name}: no such file; make it with `python llm_negatives.py read`")
@@ -967,8 +950,7 @@ def load_texts(run, name, n_items):
     return texts, digests(path.parent, path.name)[path.name]
 
 
-# users of one shard of generated negatives: a killed run loses one at most
-SHARD_USERS = 1024
+SHARD_USERS = 1024  # of one shard of generated negatives: a killed run loses one at most
 
 
 def shards(name, n_users):
@@ -1000,7 +982,6 @@ def row_of(rows, raw, flag, path):
     return row
 
 # ---- Lineage: each file names its settings and the digests of what it was made from --------------
-
 def save_tensors(path, tensors, meta):
     """Save {name: tensor} with a JSON-able dict `meta` in a safetensors header."""
     # meta["settings"]: the `command` that writes the file, its flags, and `inputs`, the digests of
@@ -1065,8 +1046,7 @@ def digests(run, *names):
 def check_inputs(path, inputs):
     """Raise SystemExit2 unless all that `path` was made from, {name: digest}, is as it was then."""
     run = Path(path).parent
-    if not (run / "data.safetensors").exists():  # compare/ is a folder of the run
-        run = run.parent
+    run = run if (run / "data.safetensors").exists() else run.parent  # compare/ lies in a run
     for name, digest in inputs.items():
         if digests(run, name)[name] != digest:
             fail(f"{path}: was made with another {name} than the one that is there; "
@@ -1211,7 +1191,6 @@ def write_atomic(path, data):
         temporary.unlink(missing_ok=True)
 
 # ---- Errors, output, progress --------------------------------------------------------------------
-
 class SystemExit2(SystemExit):
     """A SystemExit with status 2 that keeps its one-line message, so that tests can read it."""
     def __init__(self, message):
@@ -1279,9 +1258,8 @@ class Progress:
         if done < self.total and now - self.shown < (0.2 if self.tty else 20):
             return
         self.shown, rate = now, (done - self.first[0]) / max(now - self.first[1], 1e-9)
-        left = (self.total - done) / max(rate, 1e-9)
-        line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  "
-        line = (line + extra).rstrip()
+        line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  "
+        line += f"{(self.total - done) / max(rate, 1e-9):.0f} s left  {extra}".rstrip()
         # a line wider than the terminal would not be rewritten
         if self.tty:
             width = max(10, shutil.get_terminal_size().columns - 1)
@@ -1289,7 +1267,6 @@ class Progress:
         print(line, end="\n" if not self.tty or done >= self.total else "", flush=True)
 
 # ---- Processes of torchrun -----------------------------------------------------------------------
-
 def start_processes(device):
     """-> the device of this process: `device`, or under torchrun a GPU of its own."""
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
@@ -1305,7 +1282,6 @@ def start_processes(device):
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     if device != "cpu":
         torch.cuda.set_device(device)
-    # one process speaks for all
     if os.environ["RANK"] != "0":
         sys.stdout = io.StringIO()
     print(f"waiting for {os.environ['WORLD_SIZE']} processes", flush=True)
@@ -1339,7 +1315,6 @@ def average_gradients(parameters):
         p.grad /= world()
 
 # ---- Command line --------------------------------------------------------------------------------
-
 def number(kind, low, high=None, open_low=False):
     """An argparse type: a finite number of `kind` in [low, high], with open_low in (low, high]."""
     high = (2**31 - 1 if kind is int else math.inf) if high is None else high
@@ -1429,19 +1404,18 @@ def main(argv=None):
     p.add_argument("--cosine", action="store_true", help="softmax of cosines: vectors of norm 1")
     p.add_argument("--text-vectors", metavar="FILE", help="AlphaRec: texts.safetensors or your own")
     p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")
-    positive = number(float, 0, open_low=True)
     add_numbers(
         p, ("--n", number(int, 1), 1, "dns draws from the n highest of its m candidates"),
         ("--beta", number(float, 0), 0.75, "popularity exponent of pns"),
         ("--shared", number(int, 1), 256, "softmax's negatives, the same for all of a batch"),
-        ("--tau", positive, 0.2, "softmax's temperature"))
+        ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
     add_numbers(
         p.add_argument_group("closed forms (pop, itemknn, rp3, ease), which read no other flag"),
         ("--shrink", number(float, 0), 20.0, "itemknn: added to the cosine's denominator, users"),
         ("--rp3-alpha", number(float, 0), 0.4, "rp3: exponent of the transition probabilities"),
         ("--rp3-beta", number(float, 0), 0.3, "rp3: exponent of the popularity taken out"),
         ("--topk", number(int, 0), 0, "itemknn, rp3: neighbours kept of each item; 0: all"),
-        ("--ridge", positive, 200.0, "ease: weight of its L2 term, lambda"))
+        ("--ridge", number(float, 0, open_low=True), 200.0, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
     if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")

@@ -166,8 +166,8 @@ def fhns_of_vectors(pairs, vectors, items, data):
     users, seen = pairs[rows, 0], user_rows(data["train"], data["n_users"])
     return fhns_rates(users, nearest_items(vectors[rows], users, items, seen, 10), data)
 
-# ==== 3 ===========================================================================================
-# What a judge knows of held-out positives that CF does not, in nats. No recommender is trained
+# ==== 3. What a judge knows of held-out positives that CF does not, in nats =======================
+# No recommender is trained for it
 
 def logistic_regression(x, y, ridge=1e-3, steps=50):
     """Weights (F,) of P(y = 1) = sigmoid(x w) by Newton's method (Bishop, PRML, 2006, 4.3.3), the
@@ -278,9 +278,7 @@ def measure_judges(models, judges, data, labels="valid", top=TOP):
     return len(label), positives, gains
 
 # ==== The method ends here. What follows are programs =============================================
-# Report, nats, compare, tune, recommend
-# 4. What can be compared, by name
-# --------------------------------------------------------------------------------------------------
+# ---- 4. What can be compared, by name ------------------------------------------------------------
 
 class Method(NamedTuple):
     """A row: others' methods by `backbones.py pretrain`, ours by `hnlmrec.py train`, and what has
@@ -1016,8 +1014,8 @@ def read_tuned(path, digest):
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
 
-# seconds of run.sh's parts on the machine that measured them: two idle cores with AMX in bf16, where
-# the matrix product below ran at REFERENCE; `estimate` scales them by what this machine does
+# `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,
+# where the matrix product below ran at REFERENCE, and scales them by what this machine does
 REFERENCE = 2.0e11  # floating-point operations a second, float32
 
 

@@ -125,9 +125,8 @@ def mix(z, sampled, alpha):
 
 
 def alignment_loss(z, positives, mined, user_ids, tau):
-    """L_align, the only loss that trains the projector: z lies near a CF-mined hard negative of its
-    user, not near other users' nor near the positive: InfoNCE(z; e_m against the batch's other e_m'
-    and e_i), cosine, temperature tau_c. Ours; the paper's is paper_contrastive_loss.
+    """L_align, the only loss that trains the projector (ours; the paper's is L_CL below): z near a
+    CF-mined hard negative of its user: InfoNCE(z; e_m against the batch's other e_m' and e_i).
 
     z, positives, mined (B, D); user_ids (B,): rows of one user are no negatives of each other
     -> scalar."""
@@ -141,11 +140,10 @@ def alignment_loss(z, positives, mined, user_ids, tau):
 
 
 def paper_contrastive_loss(e_u, e_i, z, tau):
-    """L_CL, the paper's own alignment loss: z is the negative of the pair (e_u; e_i),
+    """L_CL, the paper's own alignment loss, z the negative of the pair (e_u; e_i): the mean of
+    -ln( exp(p) / (exp(p) + exp(n)) ),  p = cos(e_u, e_i) / tau,  n = cos(e_u, z) / tau.
 
-        L_CL = -ln( exp(p) / (exp(p) + exp(n)) ),  p = cos(e_u, e_i) / tau,  n = cos(e_u, z) / tau.
-
-    e_u, e_i, z (B, D), gradient into all three -> scalar, the mean over B."""
+    e_u, e_i, z (B, D), gradient into all three -> scalar."""
     positive = F.cosine_similarity(e_u, e_i) / tau  # (B,)
     negative = F.cosine_similarity(e_u, z) / tau  # (B,)
     # L_CL = ln(1 + exp(n - p)), which softplus computes without overflow
@@ -172,14 +170,12 @@ class HNLMRec(nn.Module):
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
 
     backbone: a Backbone; draw: samples e_j, of make_sampler; pairs (N, 2) train. For z: projector,
-    table (a NegativeTable), hidden (n, H), the vectors it numbers, mined (U, M), each user's
-    CF-mined hard negatives. semantic: for L_sem; likely: a LikelyFalse, for L_false. A term whose
-    weight is 0 needs none of its parts. The keywords are the symbols above; k: vectors in a set."""
+    table (a NegativeTable), hidden (n, H) that it numbers, mined (U, M). semantic: for L_sem;
+    likely: a LikelyFalse, for L_false. A term of weight 0 needs none of its parts."""
 
-    # pairs a step that L_align sees: more cost time and change nothing
-    align_rows = 512
-    # steps between new values of z for BPR: between two of them a z hardly moves
-    refresh = 20
+    # pairs a step that L_align and L_sem see: more cost time and change nothing
+    align_rows, semantic_rows = 128, 1024
+    refresh = 20  # steps between new values of z for BPR: meanwhile a z hardly moves
 
     def __init__(self, backbone, draw, pairs, *, projector=None, table=None, hidden=None,
                  mined=None, semantic=None, likely=None, alpha=0.02, lambda1=1.0, lambda_s=0.01,
@@ -242,9 +238,9 @@ class HNLMRec(nn.Module):
             loss = loss + self.lambda1 * align
             logs["align"] = align.item()
 
-        # L_sem, on twice as many rows: e_u and e_i near their projected texts
+        # L_sem, on the first rows: e_u and e_i near their projected texts
         if self.lambda_s:
-            some_users, some_items = (ids[: 2 * self.align_rows].unique() for ids in (u, i))
+            some_users, some_items = (ids[:self.semantic_rows].unique() for ids in (u, i))
             user_texts, item_texts = self.semantic(some_users, some_items)
             user_vectors = take(sample.all_users, some_users)
             item_vectors = take(sample.all_items, some_items)
@@ -274,9 +270,9 @@ class PaperHNLMRec(HNLMRec):
         e⁻  = alpha z + (1 - alpha) e_j
         L   = BPR(e_u, e_i, e⁻) + lambda1 L_CL(e_u, e_i, z) + lambda2 ‖Θ‖².
 
-    z is made of the batch's own generated vectors, as it comes out of the projector. As in the
-    published code no optimizer holds the projector, unless train_projector: then BPR's gradient
-    teaches it to make easy negatives. hinge above 0: a hinge of that margin in place of BPR."""
+    z comes straight out of the projector, which, as in the published code, is in no optimizer,
+    unless train_projector: then BPR's gradient teaches it to make easy negatives. hinge: above 0,
+    the margin of a hinge in place of BPR."""
 
     def __init__(self, *args, hinge=0.0, train_projector=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -366,9 +362,9 @@ class Judge(nn.Module):
         self.scale, self.beta = float(scale), float(beta)
         self.kept = None  # (I, I), see scores
 
-    def similarities(self, rows, items=slice(None)):
+    def similarities(self, rows):
         """Item ids (P,) of histories -> similarity to every item, (P, I)."""
-        return similarity(self.history[rows] @ self.items[items].T, self.beta)
+        return similarity(self.history[rows] @ self.items.T, self.beta)
 
     @torch.no_grad()
     def scores(self, users, most=2**28, block=2**11):
@@ -412,14 +408,6 @@ class JudgeMaps(nn.Module):
         # in tens: Adam's steps are of one size for all, and this has further to go than a weight
         self.log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
 
-    def history_vectors(self, text):
-        """Rows of self.text (B, T) -> (B, k), of length 1."""
-        return F.normalize(self.history_map(text), dim=1)
-
-    def item_vectors(self, text):
-        """Rows of self.text (B, T) -> (B, k), of length 1."""
-        return F.normalize(self.item_map(text), dim=1)
-
     def shape(self):
         """(scale, beta) of soft_maximum."""
         return self.log_scale.exp(), (10 * self.log_beta).exp()
@@ -427,7 +415,8 @@ class JudgeMaps(nn.Module):
     @torch.no_grad()
     def tables(self):
         """{name: tensor} of a judge's file: history, item (I, k), bias (I,), shape (2,)."""
-        return {"history": self.history_vectors(self.text), "item": self.item_vectors(self.text),
+        return {"history": F.normalize(self.history_map(self.text), dim=1),
+                "item": F.normalize(self.item_map(self.text), dim=1),
                 "bias": self.bias.detach().clone(), "shape": torch.stack(self.shape())}
 
 
@@ -440,9 +429,9 @@ def judge_of(tables, train, n_users):
 
 def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0):
     """A step for backbones.fit over users: softmax of each of a user's train items, left out in
-    turn, against n_negatives items drawn uniformly and shared by the batch; the user's other train
-    items among them push nothing away. most: train items of a user a step, drawn anew each time.
-    dropout: share of each text's numbers left out, anew each step (Srivastava et al., JMLR 2014).
+    turn, against n_negatives items drawn uniformly and shared by the batch, less the user's own.
+    most: train items of a user a step; dropout: share of each text's numbers left out, both drawn
+    anew each time (Srivastava et al., JMLR 2014).
 
     train (N, 2), two pairs or more of each user -> step(users (B,), generator) -> (scalar, {})."""
     train_rows, n_items = user_rows(train, n_users), len(maps.text)
@@ -462,11 +451,12 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         drawn = torch.randint(n_items, (n_negatives,), generator=generator, device=own.device)
         drawn, times = drawn.unique(return_counts=True)  # (N,), (N,)
         items, at = own.unique(return_inverse=True)
-        history = maps.history_vectors(F.dropout(maps.text[items], dropout))
-        history = take(history, at)  # (P, k)
+        history = maps.history_map(F.dropout(maps.text[items], dropout))
+        history = take(F.normalize(history, dim=1), at)  # (P, k)
         items, at = torch.cat([own, drawn]).unique(return_inverse=True)
-        vectors = maps.item_vectors(F.dropout(maps.text[items], dropout))
-        own_vectors, vectors = take(vectors, at).split([len(own), len(drawn)])
+        vectors = maps.item_map(F.dropout(maps.text[items], dropout))
+        vectors = take(F.normalize(vectors, dim=1), at)
+        own_vectors, vectors = vectors.split([len(own), len(drawn)])
 
         # positives: each item by its user's others, as (B, S, S) with S slots a user
         scale, beta = maps.shape()

@@ -134,11 +134,11 @@ fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
 # flags of the steps: words without spaces, so that plain strings do (see bash 3.2 above).
 # What the LLM's steps do at most, whatever the data's size: about two minutes each on two cores
-PROFILE="--new-tokens 20 --history 3 --llm-rows 400" READ="--most 12000"
-GENERATE="--pairs-per-user 4 --pairs 4000" FINETUNE="--warmup-pairs 1024 --steps 40"
-SIZE="--llm-rows 400 --pairs 4000"
+PROFILE="--history 3 --llm-rows 300" READ="--most 12000"
+GENERATE="--pairs-per-user 4 --pairs 4000" FINETUNE="--warmup-pairs 1024 --steps 30"
+SIZE="--llm-rows 300 --pairs 4000"
 if [[ $WHOLE == 1 ]]; then
-  PROFILE="--new-tokens 20 --history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE=
+  PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE=
 fi
 TRAIN= JUDGE= DNS= HNLMREC= JUDGED= TRIALS=6
 if [[ -z ${DATA:-} ]]; then
@@ -177,7 +177,9 @@ except OSError as error:
 # ---- the steps ----------------------------------------------------------------------------------
 step() {  # in the background: bash hears no signal before the end of what runs in the foreground
   local begin=$SECONDS name="${1%.py} $2" word
-  for word in "$@"; do [[ $word != model-*.safetensors || $word == *,* ]] || name="$name ${word%.safetensors}"; done
+  for word in "$@"; do  # which model, where a step makes one
+    [[ $word != model-*.safetensors || $word == *,* ]] || name="$name ${word%.safetensors}"
+  done
   echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"
   "$PY" "$@" ${FORCE:+$FORCE} & child=$!
   wait "$child" || return $?

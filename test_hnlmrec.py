@@ -1006,7 +1006,7 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
     model, projector, method, train = hnlmrec_parts(
         generated=generated, alpha=0.4, lambda1=0.7, k=1, reg=0.01, lambda_s=0.5, lambda_f=2.0,
         gamma=0.3)
-    method.align_rows, method.mined = 30, method.mined[:, :1]
+    method.align_rows, method.semantic_rows, method.mined = 30, 60, method.mined[:, :1]
     model.embedding.data *= 30  # so that the L2 term counts
     loss, logs = method.loss(torch.arange(len(train)), torch.Generator().manual_seed(3))
 
