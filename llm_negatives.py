@@ -289,6 +289,7 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dr
     """h(u, i) of pairs (n, 2) -> (n, H). cf: {"user" (U, d), "item" (I, d)}; texts: (user profiles,
     item texts); encoder: encode or encode_whole; drop: 'user vector', 'user profile' or 'item
     vector' that the prompt goes without; profile_dropout: share of users without their profile."""
+    # each user once, with the place of each pair's user among them
     users, owner = pairs[:, 0].unique(return_inverse=True)
     # so that the LLM cannot lean on recognising a known user's text alone
     blank = (torch.rand(len(users)) < profile_dropout) | (drop == "user profile")
@@ -462,6 +463,7 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
 def add_lora(llm, targets, r, alpha, dropout):
     """LoRA (Hu et al., ICLR 2022) on the linear layers named in `targets`, its weights float32
     whatever the LLM's. Prints what it is on; raises SystemExit2 when a name matches no layer."""
+    # a target names the end of a layer's path, as in peft
     linear = {name: module for name, module in llm.named_modules()
               if isinstance(module, (nn.Linear, Conv1D))}
     names = Counter(name.rpartition(".")[2] for name in linear)
@@ -489,6 +491,7 @@ def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
     """Which train pairs (N, 2) get a generated negative -> row numbers (n,), sorted by pair.
     per_user: of each user at most; limit: in all; 0: all. Under a limit each user keeps one pair
     before anybody has two, users in random order."""
+    # a random key within each user, whatever the order of the train rows of others
     generator = torch.Generator().manual_seed(seed)
     key = torch.rand(len(train), generator=generator, dtype=torch.float64)
     order = torch.argsort(train[:, 0].double() + key * 0.999)  # by user, random within a user
@@ -512,7 +515,8 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
     encoder = functools.partial(encode, batch=batch, instruction=instruction)
     hidden = torch.zeros(len(pairs), llm.config.get_text_config().hidden_size, device=pairs.device)
     order, start, done = pairs[:, 0].argsort(stable=True), time.time(), 0  # a user's pairs together
-    for n, at in list(enumerate(order.split(4 * batch)))[which]:
+    blocks = order.split(4 * batch) if len(order) else ()  # of none, split makes an empty block
+    for n, at in list(enumerate(blocks))[which]:
         torch.manual_seed(n)  # what is left out does not depend on who runs the block
         hidden[at] = encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs[at], drop,
                                   profile_dropout, encoder)
@@ -561,6 +565,7 @@ def tf_idf(id_lists, width=512):
     """TF-IDF of texts as lists of token ids, reduced by a truncated SVD (latent semantic analysis:
     Deerwester et al., 1990): rows of (1 + ln tf) ln(I / df), of length 1, then their U S -> (I, k)
     float32, k at most `width`. Deterministic on one machine."""
+    # the entries of the sparse table: a row a text, a column a token that occurs
     counts = sorted(Counter((row, t) for row, ids in enumerate(id_lists) for t in ids).items())
     row, token = torch.tensor([pair for pair, _ in counts]).T
     token = token.unique(return_inverse=True)[1]
@@ -685,6 +690,7 @@ def fault_of(sentence, title, prompts):
 def end_tokens(model, tokenizer):
     """Ids that end an answer: eos, all that generation_config names, and what the chat template
     puts right after a turn -> set of ints."""
+    # the tokenizer and the generation config may each name another one
     named = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     # Llama-3-8B-Instruct as published in April 2024 names its end of a turn in neither
@@ -769,6 +775,7 @@ ITEMS_PER_USER = 2  # pairs of a user in a step: the prefix is shared, and a bat
 def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", dropout=0.0, label=""):
     """encode_many of rows of train -> (R, H). Each process encodes its share of the blocks."""
     progress = Progress(label, len(rows) // world(), "pairs").update if label else None
+    # every k-th block here; the sum puts the processes' shares together
     hidden = encode_many(llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows], drop=drop,
                          profile_dropout=dropout, which=slice(rank(), None, world()),
                          progress=progress)
@@ -796,7 +803,7 @@ def build_encoder(args, cf, dtype, device, frame=None):
     the flags of `finetune`; frame: as Prompt's."""
     llm = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers)
     tokenizer = load_tokenizer(args.llm)
-    frame = frame or gather(chat_frame(tokenizer, INSTRUCTION))[0]
+    frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]
     prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens, frame)
     check_pieces(args.llm, llm, tokenizer, prompt.shared + prompt.ask)
 
@@ -818,6 +825,7 @@ def build_encoder(args, cf, dtype, device, frame=None):
 def training_order(task, warmup_pairs, steps, size):
     """The order of the data: passes over the train pairs, of which the first `warmup_pairs` are for
     the head alone -> (rows (W,), list of `steps` batches of `size` rows)."""
+    # characters stand for tokens: what counts is that similar lengths share a batch
     users, items = task.train.cpu().T
     lengths = torch.tensor([len(text) for text in task.texts[1]])[items]
     order = []
@@ -831,6 +839,7 @@ def training_order(task, warmup_pairs, steps, size):
 def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     """Before the first LoRA step: a head fitted on the frozen LLM's hidden states of `rows`, and
     its hit rates -> the log so far."""
+    # what the figures below are to be compared with: neither needs an LLM
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
     n_items, n_mined = len(task.candidates), task.mined.shape[1]
@@ -896,6 +905,7 @@ def make_optimizer(llm, soft_tokens, head, lr):
 def save_partial(path, kept, optimizer, meta):
     """What training needs to resume: weights, Adam's moments "adam.MOMENT.PARAMETER", the log."""
     tensors = dict(kept)
+    # by the parameter's name, so that their order may change
     for name, p in kept.items():
         for moment, value in optimizer.state.get(p, {}).items():
             tensors[f"adam.{moment}.{name}"] = value
@@ -923,6 +933,7 @@ def finetune(args):
     if args.warmup_pairs == 1:
         fail("--warmup-pairs 1: one pair has no deviation to standardise by; give 0, or 2 or more")
     out, partial = run / f"{name}.safetensors", run / f"{name}.partial.safetensors"
+    # settings hold the band itself, not the 0 that stands for it
     args.mine_first, args.mine_last = mining_band(
         data["n_items"], int(torch.bincount(data["train"][:, 0]).max()), args.mine_first,
         args.mine_last)
@@ -977,6 +988,7 @@ def finetune(args):
 
 def save_tuned(out, llm, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
+    # nothing is written of a fine-tuning that went wrong
     adapter = out.parent / adapter_folder(out.stem)
     tensors = {f"soft.{name}": value for name, value in soft_tokens.state_dict().items()}
     tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
@@ -997,6 +1009,7 @@ def save_tuned(out, llm, soft_tokens, head, meta):
              "the last step")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    # weights, and the config, which says how they are scaled
     beside = [f"{adapter.name}/adapter_model.safetensors", f"{adapter.name}/adapter_config.json"]
     save_tensors(out, tensors, {**meta, "beside": digests(out.parent, *beside)})
     print(f"wrote {adapter} and {out}, {meta['seconds']:.0f} s")
@@ -1017,6 +1030,7 @@ def load_sft(run, name, llm, device, lora=True):
     again = f"run `{MAKER} finetune --run {run} --name {name} --force`"
     if s.llm != llm_digest(llm):
         fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or {again}")
+    # the number format and layers of fine-tuning, whatever this machine would take
     model = load_llm(llm, AutoModel, getattr(torch, meta["dtype"]), device, s.llm_layers)
     tokenizer = load_tokenizer(llm)
     prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, meta["frame"])
@@ -1027,6 +1041,7 @@ def load_sft(run, name, llm, device, lora=True):
         except Exception as error:  # noqa: BLE001 as in from_library
             fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: "
                  f"{str(error)[:200]}); {again}")
+    # modules of the right shapes, whose numbers come from the file
     some, hidden_size = torch.zeros(2, meta["dim"]), model.config.get_text_config().hidden_size
     soft_tokens = SoftTokens(some, some, hidden_size, 1.0, s.soft_tokens).to(device)
     head = Head(hidden_size, meta["dim"]).to(device)
@@ -1049,8 +1064,10 @@ def generate(args):
     settings = settings_of(args, "paper", "batch_size", "sft") | {
         "llm": llm_digest(args.llm),
         "inputs": digests(run, "data.safetensors", sft, tuned["cf"], tuned["profiles"])}
+    # which shards are missing, and whose pairs they hold
     paths = [run / name for name in shards(args.out, data["n_users"])]
     todo = [k for k, path in enumerate(paths) if not skip(path, settings, args.force)]
+    todo = from_all(todo)[0]  # one list for all: another process may write already
     rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.pairs, args.seed)
     users, train = data["train"][rows, 0], data["train"].to(device)
     print(f"generate: {len(rows)} pairs, {len(todo)} of {len(paths)} shards to make; "
@@ -1058,7 +1075,7 @@ def generate(args):
 
     # each process makes shards of its own
     for n, k in enumerate(mine := todo[rank()::world()]):
-        if not n:
+        if not n:  # loaded when there is something to do
             llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, device,
                                                          args.finetune)
             torch.manual_seed(args.seed)
@@ -1082,12 +1099,14 @@ def read(args):
     and metadata, tensors layer00, layer12 … (I, H)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     out = run / output_name("--out", args.out, "llm_negatives.py read", ".safetensors", "texts")
+    # made with these settings from these inputs, it is there already
     dtype, layers = pick_dtype(args.dtype, args.device), chosen_layers(args)
     settings = settings_of(args, "paper") | {
         "layers": layers, "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
         "inputs": digests(run, "data.safetensors", "items.jsonl")}
     if skip(out, settings, args.force):
         return
+    # the texts, in the order of the contiguous ids
     texts = [f"{row['title']}. {row['text']}" for row in read_jsonl(run / "items.jsonl")]
     tokenizer = load_tokenizer(args.llm)
     torch.manual_seed(args.seed)
@@ -1144,6 +1163,7 @@ class Profiles:
     def __init__(self, path, settings, force):
         self.path, self.made, self.frames, self.faults = path, {}, {}, Counter()
         self.settings = settings
+        # a killed program may have left half a line, which `growing` leaves out
         rows = read_jsonl(path, growing=True) if path.exists() and not force else []
         old = rows[0].get("settings", {}) if rows else settings
         differ = [f"{name}={old.get(name)}, now {value}" for name, value in settings.items()
@@ -1165,6 +1185,7 @@ class Profiles:
         self.file = open(self.path if rank() == 0 else os.devnull, "a", encoding="utf-8")
 
     def add(self, kind, raw, text, extra=""):
+        # line by line, so that a kill loses a batch at most
         self.made[kind, raw] = text
         line = json.dumps({"kind": kind, "raw": raw, "profile": text})
         print(line, file=self.file, flush=True)
@@ -1182,7 +1203,7 @@ class Writer:
         if not frames:
             for kind, *prompt in (("item", ITEM_SYSTEM, ITEM_EXAMPLES),
                                   ("user", USER_SYSTEM, USER_EXAMPLES)):
-                frames[kind] = gather(chat_frame(self.tokenizer, *prompt))[0]
+                frames[kind] = from_all(chat_frame(self.tokenizer, *prompt))[0]
         ids = [frame_ids(self.tokenizer, part) for frame in frames.values() for part in frame]
         check_pieces(args.llm, self.model.base_model, self.tokenizer, sum(ids, []))
         self.ends = end_tokens(self.model, self.tokenizer)
@@ -1190,6 +1211,7 @@ class Writer:
     def write(self, kind, requests):
         """Sentences for requests (list of strings): yields (row numbers, texts) batch by batch.
         Each process writes every world()-th, and all get all: users' prompts quote items'."""
+        # the answer's beginning is given, as a part of the prompt
         head, tail = self.frames[kind]
         beginning = USER_BEGINNING if kind == "user" else ""
         tail = frame_ids(self.tokenizer, tail + beginning)
@@ -1204,7 +1226,7 @@ class Writer:
                 result = write_texts(self.model, self.tokenizer, past,
                                      [ids[n] for n in parts[rank()]], self.args.new_tokens,
                                      self.ends)
-            for numbers, (texts, tokens) in zip(parts, gather(result)):
+            for numbers, (texts, tokens) in zip(parts, from_all(result)):
                 self.tokens += tokens
                 yield numbers, [f"{beginning} {text}".strip() if text else "" for text in texts]
 
@@ -1217,6 +1239,7 @@ def add_profiles(kind, rows, requests, titles, metadata, file, writer):
     for n in todo:
         if n not in requests:
             file.add(kind, rows[n]["raw"], metadata[n])
+    # each sentence is checked before anything else reads it
     examples = sum(ITEM_EXAMPLES + USER_EXAMPLES, (ITEM_SYSTEM, USER_SYSTEM))
     for numbers, texts in writer.write(kind, [requests[n] for n in asked]) if asked else ():
         speed = f"{writer.tokens / (time.time() - writer.start):.0f} tokens/s"
@@ -1271,6 +1294,7 @@ def profile(args):
         requests[n] = user_request(liked, users[n].get("reviews", [])[:2])
     add_profiles("user", users, requests, titles, [f"Likes {text}." for text in titles], file,
                  writer)
+    # how good they are
     describe(file, "item", [items[n]["raw"] for n in chosen[0]], [known[n] for n in chosen[0]])
     describe(file, "user", [users[n]["raw"] for n in chosen[1]], [titles[n] for n in chosen[1]])
     good = file.faults.pop("", 0)
@@ -1301,6 +1325,7 @@ def load_profiles(run, name="profiles.jsonl"):
     if head.get("settings", {}).get("command") != "profile" or not whole:
         fail(f"{path}: is not what `profile` writes; delete it and run `{again}`, or name "
              "another with --profiles")
+    # of this split, and complete
     check_inputs(path, head["settings"]["inputs"])
     made, texts = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}, []
     for kind in ("user", "item"):
@@ -1314,7 +1339,7 @@ def load_profiles(run, name="profiles.jsonl"):
     return tuple(texts)
 
 
-def gather(value):
+def from_all(value):
     """The values that all processes have, in their order."""
     values = [value] * world()
     if world() > 1:
@@ -1383,6 +1408,7 @@ def load_llm(llm, cls, dtype, device, layers=0):
 
 def check_tokens(name, llm, tokenizer, ids):
     """Refuse a tokenizer with more tokens than the LLM has embeddings, where they are used."""
+    # on a GPU an id beyond the table ends in an assertion without a line number
     rows = llm.get_input_embeddings().weight.shape[0]
     largest = max(*ids, tokenizer.vocab_size - 1)  # added tokens that no prompt has do no harm
     if largest >= rows:
@@ -1394,6 +1420,8 @@ def check_tokens(name, llm, tokenizer, ids):
 def check_pieces(name, llm, tokenizer, ids):
     """Refuse an LLM that has no row for a token of `ids`, or that cannot be run in pieces: a few
     tokens by its plain call and by run_piece, padding between, must have the same hidden states."""
+    # one check in place of a list of families: per-layer embeddings, states of linear attention
+    # and positions that count padding all show here
     check_tokens(name, llm, tokenizer, ids)
     device = llm.get_input_embeddings().weight.device
     ids, why = text_ids(tokenizer, "Two old friends sail around the world alone."), "other states"
