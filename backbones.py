@@ -9,9 +9,10 @@ baselines, part 3 the program. Nothing here imports the other scripts: the file 
 Try:  python backbones.py pretrain --run runs/NAME --sampler dns --out model-dns.safetensors
 """
 
-import argparse, hashlib, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings
+import argparse, ctypes, hashlib, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings
 from collections import namedtuple
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -688,9 +689,14 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 
 # ---- Closed forms: computed from the train pairs, without training -------------------------------
 # X (U, I) is the 0/1 matrix of the train pairs; a user's scores are the user's row of X times item
-# weights W (I, I). Here: name -> the flags that it reads, in order of its parameters
-CLOSED_FORMS = {"pop": (), "itemknn": ("shrink", "topk"), "rp3": ("rp3_alpha", "rp3_beta", "topk"),
-                "ease": ("ridge",)}
+# weights W (I, I). Here: name -> the flags that it reads, in order of its parameters, and the
+# values that validation chooses from where a flag is not given
+TOPK = (0, 20, 50, 100, 200)
+CLOSED_FORMS = {
+    "pop": {}, "itemknn": {"shrink": (1.0, 20.0, 100.0, 300.0), "topk": TOPK},
+    "rp3": {"rp3_alpha": (0.2, 0.4, 0.6, 0.8, 1.0), "rp3_beta": (0.0, 0.15, 0.3, 0.45, 0.6, 0.8),
+            "topk": TOPK},
+    "ease": {"ridge": (10.0, 30.0, 100.0, 200.0, 300.0, 500.0, 1000.0, 3000.0)}}
 
 
 class ItemWeights(nn.Module):
@@ -840,7 +846,7 @@ def pretrain(args):
         fail(f"--n {args.n}: dns draws from the n best of m, m is {args.m}; lower --n or raise --m")
     # what the file depends on: made with these settings from these inputs, it is there already
     closed, text = args.backbone in CLOSED_FORMS, None
-    settings = settings_of(args, *sum(CLOSED_FORMS.values(), ()))
+    settings = settings_of(args, *chain(*CLOSED_FORMS.values()))
     if closed:  # no seed, no training: it reads its own constants alone
         settings = {"command": "pretrain", "backbone": args.backbone, "seed": None}
         settings |= {name: getattr(args, name) for name in CLOSED_FORMS[args.backbone]}
@@ -888,20 +894,57 @@ def train_baseline(args, data, text):
 
 
 def compute_closed_form(args, data, _):
-    """A closed form for `pretrain`, from data of load_data -> tensors of its file, history."""
+    """A closed form for `pretrain`, from data of load_data; constants that were not given are
+    chosen by validation -> tensors of its file, history: a row for each choice tried."""
     start, name, shape = time.time(), args.backbone, (data["train"], data["n_users"])
     form = {"pop": popularity, "itemknn": item_knn, "rp3": rp3beta, "ease": ease}[name]
-    constants = [getattr(args, flag) for flag in CLOSED_FORMS[name]]
-    weight = form(*shape, data["n_items"], *constants)
-    score, seconds = validation(ItemWeights(weight, *shape), data)(), time.time() - start
-    print(f"{name}: valid NDCG@20 {score:.4f}, {seconds:.0f} s")
+    history = []
+
+    def weight_of(constants):
+        return form(*shape, data["n_items"], *constants.values())
+
+    def score_of(constants):
+        score = validation(ItemWeights(weight_of(constants), *shape), data)()
+        # epoch 0, so that reports read it as any model's
+        history.append({"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start,
+                        **constants})
+        return score
+
+    # what was given stays; the rest is searched
+    grid = {}
+    for flag, values in CLOSED_FORMS[name].items():
+        given = getattr(args, flag)
+        grid[flag] = values if given is None else (given,)
+    constants, score = line_search(score_of, grid)
+    words = "".join(f", --{flag.replace('_', '-')} {value:g}" for flag, value in constants.items())
+    print(f"{name}: valid NDCG@20 {score:.4f}{words}; {len(history)} tried, "
+          f"{time.time() - start:.0f} s")
+    weight = weight_of(constants)  # once more, so that one table is held at a time
     tensors = {"weight": weight}
     # a file holds dense tensors: the three parts of a CSR
     if weight.layout is not torch.strided:
         tensors = {"indptr": weight.crow_indices(), "column": weight.col_indices(),
                    "value": weight.values()}
-    # a history of one epoch, so that reports read it as any model's
-    return tensors, [{"epoch": 0, "valid_ndcg@20": score, "seconds": seconds}]
+    return tensors, history
+
+
+def line_search(score_of, grid):
+    """Coordinate ascent: from the middle of a grid {name: values in order}, the best value of one
+    name at a time, until no name gives a better one -> (point {name: value}, its score)."""
+    point, scores = {name: values[(len(values) - 1) // 2] for name, values in grid.items()}, {}
+
+    def score(point):  # each once
+        key = tuple(point.values())
+        if key not in scores:
+            scores[key] = score_of(point)
+        return scores[key]
+
+    before = None
+    while point != before:
+        before = point
+        for name in reversed(grid):  # topk first: without it the others find a poorer end
+            point = max((point | {name: value} for value in grid[name]), key=score)
+    return point, score(point)
 
 # ---- The files of a run: data, models, texts, generated negatives --------------------------------
 def load_data(run):
@@ -1220,6 +1263,7 @@ def run_cli(main):
         io.BufferedWriter(Output(1, "w", closefd=False)), sys.stdout.encoding, "backslashreplace",
         line_buffering=True) if sys.stdout else open(os.devnull, "w")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_freed_memory()
     try:
         main()
         if world() > 1:
@@ -1241,6 +1285,16 @@ def run_cli(main):
         message = "out of memory; lower --batch-size, --m or --k, or --dim"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def keep_freed_memory():
+    """Have glibc keep up to 1 GiB of freed memory for what is allocated next; elsewhere nothing."""
+    # it would hand tables of some MiB back to the system at once, and get them anew, page by page,
+    # in each training step: with this DNS takes three quarters of the time, L_false two thirds
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its highest value
 
 
 class Progress:
@@ -1410,12 +1464,13 @@ def main(argv=None):
         ("--shared", number(int, 1), 256, "softmax's negatives, the same for all of a batch"),
         ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
     add_numbers(
-        p.add_argument_group("closed forms (pop, itemknn, rp3, ease), which read no other flag"),
-        ("--shrink", number(float, 0), 20.0, "itemknn: added to the cosine's denominator, users"),
-        ("--rp3-alpha", number(float, 0), 0.4, "rp3: exponent of the transition probabilities"),
-        ("--rp3-beta", number(float, 0), 0.3, "rp3: exponent of the popularity taken out"),
-        ("--topk", number(int, 0), 0, "itemknn, rp3: neighbours kept of each item; 0: all"),
-        ("--ridge", number(float, 0, open_low=True), 200.0, "ease: weight of its L2 term, lambda"))
+        p.add_argument_group("closed forms (pop, itemknn, rp3, ease), which read no other flag; "
+                             "what is left out is chosen by validation"),
+        ("--shrink", number(float, 0), None, "itemknn: added to the cosine's denominator, users"),
+        ("--rp3-alpha", number(float, 0), None, "rp3: exponent of the transition probabilities"),
+        ("--rp3-beta", number(float, 0), None, "rp3: exponent of the popularity taken out"),
+        ("--topk", number(int, 0), None, "itemknn, rp3: neighbours kept of each item; 0: all"),
+        ("--ridge", number(float, 0, open_low=True), None, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
     if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")

@@ -10,16 +10,10 @@ Metrics are over the full ranking of all items that a user has not interacted wi
 valid, when testing). Alone:  python eval.py report --run runs/NAME
 """
 
-import html
-import json
-import math
-import re
-import subprocess
-import sys
-import time
+import html, json, math, re, subprocess, sys, time
 from collections import namedtuple
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +27,9 @@ from backbones import (
 from hnlmrec import load_recommender
 
 # ==== 1. Metrics. A model is any recommender: n_users, n_items, scores(users (B,)) -> (B, I) ======
-
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
-COLUMNS = ["Recall@10", "Recall@20", "NDCG@10", "NDCG@20"]  # what the tables show
+# what the tables show; the others go into the JSON files
+COLUMNS = ["Recall@10", "Recall@20", "NDCG@10", "NDCG@20"]
 
 
 def seen_before(data, split):
@@ -53,9 +47,9 @@ def evaluate(model, data, split="test", ks=(10, 20)):
         fail(f"data.safetensors: has no {split} pair to measure by; prepare it with some")
     users, relevant = pairs[:, 0].unique(return_counts=True)
     ranked = rank_unseen(model, users, seen_before(data, split), max(ks))  # (n, k)
-    # an item of -1 would be looked up as another user's, so it is no hit
-    keys = pair_keys(pairs, model.n_items)
-    hits = contains(keys, users[:, None], ranked, model.n_items) & (ranked >= 0)
+    hits = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items)
+    # an empty place, -1, was looked up as the last item of the user before
+    hits &= ranked >= 0
     values = {f"{name}@{k}": metric(hits, relevant, k) for name, metric in METRICS.items()
               for k in ks}
     return users, values, ranked
@@ -66,12 +60,13 @@ def list_statistics(users, ranked, data, split="test"):
     the items by train popularity, NaN without a pair; popularity: mean train count of a recommended
     item; coverage: share of the catalogue recommended to anybody; gini: inequality of how often, 0
     (all alike) to 1."""
+    # over pairs, not users: a user has too few pairs to share them out among quarters
     n_items, real = data["n_items"], ranked >= 0
     count, recommended = torch.bincount(data["train"][:, 1], minlength=n_items), ranked[real]
     pairs = torch.stack([users[:, None].expand_as(ranked)[real], recommended], 1)
     hit = contains(pair_keys(pairs, n_items), *data[split].T, n_items).double()
     quarter = quartiles(count)[data[split][:, 1]]
-    # Gini's index, from the sorted frequencies
+    # Gini's index, from the sorted frequencies; items that nobody gets count too
     frequency = torch.bincount(recommended, minlength=n_items).double().sort().values
     weight = 2 * torch.arange(1, n_items + 1).double() - n_items - 1
     return {"item_recall": [float(hit[quarter == q].mean()) for q in range(4)],
@@ -81,11 +76,9 @@ def list_statistics(users, ranked, data, split="test"):
 
 
 def quartiles(count):
-    """Counts (n,) -> quarter 0 (lowest) … 3 of each; equal counts may fall on both sides of a
-    border, by index."""
-    place = torch.empty_like(count)
-    place[count.argsort(stable=True)] = torch.arange(len(count))
-    return place * 4 // len(count)
+    """Counts (n,) -> quarter 0 (lowest) … 3 of each."""
+    # each one's place in the order: quarters of one size, though equal counts fall on both sides
+    return count.argsort(stable=True).argsort() * 4 // len(count)
 
 
 def paired_bootstrap(difference, draws=10_000, seed=0):
@@ -94,6 +87,7 @@ def paired_bootstrap(difference, draws=10_000, seed=0):
     95 % interval, p)."""
     difference, rng = np.asarray(difference, np.float64), np.random.default_rng(seed)
     n, means = len(difference), np.empty(draws)
+    # a draw at a time: all at once would hold draws x users
     for draw in range(draws):
         means[draw] = difference[rng.integers(0, n, n)].mean()
     # + 1: what was measured counts as one of the draws, so that no p is 0
@@ -105,15 +99,14 @@ def paired_bootstrap(difference, draws=10_000, seed=0):
 def holm(p_values):
     """Holm's correction (1979) of m p-values: the lowest times m, the next times m - 1 …, none
     below the one before it -> corrected, in the order given."""
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for n, at in enumerate(np.argsort(p_values, kind="stable")):
-        highest = max(highest, min(1.0, (len(p_values) - n) * p_values[at]))
-        corrected[at] = highest
-    return corrected
+    p, order = np.asarray(p_values, np.float64), np.argsort(p_values, kind="stable")
+    steps = np.arange(len(p), 0, -1) * p[order]
+    p[order] = np.maximum.accumulate(steps).clip(max=1)
+    return p.tolist()
 
 # ==== 2. False hard negatives: negatives that are held-out positives ==============================
-
-MOST = 2**17  # pairs that a rate is taken over: its standard error is below .1 points
+# pairs that a rate is taken over at most: its standard error is below .14 points then
+MOST = 2**17
 
 
 def fhns_rates(users, items, data):
@@ -131,29 +124,28 @@ def fhns_of_samplers(model, data, m, seed=0, likely=None):
     """FHNS of what samplers give a trained backbone for train pairs: the uniform one, DNS (best of
     m), MixGCF; and of what it ranks highest. likely (U, n), best first: a judge's likely false
     negatives, which DNS is also kept clear of."""
-    # one draw of candidates for all samplers
+    # one draw of candidates for all, so that the samplers differ in their choice alone
     generator, seen = torch.Generator().manual_seed(seed), user_rows(data["train"], model.n_users)
     some = torch.randperm(len(data["train"]), generator=generator)[:MOST].sort().values
     (u, i), n_items = data["train"][some].T, model.n_items
     candidates = UnseenSampler(data["train"], model.n_users, n_items)(u, m, generator)  # (n, m)
-
     # in parts, since the scores of candidates gather (B, m, D)
     (users, items), item_layers = model(), model.layers()[1]
-    hardest, clear, synthetic = [], [], []
-    for a, p, c in zip(u.split(4096), i.split(4096), candidates.split(4096)):
-        hardest.append(dns(model.score, users[a], items, c))
-        synthetic.append(mixgcf(users[a], item_layers, p, c, model.pool, generator))
-        if likely is not None:
-            listed = (c[:, :, None] == likely[a][:, None]).any(2)  # (B, m)
-            penalty = torch.zeros(listed.shape).masked_fill(listed, torch.inf)
-            clear.append(dns(model.score, users[a], items, c, penalty=penalty))
-
+    parts = list(zip(u.split(4096), i.split(4096), candidates.split(4096)))
+    hardest = [dns(model.score, users[a], items, c) for a, _, c in parts]
+    synthetic = [mixgcf(users[a], item_layers, p, c, model.pool, generator) for a, p, c in parts]
     # MixGCF's negatives are no items, so the nearest ones stand for them
     nearest, everyone = nearest_items(torch.cat(synthetic), u, items, seen, 10), u.unique()
     found = {"uniform": (u, candidates[:, :1]), "DNS": (u, torch.cat(hardest)[:, None]),
              "MixGCF, nearest items": (u, nearest),
              "the model's own top items": (everyone, rank_unseen(model, everyone, seen, 10))}
+    # a listed candidate is never taken, unless all are listed
     if likely is not None:
+        clear = []
+        for a, _, c in parts:
+            listed = (c[:, :, None] == likely[a][:, None]).any(2)  # (B, m)
+            penalty = torch.where(listed, torch.inf, 0.0)
+            clear.append(dns(model.score, users[a], items, c, penalty=penalty))
         found |= {"DNS kept clear of the judge's items": (u, torch.cat(clear)[:, None]),
                   "the judge's likely items": (everyone, likely[everyone].long())}
     return {name: fhns_rates(*negatives, data) for name, negatives in found.items()}
@@ -175,13 +167,14 @@ def logistic_regression(x, y, ridge=1e-3, steps=50):
     def loss(w):
         return F.softplus(x @ w).sum() - y @ (x @ w) + ridge / 2 * w @ w
 
-    w = x.new_zeros(x.shape[1])
+    # the ridge is small beside any data, and keeps w finite where y is separable
+    w, identity = x.new_zeros(x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype)
     for _ in range(steps):
         p = torch.sigmoid(x @ w)  # (n,)
-        hessian = (x * (p * (1 - p))[:, None]).T @ x  # (F, F)
-        hessian.diagonal().add_(ridge)  # which keeps w finite where y is separable
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * identity  # (F, F)
         step = torch.linalg.solve(hessian, x.T @ (p - y) + ridge * w)
-        while loss(w - step) > loss(w):  # a full step can overshoot, a short enough one cannot
+        # a full step can overshoot, a short enough one cannot
+        while loss(w - step) > loss(w):
             step = step / 2
         w = w - step
         if step.abs().max() < 1e-9:
@@ -189,23 +182,17 @@ def logistic_regression(x, y, ridge=1e-3, steps=50):
     return w
 
 
-def ranks(values):
-    """Values (n,) -> their ranks (n,) float64, 1 the lowest; equal ones share their mean rank."""
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count.double() - 1) / 2)[place]
-
-
 def fit_of_features(features, label, user, half):
     """How well features tell positives among pairs: a list of (n,), label (n,) bool, user (n,),
     half (U,) bool of the users -> each user's log-likelihood in nats (U,) float64, by the logistic
     regression of the users of the other half."""
-    x = torch.stack(features, 1).double()
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
-    x, y = torch.cat([torch.ones_like(x[:, :1]), x], 1), label.double()
+    x, y = torch.stack(features, 1).double(), label.double()
+    x = F.pad((x - x.mean(0)) / x.std(0).clamp(min=1e-12), (1, 0), value=1.0)  # an intercept first
     log_odds = torch.empty_like(y)
+    # never fitted on a user's own labels, so that a feature of noise gains nothing
     for part in (half[user], ~half[user]):
         log_odds[part] = x[part] @ logistic_regression(x[~part], y[~part])
-    return x.new_zeros(len(half)).index_add_(0, user, y * log_odds - F.softplus(log_odds))
+    return torch.bincount(user, y * log_odds - F.softplus(log_odds), len(half))
 
 
 def within_users(score, user):
@@ -215,23 +202,27 @@ def within_users(score, user):
     # gives it. No ranking sees them; a regression over all users does, and would take a judge that
     # ranks well for one that knows nothing
     score, count = score.double(), torch.bincount(user).clamp(min=1)
-    centred = score - (score.new_zeros(len(count)).index_add_(0, user, score) / count)[user]
-    variance = score.new_zeros(len(count)).index_add_(0, user, centred**2) / count
-    return centred / variance.sqrt().clamp(min=1e-12)[user]
+    centred = score - (torch.bincount(user, score) / count)[user]
+    deviation = (torch.bincount(user, centred**2) / count).sqrt()
+    return centred / deviation.clamp(min=1e-12)[user]
 
 
 @torch.no_grad()
 def scores_of_pairs(model, user, item):
     """A recommender's scores of pairs: user (n,) ascending, item (n,) -> (n,) float64."""
     parts = []
+    # 512 users at a time, since a row of scores has all items
     for users in user.unique_consecutive().split(512):
         rows = (user >= users[0]) & (user <= users[-1])
         parts.append(model.scores(users)[torch.searchsorted(users, user[rows]), item[rows]])
     return torch.cat(parts).double()
 
 
-TOP = 50  # unseen items of each user, by each CF model, that judges are measured on
-MOST_USERS = 2**13  # at random, who stand for all
+# judges are measured on this many unseen items of each user by each CF model: where a list of
+# twenty is decided
+TOP = 50
+# of these, drawn at random, who stand for all: on large data that bounds the time
+MOST_USERS = 2**13
 
 
 def cf_candidates(models, data, labels="valid", top=TOP):
@@ -248,16 +239,19 @@ def cf_candidates(models, data, labels="valid", top=TOP):
     keys = torch.cat(keys).unique()
     user, item = keys // n_items, keys % n_items
     label = contains(pair_keys(data[labels], n_items), user, item, n_items)
-
     # known are how active the user is, since active ones have more positives, how popular the item,
     # and each CF score, treated as the judge's is
     activity = torch.bincount(data["train"][:, 0], minlength=n_users)[user].add(1).log()
     popularity = torch.bincount(data["train"][:, 1], minlength=n_items)[item].add(1).log()
     known = [activity, popularity, within_users(popularity, user)]
     for model in models:
-        # its quantile too: a score with long tails, as RP3beta's, would tell less than it knows
         score = scores_of_pairs(model, user, item)
-        known += [within_users(score, user), torch.logit((ranks(score) - 0.5) / len(score))]
+        known.append(within_users(score, user))
+        # its quantile too: a score with long tails, as RP3beta's, would tell less than it knows
+        ordered = score.sort().values
+        below = torch.searchsorted(ordered, score) + torch.searchsorted(ordered, score, right=True)
+        # of equal ones half count as below: the mean of the two counts
+        known.append(torch.logit(below.double() / 2 / len(score)))
     return user, item, label, known
 
 
@@ -274,24 +268,18 @@ def measure_judges(models, judges, data, labels="valid", top=TOP):
         score = within_users(scores_of_pairs(judge, user, item), user)
         gain = fit_of_features([*known, score], label, user, half)
         gain -= fit_of_features(known, label, user, half)
+        # 2,000 draws give the ends of an interval; the tail of a p would need more
         gains[name] = [float(end) * len(gain) for end in paired_bootstrap(gain, draws=2000)[:3]]
     return len(label), positives, gains
 
 # ==== The method ends here. What follows are programs =============================================
 # ---- 4. What can be compared, by name ------------------------------------------------------------
-
-class Method(NamedTuple):
-    """A row: others' methods by `backbones.py pretrain`, ours by `hnlmrec.py train`, and what has
-    parts by `hnlmrec.py blend`."""
-
-    kind: str  # closed form, sampler, baseline: others' methods; text: untrained; ours; control
-    flags: str = ""  # of its command
-    needs: tuple = ()  # files of the run that it reads
-    like: str = ""  # the row whose flags, tuned ones too, come before its own
-    parts: tuple = ()  # of a blend: rows, and files of the run
-    stem: str = ""  # its file in a run is model-STEM.safetensors
-
-
+# a row: others' methods by `backbones.py pretrain`, ours by `hnlmrec.py train`, and what has parts
+# by `hnlmrec.py blend`. kind: closed form, sampler, baseline (others' methods), text (untrained),
+# ours, control. flags: of its command. needs: files of the run that it reads. like: the row whose
+# flags, tuned ones too, come before its own. parts of a blend: rows, and files of the run. stem:
+# its file in a run is model-STEM.safetensors
+Method = namedtuple("Method", "kind flags needs like parts stem", defaults=("", (), "", (), ""))
 BASELINES = ("closed form", "sampler", "baseline")
 TEXTS, JUDGE, JUDGED = "texts.safetensors", "judge.safetensors", "judge's negatives"
 CLOSED, EVERY = ("RP3β", "EASE"), ("ItemKNN", "RP3β", "EASE", "RNS", "DNS", "MixGCF")
@@ -349,7 +337,8 @@ for _name, (_row, *_) in VARIANTS.items():
 OTHER_TEXTS = {"words": ("bag of words", "--layers 0"),
                "shuffled": ("shuffled texts", "--control shuffled"),
                "random": ("random weights", "--control random"),
-               "tfidf": ("TF-IDF", "--control tfidf")}
+               "tfidf": ("TF-IDF", "--control tfidf"),
+               "profiles": ("metadata and profiles", "--profiles profiles.jsonl")}
 for _name, (_row, _) in OTHER_TEXTS.items():
     _file, _by = f"judge-{_name}.safetensors", f"in full, by {'a ' * (_name == 'words')}{_row}"
     METHODS[f"{JUDGED}, {_row}"] = Method("control", f"--judge {_file}", (_file,), JUDGED)
@@ -382,22 +371,22 @@ def missing_file(run, name):
 def making_of(run, file):
     """The commands that make a file of `needs`, for the end of a message."""
     first, _, name = file.removesuffix(".safetensors").partition("-")
-    _, tuning, generating = VARIANTS.get(name, ("", "", ""))
+    texts, profiles = file.replace("judge", "texts"), "profiles-template.jsonl"
+    # (file, flags) of each step; the LLM's need --llm as well
     if first == "negatives":
-        steps = [f"{writer_of(run / 'profiles-template.jsonl')} --llm … --profiles template"] * (
-            name == "template")
-        steps += [f"{writer_of(run / f'sft-{name}.safetensors')} --llm … {tuning}"] * bool(tuning)
-        steps += [f"{writer_of(run / f'{file}.safetensors')} --llm … {generating}"]
+        _, tuning, generating = VARIANTS.get(name, ("", "", ""))
+        steps = [(profiles, "--llm … --profiles template")] if profiles in tuning else []
+        steps += [(f"sft-{name}.safetensors", f"--llm … {tuning}")] if tuning else []
+        steps.append((f"{file}.safetensors", f"--llm … {generating}"))
     else:
-        texts = file.replace("judge", "texts")
-        steps = [f"{writer_of(run / texts)} --llm … {OTHER_TEXTS.get(name, ('', ''))[1]}",
-                 f"{writer_of(run / file)} --text-vectors {texts}"][:1 + (first == "judge")]
-    return ", then ".join(f"`{step.strip()}`" for step in steps)
+        steps = [(texts, f"--llm … {OTHER_TEXTS.get(name, ('', ''))[1]}")]
+        steps += [(file, f"--text-vectors {texts}")] if first == "judge" else []
+    commands = [f"{writer_of(run / made)} {flags}".strip() for made, flags in steps]
+    return ", then ".join(f"`{command}`" for command in commands)
 
 # ---- 5. One writer of tables: a report is a comparison with one file a row -----------------------
-
 # what to evaluate: a row's key in the JSON file, its names in tables and in METHODS (or ""), its
-# kind as Method has it, its model files, a seed each
+# kind as Method has it, its model files, one a seed
 Row = namedtuple("Row", "key label method kind paths")
 
 
@@ -411,7 +400,8 @@ def seconds_behind(run, path, found):
     if path in found or path.suffix != ".safetensors" or not path.exists():
         return found
     meta = read_meta(path)
-    blend = meta["settings"].get("command") == "blend"  # whose seconds hold those of its parts
+    # a blend's seconds hold those of its parts, which are found by themselves
+    blend = meta["settings"].get("command") == "blend"
     found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
     for name in meta["settings"].get("inputs", {}):
         for file in (run / name, *run.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors")):
@@ -425,21 +415,22 @@ class Comparison:
 
     def __init__(self, run, rows, data, split="test"):
         self.run, self.rows, self.data, self.split = run, rows, data, split
-        self.cells, self.tested, self.with_z, evaluated = {}, {}, {}, {}
+        self.cells, self.with_z = {}, {}
+        # each file once: a closed form serves all seeds
+        labels = {path: row.label for row in rows for path in row.paths}
+        files = {path: self.evaluate_file(path, label) for path, label in labels.items()}
         for row in rows:
-            for path in row.paths:
-                if path not in evaluated:  # a closed form serves all seeds
-                    evaluated[path] = self.evaluate_file(row, path)
-            by_seed = [evaluated[path] for path in row.paths]
-            self.cells[row.key] = {column: np.stack([np.asarray(cell[column]) for cell in by_seed])
+            by_seed = [files[path] for path in row.paths]
+            self.cells[row.key] = {column: np.stack([cell[column] for cell in by_seed])
                                    for column in by_seed[0]}
         self.seeds, self.users = len(rows[0].paths), self.cells[rows[0].key]["users"][0]
+        # without a baseline something has to stand in for one
         self.rival = self.best(BASELINES) or rows[0]
 
-    def evaluate_file(self, row, path):
+    def evaluate_file(self, path, label):
         model, meta, tensors = load_recommender(path, self.data)
         if "z" in tensors:  # projected generated negatives
-            self.with_z.setdefault(row.label, tensors)
+            self.with_z.setdefault(label, tensors)
         users, values, ranked = evaluate(model, self.data, self.split)
         seconds, best = seconds_behind(self.run, path, {}), best_epoch(meta)
         return {"users": users, **values, **list_statistics(users, ranked, self.data, self.split),
@@ -450,19 +441,19 @@ class Comparison:
         return float(self.cells[row.key][column].mean())
 
     def best(self, wanted):
-        """The best row by validation, as every choice is made, of names in METHODS or kinds; None
-        where there is none."""
+        """The best row by validation of some names in METHODS or kinds; None for none."""
+        # never by test pairs, which would favour whoever is lucky there
         rows = [row for row in self.rows if row.method in wanted or row.kind in wanted]
         return max(rows, key=self.mean, default=None)
 
     def difference(self, row, other):
         """NDCG@20 of one row minus another's, by users' means over seeds -> dict: mean, low and
-        high end of the 95 % interval, p; by seed. Kept: large data take seconds."""
-        if (row.key, other.key) not in self.tested:
-            by_user = self.cells[row.key]["NDCG@20"] - self.cells[other.key]["NDCG@20"]  # (S, n)
-            test = zip(("mean", "low", "high", "p"), map(float, paired_bootstrap(by_user.mean(0))))
-            self.tested[row.key, other.key] = {**dict(test), "by seed": by_user.mean(1).tolist()}
-        return self.tested[row.key, other.key]
+        high end of the 95 % interval, p; by seed."""
+        by_user = self.cells[row.key]["NDCG@20"] - self.cells[other.key]["NDCG@20"]  # (S, n)
+        # over seeds first: they are no further users
+        mean, low, high, p = map(float, paired_bootstrap(by_user.mean(0)))
+        by_seed = by_user.mean(1).tolist()
+        return {"mean": mean, "low": low, "high": high, "p": p, "by seed": by_seed}
 
     def claims(self, result):
         """The declared claims in words, p corrected by Holm over them; also into
@@ -476,15 +467,15 @@ class Comparison:
         for (row, rival, words, test), p in zip(found, corrected):
             result["claims"].append({"row": row.key, "against": rival.key, **test, "p by Holm": p})
             word = "above" if test["low"] > 0 else "below" if test["high"] < 0 else "level with"
-            score, level = (self.mean(which, "NDCG@20") for which in (row, rival))
+            scores = [f"{self.mean(which, 'NDCG@20'):.4f}" for which in (row, rival)]
             p = "< .001" if p < 0.001 else f"{p:.3f}"
             lines += ["", f"**{markdown(row.label)}: {word} {markdown(rival.label)}**{words}. Test "
-                      f"NDCG@20 {score:.4f} and {level:.4f}, {interval(test)}, p {p}."]
+                      f"NDCG@20 {' and '.join(scores)}, {interval(test)}, p {p}."]
         return lines
 
     def sections(self, out, result):
         """The lines of all tables, and the picture OUT.svg; figures go into result["methods"] and
-        result["tests"]. No p here, which only claims have."""
+        result["tests"]."""
         main, differences, groups, tests = [], [], [], {}
         activity = torch.bincount(self.data["train"][:, 0], minlength=self.data["n_users"])
         quarter = quartiles(activity).numpy()[self.users]
@@ -494,34 +485,33 @@ class Comparison:
             spread = [f" ± {s.std(ddof=1):.4f}" if self.seeds > 1 else "" for s in scores]
             main.append([row.label, *(f"{s.mean():.4f}{sd}" for s, sd in zip(scores, spread)),
                          f"{self.mean(row):.4f}"])
-            # against the rival, and what it cost
-            test, against = self.difference(row, self.rival), ["", ""]
+            # against the rival. No p here: with one a row, some would be small by chance
+            against = ["", ""]
             if row != self.rival:
-                tests[row.label] = test
-                result["tests"][row.key] = {"against": self.rival.key, **test}
-                del result["tests"][row.key]["p"]
+                test = tests[row.label] = self.difference(row, self.rival)
+                del test["p"]
                 against = [interval(test), f"{sum(d > 0 for d in test['by seed'])}/{self.seeds}"]
+                result["tests"][row.key] = {"against": self.rival.key, **test}
             cost = [f"{self.mean(row, c):.0f}" for c in ("seconds", "seconds of all steps")]
             differences.append([row.label, *against, *cost])
-            # sparse users, unpopular items, popularity bias
+            # sparse users, unpopular items, popularity bias; a quarter may have no pair
+            recalls = cell["item_recall"].mean(0).tolist()
             of_users = [cell["NDCG@20"][:, quarter == q] for q in range(4)]
             of_users = [x.mean() if x.size else math.nan for x in of_users]
-            recalls = cell["item_recall"].mean(0).tolist()
             groups.append([row.label, *(f"{x:.4f}" for x in (*of_users, *recalls)),
                            f"{self.mean(row, 'popularity'):.0f}",
                            f"{self.mean(row, 'coverage'):.1%}", f"{self.mean(row, 'gini'):.3f}"])
             figures = {c: self.mean(row, c) for c in cell if c not in ("users", "item_recall")}
-            result["methods"][row.key] = {
-                **figures, "item_recall": [None if math.isnan(x) else x for x in recalls],
-                "by seed": scores[3].tolist()}
+            # JSON has no NaN
+            figures["item_recall"] = [None if math.isnan(x) else x for x in recalls]
+            result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
         lines = ["", f"{len(self.users):,} users with a {self.split} pair, "
                  f"{self.data['n_users'] - len(self.users):,} without.", "",
                  *markdown_table(["method", *COLUMNS, "valid NDCG@20"], main)]
         if tests:
             ends = ([test[end] for test in tests.values()] for end in ("mean", "low", "high"))
-            write_atomic(self.run / f"{out}.svg", svg_chart(
-                f"{self.split} NDCG@20 minus {self.rival.label}, 95 % intervals", list(tests),
-                *ends).encode())
+            title = f"{self.split} NDCG@20 minus {self.rival.label}, 95 % intervals"
+            write_atomic(self.run / f"{out}.svg", svg_chart(title, list(tests), *ends).encode())
             best = ", the best baseline by validation" * (self.rival.kind in BASELINES)
             lines += ["", "## Differences", "", f"From {markdown(self.rival.label)}{best}; 95 % "
                       "intervals by paired bootstrap over users; seconds of the row's own command, "
@@ -540,41 +530,28 @@ def interval(test):
     return f"{test['mean']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]"
 
 # ---- report, nats --------------------------------------------------------------------------------
-
 def report(args):
     """Evaluate every model-*.safetensors of the run on the test pairs -> report.md, report.svg,
     metrics.json."""
     run, data = Path(args.run), load_data(args.run)
     comparison = Comparison(run, rows_of_run(run), data)
-    result = {"data": data["digest"], "methods": {}, "tests": {}, "judges": {},
-              "users tested": len(comparison.users),
-              "users without a test pair": data["n_users"] - len(comparison.users)}
-    # first what a person wants to know. A run may lack any of this and has a report all the same
+    result = {"data": data["digest"], "methods": {}, "tests": {}, "judges": {}}
+    # a run may lack any of this and has a report all the same
     there = [row.method for row in comparison.rows]
     absent = [name for name in ("in full", JUDGED, "HNLMRec") if name not in there]
     absent += ["a baseline"] * (comparison.best(BASELINES) is None)
     absent += ["a second model"] * (len(there) == 1)
     absent += [file for file in (TEXTS, JUDGE) if not (run / file).exists()]
+    # first what a person wants to know: who is ahead, and how to read it
     lines = [f"# Report: {markdown(run.name)}", *comparison.claims(result), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
              "it. Behind a difference stand its 95 % interval and p, corrected by Holm's method. "
              f"One seed: `python eval.py compare --run {run}` measures others."]
     lines += ["", f"Left out, since the run lacks it: {', '.join(absent)}."] if absent else []
     lines += [*comparison.sections("report", result), *example_lines(comparison),
-              *fhns_lines(comparison, result)]
-    # what fine-tuning learned, what the judges know, what the steps of run.sh took
-    if (run / "sft.safetensors").exists():
-        log = result["sft"] = read_meta(run / "sft.safetensors")["log"]
-        sets = sorted(set().union(*log["hit_rates"].values()))
-        table = [[name, *(f"{rates[s]:.3f}" if s in rates else "" for s in sets)]
-                 for name, rates in log["hit_rates"].items()]
-        lines += ["", "## Fine-tuning", "", f"Loss at chance {log['chance_loss']:.3f}, last steps "
-                  f"{np.mean(log['steps'][-10:] or [math.nan]):.3f}. How often the item nearest to "
-                  "a vector is a mined hard negative, on held-back train pairs; floors: uniform "
-                  f"{log['uniform_floor']:.3f}, one item for all {log['popularity_floor']:.3f}.",
-                  "", *markdown_table(["", *sets], table)]
-    for labels in ("valid", "test"):
-        lines += nats_lines(run, data, labels, result["judges"])
+              *fhns_lines(comparison, result),
+              *nats_lines(run, data, ("valid", "test"), result["judges"])]
+    # what the steps of run.sh took
     if (run / "steps.tsv").exists():
         steps = [line.split("\t") for line in (run / "steps.tsv").read_text("utf-8").splitlines()]
         lines += ["", "## Steps", "", *markdown_table(["step", "seconds"], steps)]
@@ -589,18 +566,18 @@ def write_page(page, lines, file, result):
 
 def rows_of_run(run):
     """A row for each model-*.safetensors of a run, in the order of METHODS, a person's own last."""
-    names, rows = {method.stem: name for name, method in METHODS.items() if method.stem}, []
-    for path in sorted(run.glob("model-*.safetensors")):
-        stem = path.stem.removeprefix("model-")
-        name = names.get(stem, "")
-        command = read_meta(path)["settings"].get("command")
-        kind = METHODS[name].kind if name else "baseline" if command == "pretrain" else "ours"
-        rows.append(Row(stem, name or stem, name, kind, [path]))
-    if not rows:
+    paths = sorted(run.glob("model-?*.safetensors"))
+    if not paths:
         fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or "
              "`python hnlmrec.py train`")
-    order = {name: n for n, name in enumerate(METHODS)}
-    return sorted(rows, key=lambda row: order.get(row.method, len(order)))
+    paths = {path.stem.removeprefix("model-"): path for path in paths}
+    rows = [Row(method.stem, name, name, method.kind, [paths.pop(method.stem)])
+            for name, method in METHODS.items() if method.stem in paths]
+    # what is left has names of a person's own: a rival, if it came by `pretrain`
+    for stem, path in paths.items():
+        command = read_meta(path)["settings"].get("command")
+        rows.append(Row(stem, stem, "", "baseline" if command == "pretrain" else "ours", [path]))
+    return rows
 
 
 def example_lines(comparison, k=5):
@@ -642,15 +619,17 @@ def fhns_lines(comparison, result):
     run, data, fhns, likely = comparison.run, comparison.data, {}, None
     if (run / JUDGE).exists():
         likely = load_tensors(run / JUDGE)[0]["likely"]
+    # any trained model tells what samplers would give it; the first of a sampler is the plainest
     for row in [row for row in comparison.rows if row.kind == "sampler"][:1]:
         model, _, _ = load_recommender(row.paths[0], data)
         fhns = fhns_of_samplers(model, data, sized_to_data(data)[3], likely=likely)
     for shard in sorted(run.glob("negatives*-00000.safetensors")):
-        name, items = shard.name[:-len("-00000.safetensors")], load_tensors(run / "cf.safetensors")
-        generated, items = load_negatives(run, name, data), items[0]["item"]
+        name = shard.name.removesuffix("-00000.safetensors")
+        generated, items = load_negatives(run, name, data), load_tensors(run / "cf.safetensors")[0]
         # fine-tuning's head aims at centred item vectors
+        centred = items["item"] - items["item"].mean(0)
         fhns[f"generated ({name})"] = fhns_of_vectors(
-            generated["pairs"], generated["vector"], items - items.mean(0), data)
+            generated["pairs"], generated["vector"], centred, data)
     for label, tensors in comparison.with_z.items():
         fhns[f"{label}, projected z"] = fhns_of_vectors(
             tensors["z_pairs"], tensors["z"], tensors["item"], data)
@@ -663,41 +642,44 @@ def fhns_lines(comparison, result):
             *markdown_table(["negatives", *columns], table)] if fhns else []
 
 
-def nats_lines(run, data, labels, result):
-    """Lines on what the run's judge*.safetensors know beyond its CF models; also into
-    result[labels]. None where the run lacks either."""
-    cf, judges = {}, {}
-    for path in sorted(run.glob("*.safetensors")):
-        models = cf if path.stem in ("cf", "model-rp3", "model-ease") else judges
-        if models is cf or path.stem.startswith("judge"):
-            models[path.stem] = load_recommender(path, data)[0]
+def nats_lines(run, data, splits, result):
+    """Lines on what the run's judge*.safetensors know of the positives of `splits` beyond its CF
+    models; also into result[split]. None where the run lacks either."""
+    def load(*patterns):
+        paths = sorted(path for pattern in patterns for path in run.glob(f"{pattern}.safetensors"))
+        return {path.stem: load_recommender(path, data)[0] for path in paths}
+
+    cf, judges = load("cf", "model-rp3", "model-ease"), load("judge*")
     if not cf or not judges:
         return []
-    pairs, positives, gains = measure_judges(cf, judges, data, labels)
-    result[labels], table = {"cf": list(cf), "positives": positives, "nats": gains}, []
-    for name, gain in gains.items():
-        both = [[end * times for end in gain] for times in (1, 1000 / positives)]
-        table.append([name, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends) for ends in both)])
-    return ["", f"## What the judges know beyond CF: {labels} pairs", "",
-            f"{positives:,} positives among {pairs:,} pairs: the {TOP} best unseen items of each "
-            f"user by each of {', '.join(cf)}. Logistic regression on these scores, popularity, "
-            "the user's activity and the judge's score, standardised within the user; users "
-            "cross-fitted in two halves. Gain in log-likelihood, 95 % interval by bootstrap over "
-            "users.", "", *markdown_table(["judge", "nats", "per 1,000 positives"], table)]
+    table, counts = [[name] for name in judges], []
+    for split in splits:
+        pairs, positives, gains = measure_judges(cf, judges, data, split)
+        result[split] = {"cf": list(cf), "positives": positives, "nats": gains}
+        counts.append(f"{split}, {positives:,} positives among {pairs:,}")
+        for cells in table:  # empty where all pairs are alike
+            gain = gains.get(cells[0])
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain) if gain else "")
+    return ["", "## What the judges know beyond CF", "", "Gain in log-likelihood, in nats, with "
+            "its 95 % interval by bootstrap over users, when the judge's score joins a logistic "
+            f"regression on the scores of {', '.join(cf)}, popularity and the user's activity; "
+            "scores standardised within the user, users cross-fitted in two halves. Pairs: the "
+            f"{TOP} best unseen items of each user by each of these; {'; '.join(counts)}.", "",
+            *markdown_table(["judge", *splits], table)]
 
 
 def nats(args):
     """Measure the run's judges on the validation pairs -> nats.md, nats.json."""
     run, data, result = Path(args.run), load_data(args.run), {}
-    del data["test"]  # nothing here may read it
-    lines = nats_lines(run, data, "valid", result)
+    # judges are chosen by these figures, so that no test pair may be in them
+    del data["test"]
+    lines = nats_lines(run, data, ("valid",), result)
     if not lines:
         fail(f"{run}: has no judge, or no CF model beside it; make them with "
              f"{making_of(run, JUDGE)} and `python backbones.py pretrain --run {run}`")
     write_page(run / "nats.md", lines[1:], run / "nats.json", result | {"data": data["digest"]})
 
 # ---- 6. compare: a cell is one command, echoed, that trains one model or blends some -------------
-
 def compare(args):
     """Train the cells that are not there yet, evaluate and test them -> OUT.md, OUT.json, OUT.svg.
     With --valid on the validation pairs, best rows first; no test pair is read."""
@@ -706,18 +688,28 @@ def compare(args):
     page = run / f"{output_name('--out', out, 'eval.py compare')}.md"
     if page.exists() and not page.read_text("utf-8").startswith("# Comparison: "):
         fail(f"--out {out}: {page} is there and not by `compare`; choose another name")
-    if args.valid:
+    if args.valid:  # choices are made by it, so that no test pair may be read
         del data["test"]
-
+    # "DNS --lr 2e-3" is a row of that name. Of the preset's rows the run may lack files; those
+    # that were asked for it must have
+    entries, left_out = {}, []
+    for entry in map(str.strip, args.methods.split(";") if args.methods else TABLE):
+        name, mark, words = entry.partition(" --")
+        if args.methods:
+            check_row(run, name, METHODS)
+        if missing := missing_file(run, name):
+            left_out.append(f"{name} (no {missing})")
+        else:
+            entries[entry] = name, words_of(f"--methods {name}", mark.strip() + words)
     # train everything before any evaluation, so that what fails does so early
-    entries, left_out = wanted_rows(run, args.methods)
     cells, rows = Cells(args, data["digest"]), []
-    for entry, name, words in entries:
+    for entry, (name, words) in entries.items():
         paths = [cells.path(name, words, seed) for seed in range(args.seeds)]
         if None not in paths:
             rows.append(Row(entry, entry, name, METHODS[name].kind, paths))
     left_out += [f"{name} ({message})" for name, message in cells.failed.items()]
-
+    if not rows:
+        fail(f"--methods: no row is left; left out: {'; '.join(left_out)}")
     # the page
     result = {"data": data["digest"], "methods": {}, "tests": {}}
     comparison = Comparison(run, rows, data, split)
@@ -735,26 +727,12 @@ def compare(args):
     write_page(page, lines, run / f"{out}.json", result)
 
 
-def wanted_rows(run, methods):
-    """--methods -> list of (row, its name in METHODS, its further flags); "DNS --lr 2e-3" is a row
-    of that name. Without: TABLE, and what is left out of it since the run lacks files."""
-    entries, left_out = {}, []
-    for entry in methods.split(";") if methods else TABLE:
-        name, mark, words = entry.strip().partition(" --")
-        if methods:
-            check_row(run, name, METHODS)
-        if missing := missing_file(run, name):
-            left_out.append(f"{name} (no {missing})")
-        else:
-            words = words_of(f"--methods {name}", mark.strip() + words)
-            entries[entry.strip()] = entry.strip(), name, words
-    return list(entries.values()), left_out
-
-
 def check_row(run, name, rows):
     """Raise SystemExit2 for a name that is none of `rows`, or whose files the run lacks."""
     if name not in rows:
-        fail(f"--methods {name}: is none of {'; '.join(rows)}")
+        closed = name in METHODS and METHODS[name].kind == "closed form"
+        fail(f"--methods {name}: " + ("has constants that `backbones.py pretrain` itself chooses "
+             "on validation; leave it out" if closed else f"is none of {'; '.join(rows)}"))
     if missing := missing_file(run, name):
         fail(f"--methods {name}: needs {missing}, which is not in {run}; make it with "
              f"{making_of(run, missing)}")
@@ -769,20 +747,18 @@ def words_of(flag, text):
 
 
 def training_of(name, tuned, backbone, seed, more=()):
-    """The words of a row's training, the last of a flag wins: those of the row that it is like, its
-    own, its tuned ones ({backbone: {name: entry}}, of read_tuned), `more`."""
-    method, words, closed = METHODS[name], [], METHODS[name].kind == "closed form"
-    found = tuned.get("closed form" if closed else backbone, {})
+    """The words of a row's training: those of the row that it is like, its own, each with its tuned
+    ones (read_tuned's), then `more`."""
+    method, found, words = METHODS[name], tuned.get(backbone, {}), []
     if tuned and name in SPACES and name not in found:
         fail(f"--tuned: {name} on {backbone} is not in it; run `python eval.py tune --methods "
              f'"{name}" --backbone {backbone}`')
     script = ["backbones.py", "pretrain"] if method.kind in BASELINES else ["hnlmrec.py", "train"]
-    if not closed:  # which has no seed
+    if method.kind != "closed form":
         script += ["--backbone", backbone, "--seed", str(seed)]
-    while method:
-        tuned_words = found.get(name, {"words": []})["words"]
-        words, name = [*method.flags.split(), *tuned_words, *words], method.like
-        method = METHODS.get(name)
+    # in this order, since the last of a flag wins
+    for row in filter(None, (method.like, name)):
+        words += [*METHODS[row].flags.split(), *found.get(row, {"words": []})["words"]]
     return [*script, *words, *more]
 
 
@@ -794,32 +770,33 @@ class Cells:
         self.args, self.run, self.made, self.failed = args, Path(args.run), {}, {}
         self.flags = words_of("--flags", args.flags)
         self.tuned = read_tuned(self.run / args.tuned, digest) if args.tuned else {}
-        # closed forms cost seconds and may have had more trials; one: there was nothing to search
+        # more trials find more, so all have as many; one: there was nothing to search
         budgets = {trial["trials"] for trial in self.tuned.get(args.backbone, {}).values()} - {1}
         if len(budgets) > 1:
             fail(f"--tuned {args.tuned}: methods had {min(budgets)} to {max(budgets)} trials; run "
                  "`python eval.py tune` with one --budget for all")
 
     def path(self, name, words, seed):
-        """The path of a row's file; None for a closed form that would not fit into memory."""
+        """The path of a row's file; None for a closed form that would not fit into memory. Raises
+        SystemExit2 for words, its further flags, that nothing in a blend takes."""
         method, backbone, parts = METHODS[name], self.args.backbone, []
-        closed, where = method.kind == "closed form", f"-{backbone}-seed{seed}"
-        command = ["hnlmrec.py", "blend", "--parts"]
+        closed, seeded = method.kind == "closed form", f"-{backbone}-seed{seed}"
         for part in method.parts:
             if part in METHODS:  # a blend's flags are those of what is trained for it
                 more = [] if METHODS[part].kind == "closed form" else words
                 part = self.path(part, more, seed)
                 part = part and str(part.relative_to(self.run))
             parts += [part] if part else []
+        command = ["hnlmrec.py", "blend", "--parts", ",".join(parts)]
         if not method.parts:
             more = words if closed else [*self.flags, *words]
             command = training_of(name, self.tuned, backbone, seed, more)
-        elif where not in "".join(parts):
-            closed = True  # nothing in it has a seed
-        command += [",".join(parts)] if parts else []
-
-        # other flags are another file
-        slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ("" if closed else where)
+        elif seeded not in command[-1]:
+            closed = True
+            if words:
+                fail(f"--methods {name}: nothing is trained for it; leave {words[0]} out")
+        # other flags are another file; what has no seed is one file for all of them
+        slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ("" if closed else seeded)
         out = f"compare/{slug}-{json_digest(command)[:6]}.safetensors"
         if out in self.made:
             return self.made[out]
@@ -849,7 +826,7 @@ def program(script, *words):
         fail(f"{script} {' '.join(words[:3])} …: {message}")
 
 # ---- 7. tune -------------------------------------------------------------------------------------
-# As many trials for every method, on validation: random search (Bergstra and Bengio, JMLR    2012)
+# As many trials for every method, on validation: random search (Bergstra and Bengio, JMLR 2012)
 # and steps from the best so far, in turn. Reads no test pair
 
 # method -> {flag: values to choose from, neighbours beside each other}
@@ -858,10 +835,6 @@ TRAINED = {"lr": [3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "dim": [64, 128, 256],
 M = TRAINED | {"m": [0.25, 0.5, 1, 2, 4, 8]}  # m: times the M that follows the catalogue's size
 SOFTMAX = TRAINED | {"tau": [0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1], "shared": [64, 256, 1024]}
 SPACES = {
-    "Popularity": {}, "EASE": {"ridge": [10, 30, 100, 200, 300, 500, 1000, 3000]},
-    "ItemKNN": {"shrink": [0.1, 1, 5, 20, 100, 300, 1000], "topk": [0, 10, 20, 50, 100, 200]},
-    "RP3β": {"rp3-alpha": [0, 0.2, 0.4, 0.6, 0.8, 1], "rp3-beta": [0, 0.15, 0.3, 0.45, 0.6, 0.8, 1],
-             "topk": [0, 50, 100, 200]},
     "RNS": TRAINED, "PNS": TRAINED | {"beta": [0, 0.25, 0.5, 0.75, 1]}, "DNS": M, "MixGCF": M,
     "AHNS": M, "Softmax": SOFTMAX, "AlphaRec": SOFTMAX,
     "HNLMRec, as in the paper": TRAINED | {
@@ -914,37 +887,30 @@ def best_trial(trials):
     return max((row for row in trials if row["valid"] is not None), key=lambda row: row["valid"])
 
 
-def texts_say_nothing(run):
-    """Whether files that are there before the first trial show it: on validation the judge ranks no
-    better than popularity."""
-    paths = [run / JUDGE, run / "model-pop.safetensors"]
-    scores = [best_epoch(read_meta(path))["valid_ndcg@20"] for path in paths if path.exists()]
-    return len(scores) == 2 and scores[0] <= scores[1]
-
-
 def run_trial(run, command, first, epochs, shorts):
-    """Train a trial, a fifth of the epochs first: only in the better half of its method's short
-    runs, `shorts`, does it train in full; the first, of defaults, always -> dict: "short", "valid",
-    validation NDCG@20, None where it was not reached. epochs: 0 for a closed form."""
-    out, short = "compare/tune-trial.safetensors", None
+    """Train a trial of tune, trial 0 in full, the others a fifth of the epochs first -> dict:
+    "short", "valid": validation NDCG@20, None where it was not reached; "failed": why. shorts:
+    results of the method's short runs so far."""
+    out, found = "compare/tune-trial.safetensors", {"short": None, "valid": None}
 
     def train(*more):
         program(*command, *more, "--run", run, "--out", out, "--force")
         return best_epoch(read_meta(run / out))["valid_ndcg@20"]
 
     try:
-        if epochs and not first:
-            short = train("--epochs", max(1, epochs // 5))
-            if sum(other > short for other in shorts) >= (len(shorts) + 1) / 2:
-                return {"short": short, "valid": None}
-        return {"short": short, "valid": train()}
+        if not first:
+            found["short"] = train("--epochs", max(1, epochs // 5))
+        # successive halving (Jamieson and Talwalkar, AISTATS 2016): the better half goes on
+        if sum(other > found["short"] for other in shorts) < (len(shorts) + 1) / 2:
+            found["valid"] = train()
     except SystemExit2 as error:
-        if first:  # no flag of ours made it fail
+        if first:  # of defaults: no flag of ours made it fail
             raise
         print(f"failed: {error.message}")
-        return {"short": short, "valid": None, "failed": error.message}
+        found["failed"] = error.message
     finally:
         (run / out).unlink(missing_ok=True)
+    return found
 
 
 def tune(args):
@@ -956,53 +922,53 @@ def tune(args):
     trials = {name: [] for name in names}
     for name in trials:
         check_row(run, name, SPACES)
-    flags, texts = words_of("--flags", args.flags), not texts_say_nothing(run)
+    flags = words_of("--flags", args.flags)
     given = int(flags[flags.index("--epochs") + 1]) if "--epochs" in flags else 0
     epochs = sized_to_data(data, epochs=given)[2]
+    # what is known before the first trial: where the judge ranks no better than popularity on
+    # validation, texts say nothing
+    paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
+    known = [best_epoch(read_meta(path))["valid_ndcg@20"] for path in paths]
+    texts = len(known) < 2 or known[0] > known[1]
     if not texts:
         print("the judge ranks no better than popularity: parts that live by texts are not tried")
     rows = read_jsonl(log, growing=True) if log.exists() and not args.force else []
     done = {json_digest(row["plan"]): row for row in rows}  # of other inputs or flags: not found
-
     # a round is one trial of each method, so that a search that is stopped leaves them level
-    for n, (name, before) in ((n, item) for n in range(args.budget) for item in trials.items()):
-        space, closed = space_of(name, data, texts), METHODS[name].kind == "closed form"
-        if n and (not space or name == JUDGED and not texts):
+    for n, (name, before) in product(range(args.budget), trials.items()):
+        if n and name == JUDGED and not texts:
             continue  # nothing to search
+        # a generator of its own: no trial depends on which methods are searched beside it
         rng = np.random.default_rng([args.seed, n, *name.encode()])
-        words = next_point(name, space, before, rng)
+        words = next_point(name, space_of(name, data, texts), before, rng)
         command = training_of(name, {}, args.backbone, args.seed, [*flags, *words])
         plan = {"trial": n, "command": command, "data": data["digest"],
                 "inputs": digests(run, *METHODS[name].needs)}
         row = done.get(json_digest(plan))
         if row is None:
             shorts = [row["short"] for row in before if row["short"] is not None]
-            found = run_trial(run, command, not n, 0 if closed else epochs, shorts)
+            found = run_trial(run, command, not n, epochs, shorts)
             row = {"method": name, "plan": plan, "words": words, **found}
             rows.append(row)
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
         before.append(row)
-    write_tuned(run, args, trials, data["digest"])
-
-
-def write_tuned(run, args, trials, digest):
-    """The best of {method: its trials} -> OUT.json, beside those of former searches; a table."""
+    # the best, beside those of former searches
     out, table = run / f"{args.out}.json", []
-    methods = read_tuned(out, digest) if out.exists() and not args.force else {}
+    methods = read_tuned(out, data["digest"]) if out.exists() and not args.force else {}
     for name, rows in trials.items():
         best, whole = best_trial(rows), sum(row["valid"] is not None for row in rows)
-        backbone = "closed form" if METHODS[name].kind == "closed form" else args.backbone
-        methods.setdefault(backbone, {})[name] = best | {"trials": len(rows), "in full": whole}
+        found = best | {"trials": len(rows), "in full": whole}
+        methods.setdefault(args.backbone, {})[name] = found
         table.append([name, len(rows), whole, f"{rows[0]['valid']:.4f}", f"{best['valid']:.4f}",
                       " ".join(best["words"]) or "defaults"])
     header = ["method", "trials", "in full", "valid NDCG@20, defaults", "best", "flags"]
     write_page(run / f"{args.out}.md", markdown_table(header, table), out,
-               {"data": digest, "methods": methods})
+               {"data": data["digest"], "methods": methods})
 
 
 def read_tuned(path, digest):
-    """The file of `tune` -> {backbone or "closed form": {method: its best trial}}. Raises
-    SystemExit2 when it is not there, not whole, or of another split."""
+    """The file of `tune` -> {backbone: {method: its best trial}}. Raises SystemExit2 when it is not
+    there, not whole, or of another split."""
     try:
         tuned = json.loads(path.read_text())
         if tuned["data"] == digest:
@@ -1013,19 +979,9 @@ def read_tuned(path, digest):
     fail(f"{path}: {why}; run `python eval.py tune --run {path.parent} --out {path.stem} --force`")
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
-
 # `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,
 # where the matrix product below ran at REFERENCE, and scales them by what this machine does
 REFERENCE = 2.0e11  # floating-point operations a second, float32
-
-
-def machine_speed(seconds=0.5):
-    """How fast this machine multiplies matrices, as a share of REFERENCE."""
-    matrix, done, start = torch.randn(768, 768), 0, time.time()
-    while time.time() - start < seconds:
-        matrix @ matrix
-        done += 1
-    return 2 * 768**3 * done / (time.time() - start) / REFERENCE
 
 
 def estimate(args):
@@ -1036,18 +992,24 @@ def estimate(args):
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
     training = 0.75 * epochs * -(-n // batch) * step  # early stopping ends most of them sooner
-    parts = {
-        "LLM": sum(min(args.llm_rows or n, n) for n in (users, items)) / 11 + 90 + args.pairs / 90
-               + min(items, 12_000) / 100,
-        "judge": 1.2e-4 * n * 12, "trainings": 7 * training, "trials": 0.8 * args.trials * training}
-    speed = machine_speed()
+    # the LLM's: profiles, fine-tuning, generation, reading
+    written = sum(min(args.llm_rows or n, n) for n in (users, items))
+    parts = {"LLM": written / 11 + 90 + args.pairs / 90 + min(items, 12_000) / 100,
+             "judge": 1.2e-4 * n * 12, "trainings": 7 * training,
+             "trials": 0.8 * args.trials * training}
+    # half a second of products is enough to tell one machine from another
+    matrix, done, start = torch.randn(768, 768), 0, time.time()
+    while time.time() - start < 0.5:
+        matrix @ matrix
+        done += 1
+    speed = 2 * 768**3 * done / (time.time() - start) / REFERENCE
     total = sum(parts.values()) / speed
     print(f"estimate: about {max(1, round(total / 60))} minutes ("
           + ", ".join(f"{name} {value / speed:.0f} s" for name, value in parts.items())
           + f"); {n:,} train pairs, this machine at {speed:.0%} of the one that was timed")
 
 # ---- recommend; tables and pictures --------------------------------------------------------------
-
+@torch.no_grad()
 def recommend(args):
     """Print one user's best unseen items, and those nearest to the LLM's negatives for them."""
     run, data = Path(args.run), load_data(args.run)
@@ -1057,20 +1019,17 @@ def recommend(args):
     if args.k > len(items):
         fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
     model, _, tensors = load_recommender(run / args.model, data)
-
     # what the user liked, and the best of the rest; a user may have fewer than k unseen items
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
-    print(f"user {args.user} liked: " + "; ".join(titles[n] for n in liked[:8])
-          + (f"; … ({len(liked)} items)" if len(liked) > 8 else ""))
+    more = f"; … ({len(liked)} items)" if len(liked) > 8 else ""  # eight fit on two lines
+    print(f"user {args.user} liked: {'; '.join(titles[n] for n in liked[:8])}{more}")
     user = torch.tensor([row])
-    best = rank_unseen(model, user, seen_before(data, "test"), args.k)[0]
-    with torch.no_grad():
-        scores = model.scores(user)[0]
+    best, = rank_unseen(model, user, seen_before(data, "test"), args.k)
+    scores, = model.scores(user)
     print("recommended:")
     for rank, item in enumerate(best[best >= 0].tolist(), 1):
         print(f"  {rank:>3}  {scores[item]:8.4f}  {titles[item]}")
-
-    # the negatives' vectors, by real items
+    # vectors have no title, so that real items stand for the negatives
     if "z" in tensors:
         print("hard negatives the LLM made (liked item -> items nearest to the vector):")
         pairs, near = nearest_to_z(tensors, data, row, 3)
@@ -1096,22 +1055,20 @@ def markdown_table(header, rows):
     return lines
 
 
-def axis_ticks(low, high):
-    """About five round values from at most `low` to at least `high`, and the decimals they need."""
-    rough = max(high - low, 1e-9) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    ticks = [n * step for n in range(first, max(last, first + 1) + 1)]
-    return ticks, max(0, -math.floor(math.log10(step) + 1e-6))
-
-
 def svg_chart(title, labels, means, lows, highs):
     """Dots with intervals about a dashed line at 0, a row a label, as SVG text: labels any text;
     means, lows, highs (n,) finite numbers."""
-    # a dot says its value by its place and not by a length, so the axis need not begin at zero
-    ticks, decimals = axis_ticks(min(*lows, 0.0), max(*highs, 0.0))
-    left, plot, row, top = 24 + 8 * max(map(len, labels)), 340, 22, 44  # pixels
+    # about five ticks at round values. A dot says its value by its place and not by a length, so
+    # the axis need not begin at zero; it holds zero all the same, since that is the question
+    low, high = min(*lows, 0.0), max(*highs, 0.0)
+    rough = max(high - low, 1e-9) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-6))
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    ticks = [n * step for n in range(first, max(last, first + 1) + 1)]
+    # pixels: eight a letter of the longest label, 200 for the numbers on the right
+    left, plot, row, top = 24 + 8 * max(map(len, labels)), 340, 22, 44
     bottom, scale = top + row * len(labels), plot / (ticks[-1] - ticks[0])
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + plot + 200}" '
              f'height="{bottom + 34}" font-family="DejaVu Sans, Verdana, sans-serif" '
@@ -1143,32 +1100,35 @@ def svg_chart(title, labels, means, lows, highs):
     return "\n".join([*parts, "</svg>\n"])
 
 # ---- Command line --------------------------------------------------------------------------------
-
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, program_of, text, more in (
-            ("report", report, "evaluate all models of a run on its test pairs", ""),
-            ("nats", nats, "what the judges of a run know beyond CF, on validation", ""),
-            ("compare", compare, "train methods x seeds and test the differences",
+    for program_of, text, more in (
+            (report, "evaluate all models of a run on its test pairs", ""),
+            (nats, "what the judges of a run know beyond CF, on validation", ""),
+            (compare, "train methods x seeds and test the differences",
              ' --methods "DNS;HNLMRec --tau-c 0.1"'),
-            ("tune", tune, "choose each method's flags by trials on validation",
-             ' --methods "DNS;EASE" --budget 20'),
-            ("estimate", estimate, "say what run.sh will take with this data", ""),
-            ("recommend", recommend, "show one user's recommendations", " --user 196")):
+            (tune, "choose each method's flags by trials on validation", ' --methods "DNS;MixGCF"'),
+            (estimate, "say what run.sh will take with this data", ""),
+            (recommend, "show one user's recommendations", " --user 196")):
+        name = program_of.__name__
         p = commands.add_parser(name, help=text, description=text,
                                 epilog=f"example: python eval.py {name} --run runs/demo{more}")
         p.set_defaults(program=program_of)
         p.add_argument("--run", required=True, metavar="DIR", help="run folder")
-        if name in ("compare", "tune"):
-            choice = METHODS if name == "compare" else SPACES
-            p.add_argument("--methods", default="", help="semicolon-separated; of compare each may "
-                           f"have flags of its own; {'; '.join(choice)}")
-            p.add_argument("--backbone", default="lightgcn", help="of all that is trained")
-            p.add_argument("--flags", default="", help="of every training, in one string")
-            p.add_argument("--out", help="first part of the names of what is written",
-                           default="tuned" if name == "tune" else None)
-            p.add_argument("--force", action="store_true", help="make all trainings anew")
+    # what trains many models
+    for name, rows, out in (("compare", METHODS, None), ("tune", SPACES, "tuned")):
+        p = commands.choices[name]
+        p.add_argument("--methods", default="", help="semicolon-separated; each of compare may "
+                       "have flags of its own, which in a blend go to all parts that are trained; "
+                       + "; ".join(rows))
+        p.add_argument("--backbone", default="lightgcn", help="of all that is trained")
+        p.add_argument("--flags", default="", help="of every training, in one string")
+        p.add_argument("--out", default=out, help="first part of the names of what is written")
+        p.add_argument("--force", action="store_true", help="make all trainings anew")
+    p = commands.choices["tune"]
+    p.add_argument("--budget", type=number(int, 1), default=20, help="trials a method")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of trials and trainings")
     p = commands.choices["compare"]
     p.add_argument("--preset", choices=["table"], default="table", help="the rows without "
                    "--methods; those that the run lacks files for are left out")
@@ -1176,13 +1136,11 @@ def main(argv=None):
     p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
                    help="take each method's flags from this file of `tune` (tuned.json)")
     p.add_argument("--valid", action="store_true", help="rank on validation, read no test pair")
-    p = commands.choices["tune"]
-    p.add_argument("--budget", type=number(int, 1), default=20, help="trials a method")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of trials and trainings")
+    # what run.sh will do, as it calls this
     p = commands.choices["estimate"]
-    for name, default, text in (("llm-rows", 0, "users and items each that the LLM writes of; 0: "
-                                 "all"), ("pairs", 4000, "negatives generated"),
-                                ("trials", 0, "trials of each of two methods")):
+    for name, default, text in (
+            ("llm-rows", 0, "users and items each that the LLM writes of; 0: all"),
+            ("pairs", 4000, "negatives generated"), ("trials", 0, "trials of each of two methods")):
         p.add_argument(f"--{name}", type=number(int, 0), default=default, help=text)
     p = commands.choices["recommend"]
     p.add_argument("--user", required=True, metavar="ID", help="as in the ratings file")

@@ -9,15 +9,13 @@ finetune  cf.safetensors, profiles.jsonl -> adapter/ (LoRA, peft's format), sft.
           z = head(h); InfoNCE pulls z to the CF vectors of the hard negatives mined for u:
               L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
                        / sum_{j} exp(cos(z, e_j) / tau_s) )
-generate  the same prompts, encode() and adapter -> negatives-00000.safetensors …: h and z of
-          train pairs.
+generate  the same prompts and encoder -> negatives-00000.safetensors …: h and z of train pairs.
 
-The method comes first, in this order: prompt and encoding, fine-tuning, generation, reading,
-profiles. Then the programs, the loading of LLMs, the command line.
+The method comes first: prompt and encoding, fine-tuning, generation, reading, profiles. Then come
+the programs, the loading of LLMs and the command line.
 
-Alone:  python llm_negatives.py finetune --run runs/NAME --llm assets/SmolLM2-135M-Instruct
-More than one GPU:  torchrun --nproc-per-node N -- llm_negatives.py finetune … (also profile and
-generate)
+One process:   python llm_negatives.py finetune --run runs/NAME
+Several GPUs:  torchrun --nproc-per-node N -- llm_negatives.py finetune --run runs/NAME
 """
 
 import contextlib, functools, hashlib, io, json, math, os, re, shutil, time, warnings
@@ -44,11 +42,10 @@ from backbones import (
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
 # Four pieces, so that what is shared is computed once:
 #     instruction | user: profile | item: title and profile | item vector, user vector
-# The user vector comes last, so that the hidden state that is read, of the last token, starts from
-# e_u itself and gathers the rest by attention. Measured on ML-100K, frozen LLM of 8 layers, a head
-# fitted on 3,000 pairs: e_u of users unseen in fitting is read back linearly from h with R2 .39,
-# and the nearest item is a mined one for .93 of held-back pairs; with each vector after its own
-# text, as in "User: … [vector] Item: … [vector]", R2 .03 and .78.
+# The user vector comes last: the last token's hidden state, which is read, then starts from e_u and
+# gathers the rest by attention. On ML-100K (frozen LLM of 8 layers, a head fitted on 3,000 pairs) a
+# linear map recovers e_u of new users from h with R2 .39, and for .93 of the held-back pairs the
+# item nearest to z is a mined one; with each vector after its own text R2 .03 and .78.
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
 INSTRUCTION = ("Name a hard negative: an item close to this user's taste that the user would still "
@@ -62,28 +59,30 @@ def chat_frame(tokenizer, instruction, examples=()):
     """What a chat template puts before and after the text of a user's turn -> (head, tail); plain
     lines where there is none. examples: pairs (request, answer), as turns before it. Raises
     SystemExit2 when the template does not print the instruction, and the text once."""
-    turns = [(role, text) for pair in examples for role, text in zip(("user", "assistant"), pair)]
-    turns.append(("user", PLACE))
+    turns = [{"role": "system", "content": instruction}]
+    for request, reply in examples:
+        turns += [{"role": "user", "content": request}, {"role": "assistant", "content": reply}]
+    turns.append({"role": "user", "content": PLACE})
+    contents = [turn["content"] for turn in turns]
 
     def render(turns):
-        messages = [{"role": role, "content": text} for role, text in turns]
         try:  # a template that can think is told not to
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
             return ""
 
-    text = "\n".join([(tokenizer.bos_token or "") + instruction, *(t for _, t in turns), ""])
+    text = (tokenizer.bos_token or "") + "\n".join([*contents, ""])
     if tokenizer.chat_template:
-        text = render([("system", instruction), *turns])
-        if instruction not in text:  # no branch for the system role, or one that refuses it
-            text = render([("user", f"{instruction}\n{turns[0][1]}"), *turns[1:]])
+        text = render(turns)
+        # a template may ignore the system role or refuse it: then the first turn says it
+        if instruction not in text:
+            text = render([{"role": "user", "content": "\n".join(contents[:2])}, *turns[2:]])
     if instruction not in text or text.count(PLACE) != 1:
         fail("--llm: its chat template does not print the instruction, and the user's turn once; "
              "give an LLM whose template does")
     head, tail = text.split(PLACE)
-
-    # where thoughts come first, they are closed; of several channels the answer's is opened
+    # thoughts that the template opens are closed; of several channels the answer's is opened
     opened = THINK.findall(tail)
     if opened and tail.rstrip().endswith(opened[-1]):
         tail += f"\n{opened[-1][0]}/{opened[-1][1:]}\n\n"
@@ -110,8 +109,8 @@ def control_tokens(tokenizer):
 def text_ids(tokenizer, text):
     """Token ids of titles, reviews and profiles: text and nothing else."""
     # a control token that is spelled out is cut after its first character, so that no title can end
-    # its turn. Unlike split_special_tokens=True this holds for every kind of tokenizer, and for
-    # added tokens that are not called special ("<think>")
+    # its turn; the library's split_special_tokens=True does so in some kinds of tokenizer alone,
+    # and not for added tokens that are not called special ("<think>")
     ids = []
     while found := control_tokens(tokenizer).search(text):
         ids += frame_ids(tokenizer, text[: found.start() + 1])
@@ -121,15 +120,15 @@ def text_ids(tokenizer, text):
 
 class Prompt:
     """Token ids of the prompt's pieces. n_soft: soft tokens for each vector, 0 for the ablation
-    without CF vectors. frame: (head, tail) as an earlier step rendered it, since a template may
-    print the date; None: rendered now. tokens: counts the ids that were run, for the log."""
+    without CF vectors. frame: (head, tail) as an earlier step rendered it; None: rendered now."""
 
     def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
-        self.tokenizer, self.max_tokens, self.tokens = tokenizer, max_tokens, 0
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.frame = head, tail = frame or chat_frame(tokenizer, INSTRUCTION)
         # tokenized piece by piece, so that a prefix is the same ids for all its items
         self.shared, self.ask = frame_ids(tokenizer, head), frame_ids(tokenizer, tail)
         self.template = head + "User: {user}\nItem: {item}" + tail  # for people
+        # the vectors stand after the turn's end, right before what the LLM would write
         if n_soft:
             soft = [SOFT] * n_soft
             self.ask = frame_ids(tokenizer, tail + "Item vector:") + soft
@@ -172,21 +171,6 @@ class SoftTokens(nn.Module):
         return F.normalize(x.unflatten(-1, (self.n_soft, -1)), dim=-1) * self.norm
 
 
-class Head(nn.Module):
-    """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d)."""
-
-    def __init__(self, hidden_size, dim):
-        super().__init__()
-        # of the frozen LLM's hidden states: a few of their dimensions are a hundred times larger
-        # than the rest and would drown them
-        self.register_buffer("mean", torch.zeros(hidden_size))
-        self.register_buffer("std", torch.ones(hidden_size))
-        self.linear = nn.Linear(hidden_size, dim)
-
-    def forward(self, hidden):
-        return self.linear((hidden - self.mean) / self.std)
-
-
 def pad(pieces, device):
     """List of id lists -> ids (B, L) and mask (B, L) int64, padded on the right."""
     length = max(map(len, pieces))
@@ -197,13 +181,13 @@ def pad(pieces, device):
 
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
                  owner):
-    """What encode() computes, written plainly: each pair's whole prompt in one forward pass without
-    a cache. Slower, but the only form that gradient checkpointing allows, and the oracle that
-    encode() is tested against. Arguments and result as encode()."""
+    """What encode() computes, written plainly: each pair's whole prompt in one forward pass and no
+    cache. Arguments and result as encode()."""
+    # slower, but the only form that gradient checkpointing allows, which runs layers twice; and the
+    # oracle that encode() is tested against
     prefixes, pieces = [prompt.user(text) for text in user_texts], []
     for user, text in zip(owner.tolist(), item_texts):
         pieces.append(prompt.shared + prefixes[user] + prompt.item(text))
-    prompt.tokens += sum(map(len, pieces))
     ids, mask = pad(pieces, user_vectors.device)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
@@ -214,7 +198,7 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
 
 def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner,
            batch=0, instruction=None):
-    """h(u, i): the hidden state of the last prompt token. Training and generation use this.
+    """h(u, i): the hidden state of the last prompt token, for training and generation.
 
     llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens. G
     user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
@@ -223,7 +207,6 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     device = user_vectors.device
     prefixes = [prompt.user(text) for text in user_texts]
     pieces = [prompt.item(text) for text in item_texts]
-    prompt.tokens += sum(map(len, prefixes + pieces))
 
     # the instruction once for all, each user once on top of it
     past = instruction or run_piece(llm, [prompt.shared])[2]
@@ -232,8 +215,9 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 
     # the items, each on top of its user; the item's soft tokens before the user's, as in the prompt
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
+    # in calls of similar lengths, so that little of a call is padding
     order = torch.arange(len(pieces), device=device)
-    if batch:  # those of similar length together, so that little of a call is padding
+    if batch:
         order = torch.tensor([len(piece) for piece in pieces], device=device).argsort(stable=True)
     result = []
     for part in order.split(batch or len(order)):
@@ -248,8 +232,7 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
 
     pieces: B id lists; soft (B, n_soft, H): the vectors for the SOFT places; past: an earlier
     piece's; owner (B,): which of its rows each piece follows, None: row b follows row b -> hidden
-    states (B, L, H), mask (B, L), past (keys and values, mask (B, L0 + L)). Raises SystemExit2 when
-    an attention window is shorter than L0 + L."""
+    states (B, L, H), mask (B, L), past (keys and values, mask (B, L0 + L))."""
     # what goes in: embeddings of the ids, vectors in the SOFT places
     ids, mask = pad(pieces, llm.get_input_embeddings().weight.device)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
@@ -275,7 +258,8 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
 
 
 def check_window(llm, length):
-    """Refuse a prompt longer than an attention window: padding would use up part of it."""
+    """Refuse a prompt longer than the LLM's attention window."""
+    # padding would take places of a shorter window, so that rows would depend on each other
     config = llm.config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size", "window_size"):
         window = getattr(config, name, None)
@@ -291,18 +275,34 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dr
     vector' that the prompt goes without; profile_dropout: share of users without their profile."""
     # each user once, with the place of each pair's user among them
     users, owner = pairs[:, 0].unique(return_inverse=True)
-    # so that the LLM cannot lean on recognising a known user's text alone
+    # some go without a profile, so that the LLM cannot rely on recognising a known user's text
     blank = (torch.rand(len(users)) < profile_dropout) | (drop == "user profile")
     profiles = ["" if blank[n] else texts[0][user] for n, user in enumerate(users.tolist())]
     titles = [texts[1][item] for item in pairs[:, 1].tolist()]
     user_vectors, item_vectors = cf["user"][users], cf["item"][pairs[:, 1]]
-    if drop == "user vector":  # the mean of all says nothing of this one
+    # the mean of all says nothing of this one
+    if drop == "user vector":
         user_vectors = cf["user"].mean(0).expand_as(user_vectors)
     if drop == "item vector":
         item_vectors = cf["item"].mean(0).expand_as(item_vectors)
     return encoder(llm, prompt, soft_tokens, profiles, user_vectors, titles, item_vectors, owner)
 
 # ==== 2. Fine-tuning, supervised, with InfoNCE against CF-mined hard negatives ====================
+
+class Head(nn.Module):
+    """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d)."""
+
+    def __init__(self, hidden_size, dim):
+        super().__init__()
+        # of the frozen LLM's hidden states: a few of their dimensions are a hundred times larger
+        # than the rest and would drown them
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("std", torch.ones(hidden_size))
+        self.linear = nn.Linear(hidden_size, dim)
+
+    def forward(self, hidden):
+        return self.linear((hidden - self.mean) / self.std)
+
 
 def info_nce(z, candidates, positive, tau, ignore=None):
     """InfoNCE with one or more positives a row (van den Oord et al., 2018; MIL-NCE, Miech et al.,
@@ -318,10 +318,10 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 
 
 class SftTask:
-    """The data of fine-tuning, from train pairs and CF vectors alone: who is held back, what was
-    mined, the candidates. data: of load_data; cf_model: a Backbone; cf: its vectors, {"user"
-    (U, d), "item" (I, d)}; texts: (user profiles, item texts); first, last: the mined ranks; mine:
-    "dns", the band itself, or "mixgcf", mixtures of pair and band."""
+    """The data of fine-tuning, from train pairs and CF vectors alone. data: of load_data; cf_model:
+    a Backbone; cf: its vectors, {"user" (U, d), "item" (I, d)}; texts: (user profiles, item texts);
+    first, last: the mined ranks; mine: "dns", the band itself, or "mixgcf", mixtures of pair and
+    band. Raises SystemExit2 when no pair is left to learn from."""
 
     def __init__(self, data, cf_model, cf, texts, first, last, seed, mine="dns"):
         self.cf, self.texts, self.train, self.mine = cf, texts, data["train"], mine
@@ -330,20 +330,19 @@ class SftTask:
         # centred, so that cosine compares what tells items apart and not the direction that all
         # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
-        # held back: pairs of users that SFT does see, and all of a tenth of the users, which it
-        # never sees; 128 of each give hit rates within .05
+        # Held back: pairs of users that fine-tuning sees, and all pairs of a tenth of the users,
+        # which it never sees. 64 of each give hit rates within .06.
         self.generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=self.generator)
         new_user = torch.rand(data["n_users"], generator=self.generator) < 0.1
         is_new = new_user[self.train[order, 0].cpu()]
         known = order[~is_new]
-        n_held = min(128, max(1, len(known) // 10))
-        self.held = {"known users": known[:n_held], "new users": order[is_new][:128]}
-        self.rows = known[n_held:]  # (N,) rows of train that SFT learns from
+        n_held = min(64, max(1, len(known) // 10))
+        self.held = {"known users": known[:n_held], "new users": order[is_new][:64]}
+        self.rows = known[n_held:]  # (N,) rows of train to learn from
         if data["n_users"] < 2 or not len(self.rows):
             fail("--run: fine-tuning needs two users or more, some of them not held back; "
-                 f"{len(self.rows)} of {len(self.train)} train pairs of {data['n_users']} users "
-                 "are left; give more data, or another --seed")
+                 f"{len(self.rows)} train pairs are left; give more data, or another --seed")
 
     def is_mined(self, rows):
         """(R, I) bool: the mined hard negatives of each row's user."""
@@ -353,19 +352,19 @@ class SftTask:
         return none.scatter_(1, self.mined[users], True)
 
     def targets(self, rows):
-        """What MixGCF makes of each row's pair and 8 of its mined items -> (R, d); for "dns" None.
-        Made for a whole batch before it is cut: each part contrasts with all of them."""
+        """What MixGCF makes of each row's pair and 8 mined items -> (R, d); for "dns" None."""
         if self.mine == "dns":
             return None
         u, i = self.train[rows].T
+        # 8 candidates, as many as the samplers draw by default
         pick = torch.randint(self.mined.shape[1], (len(u), 8), device=u.device)
         some = self.mined[u].gather(1, pick)
         mixed = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool)
         return mixed - self.cf["item"].mean(0)
 
     def loss(self, z, rows, tau, targets=None, first=0):
-        """InfoNCE over the whole catalogue, of z (R, d): the user's mined items are positives; all
-        else pushes away, item i and u's other train items included. targets (B, d): of the batch
+        """InfoNCE of z (R, d) over the whole catalogue: the user's mined items are positives, all
+        others negatives, item i and u's other train items included. targets (B, d): of the batch
         whose rows first … first + R - 1 these are; then the row's own is the one positive."""
         mined = self.is_mined(rows)
         if targets is None:
@@ -373,7 +372,7 @@ class SftTask:
         target = torch.zeros(len(z), len(targets), dtype=torch.bool, device=z.device)
         target[:, first:first + len(z)].fill_diagonal_(True)
         positive = torch.cat([torch.zeros_like(mined), target], 1)  # (R, I + B)
-        # the mined items themselves are no worse, so they leave the sum
+        # mined items are as good as their mixture, so they are no negatives
         ignore = torch.cat([mined, torch.zeros_like(target)], 1)
         return info_nce(z, torch.cat([self.candidates, targets]), positive, tau, ignore)
 
@@ -383,23 +382,43 @@ class SftTask:
         return self.is_mined(rows).gather(1, scores.argmax(1)[:, None]).float().mean().item()
 
     def floors(self, rows):
-        """What needs no LLM: the hit rates of chance and of the best single item for everybody."""
+        """The hit rates that need no LLM: of chance, and of the best single item for everyone."""
         mined = self.is_mined(rows).float()
         return mined.mean().item(), mined.mean(0).max().item()
 
 
+def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed,
+                  profile_dropout=0.0, encoder=encode, which=slice(None)):
+    """One step's loss on rows (B,) of train -> scalar, its gradient left in .grad of the parameters
+    `trained`. micro_pairs: pairs of a part; which: the parts that are run here."""
+    torch.manual_seed(seed)
+    targets, loss = task.targets(rows), torch.zeros((), device=rows.device)
+    for p in trained:  # zeros, not None: what no part reaches has a gradient too
+        p.grad = torch.zeros_like(p)
+    # memory holds the activations of one part at a time; their gradients add up to the batch's
+    for n, part in list(enumerate(rows.split(micro_pairs)))[which]:
+        torch.manual_seed(seed * 1009 + n)  # dropout is the part's own: a resumed run repeats it
+        hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "",
+                              profile_dropout, encoder)
+        part_loss = task.loss(head(hidden), part, tau, targets, n * micro_pairs)
+        part_loss = part_loss * len(part) / len(rows)
+        part_loss.backward()
+        loss += part_loss.detach()
+    return loss
+
+
 def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
-    """Shuffle rows (R,) into batches of `groups` chunks, each of up to `per_user` rows of one user,
-    whose prefix is then run once for several items. users (N,) of all train rows; lengths (N,): how
-    long each row's prompt is -> list of int64 tensors, in random order."""
-    # each user's rows in random order, cut into chunks
+    """Shuffle rows (R,) into batches of `groups` chunks, each of up to `per_user` rows of one user.
+    users (N,), lengths (N,) of prompts: of all train rows -> list of int64 tensors."""
+    # each user's rows in random order, cut into chunks: the items of one share the user's prefix
     rows = rows[torch.randperm(len(rows), generator=generator)]
     rows = rows[users[rows].argsort(stable=True)]
     chunks = []
     for of_user in rows.split(users[rows].unique_consecutive(return_counts=True)[1].tolist()):
         chunks += of_user.split(per_user)
     order = torch.randperm(len(chunks), generator=generator).tolist()
-    if lengths is not None:  # sorted within windows of 8 batches: near random, yet seldom padded
+    # sorted by length within windows of 8 batches: nearly random, yet little padding
+    if lengths is not None:
         longest = [int(lengths[chunk].max()) for chunk in chunks]
         shuffled, order = order, []
         for at in range(0, len(chunks), 8 * groups):
@@ -411,14 +430,14 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
 
 
 def fit_head(task, head, hidden, rows, tau, seed=0):
-    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H), so that LoRA starts
-    from a head that reads what the soft tokens and the text brought (linear probing, then
-    fine-tuning: Kumar et al., ICLR 2022) -> the last loss."""
+    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H) of rows (N,) -> the
+    last loss. Linear probing, then fine-tuning: Kumar et al., ICLR 2022."""
+    # LoRA then starts from a head that reads what the soft tokens and the text brought
     head.mean.copy_(hidden.mean(0))
     head.std.copy_(hidden.std(0).clamp(min=1e-4))
     generator = torch.Generator(hidden.device).manual_seed(seed)
-    # 300 steps of 3e-3 take seconds, and the held-back hit rates rise no further; dropout .3, since
-    # 2,048 pairs are few for the head's weights
+    # 300 steps of 3e-3 take seconds, and more do not raise the held-back hit rates; dropout .3,
+    # since 2,048 pairs are few for the head's weights
     optimizer, dropout = torch.optim.Adam(head.parameters(), lr=3e-3), 0.3
     for _ in range(300):
         pick = torch.randperm(len(rows), generator=generator, device=hidden.device)[:2048]
@@ -435,71 +454,47 @@ def fit_head(task, head, hidden, rows, tau, seed=0):
 
 def learning_rate(step, steps):
     """Share of the full rate at `step` of `steps`, counted from 0: the smaller of two curves."""
+    # the usual schedule: Adam's moments are noisy at first, and the last steps are to be small
     warm_up = (step + 1) / max(1, steps // 10)  # rises to 1 over a tenth of the steps
     decay = 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps))  # falls from 1 to a tenth
     return min(warm_up, decay)
 
 
-def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed,
-                  profile_dropout=0.0, encoder=encode, which=slice(None)):
-    """One step's loss on rows (B,) of train -> scalar, its gradient left in .grad of the parameters
-    `trained`. Parts of micro_pairs pairs go one after the other, so that few activations are held;
-    they add up to the whole batch. which: the parts that are run here."""
-    torch.manual_seed(seed)
-    targets, loss = task.targets(rows), torch.zeros((), device=rows.device)
-    for p in trained:  # zeros, not None: what no part reaches has a gradient too
-        p.grad = torch.zeros_like(p)
-    for n, part in list(enumerate(rows.split(micro_pairs)))[which]:
-        torch.manual_seed(seed * 1009 + n)  # dropout is the part's own: a resumed run repeats it
-        hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "",
-                              profile_dropout, encoder)
-        part_loss = task.loss(head(hidden), part, tau, targets, n * micro_pairs)
-        part_loss = part_loss * len(part) / len(rows)
-        part_loss.backward()
-        loss += part_loss.detach()
-    return loss
-
-
 def add_lora(llm, targets, r, alpha, dropout):
     """LoRA (Hu et al., ICLR 2022) on the linear layers named in `targets`, its weights float32
     whatever the LLM's. Prints what it is on; raises SystemExit2 when a name matches no layer."""
-    # a target names the end of a layer's path, as in peft
-    linear = {name: module for name, module in llm.named_modules()
-              if isinstance(module, (nn.Linear, Conv1D))}
-    names = Counter(name.rpartition(".")[2] for name in linear)
-    found, transposed = [], False
+    # GPT-2's linear layers are Conv1D, which keeps its weights as (in, out)
+    linear = [name for name, module in llm.named_modules()
+              if isinstance(module, (nn.Linear, Conv1D))]
+    names, found = Counter(name.rpartition(".")[2] for name in linear), []
     for target in targets:
-        matched = [name for name in linear if f".{name}".endswith(f".{target}")]
-        if not matched:
+        # the end of a layer's path, as in peft, which would pass over a name that matches nothing
+        count = sum(f".{name}".endswith(f".{target}") for name in linear)
+        if not count:
             there = ", ".join(f"{name} ×{count}" for name, count in names.items())
             fail(f"--lora-targets {target}: the LLM has no linear layer of this name; name some of "
                  f"those it has: {there or 'none'}")
-        found.append(f"{target} ×{len(matched)}")
-        transposed |= isinstance(linear[matched[0]], Conv1D)  # GPT-2 keeps its weights as (in, out)
+        found.append(f"{target} ×{count}")
     print(f"LoRA on {len(found)} of {len(names)} kinds of linear layer: {', '.join(found)}")
-    llm = get_peft_model(llm, LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
-        fan_in_fan_out=transposed, init_lora_weights=True))
-    for p in llm.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
-    return llm
+    warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it as Conv1D needs
+    return get_peft_model(llm, LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
 
 # ==== 3. Generation, offline ======================================================================
 
 def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
     """Which train pairs (N, 2) get a generated negative -> row numbers (n,), sorted by pair.
-    per_user: of each user at most; limit: in all; 0: all. Under a limit each user keeps one pair
-    before anybody has two, users in random order."""
-    # a random key within each user, whatever the order of the train rows of others
+    per_user: of each user at most; limit: in all, one of each user before a second; 0: all."""
+    # users one after another, the pairs of each in random order
     generator = torch.Generator().manual_seed(seed)
     key = torch.rand(len(train), generator=generator, dtype=torch.float64)
-    order = torch.argsort(train[:, 0].double() + key * 0.999)  # by user, random within a user
+    order = torch.argsort(train[:, 0].double() + key * 0.999)
+    # each pair's place among its user's
     count = torch.bincount(train[:, 0], minlength=n_users)
-    # its place among the user's
     place = torch.arange(len(train)) - (count.cumsum(0) - count)[train[order, 0]]
     if per_user:
         order, place = order[place < per_user], place[place < per_user]
+    # first places before second ones, users in random order
     if limit:
         user = torch.randperm(n_users, generator=generator)[train[order, 0]]
         order = order[(place * n_users + user).argsort()[:limit]]
@@ -508,21 +503,24 @@ def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
 
 @torch.no_grad()
 def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_dropout=0.0,
-                batch=64, which=slice(None), progress=None):
-    """encode_pairs over many pairs (n, 2) -> (n, H) float32. batch: pairs a call, of similar length
-    among four times as many; which: the blocks that are run here, zeros elsewhere."""
+                batch=64, which=slice(None), label=""):
+    """encode_pairs over many pairs (n, 2) -> (n, H) float32. batch: pairs a call; which: the blocks
+    that are run here, zeros elsewhere; label: of the line of progress, "": none."""
     instruction = run_piece(llm, [prompt.shared])[2]  # the same for all: run once
     encoder = functools.partial(encode, batch=batch, instruction=instruction)
     hidden = torch.zeros(len(pairs), llm.config.get_text_config().hidden_size, device=pairs.device)
-    order, start, done = pairs[:, 0].argsort(stable=True), time.time(), 0  # a user's pairs together
+    # a user's pairs together; in blocks of four calls, among which encode() sorts by length
+    order = pairs[:, 0].argsort(stable=True)
     blocks = order.split(4 * batch) if len(order) else ()  # of none, split makes an empty block
-    for n, at in list(enumerate(blocks))[which]:
+    blocks, done = list(enumerate(blocks))[which], 0
+    progress = Progress(label, sum(len(at) for _, at in blocks), "pairs")
+    for n, at in blocks:
         torch.manual_seed(n)  # what is left out does not depend on who runs the block
         hidden[at] = encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs[at], drop,
                                   profile_dropout, encoder)
         done += len(at)
-        if progress:
-            progress(done, f"{done / (time.time() - start):.0f} pairs/s")
+        if label:
+            progress.update(done)
     return hidden
 
 # ==== 4. Reading: what a frozen LLM makes of each text alone ======================================
@@ -562,14 +560,12 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
 
 
 def tf_idf(id_lists, width=512):
-    """TF-IDF of texts as lists of token ids, reduced by a truncated SVD (latent semantic analysis:
-    Deerwester et al., 1990): rows of (1 + ln tf) ln(I / df), of length 1, then their U S -> (I, k)
-    float32, k at most `width`. Deterministic on one machine."""
+    """Latent semantic analysis (Deerwester et al., 1990) of texts as lists of token ids: rows of
+    (1 + ln tf) ln(I / df), of length 1, then their U S -> (I, k) float32, k at most `width`."""
     # the entries of the sparse table: a row a text, a column a token that occurs
     counts = sorted(Counter((row, t) for row, ids in enumerate(id_lists) for t in ids).items())
     row, token = torch.tensor([pair for pair, _ in counts]).T
-    token = token.unique(return_inverse=True)[1]
-    df = torch.bincount(token)
+    _, token, df = token.unique(return_inverse=True, return_counts=True)
     tf = torch.tensor([float(count) for _, count in counts])
     value = (1 + tf.log()) * (len(id_lists) / df[token]).log()
     norm = torch.zeros(len(id_lists)).index_add_(0, row, value**2).sqrt()
@@ -590,20 +586,16 @@ def tf_idf(id_lists, width=512):
 ITEM_SYSTEM = "You describe, in one short sentence, what an item is like and who would enjoy it."
 ITEM_EXAMPLES = (
     ("Item: Settlers of Catan. Board game Strategy",
-     "A strategy board game of trading and building settlements, for players who like to plan and "
-     "bargain."),
-    ("Item: The Hound of the Baskervilles. Book Mystery",
-     "A detective story about a family and a giant hound on the foggy moors, for readers who enjoy "
-     "clues and suspense."))
+     "A board game of trading and building settlements, for players who like to plan."),
+    ("Item: Abbey Road. Vinyl Rock",
+     "A rock album of rich harmonies, for listeners who enjoy melodic guitar music."))
 USER_SYSTEM = ("You describe, in one short sentence, the taste of a person from the items they "
                "liked.")
 USER_EXAMPLES = (
-    ("Liked: Settlers of Catan (A strategy board game of trading and building settlements.) "
-     "Ticket to Ride (A family game of collecting cards and building railways.)",
-     "Enjoys clever games with friends, above all those of planning, trading and building."),
-    ("Liked: Abbey Road (A classic rock album with rich harmonies.) "
-     "Kind of Blue (A calm jazz record of long solos.)",
-     "Enjoys melodic records, rich harmonies and long, calm solos."))
+    ("Liked: Settlers of Catan (A board game of trading and building) Ticket to Ride (A game of "
+     "railways)", "Enjoys clever games with friends, of planning, trading and building."),
+    ("Liked: Abbey Road (A classic rock album) Kind of Blue (A calm jazz record)",
+     "Enjoys melodic records, rich harmonies and calm solos."))
 USER_BEGINNING = "Enjoys"  # each answer begins so: a small LLM would begin by copying the list
 
 
@@ -614,7 +606,8 @@ def item_request(item):
 
 def user_request(history, reviews):
     """The user's turn for one user: history, a list of (title, profile); reviews, the user's."""
-    liked = [f"{title} ({profile})" for title, profile in history]
+    # a profile's first clause says what the item is; "for readers who …" would be copied
+    liked = [f"{title} ({re.split('[,;，；]', text)[0].rstrip('. ')})" for title, text in history]
     return " ".join(["Liked:", *liked, *(f"They wrote: {text}" for text in reviews)])
 
 
@@ -638,8 +631,8 @@ def sentence_ends(text):
 
 
 def first_sentence(text):
-    """One line, up to the last sentence's end, so that a limit of tokens leaves no half sentence;
-    without an end, up to the last word."""
+    """One line, up to the last sentence's end; without an end, up to the last word."""
+    # a limit of tokens is to leave no half sentence
     text = " ".join(text.split())
     ends = sentence_ends(text)
     return text[:ends[-1]] if ends else text.rstrip(" ,;:-–—")
@@ -688,12 +681,12 @@ def fault_of(sentence, title, prompts):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer: eos, all that generation_config names, and what the chat template
-    puts right after a turn -> set of ints."""
+    """Ids that end an answer -> set of ints."""
     # the tokenizer and the generation config may each name another one
     named = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    # Llama-3-8B-Instruct as published in April 2024 names its end of a turn in neither
+    # Llama-3-8B-Instruct as published in April 2024 names its end of a turn in neither, so what the
+    # chat template puts right after a turn is one too
     turns = [{"role": role, "content": PLACE} for role in ("user", "assistant")]
     for some in (turns[:1], turns) if tokenizer.chat_template else ():
         with contextlib.suppress(Exception):  # a template may want other turns
@@ -704,9 +697,9 @@ def end_tokens(model, tokenizer):
 
 
 def best_new(logits, written, tokenizer):
-    """Greedy choice without repeats, on which small LLMs loop: no two tokens in a row that the row
-    has written before (no repeated n-gram: Paulus et al., 2018), and no "X and X". logits (B, V),
-    written: B id lists -> list of B ids."""
+    """Greedy choice without repeated pairs of tokens (no repeated n-gram: Paulus et al., 2018), and
+    without "X and X". logits (B, V), written: B id lists -> list of B ids."""
+    # small LLMs loop otherwise
     chosen = []
     for candidates, ids in zip(logits.topk(8).indices.tolist(), written):
         pairs, choice = set(zip(ids, ids[1:])), candidates[0]
@@ -721,28 +714,25 @@ def best_new(logits, written, tokenizer):
 
 
 @torch.no_grad()
-def write_texts(model, tokenizer, past, requests, new_tokens, ends=None):
+def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     """Decode a batch, each row up to the end of its first sentence.
 
     model: a causal LM; past: run_piece(model.base_model, [ids])[2] of the ids that all prompts
     begin with; requests: B id lists, the rest of each prompt, best of similar length; ends: ids
-    that end an answer -> (list of B sentences, number of tokens read and written)."""
+    that end an answer -> list of B sentences."""
     base, to_logits, device = model.base_model, model.get_output_embeddings(), model.device
-    ends = ends or end_tokens(model, tokenizer)
     # read the requests, all on top of the one past
     first = torch.zeros(len(requests), dtype=torch.int64, device=device)
     hidden, mask, (keys_values, full) = run_piece(base, requests, None, past, first)
     check_window(model, full.shape[1] + new_tokens)
     last = hidden[torch.arange(len(requests), device=device), mask.sum(1) - 1]  # (B, H)
-    cache, n_tokens = DynamicCache(keys_values), sum(map(len, requests))
-    alive, written, texts = list(range(len(requests))), [[] for _ in requests], [""] * len(requests)
+    cache, alive = DynamicCache(keys_values), list(range(len(requests)))
+    written, texts = [[] for _ in requests], [""] * len(requests)
     for step in range(new_tokens):
         # write one token in each row, and see which rows are at their end
-        n_tokens += len(alive)
         chosen = best_new(to_logits(last), [written[row] for row in alive], tokenizer)
         unfinished = []
-        for place, token in enumerate(chosen):
-            row = alive[place]
+        for place, (row, token) in enumerate(zip(alive, chosen)):
             if token not in ends:
                 written[row].append(token)
                 texts[row] = answer(tokenizer.decode(written[row]))
@@ -758,10 +748,11 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends=None):
         ids = torch.tensor([written[row][-1:] for row in alive], device=device)
         last = base(input_ids=ids, attention_mask=full, position_ids=full.sum(1, keepdim=True) - 1,
                     past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
-    for row in (alive[place] for place in unfinished):  # cut by the limit, perhaps within a word
+    # what the limit has cut may end within a word
+    for row in (alive[place] for place in unfinished):
         if not sentence_ends(texts[row]):
             texts[row] = texts[row].rpartition(" ")[0] or texts[row]
-    return [first_sentence(text.split("\n")[0]) for text in texts], n_tokens
+    return [first_sentence(text.split("\n")[0]) for text in texts]
 
 # ==== The method ends here. Programs: finetune, generate, read, profile ===========================
 
@@ -774,12 +765,9 @@ ITEMS_PER_USER = 2  # pairs of a user in a step: the prefix is shared, and a bat
 
 def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", dropout=0.0, label=""):
     """encode_many of rows of train -> (R, H). Each process encodes its share of the blocks."""
-    progress = Progress(label, len(rows) // world(), "pairs").update if label else None
-    # every k-th block here; the sum puts the processes' shares together
     hidden = encode_many(llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows], drop=drop,
-                         profile_dropout=dropout, which=slice(rank(), None, world()),
-                         progress=progress)
-    sum_over([hidden])
+                         profile_dropout=dropout, which=slice(rank(), None, world()), label=label)
+    sum_over([hidden])  # rows are zero where another process encodes them
     return hidden
 
 
@@ -794,51 +782,61 @@ def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
                 rates[held] = task.hit_rate(head(hidden), rows)
         result[name] = rates
         columns = [f"{held} {rate:.3f}   " for held, rate in rates.items()]
-        print(f"  hit rate {name:<45}" + "".join(columns), flush=True)
+        print(f"  hit rate {name:<45}" + "".join(columns))
     return result
 
 
-def build_encoder(args, cf, dtype, device, frame=None):
-    """What fine-tuning trains, LoRA in the LLM included -> (llm, prompt, soft_tokens, head). args:
-    the flags of `finetune`; frame: as Prompt's."""
-    llm = load_llm(args.llm, AutoModel, dtype, device, args.llm_layers)
-    tokenizer = load_tokenizer(args.llm)
+def load_encoder(llm, s, cf, device, frame=None):
+    """The encoder before fine-tuning -> (llm, prompt, soft_tokens, head). llm: folder or id; s: the
+    settings of `finetune`; cf: {"user" (U, d), "item" (I, d)}; frame: as Prompt's."""
+    model, tokenizer = load_llm(llm, AutoModel, s.dtype, device, s.llm_layers), load_tokenizer(llm)
     frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]
-    prompt = Prompt(tokenizer, args.soft_tokens, args.max_tokens, frame)
-    check_pieces(args.llm, llm, tokenizer, prompt.shared + prompt.ask)
-
+    prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, frame)
+    check_pieces(llm, model, tokenizer, prompt.shared + prompt.ask)
     # into the LLM and out of it: R^d -> R^H, R^H -> R^d
-    hidden_size = llm.config.get_text_config().hidden_size
-    torch.manual_seed(args.seed)
-    soft_tokens = SoftTokens(cf["user"], cf["item"], hidden_size, embedding_norm(llm),
-                             args.soft_tokens).to(device)
-    head = Head(hidden_size, cf["item"].shape[1]).to(device)
+    hidden_size = model.config.get_text_config().hidden_size
+    torch.manual_seed(s.seed)
+    soft_tokens = SoftTokens(cf["user"], cf["item"], hidden_size, embedding_norm(model),
+                             s.soft_tokens).to(device)
+    return model, prompt, soft_tokens, Head(hidden_size, cf["item"].shape[1]).to(device)
+
+
+def prepare_training(args, cf, device, frame):
+    """load_encoder and LoRA -> (encoder, optimizer, {name: tensor} that a saved state holds)."""
+    llm, prompt, soft_tokens, head = load_encoder(args.llm, args, cf, device, frame)
     if args.checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    if device == "cpu":  # the fused attention's backward pass takes longer there, a step by a third
+    # on a CPU the backward pass of the fused attention makes a step a third longer
+    if device == "cpu":
         llm.set_attn_implementation("eager")
     targets = [name.strip() for name in args.lora_targets.split(",")]
     llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, LORA_DROPOUT)
-    return llm, prompt, soft_tokens, head
+    # two groups, since tune() gives LoRA a rate of its own
+    lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
+    maps = {f"soft.{name}": p for name, p in soft_tokens.named_parameters()}
+    maps |= {f"head.{name}": p for name, p in head.named_parameters()}
+    groups = [{"params": list(lora.values())}, {"params": list(maps.values())}]
+    # beside the parameters, what the warm-up standardises by
+    kept = lora | maps | {"head.mean": head.mean, "head.std": head.std}
+    return (llm, prompt, soft_tokens, head), torch.optim.AdamW(groups), kept
 
 
 def training_order(task, warmup_pairs, steps, size):
-    """The order of the data: passes over the train pairs, of which the first `warmup_pairs` are for
-    the head alone -> (rows (W,), list of `steps` batches of `size` rows)."""
+    """Passes over the train pairs -> (rows (W,) for the head alone, `steps` batches of `size`)."""
     # characters stand for tokens: what counts is that similar lengths share a batch
     users, items = task.train.cpu().T
     lengths = torch.tensor([len(text) for text in task.texts[1]])[items]
-    order = []
-    while sum(map(len, order)) < warmup_pairs + steps * size:
-        order += grouped_batches(users, task.rows.cpu(), ITEMS_PER_USER, size // ITEMS_PER_USER,
-                                 task.generator, lengths)
-    order = torch.cat([*order, torch.zeros(0, dtype=torch.int64)]).to(task.train.device)
+    order = task.rows[:0].cpu()
+    while len(order) < warmup_pairs + steps * size:
+        batches = grouped_batches(users, task.rows.cpu(), ITEMS_PER_USER, size // ITEMS_PER_USER,
+                                  task.generator, lengths)
+        order = torch.cat([order, *batches])
+    order = order.to(task.train.device)
     return order[:warmup_pairs], order[warmup_pairs:].split(size)[:steps]
 
 
 def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
-    """Before the first LoRA step: a head fitted on the frozen LLM's hidden states of `rows`, and
-    its hit rates -> the log so far."""
+    """Fit the head on the frozen LLM's hidden states of `rows` -> the log, with its hit rates."""
     # what the figures below are to be compared with: neither needs an LLM
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
@@ -847,65 +845,46 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
            "uniform_floor": chance, "popularity_floor": popular}
     print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; loss at chance "
           f"ln({n_items}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform "
-          f"{chance:.3f}, popularity {popular:.3f}", flush=True)
+          f"{chance:.3f}, popularity {popular:.3f}")
     if len(rows):
         hidden = encode_rows(task, llm, prompt, soft_tokens, rows, "", PROFILE_DROPOUT, "warm-up")
         loss = fit_head(task, head, hidden, rows, args.tau_s, args.seed)
-        print(f"warm-up: head fitted on {len(rows)} pairs of the frozen LLM, loss {loss:.3f}",
-              flush=True)
+        print(f"warm-up: head fitted on {len(rows)} pairs of the frozen LLM, loss {loss:.3f}")
         log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
     return log
 
 
 def tune(task, encoder, batches, args, optimizer, log, save):
-    """LoRA, maps and head together, over the batches that the log does not have yet; save(step) is
-    called every --save-every steps and at the end. encoder: of build_encoder."""
-    llm, prompt = encoder[:2]
+    """Train LoRA, maps and head on the batches the log lacks; save(step) every --save-every."""
+    llm = encoder[0]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    steps, begin, prompt.tokens = len(batches), time.time(), 0
-    progress = Progress("finetune", steps, "steps")
+    steps, progress = len(batches), Progress("finetune", len(batches), "steps")
     llm.train()
     for k in range(len(log["steps"]), steps):
         # one step; its seed is the step's own, so that a resumed run draws what a whole one would
         for group, rate in zip(optimizer.param_groups, (args.lr, LR_MAPS)):
             group["lr"] = rate * learning_rate(k, steps)
-        # checkpointing runs layers twice, so that no cache can be kept
         loss = sft_gradients(task, *encoder, trained, batches[k], args.tau_s,
                              micro_pairs=args.micro_pairs, seed=args.seed * 1_000_003 + k,
                              profile_dropout=PROFILE_DROPOUT, which=slice(rank(), None, world()),
                              encoder=encode_whole if args.checkpointing else encode)
         sum_over([loss, *(p.grad for p in trained)])  # each process ran its share of the parts
         if not math.isfinite(loss):
-            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr (now {args.lr}) or use "
-                 "--dtype fp32")
+            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr or use --dtype fp32")
         torch.nn.utils.clip_grad_norm_(trained, 1.0)  # a rare large step costs more than it brings
         optimizer.step()
         # what a person sees, and what a killed run resumes from
         log["steps"].append(round(loss.item(), 4))
-        recent, speed = log["steps"][-10:], prompt.tokens * world() / (time.time() - begin)
-        progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}  {speed:.0f} tokens/s")
+        recent = log["steps"][-10:]
+        progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}")
         if rank() == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
             save(k + 1)
     llm.eval()
 
 
-def make_optimizer(llm, soft_tokens, head, lr):
-    """Adam with two rates, LoRA's and the rate of the maps and the head -> (optimizer, {name:
-    tensor} of what a saved state holds)."""
-    lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
-    maps = {f"soft.{name}": p for name, p in soft_tokens.named_parameters()}
-    maps |= {f"head.{name}": p for name, p in head.named_parameters()}
-    groups = [{"params": list(lora.values()), "lr": lr},
-              {"params": list(maps.values()), "lr": LR_MAPS}]
-    # beside the parameters, what the warm-up standardises by
-    kept = lora | maps | {"head.mean": head.mean, "head.std": head.std}
-    return torch.optim.AdamW(groups, weight_decay=0.01), kept
-
-
 def save_partial(path, kept, optimizer, meta):
-    """What training needs to resume: weights, Adam's moments "adam.MOMENT.PARAMETER", the log."""
+    """Save what training needs to resume: weights, Adam's moments "adam.MOMENT.NAME", the log."""
     tensors = dict(kept)
-    # by the parameter's name, so that their order may change
     for name, p in kept.items():
         for moment, value in optimizer.state.get(p, {}).items():
             tensors[f"adam.{moment}.{name}"] = value
@@ -914,20 +893,17 @@ def save_partial(path, kept, optimizer, meta):
 
 def restore_partial(path, kept, optimizer):
     """Put the weights and Adam's moments of save_partial back in their places."""
-    tensors, _ = load_tensors(path)
-    for key, value in tensors.items():
-        if key.startswith("adam."):
+    for key, value in load_tensors(path)[0].items():
+        if key in kept:
+            kept[key].data.copy_(value)
+        else:  # Adam's count of steps stays on the CPU
             _, moment, name = key.split(".", 2)
             p = kept[name]
-            # the count of steps stays where it was, on the CPU
             optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
-        else:
-            kept[key].data.copy_(value)
 
 
 def finetune(args):
-    """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors. Resumes
-    after a kill from the last saved state."""
+    """Fine-tune LoRA, the soft-token maps and the head; write adapter/ and sft.safetensors."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     name = output_name("--name", args.name, "llm_negatives.py finetune", word="sft")
     if args.warmup_pairs == 1:
@@ -937,18 +913,16 @@ def finetune(args):
     args.mine_first, args.mine_last = mining_band(
         data["n_items"], int(torch.bincount(data["train"][:, 0]).max()), args.mine_first,
         args.mine_last)
-
     # finished with these settings: nothing to do; half-finished: resume from there
     device = start_processes(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    args.dtype = pick_dtype(args.dtype, device)
     settings = settings_of(args, "name", "paper", "save_every", "checkpointing") | {
-        "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
+        "llm": llm_digest(args.llm),
         "inputs": digests(run, "data.safetensors", args.cf, args.profiles)}
     if skip(out, settings, args.force):
         return
     with contextlib.redirect_stdout(io.StringIO()):  # it is no "skip"
         saved = load_tensors(partial)[1] if skip(partial, settings, args.force) else {}
-
     # the data: train pairs, what CF mined for their users, texts
     data["train"] = data["train"].to(device)
     model, _, cf = load_model(run / args.cf, data)
@@ -958,12 +932,9 @@ def finetune(args):
     if args.epochs:
         steps = math.ceil(args.epochs * len(task.rows) / size)
     warm, batches = training_order(task, args.warmup_pairs, steps, size)
-
     # the encoder; a resumed run keeps the chat template's rendering, which may print the date
-    encoder = llm, prompt, soft_tokens, head = build_encoder(
-        args, cf, dtype, device, saved.get("frame"))
-    optimizer, kept = make_optimizer(llm, soft_tokens, head, args.lr)
-
+    encoder, optimizer, kept = prepare_training(args, cf, device, saved.get("frame"))
+    llm, prompt, soft_tokens, head = encoder
     # from the saved state, or with the head's warm-up
     if saved:
         restore_partial(partial, kept, optimizer)
@@ -975,14 +946,12 @@ def finetune(args):
     meta = {"settings": settings, "frame": prompt.frame, "log": log}
     tune(task, encoder, batches, args, optimizer, log,
          lambda step: save_partial(partial, kept, optimizer, {**meta, "step": step}))
-
     # what was learned, and what it takes from each part of the prompt
     drops = ("", "user vector", "user profile", "item vector")
     log["hit_rates"] |= report_held(task, *encoder, "after", drops)
     if rank() == 0:
         save_tuned(out, llm, soft_tokens, head, meta | {
-            "prompt": prompt.template, "dim": cf["item"].shape[1], "dtype": dtype_name(dtype),
-            "seconds": time.time() - start})
+            "prompt": prompt.template, "dim": cf["item"].shape[1], "seconds": time.time() - start})
         partial.unlink(missing_ok=True)
 
 
@@ -992,9 +961,9 @@ def save_tuned(out, llm, soft_tokens, head, meta):
     adapter = out.parent / adapter_folder(out.stem)
     tensors = {f"soft.{name}": value for name, value in soft_tokens.state_dict().items()}
     tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    check_finite(out, tensors, "lower --lr, use --dtype fp32, or give --warmup-pairs more than 1, "
-                 "with --force")
-    temporary = adapter.with_name(f".{adapter.name}.tmp")  # none is seen half-written
+    check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
+    # in a temporary folder, so that nobody sees an adapter half-written
+    temporary = adapter.with_name(f".{adapter.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         llm.save_pretrained(temporary)
@@ -1005,8 +974,7 @@ def save_tuned(out, llm, soft_tokens, head, meta):
         shutil.rmtree(adapter, ignore_errors=True)
         os.replace(temporary, adapter)
     except (OSError, SafetensorError) as error:
-        fail(f"{adapter}: cannot be written ({error}); make room and run again, it resumes after "
-             "the last step")
+        fail(f"{adapter}: cannot be written ({error}); make room and run again, it resumes")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     # weights, and the config, which says how they are scaled
@@ -1022,36 +990,30 @@ def adapter_folder(name):
 
 def load_sft(run, name, llm, device, lora=True):
     """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). lora:
-    False leaves the LLM as it came. Raises SystemExit2 for another LLM, and for an adapter that
-    does not belong to NAME.safetensors or cannot be loaded."""
+    False leaves the LLM as it came. Raises SystemExit2 for another LLM or adapter."""
     path, adapter = Path(run) / f"{name}.safetensors", Path(run) / adapter_folder(name)
     tensors, meta = load_tensors(path, device)
     s = Namespace(**meta["settings"])
     again = f"run `{MAKER} finetune --run {run} --name {name} --force`"
     if s.llm != llm_digest(llm):
         fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or {again}")
-    # the number format and layers of fine-tuning, whatever this machine would take
-    model = load_llm(llm, AutoModel, getattr(torch, meta["dtype"]), device, s.llm_layers)
-    tokenizer = load_tokenizer(llm)
-    prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, meta["frame"])
-    check_pieces(llm, model, tokenizer, prompt.shared + prompt.ask)
+    # in the number format of fine-tuning; the numbers of maps and head come from the file
+    some = torch.zeros(2, meta["dim"])
+    model, prompt, soft_tokens, head = load_encoder(
+        llm, s, {"user": some, "item": some}, device, meta["frame"])
+    restore({"soft": soft_tokens, "head": head}, tensors)
     if lora:
         try:  # in the LLM's number format, so that nothing is converted in each layer
             model = PeftModel.from_pretrained(model, adapter).to(model.dtype).eval()
         except Exception as error:  # noqa: BLE001 as in from_library
             fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: "
                  f"{str(error)[:200]}); {again}")
-    # modules of the right shapes, whose numbers come from the file
-    some, hidden_size = torch.zeros(2, meta["dim"]), model.config.get_text_config().hidden_size
-    soft_tokens = SoftTokens(some, some, hidden_size, 1.0, s.soft_tokens).to(device)
-    head = Head(hidden_size, meta["dim"]).to(device)
-    restore({"soft": soft_tokens, "head": head}, tensors)
     return model, prompt, soft_tokens.eval(), head.eval(), meta
 
 
 def generate(args):
-    """Write negatives-*.safetensors: pairs (n, 2), hidden f16 (n, H) = h(u, i), vector f16 (n, d) =
-    head(h), a shard for each block of users. Finished shards are kept."""
+    """Write negatives-*.safetensors, a shard for each block of users: pairs (n, 2), hidden f16
+    (n, H) = h(u, i), vector f16 (n, d) = head(h)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     device = start_processes(args.device)
     output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
@@ -1071,22 +1033,22 @@ def generate(args):
     rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.pairs, args.seed)
     users, train = data["train"][rows, 0], data["train"].to(device)
     print(f"generate: {len(rows)} pairs, {len(todo)} of {len(paths)} shards to make; "
-          f"{data['n_users'] - len(users.unique())} users without a pair", flush=True)
-
-    # each process makes shards of its own
-    for n, k in enumerate(mine := todo[rank()::world()]):
-        if not n:  # loaded when there is something to do
-            llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, device,
-                                                         args.finetune)
+          f"{data['n_users'] - len(users.unique())} users without a pair")
+    # each process makes shards of its own; what that needs is loaded when there are some
+    mine = todo[rank()::world()]
+    if mine:
+        llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, device, args.finetune)
+        cf, _ = load_tensors(run / tuned["cf"], device)
+        texts = load_profiles(run, tuned["profiles"])
+        # the zero-shot ablation: maps and head are untrained too
+        if not args.finetune:
             torch.manual_seed(args.seed)
-            for module in () if args.finetune else (*soft_tokens.maps, head.linear):
-                module.reset_parameters()  # the zero-shot ablation: maps and head untrained
-            cf, _ = load_tensors(run / tuned["cf"], device)
-            texts = load_profiles(run, tuned["profiles"])
+            for module in (*soft_tokens.maps, head.linear):
+                module.reset_parameters()
+    for k in mine:
         pairs = train[rows[users // SHARD_USERS == k]]
-        progress = Progress(f"generate {paths[k].name}", len(pairs), "pairs")
         hidden = encode_many(llm, prompt, soft_tokens, cf, texts, pairs, batch=args.batch_size,
-                             progress=progress.update).half()
+                             label=f"generate {paths[k].name}").half()
         with torch.no_grad():
             tensors = {"hidden": hidden, "vector": head(hidden.float()).half()}
         check_finite(paths[k], tensors, "use --dtype fp32 in finetune")  # beyond float16
@@ -1095,33 +1057,43 @@ def generate(args):
 
 
 def read(args):
-    """Write texts.safetensors: what the LLM, or a control in its place, reads of each item's title
-    and metadata, tensors layer00, layer12 … (I, H)."""
+    """Write texts.safetensors: what the LLM, or a control, reads of each item, layer00 … (I, H)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     out = run / output_name("--out", args.out, "llm_negatives.py read", ".safetensors", "texts")
+    # which layers; left out, the embeddings and those at two fifths and two thirds of the depth
+    config = from_library(args.llm, "model", AutoConfig.from_pretrained)
+    depth = config.get_text_config().num_hidden_layers
+    layers = args.layers or f"0,{round(depth * 2 / 5)},{round(depth * 2 / 3)}"
+    if not re.fullmatch(r"\d+(,\d+)*", layers) or max(map(int, layers.split(","))) > depth:
+        fail(f"--layers {layers}: {args.llm} has layers 0 (its token embeddings) to {depth}; give "
+             "numbers of layers, such as 0,12")
+    layers = [0] if args.control == "tfidf" else sorted(set(map(int, layers.split(","))))
     # made with these settings from these inputs, it is there already
-    dtype, layers = pick_dtype(args.dtype, args.device), chosen_layers(args)
+    args.dtype = pick_dtype(args.dtype, args.device)
+    inputs = ["data.safetensors", "items.jsonl"] + ([args.profiles] if args.profiles else [])
     settings = settings_of(args, "paper") | {
-        "layers": layers, "dtype": dtype_name(dtype), "llm": llm_digest(args.llm),
-        "inputs": digests(run, "data.safetensors", "items.jsonl")}
+        "layers": layers, "llm": llm_digest(args.llm), "inputs": digests(run, *inputs)}
     if skip(out, settings, args.force):
         return
-    # the texts, in the order of the contiguous ids
-    texts = [f"{row['title']}. {row['text']}" for row in read_jsonl(run / "items.jsonl")]
+    # the texts, in the order of the contiguous ids; a profile that is the metadata adds nothing
+    items = read_jsonl(run / "items.jsonl")
+    texts = [f"{row['title']}. {row['text']}" for row in items]
+    for n, told in enumerate(load_profiles(run, args.profiles)[1] if args.profiles else ()):
+        if told != texts[n]:
+            texts[n] += " " + told.removeprefix(f"{items[n]['title']}. ")
     tokenizer = load_tokenizer(args.llm)
     torch.manual_seed(args.seed)
     if args.control == "shuffled":  # each text given to another item
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(args.seed))
-        texts = [texts[n] for n in order.tolist()]
+        texts = [texts[n] for n in torch.randperm(len(texts)).tolist()]
     if args.control == "tfidf":
         readings = [tf_idf([text_ids(tokenizer, text) for text in texts])]
     else:  # the words of all items, the layers of the most popular ones: layers are what takes time
         try:
-            llm = load_llm(args.llm, AutoModel, dtype, args.device, max(1, layers[-1]))
+            llm = load_llm(args.llm, AutoModel, args.dtype, args.device, max(1, layers[-1]))
         except SystemExit:  # a family whose layers depend on each other cannot be cut
-            llm = load_llm(args.llm, AutoModel, dtype, args.device)
+            llm = load_llm(args.llm, AutoModel, args.dtype, args.device)
         if args.control == "random":  # the same architecture, that has read nothing yet
-            llm = AutoModel.from_config(llm.config).to(args.device, dtype).eval()
+            llm = AutoModel.from_config(llm.config).to(args.device, llm.dtype).eval()
         check_tokens(args.llm, llm, tokenizer, [tokenizer.bos_token_id or 0])
         popular = torch.bincount(data["train"][:, 1], minlength=len(texts))
         popular = popular.argsort(descending=True, stable=True)[:args.most or None].tolist()
@@ -1133,120 +1105,108 @@ def read(args):
             if not layers[0]:
                 readings[0] = read_layers(llm, tokenizer, texts, [0])[0]
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
-                  f"{len(texts) - len(popular)} have their words and the mean of the layers")
+                  "the others have their words and the mean of the layers")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
     check_finite(out, tensors, "use --dtype fp32")
     save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start})
     print(f"wrote {out}: {len(texts)} texts, layers {layers}, {time.time() - start:.0f} s")
 
 
-def chosen_layers(args):
-    """--layers as a sorted list; left out, the token embeddings and the layers at two fifths and
-    two thirds of the LLM's depth: 0, 12, 20 of 30."""
-    config = from_library(args.llm, "model", AutoConfig.from_pretrained)
-    depth = config.get_text_config().num_hidden_layers
-    layers = args.layers or f"0,{round(depth * 2 / 5)},{round(depth * 2 / 3)}"
-    if not re.fullmatch(r"\d+(,\d+)*", layers):
-        fail(f"--layers {layers}: give numbers of layers, such as 0,12,20")
-    layers = [0] if args.control == "tfidf" else sorted(set(map(int, layers.split(","))))
-    if layers[-1] > depth:
-        fail(f"--layers {args.layers}: {args.llm} has layers 0 (its token embeddings) to {depth}; "
-             "give some of these")
-    return layers
+def read_profiles(path):
+    """profiles.jsonl -> (its settings, the chat template's frames, {(kind, raw id): profile})."""
+    head, *rows = read_jsonl(path, growing=True) or [{}]  # growing: a kill leaves half a line
+    with contextlib.suppress(KeyError, TypeError):  # rows of another shape
+        made = {(row["kind"], row["raw"]): row["profile"] for row in rows}
+        if head["settings"]["command"] == "profile":
+            return head["settings"], head["frames"], made
+    fail(f"{path}: is not what `profile` writes; delete it and run `{MAKER} profile --run "
+         f"{path.parent} --out {path.name}`, or name another file")
 
 
 class Profiles:
-    """profiles.jsonl while it grows: the settings and the chat template's frames, then a line a
-    profile. made: {(kind, raw id): text} of what is there, of an earlier start too. Raises
-    SystemExit2 when that had other settings, unless force."""
+    """profiles.jsonl while it grows. made: {(kind, raw id): text} so far, of an earlier start too.
+    Raises SystemExit2 when that had other settings, unless force."""
 
     def __init__(self, path, settings, force):
-        self.path, self.made, self.frames, self.faults = path, {}, {}, Counter()
-        self.settings = settings
-        # a killed program may have left half a line, which `growing` leaves out
-        rows = read_jsonl(path, growing=True) if path.exists() and not force else []
-        old = rows[0].get("settings", {}) if rows else settings
+        self.path, self.settings, self.faults = path, settings, Counter()
+        self.frames, self.made, old = {}, {}, settings
+        if path.exists() and not force:
+            old, self.frames, self.made = read_profiles(path)
         differ = [f"{name}={old.get(name)}, now {value}" for name, value in settings.items()
                   if old.get(name) != value]
         if differ:
-            fail(f"{path}: made with {'; '.join(differ)}; add --force to `python llm_negatives.py "
-                 "profile` to remake it, or choose another --out")
-        if rows:
-            self.frames = rows[0].get("frames", {})
-            self.made = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
+            fail(f"{path}: made with {'; '.join(differ)}; add --force to `{MAKER} profile` to "
+                 "remake it, or choose another --out")
 
     def start(self, total):
         self.progress = Progress("profile", total, "profiles")
-        lines = [{"settings": self.settings, "frames": self.frames}]  # then whole lines alone
+        # all of an earlier start once more, as a kill may have left half a line
+        lines = [{"settings": self.settings, "frames": self.frames}]
         lines += [{"kind": kind, "raw": raw, "profile": text}
                   for (kind, raw), text in self.made.items()]
         if rank() == 0:
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         self.file = open(self.path if rank() == 0 else os.devnull, "a", encoding="utf-8")
 
-    def add(self, kind, raw, text, extra=""):
+    def add(self, kind, raw, text):
         # line by line, so that a kill loses a batch at most
         self.made[kind, raw] = text
-        line = json.dumps({"kind": kind, "raw": raw, "profile": text})
-        print(line, file=self.file, flush=True)
-        self.progress.update(len(self.made), extra)
+        print(json.dumps({"kind": kind, "raw": raw, "profile": text}), file=self.file, flush=True)
+        self.progress.update(len(self.made))
 
 
 class Writer:
-    """The LLM that writes profiles. frames: {kind: (head, tail)} of an earlier start, since a
-    template may print the date; filled in where there are none."""
+    """The LLM that writes profiles. frames: {kind: (head, tail)}, filled in where it is empty."""
 
     def __init__(self, args, dtype, device, frames):
         self.model = load_llm(args.llm, AutoModelForCausalLM, dtype, device)
         self.tokenizer = load_tokenizer(args.llm)
-        self.frames, self.args, self.tokens, self.start = frames, args, 0, time.time()
+        self.frames, self.args = frames, args
+        # rendered by the first start alone, since a template may print the date
         if not frames:
-            for kind, *prompt in (("item", ITEM_SYSTEM, ITEM_EXAMPLES),
-                                  ("user", USER_SYSTEM, USER_EXAMPLES)):
-                frames[kind] = from_all(chat_frame(self.tokenizer, *prompt))[0]
-        ids = [frame_ids(self.tokenizer, part) for frame in frames.values() for part in frame]
+            frames["item"] = from_all(chat_frame(self.tokenizer, ITEM_SYSTEM, ITEM_EXAMPLES))[0]
+            frames["user"] = from_all(chat_frame(self.tokenizer, USER_SYSTEM, USER_EXAMPLES))[0]
+        ids = [frame_ids(self.tokenizer, part) for part in (*frames["item"], *frames["user"])]
         check_pieces(args.llm, self.model.base_model, self.tokenizer, sum(ids, []))
         self.ends = end_tokens(self.model, self.tokenizer)
 
     def write(self, kind, requests):
-        """Sentences for requests (list of strings): yields (row numbers, texts) batch by batch.
-        Each process writes every world()-th, and all get all: users' prompts quote items'."""
+        """Sentences for requests {number: text}: yields (number, sentence), batch by batch."""
         # the answer's beginning is given, as a part of the prompt
         head, tail = self.frames[kind]
         beginning = USER_BEGINNING if kind == "user" else ""
         tail = frame_ids(self.tokenizer, tail + beginning)
-        ids = [text_ids(self.tokenizer, text) + tail for text in requests]
+        ids = {n: text_ids(self.tokenizer, text) + tail for n, text in requests.items()}
         past = run_piece(self.model.base_model, [frame_ids(self.tokenizer, head)])[2]
         # similar lengths together, so that little is padding
-        order, size = sorted(range(len(ids)), key=lambda n: len(ids[n])), self.args.batch_size
+        order, size = sorted(ids, key=lambda n: len(ids[n])), self.args.batch_size
         batches = [order[at:at + size] for at in range(0, len(order), size)]
+        # each process writes a batch, and all get all: users' prompts quote items' profiles
         for at in range(0, len(batches), world()):
-            parts, result = batches[at:at + world()], ([], 0)
+            parts, texts = batches[at:at + world()], []
             if rank() < len(parts):
-                result = write_texts(self.model, self.tokenizer, past,
-                                     [ids[n] for n in parts[rank()]], self.args.new_tokens,
-                                     self.ends)
-            for numbers, (texts, tokens) in zip(parts, from_all(result)):
-                self.tokens += tokens
-                yield numbers, [f"{beginning} {text}".strip() if text else "" for text in texts]
+                asked = [ids[n] for n in parts[rank()]]
+                texts = write_texts(self.model, self.tokenizer, past, asked, self.args.new_tokens,
+                                    self.ends)
+            for numbers, texts in zip(parts, from_all(texts)):
+                for n, text in zip(numbers, texts):
+                    yield n, f"{beginning} {text}".strip() if text else ""
 
 
 def add_profiles(kind, rows, requests, titles, metadata, file, writer):
     """Profiles of the users or items that `file` lacks: of the numbers in `requests` {number: text}
     the LLM's sentence; of the others, and where that sentence has a fault, `metadata`."""
-    todo = [n for n, row in enumerate(rows) if (kind, row["raw"]) not in file.made]
-    asked = [n for n in todo if n in requests]
-    for n in todo:
+    todo = {n: row["raw"] for n, row in enumerate(rows) if (kind, row["raw"]) not in file.made}
+    for n, raw in todo.items():
         if n not in requests:
-            file.add(kind, rows[n]["raw"], metadata[n])
+            file.add(kind, raw, metadata[n])
     # each sentence is checked before anything else reads it
     examples = sum(ITEM_EXAMPLES + USER_EXAMPLES, (ITEM_SYSTEM, USER_SYSTEM))
-    for numbers, texts in writer.write(kind, [requests[n] for n in asked]) if asked else ():
-        speed = f"{writer.tokens / (time.time() - writer.start):.0f} tokens/s"
-        for n, text in zip((asked[k] for k in numbers), texts):
-            fault = fault_of(text, titles[n], examples)
-            file.faults[fault] += 1
-            file.add(kind, rows[n]["raw"], metadata[n] if fault else text, speed)
+    asked = {n: requests[n] for n in todo if n in requests}
+    for n, text in writer.write(kind, asked) if asked else ():
+        fault = fault_of(text, titles[n], examples)
+        file.faults[fault] += 1
+        file.add(kind, todo[n], metadata[n] if fault else text)
 
 
 def profile(args):
@@ -1261,7 +1221,7 @@ def profile(args):
     # what the profiles depend on, and which of them an earlier start has written
     settings = settings_of(args, "paper", "batch_size") | {
         "inputs": digests(run, "data.safetensors"), "llm": llm_digest(args.llm) if by_llm else "",
-        "dtype": dtype_name(dtype) if by_llm else ""}
+        "dtype": dtype if by_llm else ""}
     file = Profiles(path, settings, args.force)
     total, earlier = len(items) + len(users), len(file.made)
     if earlier == total:
@@ -1308,32 +1268,24 @@ def describe(file, kind, raws, known):
     """Print how good profiles are, by counts that need no person. known: each one's metadata."""
     if raws:
         sentences, taken = [file.made[kind, raw] for raw in raws], 0
-        words = [re.findall(r"\w+", sentence.lower()) for sentence in sentences]
-        for said, text in zip(words, known):
-            taken += len(set(said) & set(re.findall(r"\w+", text.lower()))) / max(1, len(set(said)))
+        for sentence, text in zip(sentences, known):
+            said = set(re.findall(r"\w+", sentence.lower()))
+            taken += len(said & set(re.findall(r"\w+", text.lower()))) / max(1, len(said))
         print(f"profile: {len(raws)} {kind}s, {len(set(sentences)) / len(raws):.1%} distinct, "
               f"{taken / len(raws):.0%} of the words from title or metadata")
 
 
 def load_profiles(run, name="profiles.jsonl"):
-    """Profiles in the order of the contiguous ids -> (user profiles, item texts: title, then
-    profile), lists of strings. Raises SystemExit2 when some are missing."""
-    path, again = Path(run) / name, f"{MAKER} profile --run {run} --out {name}"
-    rows = read_jsonl(path, growing=True)
-    head = rows[0] if rows and isinstance(rows[0], dict) else {}
-    whole = all({"kind", "raw", "profile"} <= set(row) for row in rows[1:])
-    if head.get("settings", {}).get("command") != "profile" or not whole:
-        fail(f"{path}: is not what `profile` writes; delete it and run `{again}`, or name "
-             "another with --profiles")
-    # of this split, and complete
-    check_inputs(path, head["settings"]["inputs"])
-    made, texts = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}, []
+    """-> (user profiles, item texts: title, then profile), lists of strings by contiguous id."""
+    path, texts = Path(run) / name, []
+    settings, _, made = read_profiles(path)
+    check_inputs(path, settings["inputs"])  # of this split
     for kind in ("user", "item"):
         group = read_jsonl(path.parent / f"{kind}s.jsonl")
         missing = [row["raw"] for row in group if (kind, row["raw"]) not in made]
         if missing:
             fail(f"{path}: {len(missing)} profiles are missing, the first for {missing[0]!r}; "
-    f"run `{again}` again")
+                 f"run `{MAKER} profile --run {run} --out {name}` again")
         texts.append([(f"{row['title']}. " if kind == "item" else "") + made[kind, row["raw"]]
                       for row in group])
     return tuple(texts)
@@ -1348,25 +1300,20 @@ def from_all(value):
 
 # ==== The LLM: loading, checks, number format, digest =============================================
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def pick_dtype(name, device):
-    """auto, fp32, bf16 or fp16 -> torch dtype. auto is bf16 where the processor has instructions
-    for it (GPU: as CUDA says; CPU: AVX512-BF16, AMX or Arm's BF16), else fp32."""
-    # nothing is timed: one machine decides alike at each start
+    """auto, fp32, bf16 or fp16 -> the name of a torch dtype."""
+    # auto is bf16 where the processor has instructions for it (GPU: as CUDA says; CPU: AVX512-BF16,
+    # AMX or Arm's BF16). Nothing is timed, so that a machine decides alike at each start
     has_bf16 = False
     if str(device).startswith("cuda"):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif os.path.exists("/proc/cpuinfo"):
         flags = set(Path("/proc/cpuinfo").read_text().split())
         has_bf16 = not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
-    return DTYPES.get(name) or (torch.bfloat16 if has_bf16 else torch.float32)
-
-
-def dtype_name(dtype):
-    """torch.bfloat16 -> 'bfloat16', as it stands in files."""
-    return str(dtype).removeprefix("torch.")
+    return DTYPES.get(name) or DTYPES["bf16" if has_bf16 else "fp32"]
 
 
 def from_library(llm, what, load, **options):
@@ -1378,8 +1325,7 @@ def from_library(llm, what, load, **options):
         return load(llm, trust_remote_code=False, **options)
     except Exception as error:  # noqa: BLE001 many kinds; all mean the same to the user
         fail(f"--llm {llm}: no {what} can be loaded from it ({type(error).__name__}: "
-             f"{str(error)[:200]}); give a local folder with config.json and safetensors weights, "
-             "or a Hugging Face id that this machine can reach")
+             f"{str(error)[:200]}); give a folder with safetensors, or a Hugging Face id in reach")
 
 
 def load_tokenizer(llm):
@@ -1390,7 +1336,7 @@ def load_tokenizer(llm):
 def load_llm(llm, cls, dtype, device, layers=0):
     """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers > 0: its first
     ones alone. cls: AutoModel (hidden states) or AutoModelForCausalLM (logits). Raises SystemExit2
-    when there are fewer layers, or when weights are missing: the library would draw them."""
+    when there are fewer layers, or when weights are missing."""
     config = from_library(llm, "model", AutoConfig.from_pretrained)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -1399,6 +1345,7 @@ def load_llm(llm, cls, dtype, device, layers=0):
     text.num_hidden_layers = layers or depth
     model, loaded = from_library(llm, "model", cls.from_pretrained, config=config, dtype=dtype,
                                  use_safetensors=True, output_loading_info=True)  # no pickle
+    # the library draws what is missing at random
     missing = sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"]))
     if missing:
         fail(f"--llm {llm}: its files lack {len(missing)} of its weights (the first: "
@@ -1418,10 +1365,10 @@ def check_tokens(name, llm, tokenizer, ids):
 
 @torch.no_grad()
 def check_pieces(name, llm, tokenizer, ids):
-    """Refuse an LLM that has no row for a token of `ids`, or that cannot be run in pieces: a few
-    tokens by its plain call and by run_piece, padding between, must have the same hidden states."""
-    # one check in place of a list of families: per-layer embeddings, states of linear attention
-    # and positions that count padding all show here
+    """Refuse an LLM that has no row for a token of `ids`, or that cannot be run in pieces."""
+    # a few tokens by its plain call and by run_piece, padding between, must have the same hidden
+    # states. One check in place of a list of families: per-layer embeddings, states of linear
+    # attention and positions that count padding all show here
     check_tokens(name, llm, tokenizer, ids)
     device = llm.get_input_embeddings().weight.device
     ids, why = text_ids(tokenizer, "Two old friends sail around the world alone."), "other states"
@@ -1439,16 +1386,15 @@ def check_pieces(name, llm, tokenizer, ids):
 
 @torch.no_grad()
 def embedding_norm(llm):
-    """Mean norm of what the embedding gives, over the vocabulary. Not of its weights: Gemma's
-    embedding scales them."""
+    """Mean norm of what the embedding gives, over the vocabulary."""
+    # not of its weights: Gemma's embedding scales them
     embed = llm.get_input_embeddings()
     ids = torch.arange(embed.weight.shape[0], device=embed.weight.device)
     return torch.cat([embed(part).float().norm(dim=1) for part in ids.split(4096)]).mean()
 
 
 def llm_digest(llm):
-    """What tells one LLM from another: 16 hex digits of the sha256 of all files of a local folder
-    that a model is loaded from; of a hub id, its name and commit."""
+    """What tells LLMs apart: 16 hex digits of a folder's model files, or a hub id and commit."""
     if not Path(llm).is_dir():
         config = from_library(llm, "model", AutoConfig.from_pretrained)
         return f"{llm}@{getattr(config, '_commit_hash', None)}"
@@ -1485,18 +1431,16 @@ def main(argv=None):
                        help="the paper's LLM and settings; flags given beside it win")
         p.add_argument("--seed", type=count, default=0, help="decides all random choices")
         if name != "generate":  # which takes what fine-tuning took
-            p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                           help="weights of the LLM; LoRA's own are fp32")
+            p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the LLM")
         return p
 
     p = command("read", "what a frozen LLM reads of each item's text", "--layers 0,12,20")
     p.add_argument("--layers", default="",
-                   help="layers, comma-separated; 0: a bag of words (left out: 0 and those at 2/5 "
-                        "and 2/3 of the depth)")
+                   help="such as 0,12; 0: a bag of words; left out: 0, 2/5 and 2/3 of the depth")
     p.add_argument("--control", choices=["none", "shuffled", "random", "tfidf"], default="none",
                    help="texts given to other items, an LLM of random weights, TF-IDF without one")
-    p.add_argument("--most", type=count, default=0,
-                   help="items, the most popular, that the layers read; 0: all")
+    p.add_argument("--most", type=count, default=0, help="popular items the layers read; 0: all")
+    p.add_argument("--profiles", metavar="FILE", help="read these behind the items' metadata")
     p.add_argument("--out", default="texts.safetensors", help="output file inside the run folder")
 
     p = command("profile", "write a text profile of each user and item", "--profiles template")
@@ -1505,40 +1449,32 @@ def main(argv=None):
     p.add_argument("--history", type=some, default=4, help="train items in a user's prompt")
     p.add_argument("--new-tokens", type=some, default=40, help="tokens written at most")
     p.add_argument("--llm-rows", type=count, default=0,
-                   help="items, the most popular, and users, those with most pairs, that the LLM "
-                        "writes for; 0: all")
+                   help="popular items, and users of many pairs, that the LLM writes for; 0: all")
     p.add_argument("--batch-size", type=some, default=64, help="prompts a call")
     p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
     p = command("finetune", "LoRA with InfoNCE against CF-mined hard negatives", "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
     p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
-    p.add_argument("--name", default="sft",
-                   help="the output's: NAME.safetensors, and adapter/ or adapter-…/")
+    p.add_argument("--name", default="sft", help="of the output: NAME.safetensors, adapter-…/")
     p.add_argument("--mine", choices=["dns", "mixgcf"], default="dns",
                    help="targets: the mined items, or MixGCF's mixture of them")
     add_band_flags(p)
     p.add_argument("--tau-s", type=above, default=0.05, help="InfoNCE temperature")
-    p.add_argument("--soft-tokens", type=count, default=1,
-                   help="soft tokens for each CF vector; 0: none (an ablation)")
+    p.add_argument("--soft-tokens", type=count, default=1, help="of each CF vector; 0: an ablation")
     p.add_argument("--max-tokens", type=some, default=48, help="tokens of a profile, then cut")
     p.add_argument("--llm-layers", type=count, default=8, help="first layers, kept; 0: all")
     p.add_argument("--lora-rank", type=some, default=8, help="LoRA r")
     p.add_argument("--lora-alpha", type=above, default=16, help="LoRA alpha")
-    p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj",
-                   help="linear layers with LoRA, by name")
-    p.add_argument("--warmup-pairs", type=count, default=2048,
-                   help="pairs the head is fitted on before LoRA; 0: none")
+    p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers")
+    p.add_argument("--warmup-pairs", type=count, default=2048, help="pairs for the head; 0: none")
     p.add_argument("--steps", type=count, default=60, help="LoRA steps")
-    p.add_argument("--epochs", type=number(float, 0), default=0,
-                   help="passes over the train pairs instead of --steps; 0: --steps counts")
+    p.add_argument("--epochs", type=number(float, 0), default=0, help="passes, instead of --steps")
     p.add_argument("--users-per-step", type=some, default=16, help="users, with up to 2 pairs each")
     p.add_argument("--micro-pairs", type=some, default=16, help="pairs held at once")
-    p.add_argument("--checkpointing", action="store_true",
-                   help="gradient checkpointing: less memory, more time, no shared prefix")
+    p.add_argument("--checkpointing", action="store_true", help="of gradients: less memory, slower")
     p.add_argument("--lr", type=above, default=5e-4, help="learning rate of LoRA")
-    p.add_argument("--save-every", type=some, default=20,
-                   help="steps between the states that a killed run resumes from")
+    p.add_argument("--save-every", type=some, default=20, help="steps a killed run may lose")
 
     p = command("generate", "write the hard negatives of the train pairs", "--pairs-per-user 8")
     p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")

@@ -134,9 +134,9 @@ fi
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
 # flags of the steps: words without spaces, so that plain strings do (see bash 3.2 above).
 # What the LLM's steps do at most, whatever the data's size: about two minutes each on two cores
-PROFILE="--history 3 --llm-rows 300" READ="--most 12000"
-GENERATE="--pairs-per-user 4 --pairs 4000" FINETUNE="--warmup-pairs 1024 --steps 30"
-SIZE="--llm-rows 300 --pairs 4000"
+PROFILE="--history 3 --llm-rows 200" READ="--most 12000"
+GENERATE="--pairs-per-user 4 --pairs 2000" FINETUNE="--warmup-pairs 1024 --steps 20"
+SIZE="--llm-rows 200 --pairs 2000"
 if [[ $WHOLE == 1 ]]; then
   PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE=
 fi

@@ -694,6 +694,23 @@ def python(*words, **env):
                           check=False, timeout=120, env=env)
 
 
+def test_line_search_ends_where_no_single_step_is_better():
+    """A sum of terms has its best values one by one; any table: the end is best in each line."""
+    grid, tried = {"a": (1, 2, 3, 4), "b": (0, 5, 9), "c": (7,)}, []
+
+    def score_of(point):
+        tried.append(tuple(point.values()))
+        return -(point["a"] - 4) ** 2 - (point["b"] - 1) ** 2
+
+    assert backbones.line_search(score_of, grid) == ({"a": 4, "b": 0, "c": 7}, -1)
+    assert len(set(tried)) == len(tried) <= 12
+    for seed in range(20):
+        table = torch.rand(4, 3, generator=seeded(seed))
+        point, score = backbones.line_search(
+            lambda at: float(table[at["a"], at["b"]]), {"a": range(4), "b": range(3)})
+        assert score == table[point["a"], :].max() == table[:, point["b"]].max()
+
+
 def test_closed_forms_and_softmax_by_command(small_run, capsys):
     """Each is saved and loaded as any model; a closed form reads no seed."""
     run, data = small_run, backbones.load_data(small_run)
@@ -709,6 +726,13 @@ def test_closed_forms_and_softmax_by_command(small_run, capsys):
         assert meta["history"][0]["valid_ndcg@20"] == backbones.validation(model, data)()
         pretrain(run, *words, "--lr", 1, "--seed", 8)
         assert "skip:" in capsys.readouterr().out
+    # what is left out is chosen on validation: the file is that of the best choice tried
+    pretrain(run, "--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
+    model, meta, _ = backbones.load_model(run / "model-best.safetensors", data)
+    best = max(meta["history"], key=lambda row: row["valid_ndcg@20"])
+    weight = backbones.rp3beta(*shape, best["rp3_alpha"], 0.2, best["topk"])
+    assert torch.equal(model.weight.to_dense(), weight.to_dense())
+    assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")
     for name, *words in (["softmax"], ["alpharec", "--text-vectors", "own.safetensors"]):
         pretrain(run, "--loss", "softmax", "--cosine", *words, "--out", f"model-{name}.safetensors")
@@ -2201,7 +2225,8 @@ def test_other_families_of_llms(config, tmp_path, monkeypatch):
     head, *requests = (tokenizer(text).input_ids for text in ("be brief ", "a longer request", "b"))
     past = llm_negatives.run_piece(lm.base_model, [head])[2]
     monkeypatch.setattr(llm_negatives, "best_new", lambda logits, *_: logits.argmax(1).tolist())
-    texts, _ = llm_negatives.write_texts(lm, tokenizer, past, requests, 6)
+    texts = llm_negatives.write_texts(lm, tokenizer, past, requests, 6,
+                                      llm_negatives.end_tokens(lm, tokenizer))
     for text, request in zip(texts, requests):
         alone = lm.generate(torch.tensor([head + request]), max_new_tokens=6, do_sample=False)
         alone = tokenizer.decode(alone[0, len(head + request):])
@@ -2615,18 +2640,18 @@ def test_an_answer_ends_at_every_end_that_is_named_anywhere(tiny_llm):
                                "<|eot|>{% else %}<|end|>{% endif %}{% endfor %}")
     assert llm_negatives.end_tokens(model, tokenizer) == {eos, 5, 7, 256, 257}
     past = llm_negatives.run_piece(model.base_model, [[1, 2]])[2]
-    free, _ = llm_negatives.write_texts(model, tokenizer, past, [[3]], 5, {999})
+    free = llm_negatives.write_texts(model, tokenizer, past, [[3]], 5, {999})
     first = int(model(torch.tensor([[1, 2, 3]])).logits[0, -1].argmax())
     assert free != [""]
-    assert llm_negatives.write_texts(model, tokenizer, past, [[3]], 5, {first}) == ([""], 2)
+    assert llm_negatives.write_texts(model, tokenizer, past, [[3]], 5, {first}) == [""]
 
 
 def test_number_format_is_the_processors_not_a_timing(monkeypatch):
-    for flags, dtype in (("avx2 avx512f", torch.float32), ("avx2 amx_bf16", torch.bfloat16)):
+    for flags, dtype in (("avx2 avx512f", "float32"), ("avx2 amx_bf16", "bfloat16")):
         monkeypatch.setattr(Path, "read_text", lambda *args, flags=flags: f"flags\t: {flags}\n")
         monkeypatch.setattr(os.path, "exists", lambda path: True)
         assert llm_negatives.pick_dtype("auto", "cpu") == dtype
-    assert llm_negatives.pick_dtype("fp16", "cpu") == torch.float16
+    assert llm_negatives.pick_dtype("fp16", "cpu") == "float16"
 
 
 @pytest.mark.parametrize("text, first, whole", [
@@ -2663,13 +2688,16 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     monkeypatch.setattr(llm_negatives, "sentence_ends", lambda text: [len(text)])
     monkeypatch.setattr(llm_negatives, "answer", str)
     monkeypatch.setattr(llm_negatives, "first_sentence", str)
-    texts, tokens = llm_negatives.write_texts(model, tokenizer, past, requests, 9, {999})
+    best_new, rows = llm_negatives.best_new, []
+    monkeypatch.setattr(llm_negatives, "best_new", lambda scores, written, tokenizer: (
+        rows.append(len(written)) or best_new(scores, written, tokenizer)))
+    texts = llm_negatives.write_texts(model, tokenizer, past, requests, 9, {999})
     lengths = []
     for ids, text in zip(whole, texts):
         ends = [n + 1 for n in range(9) if letter in tokenizer.decode(ids[:n + 1])]
         lengths.append(min([*ends, 9]))
         assert text == tokenizer.decode(ids[:lengths[-1]]).split("\n")[0]
-    assert min(lengths) < max(lengths) and tokens == sum(lengths) + sum(map(len, requests))
+    assert min(lengths) < max(lengths) and sum(rows) == sum(lengths)
 
 
 def test_no_two_tokens_are_written_twice_but_digits_are():
@@ -2689,7 +2717,7 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
 
 @pytest.mark.parametrize("sentence, fault", [
     ("A dark film about two old friends, for fans of slow drama.", ""), ("", "empty"), ("…", "empty"),
-    ("A detective story about a family and a giant dog.", "prompt"),
+    ("A board game of trading and building houses.", "prompt"),
     ("Item: Jaws. A film about a shark.", "prompt"), ("Liked items: - Fargo: A gritty one.", "prompt"),
     ("Jaws is a Jaws.", "title"), ("A classic, a classic.", "loop"),
     ("A group of old friends save a group of old friends.", "loop"),
@@ -2768,7 +2796,7 @@ def test_profiles_are_the_llms_for_the_busiest_and_faults_become_metadata(
         texts = [text.replace("Ġ", " ").replace("Ċ", "\n") for text in texts]
         written.extend(texts)
         return [f"Good film number {text[6:20]} for people who like slow quiet nights." if n else ""
-                for n, text in enumerate(texts)], 1
+                for n, text in enumerate(texts)]
 
     monkeypatch.setattr(llm_negatives, "write_texts", write)
     out = llm_main(llm_run, tiny_llm, PROFILE, "--out", "profiles-x.jsonl", "--batch-size", 4)
@@ -3011,6 +3039,8 @@ def test_wrong_adapters_llms_and_profiles_are_refused(llm_run, tiny_llm, tmp_pat
                           (whole.rsplit("\n", 2)[0] + "\n", "1 profiles are missing")):
         path.write_text(text)
         assert message in llm_refusal(llm_main, llm_run, tiny_llm, *again)
+        if "is not" in message:  # nor does `profile` resume from such a file
+            assert message in llm_refusal(llm_main, llm_run, tiny_llm, PROFILE)
     path.write_text(whole)
     tensors, meta = backbones.load_tensors(llm_run / "data.safetensors")
     backbones.save_tensors(llm_run / "data.safetensors", {**tensors, "valid": tensors["test"] + 0}, meta)
@@ -3044,6 +3074,16 @@ def test_readings_and_their_controls(llm_run, tiny_llm):
     assert not torch.allclose(made["texts-r"][0], oracle[0], atol=1e-3)
     ids = [llm_negatives.text_ids(tokenizer, text) for text in texts]
     assert torch.equal(made["texts-tfidf"][0], llm_negatives.tf_idf(ids))
+    # --profiles: read behind the metadata
+    llm_main(llm_run, tiny_llm, "profile --profiles template --out profiles-r.jsonl")
+    path = llm_run / "profiles-r.jsonl"
+    path.write_text(path.read_text().replace('"profile": "group 1"', '"profile": "A sequel."'))
+    llm_main(llm_run, tiny_llm, "read --dtype fp32 --layers 0 --profiles profiles-r.jsonl --out "
+             "texts-p.safetensors")
+    both = [text + " A sequel." * (i >= 20) for i, text in enumerate(texts)]
+    expected = llm_negatives.read_layers(llm, tokenizer, both, [0])[0]
+    reading = backbones.load_texts(llm_run, "texts-p.safetensors", 40)[0][0]
+    assert torch.allclose(reading, expected, atol=1e-5)
     # --most: the others have their words, and the mean of what the layers read
     assert "5 of 40 items" in llm_main(
         llm_run, tiny_llm, "read --dtype fp32 --most 5 --out texts-most.safetensors --force")
@@ -3453,7 +3493,6 @@ def test_report_says_what_its_figures_say(eval_run):
     assert {"uniform", "the judge's likely items", "HNLMRec, projected z"} <= set(found["fhns"])
     assert {labels: found["judges"][labels]["cf"] for labels in ("valid", "test")} == dict.fromkeys(
         ("valid", "test"), ["cf", "model-ease", "model-rp3"])
-    assert found["users without a test pair"] == 0
     assert len(xml.etree.ElementTree.parse(eval_run / "report.svg").findall(".//{*}circle")) == 6
 
 
@@ -3602,11 +3641,13 @@ def test_the_preset_leaves_out_what_the_run_lacks(eval_run, commands):
                       ("ItemKNN", "itemknn: would not fit")):
         assert f"{name} ({why}" in left_out and name not in found
     assert {"AlphaRec", "in full", "all baselines in one score"} <= set(found)
+    assert "no row is left" in eval_refused("compare", "--run", eval_run, "--methods", "ItemKNN")
 
 
 @pytest.mark.parametrize("words, message", [
     (["--methods", "XYZ"], "is none of Popularity"), (["--flags", "--dim 8 --seed 5"], "by itself"),
     (["--methods", "DNS --out=x"], "by itself"), (["--out", "metrics"], "names files of"),
+    (["--methods", "judge alone --lr 0.1"], "nothing is trained for it"),
     (["--out", "notes"], "not by `compare`"), (["--tuned"], "not by `tune`"),
     (["--methods", "LLM not fine-tuned"], "generate --run"),
     (["--methods", "in full, by a bag of words"], "--text-vectors texts-words.safetensors`")])
@@ -3665,7 +3706,7 @@ def tuning(eval_run, monkeypatch):
 def test_tune_halves_resumes_and_picks_the_best(tuning):
     run, done, kill = tuning
     flags = ["tune", "--run", run, "--budget", 12, "--methods"]
-    methods = "Popularity; RNS;HNLMRec"
+    methods = "RNS; HNLMRec"
     kill.append(9)
     with pytest.raises(KeyboardInterrupt):
         eval_main(*flags, methods)
@@ -3675,7 +3716,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     kill.clear()
     eval_main(*flags, methods)
     rows = backbones.read_jsonl(run / "tuned.jsonl")
-    assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 1 + 12 + 12
+    assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 12 + 12
     found = json.loads((run / "tuned.json").read_text())["methods"]
     for name, first in (("RNS", 1), ("HNLMRec", 3)):
         trials, shorts = [row for row in rows if row["method"] == name], []
@@ -3699,15 +3740,16 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
         assert found["lightgcn"][name]["words"] == best["words"]
         assert found["lightgcn"][name]["trials"] == 12
     # plain DNS is always among HNLMRec's; some trials went no further; no model is left
-    assert rows[4]["words"] == "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
+    assert rows[3]["words"] == "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
     assert any(row["valid"] is None for row in rows) and not list(run.glob("compare/*"))
     before, page = len(done), (run / "tuned.json").read_bytes()
     eval_main(*flags, methods)  # all there
     assert len(done) == before and (run / "tuned.json").read_bytes() == page
-    eval_main(*flags, "EASE")  # what was found before stays
-    assert set(json.loads((run / "tuned.json").read_text())["methods"]["closed form"]) == {
-        "Popularity", "EASE"}
-    assert "is none of Popularity" in eval_refused(*flags, "text similarity")
+    eval_main(*flags, "DNS")  # what was found before stays
+    assert list(json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]) == [
+        "RNS", "HNLMRec", "DNS"]
+    assert "pretrain` itself chooses" in eval_refused(*flags, "DNS;EASE")
+    assert "is none of RNS" in eval_refused(*flags, "text similarity")
     assert "names files of" in eval_refused(*flags, "DNS", "--out", "report")
     (run / "texts.safetensors").unlink()
     assert "llm_negatives.py read" in eval_refused(*flags, "AlphaRec")
@@ -3721,7 +3763,7 @@ def test_compare_takes_the_tuned_flags(tuning):
     words = evaluation.training_of("no self-attention", tuned, "lightgcn", 1, ["--k", "2"])
     assert words[6:] == [*own, "--no-attention", "--k", "2"]  # and what makes it another
     compare = ["compare", "--run", run, "--tuned", "--methods"]
-    assert "EASE on lightgcn is not in it" in eval_refused(*compare, "EASE")
+    assert "MixGCF on lightgcn is not in it" in eval_refused(*compare, "MixGCF")
     eval_main("tune", "--run", run, "--budget", 3, "--methods", "DNS")
     assert "had 3 to 4 trials" in eval_refused(*compare, "DNS")
     for text, message in (("{", "not by `tune`"), ('{"data": "x", "methods": {}}', "another data")):
@@ -3732,7 +3774,6 @@ def test_compare_takes_the_tuned_flags(tuning):
 def test_what_is_known_before_the_first_trial_decides_what_is_tried(tuning):
     """A judge that ranks no better than popularity: parts that live by texts stay at 0."""
     run, _, _ = tuning
-    assert not evaluation.texts_say_nothing(run)
     tensors, meta = backbones.load_tensors(run / "judge.safetensors")
     popularity = backbones.read_meta(run / "model-pop.safetensors")["history"][0]["valid_ndcg@20"]
     meta["history"][0]["valid_ndcg@20"] = popularity
