@@ -910,7 +910,7 @@ def compute_closed_form(args, data, _):
                         **constants})
         return score
 
-    # what was given stays; the rest is searched
+    # what was given stays; the rest is searched. A trial takes a second, unlike one of `tune`
     grid = {}
     for flag, values in CLOSED_FORMS[name].items():
         given = getattr(args, flag)
@@ -956,6 +956,7 @@ def load_data(run):
 def load_model(path, data):
     """A backbone or closed form from its file, on the device of data["train"] -> (model in eval
     mode, meta, all tensors). Raises SystemExit2 for other files and splits."""
+    # a closed form's file has item weights, dense or as the parts of a CSR; a backbone's its state
     tensors, meta = load_tensors(path, data["train"].device)
     s, shape = meta["settings"], (data["n_users"], data["n_items"])
     if "indptr" in tensors:
@@ -1005,6 +1006,7 @@ def shards(name, n_users):
 def load_negatives(run, name, data):
     """Generated negatives, joined from their shards -> a dict: pairs (n, 2), hidden (n, H) f16,
     vector (n, d) f16; digest. Raises SystemExit2 for a shard missing or not made as the rest."""
+    # all shards or an error: training would not see that a block of users lacks its vectors
     paths = [Path(run) / shard for shard in shards(name, data["n_users"])]
     parts, metas = zip(*(load_tensors(path) for path in paths))
     for path, meta in zip(paths, metas):
@@ -1326,10 +1328,12 @@ def start_processes(device):
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
         return device
     # without torchrun nobody else would come, and the wait would have no end
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            fail(f"WORLD_SIZE: is set without {name}, so torchrun did not start this; unset it, or "
-                 "run `torchrun --nproc-per-node N -- SCRIPT …`")
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", *numbers):
+        value = os.environ.get(name, "")
+        if not value or name in numbers and not value.isdecimal():
+            fail(f"WORLD_SIZE: is set, but {name} is {value!r}, so torchrun did not start this; "
+                 "unset it, or run `torchrun --nproc-per-node N -- SCRIPT …`")
     # processes wait for each other in C++, where Python's handlers do not run: signals end them
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, signal.SIG_DFL)

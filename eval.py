@@ -830,9 +830,9 @@ def program(script, *words):
 # and steps from the best so far, in turn. Reads no test pair
 
 # method -> {flag: values to choose from, neighbours beside each other}
-TRAINED = {"lr": [3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "dim": [64, 128, 256],
+TRAINED = {"lr": [3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "dim": [64, 128, 256, 512],
            "reg": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}
-M = TRAINED | {"m": [0.25, 0.5, 1, 2, 4, 8]}  # m: times the M that follows the catalogue's size
+M = TRAINED | {"m": [0.25, 0.5, 1, 2, 4]}  # m: times the M that follows the catalogue's size
 SOFTMAX = TRAINED | {"tau": [0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1], "shared": [64, 256, 1024]}
 SPACES = {
     "RNS": TRAINED, "PNS": TRAINED | {"beta": [0, 0.25, 0.5, 0.75, 1]}, "DNS": M, "MixGCF": M,
@@ -847,12 +847,13 @@ FIRST = {"HNLMRec": ["--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0",
                      "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 1"]}
 
 
-def space_of(name, data, texts=True):
+def space_of(name, data, texts=True, widest=512):
     """A method's space for these data, values as words; without texts their parts stay at 0."""
     space = dict(SPACES[name])
-    # the widest vectors where they take less than 120 MB
-    if "dim" in space and (data["n_users"] + data["n_items"]) * 512 < 3e7:
-        space["dim"] = [*space["dim"], 512]
+    # vectors of 512 numbers only where they take less than 120 MB
+    if (data["n_users"] + data["n_items"]) * 512 > 3e7:
+        widest = min(widest, 256)
+    space["dim"] = [dim for dim in space["dim"] if dim <= widest]
     if "m" in space:
         space["m"] = [max(1, round(times * sized_to_data(data)[3])) for times in space["m"]]
     if not texts:
@@ -894,15 +895,21 @@ def run_trial(run, command, first, epochs, shorts):
     out, found = "compare/tune-trial.safetensors", {"short": None, "valid": None}
 
     def train(*more):
+        """-> {epoch: validation NDCG@20}."""
         program(*command, *more, "--run", run, "--out", out, "--force")
-        return best_epoch(read_meta(run / out))["valid_ndcg@20"]
+        return {row["epoch"]: row["valid_ndcg@20"] for row in read_meta(run / out)["history"]}
 
+    few = max(1, epochs // 5)
     try:
         if not first:
-            found["short"] = train("--epochs", max(1, epochs // 5))
+            found["short"] = max(train("--epochs", few).values())
         # successive halving (Jamieson and Talwalkar, AISTATS 2016): the better half goes on
-        if sum(other > found["short"] for other in shorts) < (len(shorts) + 1) / 2:
-            found["valid"] = train()
+        if first or sum(other > found["short"] for other in shorts) < (len(shorts) + 1) / 2:
+            scores = train()
+            found["valid"] = max(scores.values())
+        if first:  # its own first epochs stand for a short run
+            early = [score for epoch, score in scores.items() if epoch <= few]
+            found["short"] = max(early, default=None)
     except SystemExit2 as error:
         if first:  # of defaults: no flag of ours made it fail
             raise
@@ -940,7 +947,7 @@ def tune(args):
             continue  # nothing to search
         # a generator of its own: no trial depends on which methods are searched beside it
         rng = np.random.default_rng([args.seed, n, *name.encode()])
-        words = next_point(name, space_of(name, data, texts), before, rng)
+        words = next_point(name, space_of(name, data, texts, args.widest), before, rng)
         command = training_of(name, {}, args.backbone, args.seed, [*flags, *words])
         plan = {"trial": n, "command": command, "data": data["digest"],
                 "inputs": digests(run, *METHODS[name].needs)}
@@ -1128,6 +1135,7 @@ def main(argv=None):
         p.add_argument("--force", action="store_true", help="make all trainings anew")
     p = commands.choices["tune"]
     p.add_argument("--budget", type=number(int, 1), default=20, help="trials a method")
+    p.add_argument("--widest", type=number(int, 64), default=512, help="--dim tried at most")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of trials and trainings")
     p = commands.choices["compare"]
     p.add_argument("--preset", choices=["table"], default="table", help="the rows without "

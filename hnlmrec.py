@@ -772,10 +772,14 @@ def fit_judge(args):
     train, valid = data["train"].to(device), data["valid"].to(device)
     readings = [text.to(device) for text in readings]
     # nothing to learn from is no error of the run: it ends with the rest, and says so
-    if all((text == text[0]).all() for text in readings):
-        return print(f"judge: left out, since {args.text_vectors} is alike for all items")
-    if not (torch.bincount(train[:, 0]) > 1).any():
-        return print("judge: left out, since no user has two train pairs")
+    none = f"{args.text_vectors} is alike for all items"
+    if (torch.bincount(train[:, 0]) < 2).all():
+        none = "no user has two train pairs"
+    elif not all((text == text[0]).all() for text in readings):
+        none = ""
+    if none:
+        out.unlink(missing_ok=True)  # with --force there may be a judge of an earlier start
+        return print(f"judge: left out, since {none}")
 
     # once with each dropout: validation chooses
     maps, dropout, history = train_judge(
@@ -1417,6 +1421,7 @@ def iso_seconds(text):
 # ---- prepare: texts of items and reviews ---------------------------------------------------------
 
 REPEATED = "repeated metadata rows (the fullest counts)"
+OF_PAIRS, LETTER = re.compile("rating|review|score|comment", re.I), re.compile(r"[^\W\d_]")
 
 
 def read_items(path, form, raw_items, counts, limits=(200, 400)):
@@ -1456,18 +1461,22 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
         print(f"  WARNING: {path}: {more}") if found else fail(f"{path}: {more}")
 
     # in a flat file a row stands for a pair: what differs between rows of one item, or stands under
-    # a name that columns of pairs have, is not about the item. A title may be written in two ways,
-    # but not of a fifth of the items: reviews have titles too
+    # a name that columns of pairs have, is not about the item; nor are numbers, which may be made
+    # of its pairs, such as a mean rating. A title may be written in two ways, but not of a fifth of
+    # the items: reviews have titles too
     columns = next(iter(found.values()), {title: ""}).keys()
     left_out = columns & set(form[:5])
     if flat or len(repeated) > len(found) / 2 or any(is_called(name, "user") for name in columns):
-        left_out |= {name for name in columns for role in ROLES if is_called(name, role)}
+        for name in columns - {title}:
+            if OF_PAIRS.search(name) or any(is_called(name, role) for role in ROLES) or not any(
+                    LETTER.search(fields[name]) for fields in found.values()):
+                left_out.add(name)
         left_out |= differ if repeated else columns
         left_out |= {title} if len(two_titles) > len(repeated) / 5 else set()
         counts.pop(REPEATED, None)
     if left_out:
-        print("  left out of the items' texts, as about a pair (rename what is the item's): "
-              + ", ".join(sorted(left_out)))
+        print("  left out of the items' texts, as about a pair, or counted from pairs (give what "
+              "is the item's in a file of one row an item): " + ", ".join(sorted(left_out)))
     # a row for every item, found or not; cut, since an LLM's prompt has to hold several of them
     items = []
     for raw in raw_items:
@@ -1533,7 +1542,8 @@ def read_reviews(path, fmt, user_of_row, per_user, counts, limit=200):
 
 
 HALF = re.compile(r"[\ud800-\udfff]")  # of a character: valid in JSON, not in UTF-8
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")  # and of direction
+# and of direction, and those of no width
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # csv rules of quoting, in a file with tabs
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 TAG = re.compile(
@@ -1551,7 +1561,7 @@ def clean(value, counts):
     """A raw field as one line of text: lists joined, HTML entities decoded, tags, scripts, control
     characters and runs of white space taken out. counts: a Counter of repairs. Raises ValueError
     for what is no text: a dict, half of a character."""
-    if value is None or value != value:  # NaN
+    if value is None or value != value or str(value).lower() in ("nan", "null", "<na>"):
         return ""
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, (clean(one, counts) for one in value)))

@@ -52,7 +52,7 @@ INSTRUCTION = ("Name a hard negative: an item close to this user's taste that th
                "not choose.")
 PLACE = "<<pieces>>"  # stands for the text of the user's turn while a chat template is rendered
 # where a reasoning LLM's thoughts begin; with a slash after the bracket they end
-THINK = re.compile(r"[<\[](?:\w+:)?(?:think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
+THINK = re.compile(r"[<\[◁][\w:]*(?:think|thought|reason)\w*[>\]▷]", re.IGNORECASE)
 
 
 def chat_frame(tokenizer, instruction, examples=()):
@@ -74,11 +74,13 @@ def chat_frame(tokenizer, instruction, examples=()):
 
     text = (tokenizer.bos_token or "") + "\n".join([*contents, ""])
     if tokenizer.chat_template:
-        text = render(turns)
-        # a template may ignore the system role or refuse it: then the first turn says it
-        if instruction not in text:
-            text = render([{"role": "user", "content": "\n".join(contents[:2])}, *turns[2:]])
-    if instruction not in text or text.count(PLACE) != 1:
+        # a template may ignore or refuse the system role: then the first turn says it; or earlier
+        # answers: then the one turn says all
+        texts = [render(turns)]
+        for n in (2, len(turns)):
+            texts.append(render([{"role": "user", "content": "\n".join(contents[:n])}, *turns[n:]]))
+        text = next((text for text in texts if all(part in text for part in contents)), "")
+    if text.count(PLACE) != 1:
         fail("--llm: its chat template does not print the instruction, and the user's turn once; "
              "give an LLM whose template does")
     head, tail = text.split(PLACE)
@@ -263,7 +265,7 @@ def check_window(llm, length):
     config = llm.config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size", "window_size"):
         window = getattr(config, name, None)
-        if isinstance(window, int) and window < length:
+        if isinstance(window, int) and 0 < window < length:  # 0, in some, for none
             fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
                  "lower --max-tokens or --history, or give another LLM")
 
@@ -528,18 +530,16 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
 @torch.no_grad()
 def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
     """The mean of a layer's hidden states over a text's tokens -> a list of (I, H) float32, one a
-    layer. llm: a decoder without its head; layers: 0 the token embeddings, a bag of words; the
-    LLM's last one is taken after the final norm."""
+    layer. llm: a decoder without its head; layers: 0 the token embeddings, a bag of words; the last
+    that `llm` has is taken after the final norm."""
     # The first position takes the attention that goes nowhere, and its state is a hundred times
     # larger than the rest (Xiao et al., attention sinks, ICLR 2024). So the tokenizer's first token
     # (BOS) stands in front and is left out of the mean. Where there is none, the text's own first
     # token is left out, save in layer 0, the embeddings, which have no attention
     sink = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # similar lengths together
-    embedding, width = llm.get_input_embeddings(), llm.config.get_text_config().hidden_size
-    device = embedding.weight.device
-    result = [torch.zeros(len(texts), width, device=device) for _ in layers]
-    progress = Progress("read", len(texts), "texts")
+    embedding, result = llm.get_input_embeddings(), [[] for _ in layers]
+    device, progress = embedding.weight.device, Progress("read", len(texts), "texts")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
         ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:max_tokens] for k in part], device)
@@ -554,9 +554,10 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
             weight /= weight.sum(1, keepdim=True).clamp(min=1)
             # Gemma 3n has several versions of its states, of which the first is active
             states = hidden[layer] if hidden[layer].dim() == 3 else hidden[layer][0]
-            rows[part] = torch.einsum("bl,blh->bh", weight, states.float())
+            rows.append(torch.einsum("bl,blh->bh", weight, states.float()))
         progress.update(at + len(part))
-    return result
+    back = torch.tensor(order, device=device).argsort()
+    return [torch.cat(rows)[back] for rows in result]
 
 
 def tf_idf(id_lists, width=512):
@@ -614,18 +615,21 @@ def user_request(history, reviews):
 # words whose stop ends no sentence
 ABBREVIATIONS = ("mr mrs ms dr st jr sr prof mt ft gen lt col sgt capt rev vol no inc ltd co vs "
                  "etc feat ed").split()
+FULL_STOPS = "。｡！？।॥؟۔։።။។"  # of other scripts
 
 
 def sentence_ends(text):
     """The places in `text` after which a sentence ends -> list of ints."""
     ends = []
-    for mark in re.finditer(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？।]+[”’」』）]*", text):
+    for mark in re.finditer(rf"[.!?]+[\"'”’)\]]*(?=\s|$)|[{FULL_STOPS}]+[”’」』）]*", text):
         word = re.search(r"[^\s(\"'“‘]*$", text[:mark.start()])[0]
         # a stop that belongs to its word: "L.A.", "J.", "Dr.", and "5." that is cut before "5.1"
         inside = "." in word or word.lower() in ABBREVIATIONS or re.fullmatch(r"[^\W\d]", word)
         if mark.end() == len(text) and re.search(r"(^|\D)\d{1,2}$", word):
             inside = True
-        if text[mark.start()] != "." or not inside:
+        # nor does a sentence end before a small letter: "Super Mario Bros. fans", "Jeopardy! fans"
+        goes_on = text[mark.end():].lstrip()[:1].islower()
+        if not goes_on and (text[mark.start()] != "." or not inside):
             ends.append(mark.end())
     return ends
 
@@ -643,15 +647,15 @@ def is_whole(text):
     # a stop after a long lower-case word ends a sentence, whatever the next token would be
     ends = sentence_ends(text)
     return "\n" in text or bool(ends) and (
-        ends[0] < len(text) or bool(re.search(r"\b[a-z]{4,}[.!?]$|[。！？।]$", text)))
+        ends[0] < len(text) or bool(re.search(rf"\b[a-z]{{4,}}[.!?]$|[{FULL_STOPS}]$", text)))
 
 
-def answer(text):
+def answer(text, tokenizer):
     """What an LLM said, without what it thought: <think>…</think>, [THINK]…[/THINK], channels
     ("<|channel|>analysis<|message|>…"). "" while there are thoughts alone."""
-    text = re.split(THINK.pattern.replace(r"[<\[]", r"[<\[]/"), text, flags=re.IGNORECASE)[-1]
+    text = re.split(THINK.pattern.replace("◁]", "◁]/"), text, flags=re.IGNORECASE)[-1]
     text = THINK.split(text)[0]  # a thought that is not ended
-    said, *parts = re.split(r"<[|｜]?[\w:/▁ ]{1,40}[|｜]?>|\[/?[A-Z_]{2,}\]", text)  # control tokens
+    said, *parts = control_tokens(tokenizer).split(text)
     if parts and not said.strip():  # of channels the final one alone is the answer
         final = [part for name, part in zip(parts, parts[1:]) if name.strip() == "final"]
         said = final[-1] if final else ""
@@ -735,7 +739,7 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
         for place, (row, token) in enumerate(zip(alive, chosen)):
             if token not in ends:
                 written[row].append(token)
-                texts[row] = answer(tokenizer.decode(written[row]))
+                texts[row] = answer(tokenizer.decode(written[row]), tokenizer)
                 if not is_whole(texts[row]):
                     unfinished.append(place)
         if not unfinished or step == new_tokens - 1:
@@ -1089,7 +1093,8 @@ def read(args):
         readings = [tf_idf([text_ids(tokenizer, text) for text in texts])]
     else:  # the words of all items, the layers of the most popular ones: layers are what takes time
         try:
-            llm = load_llm(args.llm, AutoModel, args.dtype, args.device, max(1, layers[-1]))
+            # one more than are read: behind the last there is the final norm
+            llm = load_llm(args.llm, AutoModel, args.dtype, args.device, min(layers[-1] + 1, depth))
         except SystemExit:  # a family whose layers depend on each other cannot be cut
             llm = load_llm(args.llm, AutoModel, args.dtype, args.device)
         if args.control == "random":  # the same architecture, that has read nothing yet
@@ -1117,8 +1122,9 @@ def read_profiles(path):
     head, *rows = read_jsonl(path, growing=True) or [{}]  # growing: a kill leaves half a line
     with contextlib.suppress(KeyError, TypeError):  # rows of another shape
         made = {(row["kind"], row["raw"]): row["profile"] for row in rows}
-        if head["settings"]["command"] == "profile":
-            return head["settings"], head["frames"], made
+        settings = head["settings"]
+        if settings["command"] == "profile" and settings["inputs"]:
+            return settings, head["frames"], made
     fail(f"{path}: is not what `profile` writes; delete it and run `{MAKER} profile --run "
          f"{path.parent} --out {path.name}`, or name another file")
 
@@ -1223,6 +1229,8 @@ def profile(args):
         "inputs": digests(run, "data.safetensors"), "llm": llm_digest(args.llm) if by_llm else "",
         "dtype": dtype if by_llm else ""}
     file = Profiles(path, settings, args.force)
+    # one start for all: process 0 may write before another one reads
+    file.frames, file.made = from_all((file.frames, file.made))[0]
     total, earlier = len(items) + len(users), len(file.made)
     if earlier == total:
         print(f"skip: {path} is up to date")
@@ -1338,6 +1346,8 @@ def load_llm(llm, cls, dtype, device, layers=0):
     ones alone. cls: AutoModel (hidden states) or AutoModelForCausalLM (logits). Raises SystemExit2
     when there are fewer layers, or when weights are missing."""
     config = from_library(llm, "model", AutoConfig.from_pretrained)
+    if getattr(config, "is_encoder_decoder", False):
+        fail(f"--llm {llm}: {config.model_type} is an encoder with a decoder; give a causal LM")
     text = config.get_text_config()
     depth = text.num_hidden_layers
     if layers > depth:
@@ -1377,6 +1387,9 @@ def check_pieces(name, llm, tokenizer, ids):
         past = run_piece(llm, [ids[:3], ids[:3] * 8])[2]  # the first row has 21 places of padding
         states = run_piece(llm, [ids[3:], ids[3:]], None, past)[0][0].float()
         off = ((states - plain[3:]).norm() / plain[3:].norm()).item()
+        width = llm.config.get_text_config().hidden_size  # of soft tokens and of h
+        if (llm.get_input_embeddings().weight.shape[1], plain.shape[1]) != (width, width):
+            off, why = math.inf, "vectors of two widths"
     except Exception as error:  # noqa: BLE001 each family fails in its own way
         off, why = math.inf, f"{type(error).__name__}: {str(error)[:80]}"
     if not off < (1e-3 if llm.dtype == torch.float32 else 0.1):  # rounding alone: 1e-6 and .01

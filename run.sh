@@ -12,7 +12,8 @@
 #   DATA=… META=…      your interactions and items files
 #   FORMAT=table PRESET=… MIN_RATING=… K_CORE=…      as `hnlmrec.py prepare --help`
 #   WHOLE=1            the LLM writes of all users and items, reads all items, and generates four
-#                      negatives of each user; else each of its steps is bounded to a few minutes
+#                      negatives of each user, and trials try widths up to 512; else each of these
+#                      steps is bounded to a few minutes
 #   TUNE=6             trials, on validation, that the flags of DNS and of the judge's negatives are
 #                      chosen from; of your own data 6, with FAST=1 2; of MovieLens 0: its flags
 #                      below were chosen so before
@@ -25,6 +26,7 @@ set -euo pipefail
 unset CDPATH  # cd would print what it finds there
 cd "$(dirname "${BASH_SOURCE[0]}")"
 die() { echo "error: $*" >&2; exit 2; }
+[[ -f hnlmrec.py ]] || die "$PWD: lacks hnlmrec.py; run run.sh in its own folder, not by a link"
 folder() {  # folder PATH VARIABLE
   mkdir -p "$1" 2>/dev/null && [[ -w $1 ]] ||
     die "$1: cannot be written to; set $2 to a folder that can"
@@ -36,6 +38,9 @@ export HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 # ---- set-up: a virtual environment, remade only when requirements.txt changes -------------------
 [[ $# -le 1 && ( $# -eq 0 || $1 == test ) ]] ||
   die "usage: bash run.sh [test]; settings go in variables, see the top of run.sh"
+[[ ${FAST:-0}${WHOLE:-0}${FORCE:-0} =~ ^[01]{3}$ ]] || die "FAST, WHOLE, FORCE: each is 1 or 0"
+[[ -n ${DATA:-} || -z ${META:-}${FORMAT:-}${PRESET:-} ]] ||
+  die "META, FORMAT, PRESET: belong to interactions of your own; set DATA too"
 PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" >/dev/null || die "$PYTHON: not found; set PYTHON to a Python 3.10 or newer"
 VENV=${VENV:-.venv}
@@ -119,7 +124,7 @@ EOF
 fi
 
 # ---- settings -----------------------------------------------------------------------------------
-BACKBONE=${BACKBONE:-lightgcn} SEED=${SEED:-0} FAST=${FAST:-0} WHOLE=${WHOLE:-0}
+BACKBONE=${BACKBONE:-lightgcn} SEED=${SEED:-0} FAST=${FAST:-0} WHOLE=${WHOLE:-0} FORCE=${FORCE:-0}
 if [[ -z ${DATA:-} ]]; then
   NAME=ml-100k SOURCE=(--format recbole --reviews "$ML/ml-100k.inter" --meta "$ML/ml-100k.item")
 else
@@ -128,17 +133,17 @@ else
   [[ -z ${META:-} ]] || SOURCE+=(--meta "$META")
   [[ -z ${FORMAT:-} ]] || SOURCE+=(--format "$FORMAT")
   [[ -z ${PRESET:-} ]] || SOURCE+=(--preset "$PRESET")
-  [[ -z ${MIN_RATING:-} ]] || SOURCE+=(--min-rating "$MIN_RATING")
-  [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 fi
+[[ -z ${MIN_RATING:-} ]] || SOURCE+=(--min-rating "$MIN_RATING")
+[[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
 # flags of the steps: words without spaces, so that plain strings do (see bash 3.2 above).
 # What the LLM's steps do at most, whatever the data's size: about two minutes each on two cores
 PROFILE="--history 3 --llm-rows 200" READ="--most 12000"
 GENERATE="--pairs-per-user 4 --pairs 2000" FINETUNE="--warmup-pairs 1024 --steps 20"
-SIZE="--llm-rows 200 --pairs 2000"
+SIZE="--llm-rows 200 --pairs 2000" WIDEST="--widest 128"  # of trials: 512 takes ten times as long
 if [[ $WHOLE == 1 ]]; then
-  PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE=
+  PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE= WIDEST=
 fi
 TRAIN= JUDGE= DNS= HNLMREC= JUDGED= TRIALS=6
 if [[ -z ${DATA:-} ]]; then
@@ -155,7 +160,7 @@ if [[ $FAST == 1 ]]; then
 fi
 TUNE=${TUNE:-$TRIALS}
 BUDGET="--backbone $BACKBONE --seed $SEED $TRAIN"
-FORCE=$([[ ${FORCE:-0} == 1 ]] && echo --force || true)
+FORCE=$([[ $FORCE == 1 ]] && echo --force || true)
 
 # ---- one run at a time in a folder: a lock of the system, held while a step of it lives ---------
 folder "$OUT" OUT
@@ -228,7 +233,7 @@ if [[ $TUNE != 0 ]]; then
   METHODS=DNS
   [[ $HAVE_JUDGE == 0 ]] || METHODS="DNS;judge's negatives"
   step eval.py tune --run "$OUT" --methods "$METHODS" --budget "$TUNE" --backbone "$BACKBONE" \
-    --seed "$SEED" --flags "$TRAIN --patience 2" --out tuned-run
+    --seed "$SEED" --flags "$TRAIN --patience 2" --out tuned-run $WIDEST
   best='import json, sys
 methods = json.load(open(sys.argv[1]))["methods"][sys.argv[2]]
 print(*methods.get(sys.argv[3], {}).get("words", []))'

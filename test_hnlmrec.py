@@ -7,13 +7,10 @@ import bz2
 import calendar
 import contextlib
 import dis
-import functools
 import gzip
-import inspect
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import re
@@ -25,16 +22,20 @@ import xml.etree.ElementTree
 from argparse import Namespace
 from collections import Counter
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+# no test needs a network: without this a look-up of a model that is not there takes 20 s
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -56,13 +57,16 @@ import eval as evaluation
 import hnlmrec
 import llm_negatives
 
+torch.set_num_threads(1)  # all is tiny: a second thread costs more than it brings
 HERE = Path(__file__).resolve().parent
+PROGRAMS = {"hnlmrec.py": hnlmrec, "backbones.py": backbones, "llm_negatives.py": llm_negatives,
+            "eval.py": evaluation}
 N_USERS, N_ITEMS = 12, 30
 
 
 def random_pairs(seed=0, n_users=N_USERS, n_items=N_ITEMS, per_user=8):
     """(N, 2) pairs without repeats, sorted by user, then item."""
-    generator, pairs = torch.Generator().manual_seed(seed), []
+    generator, pairs = seeded(seed), []
     for u in range(n_users):
         items = torch.randperm(n_items, generator=generator)[:per_user].sort().values
         pairs.append(torch.stack([torch.full((per_user,), u), items], 1))
@@ -83,17 +87,6 @@ def rigged(users, items):
     return model
 
 
-# ---- backbones.py: ranking and metrics -----------------------------------------------------------
-
-
-def message_of(call, *args, **more):
-    """The one line with which a call ends the program; its status is 2."""
-    with pytest.raises(SystemExit) as error:
-        call(*args, **more)
-    assert error.value.code == 2 and "\n" not in error.value.message
-    return error.value.message
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -106,6 +99,40 @@ def by_score(scores, seen):
 
 def items_of(pairs, user):
     return set(pairs[pairs[:, 0] == user, 1].tolist())
+
+
+def message_of(call, *args, **more):
+    """The one line with which a call ends the program; its status is 2."""
+    with pytest.raises(SystemExit) as error:
+        call(*args, **more)
+    message = error.value.message
+    assert error.value.code == 2 and "\n" not in message and message.isprintable()
+    assert len(message) < 2000  # nothing is quoted at length
+    return message
+
+
+def cli(script, *args):
+    """Run a program's main() here, without the seconds that a new process needs -> what it
+    prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        PROGRAMS[script].main([str(arg) for arg in args])
+    return out.getvalue()
+
+
+def python(*words, **env):
+    """Run Python in a process of its own, as a user does."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **env}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
+                          check=False, timeout=300, env=env, cwd=HERE)
+
+
+refused = partial(message_of, cli)
+eval_main, eval_refused = partial(cli, "eval.py"), partial(refused, "eval.py")
+run_prepare = partial(cli, "hnlmrec.py", "prepare")
+refusal = partial(refused, "hnlmrec.py", "prepare")
+
+
+# ---- backbones.py: ranking and metrics -----------------------------------------------------------
 
 
 def test_metrics_hand_worked():
@@ -149,6 +176,9 @@ def test_full_ranking_against_brute_force(rounded):
 def test_top_k_breaks_ties_by_index_and_a_ranking_in_parts_is_the_ranking():
     assert backbones.top_k(torch.tensor([[1.0, 2, 2, 1, 2, 0, 1]]), 5).tolist() == [[1, 2, 4, 0, 3]]
     wide = torch.randint(0, 4, (50, 200), generator=seeded()).float()
+    assert backbones.top_k(wide, 20).tolist() == [by_score(row, ())[:20] for row in wide.tolist()]
+    wide = torch.rand(50, 200, generator=seeded()).argsort(1)
+    wide[wide == 179] = 180  # the 20th and the 21st alone are equal
     assert backbones.top_k(wide, 20).tolist() == [by_score(row, ())[:20] for row in wide.tolist()]
     table, users = torch.randn(7, 9, generator=seeded()), torch.arange(7)
     seen = backbones.user_rows(torch.tensor([[2, 4], [6, 0]]), 7)
@@ -264,8 +294,6 @@ def test_neumf_ranks_as_it_scores():
     users, items = model()
     one_by_one = torch.stack([torch.stack([model.score(u, i) for i in items]) for u in users])
     assert torch.allclose(model.score_all(users, items), one_by_one, atol=1e-6)
-    odd = message_of(backbones.build_backbone, "neumf", N_USERS, N_ITEMS, 33, random_pairs())
-    assert "--dim 33" in odd  # two equal halves
 
 
 @pytest.mark.parametrize("name", ["lightgcn", "ngcf", "mf", "neumf"])
@@ -371,11 +399,6 @@ def test_ease_bears_a_small_ridge_or_names_it_and_large_tables_are_refused():
         assert ours == pytest.approx(dense_ease(x, ridge), abs=1e-4)
     assert "--ridge 1e-10" in message_of(backbones.ease, pairs, 4, 5, 1e-10)
     assert "40000 x 40000 weights" in message_of(backbones.ease, pairs, 4, 40_000)
-    weight = torch.rand(4, generator=seeded())
-    row, column, value = backbones.co_occurrence(pairs, weight, 5)
-    table = torch.zeros(5, 5).index_put((row, column), value).numpy()
-    assert table == pytest.approx(x.T @ np.diag(weight) @ x)
-    assert len(row) == np.count_nonzero(x.T @ x)
     crawler = torch.stack([torch.zeros(20_000, dtype=torch.int64), torch.arange(20_000)], 1)
     assert "--k-core" in message_of(backbones.co_occurrence, crawler, torch.ones(1), 20_000)
 
@@ -413,28 +436,29 @@ def test_samplers_are_exact(beta):
     assert "user row 0" in full
 
 
-@pytest.mark.parametrize("beta", [5.0, 400.0, 9000.0])
-def test_no_popularity_exponent_and_no_catalogue_overflows(beta):
+@pytest.mark.parametrize("beta, expected", [(5.0, [0, 3200, 100, 100]), (9000.0, [0, 3400, 0, 0])])
+def test_no_popularity_exponent_overflows(beta, expected):
     """Item 0 has every user but the last; popularity ** beta gives it to that one alone, and leaves
-    the others, who have it, the rest in proportion."""
+    the others, who have it, the rest in proportion: weights 0, 2 ** beta, 1, 1."""
     n = 1000
     pairs = torch.stack([torch.arange(n), torch.zeros(n, dtype=torch.int64)], 1)
     pairs[-1, 1] = 1
     sampler = backbones.PopularitySampler(pairs, n, 4, beta)
     assert set(sampler(torch.tensor([n - 1]), 100, seeded()).flatten().tolist()) == {0}
-    draws = sampler(torch.tensor([n - 2]), 3400, seeded()).flatten()  # weights 0, 2**beta, 1, 1
-    expected = [0, 3200, 100, 100] if beta == 5 else [0, 3400, 0, 0]
+    draws = sampler(torch.tensor([n - 2]), 3400, seeded()).flatten()
     assert torch.bincount(draws, minlength=4).tolist() == pytest.approx(expected, abs=50)
-    # 3M users, 4M items: user * items goes far beyond 32 bits
+
+
+def test_no_catalogue_overflows():
+    """3M users, 4M items: user * items goes far beyond 32 bits."""
     users, items = 3_000_000, 4_000_000
     heavy = torch.tensor([10, 1_475_000, users - 1])
     own = torch.cat([torch.randperm(items, generator=seeded(n))[:4000] for n in range(3)])
     pairs = torch.stack([heavy.repeat_interleave(4000), own], 1)
-    for form in (backbones.UnseenSampler, backbones.PopularitySampler):
-        drawn = form(pairs, users, items)(heavy, 2000, seeded())
-        assert 0 <= drawn.min() and drawn.max() < items
-        keys = backbones.pair_keys(pairs, items)
-        assert not backbones.contains(keys, heavy[:, None], drawn, items).any()
+    drawn = backbones.PopularitySampler(pairs, users, items)(heavy, 2000, seeded())
+    assert 0 <= drawn.min() and drawn.max() < items
+    keys = backbones.pair_keys(pairs, items)
+    assert not backbones.contains(keys, heavy[:, None], drawn, items).any()
 
 
 def test_dns_and_ahns_against_brute_force():
@@ -442,7 +466,7 @@ def test_dns_and_ahns_against_brute_force():
     candidates = torch.randint(N_ITEMS, (6, 5), generator=seeded())
     positives = torch.randint(N_ITEMS, (6,), generator=seeded(1))
     score, s = rigged(users, items).score, users @ items.T
-    dns = functools.partial(backbones.dns, score, users, items, candidates)
+    dns = partial(backbones.dns, score, users, items, candidates)
     ranked = [sorted(row, key=lambda c, b=b: -s[b, c]) for b, row in enumerate(candidates.tolist())]
     assert dns().tolist() == [row[0] for row in ranked]
     picked = torch.stack([dns(2, seeded(n)) for n in range(20)])
@@ -477,19 +501,6 @@ def test_mixgcf_against_loops(name):
         hops.append(torch.stack(rows))
     oracle = sum(hops) / 3 if name == "lightgcn" else torch.cat(hops, 1)
     assert torch.allclose(ours, oracle, atol=1e-6)
-
-
-def test_losses_against_direct_sums():
-    p, n = torch.tensor([0.3, -2.0]), torch.tensor([0.1, 1.0])
-    total = -sum(math.log(1 / (1 + math.exp(b - a))) for a, b in zip(p, n))
-    assert backbones.bpr_loss(p, n).item() == pytest.approx(total / 2)
-    assert backbones.l2_loss(torch.ones(2, 3), 2 * torch.ones(2, 3)).item() == 7.5
-    p, n, tau = torch.randn(4, generator=seeded()), torch.randn(4, 6, generator=seeded(1)), 0.3
-    n[1, 2:4], total = -torch.inf, 0.0  # no negatives of row 1
-    for b in range(4):
-        up = math.exp(p[b] / tau)
-        total -= math.log(up / (up + sum(math.exp(s / tau) for s in n[b].tolist())))
-    assert backbones.sampled_softmax_loss(p, n, tau).item() == pytest.approx(total / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mf", "lightgcn"])
@@ -536,7 +547,7 @@ def test_softmax_step_against_loops(name, cosine):
     assert step(rows, seeded(3))[0].item() == pytest.approx(total / 3, rel=1e-5)
 
 
-# ---- The training loop, in one process and in two ------------------------------------------------
+# ---- The training loop ---------------------------------------------------------------------------
 
 
 def fit_mf(model, step, validate, n_rows=4, **more):
@@ -595,71 +606,26 @@ def test_what_follows_from_the_size_of_the_data(n, n_items, given, expected):
     assert backbones.sized_to_data(data, **given) == expected
 
 
-def fit_a_line(validate):
-    """A line through eight points of a parabola; the bias is reached by process 0 alone."""
-    torch.manual_seed(0)
-    x, line = torch.arange(8.0), torch.nn.Linear(2, 1)
-
-    def step(rows, generator):
-        slope, height = line.weight[0]
-        loss = (slope * x[rows] + height - x[rows] ** 2).pow(2).mean()
-        return (loss + line.bias.sum() if backbones.rank() == 0 else loss), {}
-
-    return fit_mf(line, step, validate, 8, lr=1, epochs=9, batch_size=8, patience=2)
-
-
-BOTH = """
-def both():
-    backbones.main(sys.argv[2:])
-    scores = iter([.3, .4, .5, .4, .3] if backbones.rank() == 0 else range(9))
-    torch.save(fit_a_line(lambda: next(scores)), f"{sys.argv[1]}/state{backbones.rank()}")
-backbones.run_cli(both)"""
-
-
-def test_gradients_are_averaged_over_processes(monkeypatch):
-    """Beside a process whose gradients are 3 everywhere."""
-    monkeypatch.setattr(backbones, "world", lambda: 2)
-    monkeypatch.setattr(backbones.dist, "all_reduce", lambda tensor: tensor.add_(3))
-    one, two, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
-    one.grad, two.grad = torch.tensor([1.0, 5.0]), torch.tensor([-3.0, 0.0])
-    backbones.average_gradients([one, none, two])
-    assert [p.grad.tolist() for p in (one, two, none)] == [[2, 4], [0, 1.5], [1.5, 1.5]]
-
-
-def test_two_processes_train_one_model(small_run, tmp_path):
-    """Pairs shared out, gradients averaged, one file written; both stop when process 0 says so."""
-    sources = map(inspect.getsource, (fit_mf, fit_a_line))
-    (tmp_path / "both.py").write_text("\n".join(["import sys, torch, backbones", *sources, BOTH]))
-    done = python("-m", "torch.distributed.run", "--nproc-per-node", 2, "--", tmp_path / "both.py",
-                  tmp_path, *pretrain_words(small_run), PYTHONPATH=str(HERE))
-    assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stdout + done.stderr
-    data = backbones.load_data(small_run)
-    model, meta, _ = backbones.load_model(small_run / "cf.safetensors", data)
-    best = max(row["valid_ndcg@20"] for row in meta["history"])
-    assert backbones.validation(model, data)() == best
-    (one, history), (two, _) = (torch.load(tmp_path / f"state{n}", weights_only=True)
-                                for n in (0, 1))
-    scores = iter([0.3, 0.4, 0.5, 0.4, 0.3])
-    alone, _ = fit_a_line(lambda: next(scores))
-    assert all(torch.equal(one[name], two[name]) for name in one) and len(history) == 5
-    assert all(torch.allclose(one[name], alone[name], atol=1e-5) for name in one)
+def pretrain(run, *flags):
+    cli("backbones.py", "pretrain", "--run", run, "--dim", 8, "--epochs", 2, *flags)
 
 
 def test_a_world_size_without_torchrun_never_waits_and_a_signal_ends_a_wait(small_run, monkeypatch):
-    words, torchrun = [HERE / "backbones.py", *pretrain_words(small_run)], {
-        "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0"}
-    done = python(*words, **torchrun)
-    assert done.returncode == 2 and re.fullmatch("error: WORLD_SIZE: is set .*\n", done.stderr)
-    env = {**os.environ, **torchrun, "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, *words], env=env, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True) as waiting:
+    words = [HERE / "backbones.py", "pretrain", "--run", small_run, "--epochs", "2"]
+    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, *words], env=os.environ | torchrun, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as waiting:
         assert "waiting for 2 processes" in waiting.stdout.readline()
         waiting.terminate()
         assert waiting.wait(timeout=60) == -15
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without RANK" in message_of(backbones.start_processes, "cpu")
+    assert message_of(backbones.start_processes, "cpu").startswith("WORLD_SIZE: is set")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    for rank, said in (("", "''"), ("x", "'x'")):
+        monkeypatch.setenv("RANK", rank)
+        assert f"RANK is {said}, so" in message_of(backbones.start_processes, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert backbones.start_processes("cpu") == "cpu"
 
@@ -680,38 +646,21 @@ def save_data(run, **more):
     return run
 
 
-def pretrain_words(run, *flags):
-    return ["pretrain", "--run", str(run), "--dim", "8", "--epochs", "2", *map(str, flags)]
-
-
-def pretrain(run, *flags):
-    backbones.main(pretrain_words(run, *flags))
-
-
-def python(*words, **env):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
-                          check=False, timeout=120, env=env)
-
-
 def test_line_search_ends_where_no_single_step_is_better():
-    """A sum of terms has its best values one by one; any table: the end is best in each line."""
-    grid, tried = {"a": (1, 2, 3, 4), "b": (0, 5, 9), "c": (7,)}, []
-
-    def score_of(point):
-        tried.append(tuple(point.values()))
-        return -(point["a"] - 4) ** 2 - (point["b"] - 1) ** 2
-
-    assert backbones.line_search(score_of, grid) == ({"a": 4, "b": 0, "c": 7}, -1)
-    assert len(set(tried)) == len(tried) <= 12
+    """In any table the end is best in each line, and no point is tried twice."""
     for seed in range(20):
-        table = torch.rand(4, 3, generator=seeded(seed))
-        point, score = backbones.line_search(
-            lambda at: float(table[at["a"], at["b"]]), {"a": range(4), "b": range(3)})
+        table, tried = torch.rand(4, 3, generator=seeded(seed)), []
+
+        def score_of(point, table=table, tried=tried):
+            tried.append((point["a"], point["b"]))
+            return float(table[tried[-1]])
+
+        point, score = backbones.line_search(score_of, {"a": range(4), "b": range(3)})
         assert score == table[point["a"], :].max() == table[:, point["b"]].max()
+        assert len(set(tried)) == len(tried)
 
 
-def test_closed_forms_and_softmax_by_command(small_run, capsys):
+def test_closed_forms_and_softmax_by_command(small_run):
     """Each is saved and loaded as any model; a closed form reads no seed."""
     run, data = small_run, backbones.load_data(small_run)
     shape = (data["train"], N_USERS, N_ITEMS)
@@ -724,8 +673,9 @@ def test_closed_forms_and_softmax_by_command(small_run, capsys):
         model, meta, _ = backbones.load_model(run / words[-1], data)
         assert torch.equal(model.weight.to_dense(), weight.to_dense())
         assert meta["history"][0]["valid_ndcg@20"] == backbones.validation(model, data)()
+        before = (run / words[-1]).read_bytes()
         pretrain(run, *words, "--lr", 1, "--seed", 8)
-        assert "skip:" in capsys.readouterr().out
+        assert (run / words[-1]).read_bytes() == before
     # what is left out is chosen on validation: the file is that of the best choice tried
     pretrain(run, "--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
     model, meta, _ = backbones.load_model(run / "model-best.safetensors", data)
@@ -744,124 +694,37 @@ def test_closed_forms_and_softmax_by_command(small_run, capsys):
         assert backbones.validation(model, data)() == pytest.approx(best)
 
 
-@pytest.mark.parametrize("words, message", [
-    ("--n 20", "m is 4; lower"), ("--backbone ease", "no vectors"), ("--cosine", "needs --loss"),
-    ("--text-vectors none", "no such file"), ("--text-vectors x --backbone neumf", "not neumf"),
-    ("--epochs -1", "-1 is outside [0, 2147483647]"), ("--dim two", "no int"), ("--lr nan", "--lr"),
-    ("--ridge 0", "0 is outside (0, inf]"), ("--epo 1", "--epo"), (f"--seed {2**64}", "--seed"),
-    ("--nonsense", "--nonsense"), ("--device gpu", "give cpu"), ("--device cuda:99", "give cpu"),
-    ("--backbone neumf --dim 33", "--dim 33"), ("--out x.jsonl", "ends in '.safetensors'"),
-    ("--run nowhere", "nowhere/data.safetensors: no such file; make it with `python hnlmrec.py"),
-    ("--out sft-x.safetensors", "sft names files of `python llm_negatives.py finetune`"),
-    ("--out data.safetensors --force", "data names files of `python hnlmrec.py prepare`"),
-    ("--out ../x.safetensors", "give a plain name"), ("--out *.safetensors", "give a plain name"),
-    ("--out=", "give a plain name")])
-def test_bad_flags_of_pretrain_end_in_one_line_and_write_nothing(small_run, words, message):
-    before = {path: path.read_bytes() for path in small_run.rglob("*")}
-    assert message in message_of(pretrain, small_run, *words.split())
-    assert {path: path.read_bytes() for path in small_run.rglob("*")} == before
-
-
-def test_a_finished_step_is_skipped_and_what_is_stale_or_damaged_refused(small_run, capsys):
-    path, load = small_run / "cf.safetensors", functools.partial(message_of, backbones.load_tensors)
-    pretrain(small_run)
-    whole, data = path.read_bytes(), backbones.load_data(small_run)
-    pretrain(small_run)
-    assert "skip:" in capsys.readouterr().out
-    changed = message_of(pretrain, small_run, "--seed", 1, "--lr", 0.5)
-    assert "seed=0, now 1" in changed and "lr=0.001, now 0.5" in changed
-    assert f"`python backbones.py pretrain --run {small_run} --out {path.name} --force`" in changed
-    # one bit of a tensor, one digit of the metadata, half of the file
-    for edit in (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], whole[: len(whole) // 2],
-                 whole.replace(b"loss\\\": 0.", b"loss\\\": 1.", 1)):
-        path.write_bytes(edit)
-        assert edit != whole and f"{path}: its bytes are not as written" in load(path)
-    path.write_bytes(whole)
-    save_data(small_run, valid=split_data()["test"])
-    for stale in (load(path), message_of(pretrain, small_run)):
-        assert "made with another data.safetensors than the one that is there" in stale
-    assert path.read_bytes() == whole
-    save_data(small_run)  # the same result has the same digest: all is up to date again
-    tensors, meta = backbones.load_tensors(path)
-    assert all(torch.equal(t, load_file(path)[name]) for name, t in tensors.items())
-    tensors["item"][7, 2] = math.nan
-    backbones.save_tensors(path, tensors, meta)
-    assert f"{path}: item has a NaN or infinity in row 7; delete it" in load(path)
-    other = {**meta, "settings": {"command": "judge"}}
-    backbones.save_tensors(path, {"shape": torch.ones(2)}, other)
-    assert "not a trained recommender" in message_of(backbones.load_model, path, data)
-    assert "holds what `judge` writes; choose" in message_of(pretrain, small_run, "--force")
-
-
-def test_what_was_written_beside_belongs_to_a_file(tmp_path, capsys):
-    path, lines = tmp_path / "data.safetensors", tmp_path / "items.jsonl"
-    settings = {"command": "prepare"}
+def test_lines_of_a_file_are_whole_and_named(tmp_path):
+    lines = tmp_path / "items.jsonl"
     lines.write_text('{"raw": "a\u2028b"}\n{"raw": "c"}\n{"ra')
-    meta = {"settings": settings, "beside": backbones.digests(tmp_path, "items.jsonl")}
-    backbones.save_tensors(path, {"train": torch.ones(1)}, meta)
-    assert backbones.skip(path, settings) and not backbones.skip(path, settings, force=True)
     rows = backbones.read_jsonl(lines, growing=True)
     assert [row["raw"] for row in rows] == ["a\u2028b", "c"]
     assert "line 3 is not whole" in message_of(backbones.read_jsonl, lines)
     assert backbones.row_of(rows, "c", "--user", "f") == 1
     assert "--user d: no such id in f" in message_of(backbones.row_of, rows, "d", "--user", "f")
-    lines.write_text("{}\n")
-    assert "made with another items.jsonl" in message_of(backbones.load_tensors, path)
     lines.unlink()
-    assert not backbones.skip(path, settings) and "items.jsonl is gone" in capsys.readouterr().out
-    assert "hnlmrec.py prepare" in message_of(backbones.read_jsonl, lines)
+    assert "make it with `python hnlmrec.py prepare" in message_of(backbones.read_jsonl, lines)
 
 
-def test_texts_of_ones_own_and_readings(small_run):
-    path, hole = small_run / "texts.safetensors", torch.zeros(N_ITEMS, 3)
-    hole[7, 1], load = math.nan, functools.partial(backbones.load_texts, small_run)
+def test_texts_of_ones_own_are_checked(tmp_path):
+    path, hole = tmp_path / "texts.safetensors", torch.zeros(N_ITEMS, 3)
+    hole[7, 1] = math.nan
     for tensors, message in (({"a": torch.zeros(29, 3)}, "a is (29, 3), not (30, width)"),
                              ({"a": hole}, "row 7; fix that row"), ({}, "holds no tensor")):
         save_file(tensors, path)
-        assert message in message_of(load, path.name, N_ITEMS)
+        assert message in message_of(backbones.load_texts, tmp_path, path.name, N_ITEMS)
     path.write_bytes(b"no")
-    assert "cannot be read" in message_of(load, str(path), N_ITEMS)
-    layers = {f"layer0{n}": torch.full((N_ITEMS, 2), n).half() for n in (2, 0, 1)}
-    inputs = backbones.digests(small_run, "data.safetensors")
-    backbones.save_tensors(path, layers, {"settings": {"command": "read", "inputs": inputs}})
-    texts, digest = load(path.name, N_ITEMS)
-    assert [float(text[0, 0]) for text in texts] == [0, 1, 2] and texts[0].dtype == torch.float32
-    assert digest == backbones.read_meta(path)["digest"]
-    save_data(small_run, valid=split_data()["test"])
-    stale = message_of(load, path.name, N_ITEMS)
-    assert "another data.safetensors" in stale and "llm_negatives.py read --run" in stale
+    assert "cannot be read" in message_of(backbones.load_texts, tmp_path, str(path), N_ITEMS)
 
 
-def test_generated_negatives_are_joined_from_shards_that_belong_together(small_run, monkeypatch):
-    monkeypatch.setattr(backbones, "SHARD_USERS", 5)
-    data, name = backbones.load_data(small_run), "negatives-0.5"
-    paths = [small_run / shard for shard in backbones.shards(name, N_USERS)]
-    assert [path.name[13:20] for path in paths] == ["-00000.", "-00001.", "-00002."]
-    settings = {"command": "generate", "inputs": backbones.digests(small_run, "data.safetensors")}
-    for n, path in enumerate(paths):
-        part = {key: torch.full((2, 3), n) for key in ("pairs", "hidden", "vector")}
-        backbones.save_tensors(path, part, {"settings": settings})
-    joined = backbones.load_negatives(small_run, name, data)
-    assert joined["hidden"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
-    assert backbones.digests(small_run, name) == {name: joined["digest"]}
-    load = functools.partial(message_of, backbones.load_negatives, small_run, name)
-    assert "for another split" in load({**data, "digest": "x"})
-    backbones.save_tensors(paths[1], part, {"settings": settings | {"k": 1}})
-    assert f"{paths[1]}: was made with other settings than {paths[0].name}" in load(data)
-    paths[0].unlink()
-    assert f"{paths[0]}: no such file; make it with `python llm_negatives.py gen" in load(data)
-
-
-@pytest.mark.parametrize("name, command", [
-    ("items.jsonl", "hnlmrec.py prepare --run R …"), ("report.md", "eval.py report --run R …"),
-    ("adapter-2/adapter_config.json", "llm_negatives.py finetune --run R --name sft-2"),
-    ("compare/HNLMRec.safetensors", "eval.py compare --run R …"),
-    ("model-hnlmrec-2.safetensors", "hnlmrec.py train --run R --out model-hnlmrec-2.safetensors"),
-    ("model-full.safetensors", "hnlmrec.py blend --run R --out model-full.safetensors"),
-    ("negatives-00003.safetensors", "llm_negatives.py generate --run R --out negatives"),
-    ("model-ease.safetensors", "backbones.py pretrain --run R --out model-ease.safetensors")])
-def test_messages_name_the_command_that_makes_a_file(name, command):
-    assert backbones.writer_of(Path("R") / name) == f"python {command}"
+def test_messages_name_the_command_that_makes_a_file():
+    for name, command in (
+            ("items.jsonl", "hnlmrec.py prepare --run R …"),
+            ("adapter-2/adapter_config.json", "llm_negatives.py finetune --run R --name sft-2"),
+            ("compare/HNLMRec.safetensors", "eval.py compare --run R …"),
+            ("model-full.safetensors", "hnlmrec.py blend --run R --out model-full.safetensors"),
+            ("negatives-00003.safetensors", "llm_negatives.py generate --run R --out negatives")):
+        assert backbones.writer_of(Path("R") / name) == f"python {command}"
 
 
 def test_a_failed_write_names_its_file_and_leaves_the_old_one(tmp_path, monkeypatch):
@@ -876,17 +739,6 @@ def test_a_failed_write_names_its_file_and_leaves_the_old_one(tmp_path, monkeypa
         backbones.write_atomic(path, b"new")
     assert error.value.filename == str(path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_closed_pipe_and_an_ascii_terminal_cost_no_result_of_pretrain(small_run):
-    run = small_run.rename(small_run.with_name("copié"))  # its name is printed
-    words = shlex.join(map(str, [sys.executable, HERE / "backbones.py", *pretrain_words(run)]))
-    for end in ("| true", "> /dev/full"):
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{words} {end}"], check=False,
-                              text=True, capture_output=True,
-                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
-        assert done.returncode == 0 and not done.stderr
-        (run / "cf.safetensors").unlink()  # it was written
 
 
 @pytest.mark.parametrize("raised, status, line", [
@@ -938,13 +790,13 @@ def test_negative_table_prefers_own_vectors_and_counts_the_rest():
     train = torch.tensor([[0, 1], [0, 2], [1, 0], [1, 5], [2, 3]])
     table = hnlmrec.NegativeTable(train[1:4], train, 3, 6)
     assert (table.own, table.without) == (3, 1)
-    chosen = table(torch.arange(5), 40, torch.Generator().manual_seed(0))
+    chosen = table(torch.arange(5), 40, seeded())
     assert chosen[1:4, 0].tolist() == [0, 1, 2]
     assert [set(row.tolist()) for row in chosen] == [{0}, {0}, {1, 2}, {1, 2}, {-1}]
 
 
 def test_losses_of_pairs_against_direct_sums():
-    generator, tau = torch.Generator().manual_seed(0), 0.5
+    generator, tau = seeded(), 0.5
     z, i, m = (torch.randn(4, 5, generator=generator, requires_grad=True) for _ in range(3))
     ids, align, semantic = [0, 1, 0, 2], 0.0, 0.0
 
@@ -962,19 +814,10 @@ def test_losses_of_pairs_against_direct_sums():
             assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_losses_and_mixing_hand_worked():
-    """L_CL with tau .5; row 1: cos(e_u, e_i) 1, cos(e_u, z) 0; row 2: .6 and .8, at any length."""
-    e_u, e_i = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.8, 0.6]])
-    z = torch.tensor([[0.0, 5.0], [6.0, 8.0]], requires_grad=True)
-    loss = hnlmrec.paper_contrastive_loss(e_u, e_i, z, 0.5)  # .1269 = -ln(e^2 / (e^2 + e^0))
-    assert loss.item() == pytest.approx((0.1269280 + 0.9130153) / 2, rel=1e-6)
-    loss.backward()
-    moved = z - 0.1 * z.grad  # z is the negative: a step against its gradient leads away from e_u
-    assert F.cosine_similarity(e_u, moved)[1] < F.cosine_similarity(e_u, z)[1]
-    positive, negative = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 0.4, 1.0])
-    assert hnlmrec.hinge_loss(positive, negative, 0.3).item() == pytest.approx((0 + 0.2 + 1.3) / 3)
+def test_mixing_hand_worked():
+    """z is made as long as e, (1.2, 1.6), before it is mixed; e learns by its share."""
     z, e = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]], requires_grad=True)
-    mixed = hnlmrec.mix(z, e, 0.25)  # z, as long as e: (1.2, 1.6)
+    mixed = hnlmrec.mix(z, e, 0.25)
     assert torch.allclose(mixed, torch.tensor([[0.3, 1.9]]))
     mixed.sum().backward()
     assert torch.allclose(e.grad, torch.full((1, 2), 0.75))
@@ -1032,10 +875,10 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
         gamma=0.3)
     method.align_rows, method.semantic_rows, method.mined = 30, 60, method.mined[:, :1]
     model.embedding.data *= 30  # so that the L2 term counts
-    loss, logs = method.loss(torch.arange(len(train)), torch.Generator().manual_seed(3))
+    loss, logs = method.loss(torch.arange(len(train)), seeded(3))
 
     pairs, generator, (u, i), n = (
-        generated.tolist(), torch.Generator().manual_seed(3), train.T, len(train))
+        generated.tolist(), seeded(3), train.T, len(train))
     method.table(torch.arange(n), 1, generator)  # the step draws the pair's z first
     j = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 1, generator)[:, 0]
     (users, items), z = model(), projector(method.hidden[:, None])
@@ -1075,8 +918,8 @@ def test_the_papers_step_is_its_formula(hinge, without):
     model, projector, method, train = hnlmrec_parts(
         hnlmrec.PaperHNLMRec, generated=split_data()["train"][without:], alpha=0.4, lambda1=0.7,
         k=1, reg=0.01, hinge=hinge)
-    loss, logs = method.loss(torch.arange(len(train)), torch.Generator().manual_seed(3))
-    (u, i), generator = train.T, torch.Generator().manual_seed(3)
+    loss, logs = method.loss(torch.arange(len(train)), seeded(3))
+    (u, i), generator = train.T, seeded(3)
     j = backbones.UnseenSampler(train, N_USERS, N_ITEMS)(u, 1, generator)[:, 0]
     (users, items), z, total = model(), projector(method.hidden[:, None]), 0.0
     for n, (a, b, c) in enumerate(zip(u.tolist(), i.tolist(), j.tolist())):
@@ -1099,8 +942,8 @@ def test_the_papers_step_is_its_formula(hinge, without):
 @pytest.mark.parametrize("form", [hnlmrec.HNLMRec, hnlmrec.PaperHNLMRec])
 def test_a_batch_of_users_without_generated_vectors_is_plain_bpr(form):
     model, _, method, train = hnlmrec_parts(form, generated=split_data()["train"][18:])
-    loss, generator = method.loss(torch.arange(18), torch.Generator().manual_seed(3))[0], (
-        torch.Generator().manual_seed(3))
+    loss, generator = method.loss(torch.arange(18), seeded(3))[0], (
+        seeded(3))
     if form is hnlmrec.HNLMRec:  # which draws the pairs' vectors first
         method.table(torch.arange(18), 1, generator)
     bpr, _ = backbones.make_step(model, "rns", train, reg=0.0)(torch.arange(18), generator)
@@ -1111,7 +954,7 @@ def test_bpr_teaches_the_backbone_alone_and_alignment_the_projector():
     gradients = []
     for alpha, lambda1 in ((0.5, 0.0), (0.0, 1.0), (0.0, 0.0)):
         model, projector, method, train = hnlmrec_parts(alpha=alpha, lambda1=lambda1)
-        method.loss(torch.arange(len(train)), torch.Generator().manual_seed(0))[0].backward()
+        method.loss(torch.arange(len(train)), seeded())[0].backward()
         gradients.append(model.embedding.grad)
         for name, p in projector.named_parameters():
             taught = p.grad is not None and bool(p.grad.abs().sum() > 0)
@@ -1141,10 +984,10 @@ def test_z_of_every_generated_vector_is_made_anew_every_few_steps():
     _, projector, method, train = hnlmrec_parts(k=3)
     method.refresh, seen = 3, []
     for _ in range(7):
-        z = method.z_of_all(torch.Generator().manual_seed(1 + len(seen)))
+        z = method.z_of_all(seeded(1 + len(seen)))
         if not seen or z is not seen[-1]:
             seen.append(z)
-            others = method.table.others(train[:, 0], 2, torch.Generator().manual_seed(len(seen)))
+            others = method.table.others(train[:, 0], 2, seeded(len(seen)))
             assert torch.equal(train[others, 0], train[:, :1].expand(-1, 2))
             sets = torch.cat([torch.arange(len(train))[:, None], others], 1)
             assert torch.allclose(z, projector(method.hidden[sets]), atol=1e-6)
@@ -1166,7 +1009,7 @@ def test_every_parameter_is_trained_but_the_papers_projector(form, more, moved):
 
 
 def test_the_controls_replace_vectors_by_noise_or_each_others():
-    vectors, generator = torch.randn(9, 4).half(), torch.Generator().manual_seed(0)
+    vectors, generator = torch.randn(9, 4).half(), seeded()
     assert hnlmrec.controlled(vectors, "none", generator) is vectors
     moved, noise = (hnlmrec.controlled(vectors, c, generator) for c in ("shuffled", "random"))
     rows, of_moved, of_noise = ({*map(tuple, v.tolist())} for v in (vectors, moved, noise))
@@ -1230,8 +1073,8 @@ def test_judge_step_against_loops_over_the_left_out_items(most):
     train, users, seen = split_data()["train"], torch.tensor([2, 0, 5]), set()
     maps = small_judge(train)
     step = hnlmrec.make_judge_step(maps, train, N_USERS, 40, most=most)
-    for seed in (3, 4, 5, 6):
-        generator, losses = torch.Generator().manual_seed(seed), []
+    for seed in (3, 4, 5, 6) if most == 2 else (3,):
+        generator, losses = seeded(seed), []
         order = torch.rand(18, generator=generator, dtype=torch.float64)  # of their 6 items each
         drawn = torch.randint(N_ITEMS, (40,), generator=generator).tolist()
         for n, u in enumerate(users.tolist()):
@@ -1242,7 +1085,7 @@ def test_judge_step_against_loops_over_the_left_out_items(most):
                 judged = [i, *(j for j in drawn if j not in own.tolist())]
                 scores = torch.stack([judge_by_loops(maps, taken, j, left_out=i) for j in judged])
                 losses.append(scores.logsumexp(0) - scores[0])
-        loss, _ = step(users, torch.Generator().manual_seed(seed))
+        loss, _ = step(users, seeded(seed))
         oracle, learned = torch.stack(losses).mean(), list(maps.parameters())
         assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
         for ours, theirs in zip(*(torch.autograd.grad(x, learned) for x in (loss, oracle))):
@@ -1298,7 +1141,7 @@ def test_judge_scores_by_all_of_the_users_items():
 def two_tastes():
     """30 users and 40 items in two halves that the texts tell apart -> text, train, valid: four
     pairs of each user and one."""
-    generator, pairs = torch.Generator().manual_seed(0), []
+    generator, pairs = seeded(), []
     text = torch.randn(40, 8, generator=generator) + 3 * (torch.arange(40) % 2 == 0)[:, None]
     for u in range(30):
         items = 2 * torch.randperm(20, generator=generator)[:5].sort().values + u % 2
@@ -1320,7 +1163,7 @@ def test_judge_finds_what_the_texts_decide_and_lists_it():
     items, share = hnlmrec.likely_items(judge, 40)
     assert (items[:, 36:] == -1).all() and (share[:, 36:] == 0).all()
     users = everyone.repeat(50)
-    drawn = hnlmrec.LikelyFalse(items, share, 40)(users, torch.Generator().manual_seed(0))
+    drawn = hnlmrec.LikelyFalse(items, share, 40)(users, seeded())
     assert not backbones.contains(backbones.pair_keys(train, 40), users, drawn, 40).any()
 
 
@@ -1355,7 +1198,7 @@ def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
     likely = hnlmrec.LikelyFalse(
         torch.tensor([[3, 5, 7], [1, 2, -1], [-1, -1, -1]], dtype=torch.int32),
         torch.tensor([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), 8)
-    drawn = likely(torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0))
+    drawn = likely(torch.zeros(20_000, dtype=torch.long), seeded())
     for item, share in ((3, 0.5), (5, 0.3), (7, 0.2)):
         assert float((drawn == item).float().mean()) == pytest.approx(share, abs=0.02)
     assert (likely(torch.ones(100, dtype=torch.long)) == 2).all()
@@ -1372,7 +1215,7 @@ def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
         chosen = backbones.dns(model.score, one, items, candidates, penalty=taken_off)
         assert chosen.tolist() == [1, 1, 3]
         draw = backbones.make_sampler(model, "dns", train, m=40, penalty=penalty)
-        assert draw(*train.T, torch.Generator().manual_seed(0)).negative_ids.tolist() == [3, 4]
+        assert draw(*train.T, seeded()).negative_ids.tolist() == [3, 4]
 
 
 def some_recommenders(train):
@@ -1405,7 +1248,7 @@ def test_a_blend_is_the_sum_of_the_standardised_scores():
 def test_blend_weights_are_a_maximum_and_drop_noise():
     """No weight of the grid in another's place is better, by the validation of the blended model;
     the part that says what the other lacks gets a weight, noise gets none."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     taste, items = (torch.randn(n, 6, generator=generator) for n in (60, 40))
     ranked = (taste @ items.T).topk(6).indices  # a user likes these
     pairs = torch.stack([torch.arange(60)[:, None].expand(-1, 6), ranked], -1)
@@ -1427,44 +1270,7 @@ def test_blend_weights_are_a_maximum_and_drop_noise():
     assert some[0] and some[1]
 
 
-@pytest.mark.parametrize("words, message", [
-    ("train --negatives none", "--negatives none: --alpha needs generated vectors; give it as 0"),
-    ("train --negatives none --alpha 0", "--negatives none: --lambda1 needs"),
-    ("train --negatives none --alpha 0 --lambda1 0 --paper", "--negatives none: --paper needs"),
-    ("train --paper --lambda-s 0.1", "--lambda-s 0.1: the paper's form has no semantic alignment"),
-    ("train --hinge 0.3", "--hinge: is part of the paper's form, so it needs --paper"),
-    ("train --train-projector", "--train-projector: is part of the paper's form"),
-    ("train --keep-clear judge --sampler rns", "--keep-clear judge: only dns chooses"),
-    ("train --alpha 1.5", "1.5 is outside [0, 1]"), ("train --tau-c 0", "0 is outside (0, inf]"),
-    ("train --control cleared", "invalid choice: 'cleared'"), ("blend", "required: --parts"),
-    ("judge --likely 0", "0 is outside [1,"), ("judge --dropout 0 1", "1 is outside [0, 0.95]"),
-    ("train --device mps", "give cpu, cuda or cuda:N"), ("sweep", "invalid choice: 'sweep'"),
-    ("train --epo 1", "unrecognized arguments: --epo 1"), ("train", "data.safetensors: no such")])
-def test_bad_flags_end_in_one_line(words, message):
-    with pytest.raises(backbones.SystemExit2, match=re.escape(message)) as error:
-        hnlmrec.main([*words.split(), "--run", "none"])
-    assert error.value.code == 2 and "\n" not in error.value.message
-
-
 # ---- prepare: from raw files to data.safetensors, items.jsonl, users.jsonl -----------------------
-
-def run_prepare(*args):
-    """`hnlmrec.py prepare` in this process -> what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        hnlmrec.main(["prepare", *map(str, args)])
-    return out.getvalue()
-
-
-def refusal(*args):
-    """`hnlmrec.py prepare` must end with status 2 -> its one line, which quotes nothing at
-    length."""
-    with pytest.raises(SystemExit) as error:
-        run_prepare(*args)
-    message = error.value.message
-    assert error.value.code == 2 and "\n" not in message and message.isprintable()
-    assert len(message.replace(str(args), "")) < 500
-    return message
-
 
 def test_k_core_against_naive_removal():
     rng = np.random.default_rng(0)
@@ -1481,13 +1287,14 @@ def test_k_core_against_naive_removal():
 
 def test_splits():
     user, item = np.repeat([0, 1], [30, 4]), np.arange(34)
-    part = hnlmrec.split_pairs(user, item, np.zeros(34), "random", 0)
+    split = partial(hnlmrec.split_pairs, user, item)
+    part = split(np.zeros(34), "random", 0)
     assert np.bincount(part[:30]).tolist() == [24, 3, 3]
     assert np.bincount(part[30:]).tolist() == [2, 1, 1]
-    assert (part == hnlmrec.split_pairs(user, item, np.zeros(34), "random", 0)).all()
-    assert (part != hnlmrec.split_pairs(user, item, np.zeros(34), "random", 1)).any()
+    assert (part == split(np.zeros(34), "random", 0)).all()
+    assert (part != split(np.zeros(34), "random", 1)).any()
     seconds = np.random.default_rng(0).permutation(34).astype(float)
-    last = hnlmrec.split_pairs(user, item, seconds, "last", 0)
+    last = split(seconds, "last", 0)
     for u in (0, 1):
         own = np.flatnonzero(user == u)[np.argsort(seconds[user == u])]
         assert last[own[-1]] == 2 and last[own[-2]] == 1 and (last[own[:-2]] == 0).all()
@@ -1658,12 +1465,10 @@ def refused_lines(folder, lines, *flags, meta=None, name="r.tsv"):
 @pytest.mark.parametrize("separator, header, times, name", [
     (";", "user;item;rating;timestamp;text", "{}", "r.csv"),
     ("|", "user|item|rating|timestamp|text", "{}", "r.csv"),
-    (",", "userId,movieId,rating,timestamp,review", "{}", "r.csv"),
     (",", "user_id,item_id,stars,date,text", "iso", "r.csv"),
     ("\t", "user_id:token\titem_id:token\trating:float\ttimestamp:float\ttext:seq", "{}", "x"),
     (",", "\ufeffuser,item,rating,timestamp,text", "{}000", "r.tsv"),  # milliseconds
-    (",", "user,item,rating,timestamp,text", "{}000000", "r.csv.gz"),
-])
+    (",", "userId,movieId,rating,timestamp,review", "{}000000", "r.csv.gz")])
 def test_tables_as_people_have_them(tmp_path, separator, header, times, name):
     lines = [header]
     for row in GRID:
@@ -1690,15 +1495,6 @@ def test_a_rating_taken_back_is_no_positive_and_order_decides_nothing(tmp_path):
         assert "3 earlier rows of a repeated pair" in done[3] and "2 pairs below" in done[3]
     assert seen[0] == seen[1] and len(seen[0]) == 34
     assert not {("u0", "i0"), ("u2", "i0")} & seen[0] and ("u1", "i0") in seen[0]
-
-
-def test_of_repeated_pairs_the_latest_counts_in_any_order_of_the_file(tmp_path):
-    lines = [*(f"{t // 5}\t{t % 5}\t5\t{t}" for t in range(25)), "0\t0\t5\t999"]
-    one, two = (prepared(tmp_path / "a", ["user\titem\trating\ttimestamp", *lines[::order]],
-                         "--split", "last")[0] for order in (1, -1))
-    assert all(torch.equal(one[name], two[name]) for name in ("train", "valid", "test"))
-    assert [0, 0] in one["test"].tolist()
-    assert sum(len(one[name]) for name in ("train", "valid", "test")) == 25
 
 
 def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path):
@@ -1734,32 +1530,25 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
     assert all(torch.equal(data[name], backbones.load_data(tmp_path / "run")[name]) for name in OWN)
     message = refusal(*own_split(tmp_path, OWN | {"test": ["b\tx", "a\tx"]}), "--force")
     assert "test.tsv: line 3: 'a', 'x' is in another part" in message
-    for name in OWN:
-        message = refusal(*own_split(tmp_path, OWN | {name: []}), "--force")
-        assert f"{name}.tsv: no pairs" in message
+    message = refusal(*own_split(tmp_path, OWN | {"valid": []}), "--force")
+    assert "valid.tsv: no pairs" in message
 
 
-@pytest.mark.parametrize("flags", [
-    ["--min-rating", 4], ["--min-rating", "none"], ["--k-core", 5], ["--since", "2016-01-01"],
-    ["--until", "2016-01-01"], ["--split", "random"], ["--preset", "toys"], ["--reviews", "x"]])
-def test_filters_beside_a_split_of_ones_own_are_refused(tmp_path, flags):
-    """They would be ignored, and one-star rows be positives."""
-    message = refusal(*own_split(tmp_path, OWN), *flags)
-    assert message.startswith(f"{flags[0]}: does not apply") and not (tmp_path / "run").exists()
-
-
-def test_rows_without_a_rating_stay_without_a_filter_and_a_day_is_not_seconds(tmp_path):
+def test_rows_without_a_rating_stay_without_a_filter(tmp_path):
     lines = [HEAD, *GRID[:-1], "u5\ti5\t\t\t"]
     assert len(raw_pairs(*prepared(tmp_path / "a", lines, "--min-rating", "none"))) == 36
-    mixed = [HEAD, *(f"u{u}\ti{i}\t5\t{1456790400000}\tx" for u in range(6) for i in range(6))]
-    mixed.append("u9\ti5\t5\t1456790400\tx")  # seconds among milliseconds
-    assert "unit of the rows before" in refused_lines(tmp_path / "a", mixed)
-    for time, refused in (("20160301", True), ("20160301123000", True), ("1456790400", False),
-                          ("20161301", False)):
-        lines = [HEAD, *(f"u{u}\ti{i}\t5\t{time}\tx" for u in range(6) for i in range(6))]
-        said = refused_lines(tmp_path / "a", lines) if refused else "write it as 2016-03-01"
-        assert "write it as 2016-03-01" in said and (refused or prepared(
-            tmp_path / "a", lines, "--since", "1970-01-01"))
+
+
+@pytest.mark.parametrize("time, refused", [
+    ("20160301", True), ("20160301123000", True), ("1456790400", False), ("20161301", False)])
+def test_a_day_is_not_seconds(tmp_path, time, refused):
+    lines = [HEAD, *(f"u{u}\ti{i}\t5\t{time}\tx" for u in range(6) for i in range(6))]
+    if refused:
+        assert "write it as 2016-03-01" in refused_lines(tmp_path / "a", lines)
+    else:
+        prepared(tmp_path / "a", lines, "--since", "1970-01-01")
+        message = refused_lines(tmp_path / "b", lines, "--split", "time")
+        assert "empty; use --split random" in message
 
 
 @pytest.mark.parametrize("row, flags, message", [
@@ -1767,65 +1556,52 @@ def test_rows_without_a_rating_stay_without_a_filter_and_a_day_is_not_seconds(tm
     ("u0\ti5\tnan\t3\tx", (), "line 6: no rating"), ("u0\ti5\t1_0\t3\tx", (), "line 6"),
     ("u0\ti5\t4,5\t3\tx", (), "write a rating as 4.5"),
     ("u0\ti5\tfive\t3\tx", (), "rating 'five' no number"),
-    ("u0\ti5\t5\tinf\tx", ("--split", "last"), "line 6"),
     ("u0\ti5\t5\tyesterday\tx", (), "2016-03-01"),
-    ("u0\ti5\t5\t1456790400000\tx", (), "unit"),  # among seconds
+    ("u0\ti5\t5\t1,460,000,000\tx", (), "no time"),
+    ("u0\ti5\t5\t1456790400000\tx", (), "unit of the rows before"),  # among seconds
     ("u0\ti5\t5\t\tx", ("--since", "1970-01-01"), "line 6: no timestamp"),
     ("u0\ti4\t5\t\tx", ("--split", "time"), "1 rows have none"),
-    ("\ti5\t5\t3\tx", (), "line 6: '' is no id"),
-    ("u0\t \t5\t3\tx", (), "line 6: ' ' is no id"),
-    ("null\ti5\t5\t3\tx", (), "line 6: 'null' is no id"),
+    ("u0\ti4\t5\t4\tx", ("--min-rating", "6"), "nothing is left"),
+    ("u0\ti4\t5\t4\tx", ("--since", "2018-01-01", "--until", "2015-01-01"), "nothing is left"),
+    ("\ti5\t5\t3\tx", (), "line 6: '' is no id"), ("null\ti5\t5\t3\tx", (), "'null' is no id"),
     ("u0\ti\0\t5\t3\tx", (), r"'i\x00' is no id"),
     ("u0\t\u200bi5\t5\t3\tx", (), r"line 6: '\u200bi5' is no id"),
-    ("u0\t\ufeffi5\t5\t3\tx", (), "is no id"), ("u0\t\u2066i5\t5\t3\tx", (), "is no id"),
     ('u0\t"i5"\t5\t3\tx', (), "is no id"), ("'u0'\ti5\t5\t3\tx", (), "is no id"),
     ("u0\t1.23E+05\t5\t3\tx", (), "line 6: '1.23E+05' is no id"),
-    ("u0\ti5\t5\t1,460,000,000\tx", (), "no time"),
     ("u0\t" + "9" * 5000 + "\t5\t3\tx", (), "999 … is no id"),
     ("u0\ti5\t5\t3\tx\tmore", (), "line 6 has 6 fields, the header 5"),
-    ("u0\ti5", (), "line 6 has 2 fields"),
-])
+    ("u0\ti5", (), "line 6 has 2 fields")])
 def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message):
     lines = [HEAD, *GRID[:4], row, *GRID[5:]]
     assert message in refused_lines(tmp_path / "a", lines, "--k-core", 1, *flags)
 
 
 @pytest.mark.parametrize("row, message", [
-    ("[1, 2]", "line 3"), ("5", "line 3"), ("null", "line 3"), ('"reviewerID asin"', "line 3"),
-    ('{"reviewerID": "u1", "asin"', "line 3"), ("[" * 100000, "line 3"),
-    (json.dumps([{"asin": "x"}] * 999), "one object a line is read"),
-    (json.dumps({"data": [{"asin": "x"}] * 99}), "no column 'reviewerID' (found: 'data')"),
+    ("[1, 2]", "line 3"), ("null", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"),
+    ("[" * 100000, "line 3"), (json.dumps([{"asin": "x"}] * 999), "one object a line is read"),
     (json.dumps(dict.fromkeys(map(str, range(999)))), "no column 'reviewerID' (found: '0, 1, 2"),
     ('{"reviewerID": null, "asin": "i1", "overall": 5}', "None is no id"),
     ('{"reviewerID": ["u"], "asin": "i1", "overall": 5}', "['u'] is no id"),
-    ('{"reviewerID": {"u": 1}, "asin": "i1", "overall": 5}', "is no id"),
     ('{"reviewerID": true, "asin": "i1", "overall": 5}', "True is no id"),
     ('{"reviewerID": "\\ud800", "asin": "i1", "overall": 5}', "is no id"),
-    ('{"asin": "i1", "overall": 5}', "no column 'reviewerID'"),
     ('{"reviewerID": "u1", "asin": "i1", "overall": [5]}', "overall [5] no number"),
     ('{"reviewerID": "u1", "asin": "i1", "overall": true}', "overall True no number"),
     ('{"reviewerID": "u1", "asin": "i1", "overall": 5, "unixReviewTime": {}}', "no time"),
-    ('{"reviewerID": "u1", "asin": "i1"}', "no rating"),
-])
+    ('{"reviewerID": "u1", "asin": "i1"}', "no rating")])
 def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
     rows = json_grid()
     assert message in refused_lines(tmp_path / "a", [*rows[:2], row, *rows[2:]], name="r.json")
 
 
-@pytest.mark.parametrize("lines, message", [
-    (['u0,i5,5,"the 12"" one, great'], "line 6"),  # never closed
-    (['u0,i5,5,"great'], "line 6"),
-    (['u0,i5,5,"the 12" one, great', 'u9,i5,5,"fine"'], "line 6"),  # quote not doubled
-    (['u0,i5,5,"great', 'u9,i5,5,"fine"'], "line 6"),  # closed by the next quote
-    (['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'], "line 6"),  # closed cleanly, later
-    (['u0,i5,5,"great', 'u9,i5,5,fine"'], "line 6"),
-    (['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], "line 6"),
-    (["u0,i5,5,fine,and more"], "line 6 has 5 fields"), (["u0,i5,5"], "line 6 has 3 fields"),
-])
-def test_rows_that_a_quote_or_a_comma_breaks_are_named(tmp_path, lines, message):
+@pytest.mark.parametrize("lines", [
+    ['u0,i5,5,"great'], ['u0,i5,5,"the 12" one, great', 'u9,i5,5,"fine"'],  # quote not doubled
+    ['u0,i5,5,"great', 'u9,i5,5,"fine"'],  # closed by the next quote
+    ['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'],  # closed cleanly, later
+    ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], ["u0,i5,5,fine,and more"]])
+def test_rows_that_a_quote_or_a_comma_breaks_are_named(tmp_path, lines):
     for rest in (COMMAS[6:], []):  # in the midst and at the end
-        broken = [*COMMAS[:5], *lines, *rest]
-        assert message in refused_lines(tmp_path / "a", broken, name="r.csv")
+        message = refused_lines(tmp_path / "a", [*COMMAS[:5], *lines, *rest], name="r.csv")
+        assert "line 6" in message
 
 
 def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(tmp_path):
@@ -1840,83 +1616,51 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
         hnlmrec.read_items(meta, hnlmrec.format_of("table", path), ["i0", "i1", "i2"], Counter())
 
 
-HEADS = "user\titem\trating"
-
-
 @pytest.mark.parametrize("lines, meta, message", [
     # headers
     (["user\tuser\titem\trating\ttext", *GRID], None, "line 1 is empty or names a column twice"),
     (["user_id\tuserId\titem\trating\ttext", *GRID], None, "could each be the user"),
     (["who\titem\trating\ttimestamp\ttext", *GRID], None,
      "no column 'user' (found: 'who, item, rating"),
-    (["user\trating\tx\ttimestamp\ttext", *GRID], None, "no column 'item'"),
     (["\t".join(f"c{n}" for n in range(5)) + "x" * 999, *GRID], None, "xxx …)"),
-    (['{"user": 1, "item": 2}', *GRID], None, "holds JSON"), (["", *GRID], None, "line 1 is empty"),
+    (['{"user": 1, "item": 2}', *GRID], None, "holds JSON"),
+    (["0 1 2", "1 5"], None, "looks like a user with a list of items; one pair a row is read"),
     # too few pairs
-    ([HEADS], None, "no pairs"), ([HEADS, "a\tb\t5"], None, "user 'a' has fewer than 3"),
-    (["user\titem"] + [f"{u}\t{i}" for u in "abc" for i in range(6)], None, "--min-rating none"),
-    ([HEADS, *(f"a\t{i}\t5" for i in range(5)), "b\t1\t5", "b\t2\t5"], None,
+    ([HEAD], None, "no pairs"), (["user\titem", "a\tx"], None, "--min-rating none"),
+    (["user\titem\trating", *(f"a\t{i}\t5" for i in range(5)), "b\t1\t5"], None,
      "user 'b' has fewer than 3 interactions after filtering (1 users have), and a split needs 3"),
     # metadata of no item, and such as is no text
     ([HEAD, *GRID], ["id\ttitle", *ITEMS[1:]], "column 'id' has more: rename it to 'item'"),
     ([HEAD, *GRID], [line.replace("i", "z") for line in ITEMS], "column 'item' has 0"),
     ([HEAD, *GRID], ["item\ttitle", "z1\tFilm"], "no column has more (such as 'i0')"),
-    ([HEAD, *GRID], [], "has 0 of the 6 items"), ([HEAD, *GRID], ITEMS[:1], "has 0 of the 6 items"),
+    ([HEAD, *GRID], ITEMS[:1], "has 0 of the 6 items"),
     ([HEAD, *GRID], ["item\tkind", *ITEMS[1:]], "no column 'title' (found: 'item, kind')"),
-    (json_grid(), ["[1]"], "line 1"), (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}],
-                                       "is no text"),
+    (json_grid(), ["[1]"], "line 1"),
+    (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is no text"),
     (json_grid(), [{"asin": "i1", "title": "bad \ud83d emoji"}], "half of a character"),
     (json_grid(), [{"asin": "i1", "title": "t", "category": 5}], "neither a text nor a list"),
-    (json_grid(reviewText={"en": "x"}), None, "{'en': 'x'} is no text"),
-])
+    (json_grid(reviewText={"en": "x"}), None, "{'en': 'x'} is no text")])
 def test_files_that_are_refused(tmp_path, lines, meta, message):
     name = "r.tsv" if isinstance(lines[-1], str) else "r.json"
     assert message in refused_lines(tmp_path / "a", lines, "--k-core", 1, meta=meta, name=name)
 
 
-def test_lists_of_items_a_user_are_named_for_what_they_are(tmp_path):
-    """As LightGCN's, NGCF's and KGAT's train.txt."""
-    for lines in ([" ".join(map(str, range(u, 400, 3))) for u in range(6)], ["0 1 2", "1 5"]):
-        message = refused_lines(tmp_path / "a", lines, "--min-rating", "none")
-        assert "looks like a user with a list of items; one pair a row is read" in message
-        assert "looks like" in refusal(*own_split(tmp_path, OWN, lines[0]))
-
-
-def test_files_that_hold_no_text_are_refused(tmp_path):
-    table = "\n".join([HEAD, *GRID, ""]).encode()
+@pytest.mark.parametrize("name, content, message", [
+    ("gone", None, "no such file"), ("a.gz", gzip.compress(b""), "no pairs"),
+    ("a.zip", b"PK\3\4\xff\xfe\0" * 9, "unpack or export it"),
+    ("a.bz2", bz2.compress(b"user\titem"), "is not UTF-8 text or gzip"),
+    ("a.parquet", b"PAR1\x15\x04\x15\xb8", "is not UTF-8"),
+    ("a.txt", HEAD.encode("utf-16"), "is not UTF-8"),
+    ("half.gz", gzip.compress(bytes(range(256)) * 99)[:-20], "cannot be read to its end")])
+def test_files_that_hold_no_text_are_refused(tmp_path, name, content, message):
+    if content:
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
-    noise = np.random.default_rng(0).bytes(200)
-    for name, content, message in [
-            ("folder", None, "a folder"), ("pipe", None, "pipe"), ("gone", None, "no such file"),
-            ("a.gz", gzip.compress(b""), "no pairs"),
-            ("a.zip", b"PK\3\4" + noise, "unpack or export it"),
-            ("b.zip", b"PK\3\4" + table, "no column 'user'"),
-            ("a.bz2", bz2.compress(table), "is not UTF-8 text or gzip"),
-            ("a.xz", lzma.compress(table), "is not UTF-8"),
-            ("a.parquet", b"PAR1\x15\x04\x15\xb8" + noise, "is not UTF-8"),
-            ("a.txt", table.decode().encode("utf-16"), "is not UTF-8"),
-            ("half.gz", gzip.compress(noise * 99)[:-200], "cannot be read to its end")]:
-        path = tmp_path / name
-        if content is not None:
-            path.write_bytes(content)
-        message_of = refusal("--run", tmp_path / "r", "--reviews", path)
-        assert message in message_of and str(path) in message_of
+    for file, said in ((name, message), ("folder", "a folder"), ("pipe", "pipe")):
+        refused_file = refusal("--run", tmp_path / "r", "--reviews", tmp_path / file)
+        assert said in refused_file and str(tmp_path / file) in refused_file
     assert not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--min-rating", "abc"], "--min-rating"), (["--min-rating", "nan"], "--min-rating"),
-    (["--min-rating", "4,5"], "--min-rating"), (["--since", "2016-13-01"], "--since"),
-    (["--since", "2018-01-01", "--until", "2015-01-01"], "nothing is left"),
-    (["--min-rating", 6], "nothing is left"), (["--train-file", "x"], "all of --train-file"),
-    (["--split", "time", "--since", "1970-01-01"], "empty"), ([], "--reviews: give"),
-])
-def test_bad_flags_of_prepare(tmp_path, flags, message):
-    lines = [HEAD, *(f"u{u}\ti{i}\t5\t7\tx" for u in range(6) for i in range(6))]  # at one time
-    path = write_lines(tmp_path / "r.tsv", lines)
-    args = ["--run", tmp_path / "run", *(["--reviews", path] if flags else [])]
-    assert message in refusal(*args, *flags)
 
 
 def test_a_split_by_time_with_cold_users_and_items_goes_through(tmp_path):
@@ -1963,17 +1707,17 @@ def flat_rows(**more):
     return [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
 
 
-@pytest.mark.parametrize("change, known, text", [
-    ({}, ["Lamp 0", "Lamp 1"], ["Kind 0", "Kind 1"]),
-    # a note on one pair alone; titles of reviews; one title in two ways
-    ({"note": lambda u, i: "gift" * (u == i == 0)}, ["Lamp 0", "Lamp 1"], ["Kind 0", "Kind 1"]),
-    ({"title": lambda u, i: f"I like it, {u}".replace(",", "")}, ["Item p0", "Item p1"],
-     ["Kind 0", "Kind 1"]),
-    ({"title": lambda u, i: "Lamp zero" if u == i == 0 else f"Lamp {i}"}, ["Lamp zero", "Lamp 1"],
-     ["Kind 0", "Kind 1"]),
-    ({"title": lambda u, i: f"Lamp {i}" * (u > 0)}, ["Lamp 0", "Lamp 1"], ["Kind 0", "Kind 1"]),
-])
-def test_a_flat_file_gives_items_what_is_theirs_alone(tmp_path, change, known, text):
+@pytest.mark.parametrize("change, known", [
+    ({}, ["Lamp 0", "Lamp 1"]),
+    # a note on one pair alone; titles of reviews; one title in two ways; one left out
+    ({"note": lambda u, i: "gift" * (u == i == 0)}, ["Lamp 0", "Lamp 1"]),
+    ({"title": lambda u, i: f"I like it {u}"}, ["Item p0", "Item p1"]),
+    ({"title": lambda u, i: "Lamp zero" if u == i == 0 else f"Lamp {i}"}, ["Lamp zero", "Lamp 1"]),
+    ({"title": lambda u, i: f"Lamp {i}" * (u > 0)}, ["Lamp 0", "Lamp 1"]),
+    # what is counted from all pairs of an item, held-out ones too
+    ({"mean": lambda u, i: f"3.{i}", "best_review": lambda u, i: f"u5 on {i}"},
+     ["Lamp 0", "Lamp 1"])])
+def test_a_flat_file_gives_items_what_is_theirs_alone(tmp_path, change, known):
     """No user, rating, time, review, nor what differs between rows of one item."""
     lines = flat_rows(**change)
     for kind in ("flat", "other names", "one row an item", "one row, other names"):
@@ -1984,19 +1728,12 @@ def test_a_flat_file_gives_items_what_is_theirs_alone(tmp_path, change, known, t
         whole = json.dumps(items)
         for leak in ("u0", "u3", "u5 on", "15000", "note", "gift", "like", "4. "):
             assert leak not in whole
-        assert "review_text" in out.split("as about a pair (rename what is the item's): ")[1]
+        assert "review_text" in out.split("counted from pairs")[1]
         if "one row" not in kind:  # of one row nobody can say what is the item's
             assert [row["title"] for row in items[:2]] == known
-            assert [row["text"] for row in items[:2]] == text
+            assert [row["text"] for row in items[:2]] == ["Kind 0", "Kind 1"]
         else:
             assert "no item has a title" in out
-
-
-def test_a_column_read_of_pairs_is_none_of_an_items(tmp_path):
-    meta = ["item\ttitle\trating\tkind\ttext",
-            *(f"i{i}\tFilm {i}\t3.9\tdrama\tok" for i in range(6))]
-    _, items, _, out = prepared(tmp_path / "a", [HEAD, *GRID], meta=meta)
-    assert items[0]["text"] == "drama" and "item's): rating, text" in out
 
 
 def test_reviews_are_no_metadata_of_amazon_either(tmp_path):
@@ -2008,37 +1745,36 @@ def test_reviews_are_no_metadata_of_amazon_either(tmp_path):
         out = run_prepare("--run", tmp_path / "run", "--format", "amazon2023", "--reviews", path,
                           "--meta", meta, "--force")
         assert "Love" not in (tmp_path / "run" / "items.jsonl").read_text()
-        assert "title" in out.split("item's): ")[1] and "no item has a title" in out
+        assert "title" in out.split("counted from pairs")[1] and "no item has a title" in out
 
 
-def test_reviews_are_those_of_train_pairs_alone(tmp_path):
+def test_reviews_are_those_of_train_pairs_alone_and_of_the_rating_that_counts(tmp_path):
+    """Whole, but for 200 characters, halves of characters and odd line ends."""
+    odd = "caf\u00e9 \ud83d \u2028 <b>x</b> \U0001f600\x1b" + "x" * 999
     rows = [{"reviewerID": f"u{u}", "asin": f"i{i}", "overall": 5.0, "unixReviewTime": i,
-             "reviewText": f"u{u} on i{i}"} for u, i in itertools.product(range(6), range(10))]
-    data, _, users, _ = prepared(tmp_path / "a", rows, "--reviews-per-user", 99, name="r.json")
+             "reviewText": f"u{u} on i{i} {odd}"}
+            for u, i in itertools.product(range(6), range(10))]
+    rows += [{**row, "unixReviewTime": -1, "reviewText": "earlier"} for row in rows]
+    flags = ["--reviews-per-user", 99, "--since", "1960-01-01"]
+    data, _, users, out = prepared(tmp_path / "a", rows, *flags, name="r.json")
     for u, user in enumerate(users):
         own = sorted(data["train"][data["train"][:, 0] == u, 1].tolist())
-        assert len(own) == 8
-        assert sorted(user["reviews"]) == [f"{user['raw']} on i{i}" for i in own]
-
-
-def test_the_review_kept_is_that_of_the_rating_kept(tmp_path):
-    rows = json_grid(unixReviewTime=1, reviewText="x" * 999)
-    rows += [{**row, "unixReviewTime": 0, "reviewText": "earlier"} for row in rows]
-    _, _, users, _ = prepared(tmp_path / "a", rows[::-1], name="r.json")
-    assert all(row["reviews"] == ["x" * 200] * 2 for row in users)
+        whole = [f"{user['raw']} on i{i} café \ufffd x \U0001f600 " + "x" * 200 for i in own]
+        assert len(own) == 8 and sorted(user["reviews"]) == [text[:200] for text in whole]
+    assert "48 reviews with half of a character" in out
 
 
 def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path):
-    meta = ["item\ttitle\tother", "i0\tFilm 0\tx", *(f"old{i}\tFilm\ti{i}" for i in range(6))]
+    meta = ["item\ttitle\trating\tother", "i0\tFilm 0\t3.9\tx",
+            *(f"old{i}\tFilm\t4\ti{i}" for i in range(6))]
     _, items, _, out = prepared(tmp_path / "a", [HEAD, *GRID], meta=meta)
     assert "WARNING" in out and "'item' has 1 of the 6 items; column 'other' has more" in out
     assert items[0]["title"] == "Film 0" and items[1]["title"] == "Item i1"
-    *_, out = prepared(tmp_path / "a", [HEAD, *GRID], meta=[
-        "item\ttitle", *(f"i{i}\t?" for i in range(6))])
+    assert items[0]["text"] == "x" and "row an item): rating" in out  # which is read of pairs
+    meta = ["item\ttitle", *(f"i{i}\t?" for i in range(6))]
+    *_, out = prepared(tmp_path / "a", [HEAD, *GRID], meta=meta)
     assert "all 6 items have the title '?' and no text tells them apart" in out
     assert "too few to compare" in out
-    *_, out = prepared(tmp_path / "a", [HEAD, *GRID])
-    assert "no item has a title" in out
 
 
 def test_amazons_metadata_as_it_is(tmp_path):
@@ -2067,38 +1803,27 @@ def test_amazons_metadata_as_it_is(tmp_path):
 @pytest.mark.parametrize("raw, text", [
     (None, ""), (float("nan"), ""), (1984, "1984"), (["a", None, " b "], "a, b"),
     ("a<br/>b<!-- c --><i class='x'>d</i>", "a b d"), ("&lt;b&gt;bold&lt;/b&gt;", "bold"),
-    ("I <3 U, x<y>z, 1<2", "I <3 U, x<y>z, 1<2"),
-    ("Q&notes; &copy 2 &nbsp;x", "Q&notes; &copy 2 x"), ("Toy <script>cut", "Toy"),
+    ("I <3 U, x<y>z, 1<2", "I <3 U, x<y>z, 1<2"), ("Toy <script>cut", "Toy"),
+    ("Q&notes; &copy 2 &nbsp;x", "Q&notes; &copy 2 x"), ("Form & Function (2)",) * 2,
     ("<script>var a = 1;</script>Toy<style>p {color: red;}</style>", "Toy"),
     ('"The ""Best"" film"', 'The "Best" film'), ('"Live"', '"Live"'), ('""A" B"', '""A" B"'),
     (".a-box { color: red; }", ""), ("function f(x) { return x }", ""),
-    ("Form & Function (2)", "Form & Function (2)"),
-    ("a\x00b\x9b\r\n\u2028c", "a b c"), ("{curly} braces: fine", "{curly} braces: fine"),
-    ("x\u202ecod.\u202c \u2066y", "x cod. y"), ("&#27;[2J", "[2J"),
-])
+    ("NaN", ""), ("null", ""), ("\u200b", ""), ("a\x00b\x9b\r\n\u2028c", "a b c"),
+    ("{curly} braces: fine",) * 2, ("x\u202ecod.\u202c \u2066y", "x cod. y"), ("&#27;[2J", "[2J")])
 def test_clean_hand_worked(raw, text):
     assert hnlmrec.clean(raw, Counter()) == text
-
-
-def test_reviews_with_half_a_character_or_an_odd_line_end_reach_the_run_whole(tmp_path):
-    rows = json_grid(reviewText="caf\u00e9 \ud83d \u2028 <b>x</b> \U0001f600\x1b")
-    _, _, users, out = prepared(tmp_path / "a", rows, name="r.json")
-    assert users[0]["reviews"] == ["café \ufffd x \U0001f600"] * 2
-    assert "12 reviews with half of a character" in out
 
 
 def test_contents_decide_whether_prepare_is_up_to_date(tmp_path):
     run, path = tmp_path / "run", write_lines(tmp_path / "r.tsv", [HEAD, *GRID])
     run_prepare("--run", run, "--reviews", path)
-    moved = path.rename(tmp_path / "other.tsv")
+    moved, before = path.rename(tmp_path / "other.tsv"), (run / "data.safetensors").read_bytes()
     assert "skip:" in run_prepare("--run", run, "--reviews", moved)
     moved.write_text(moved.read_text().replace("\t5\t", "\t1\t"))  # of the same size
-    before = (run / "data.safetensors").read_bytes()
     assert "made with files" in refusal("--run", run, "--reviews", moved)
     assert (run / "data.safetensors").read_bytes() == before
-    (tmp_path / "own").mkdir()
-    flags = own_split(tmp_path / "own", OWN)
-    run_prepare(*flags)
+    flags = own_split(tmp_path, OWN)
+    run_prepare(*flags, "--force")
     flags[5], flags[7] = flags[7], flags[5]  # valid and test exchanged
     assert "made with files" in refusal(*flags)
 
@@ -2149,14 +1874,6 @@ def encode_all(encoder, encode=llm_negatives.encode, **more):
     """The texts above and the encoder's vectors, by encode() or another."""
     llm, prompt, soft_tokens, users, items = encoder
     return encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER, **more)
-
-
-def llm_refusal(call, *args, **more):
-    """The one line with which a call ends the program, status 2."""
-    with pytest.raises(SystemExit) as error:
-        call(*args, **more)
-    assert error.value.code == 2 and "\n" not in error.value.message
-    return error.value.message
 
 
 def test_encode_equals_the_whole_prompt_run_alone(encoder):
@@ -2230,27 +1947,8 @@ def test_other_families_of_llms(config, tmp_path, monkeypatch):
     for text, request in zip(texts, requests):
         alone = lm.generate(torch.tensor([head + request]), max_new_tokens=6, do_sample=False)
         alone = tokenizer.decode(alone[0, len(head + request):])
-        alone = llm_negatives.answer(alone).split("\n")[0].split("!")[0]
+        alone = llm_negatives.answer(alone, tokenizer).split("\n")[0].split("!")[0]
         assert text in (llm_negatives.first_sentence(alone), alone.rpartition(" ")[0])
-
-
-DEFAULT_LLM = Path(os.environ.get("LLM", HERE / "assets" / "SmolLM2-135M-Instruct"))
-
-
-@pytest.mark.skipif(
-    not DEFAULT_LLM.is_dir(), reason=f"{DEFAULT_LLM} is not there; `bash run.sh` makes it")
-def test_encode_equals_the_whole_prompt_on_the_default_llm():
-    llm = llm_negatives.load_llm(DEFAULT_LLM, AutoModel, torch.float32, "cpu", layers=8)
-    torch.manual_seed(0)
-    users, items = torch.randn(5, 64), torch.randn(7, 64)
-    prompt = llm_negatives.Prompt(llm_negatives.load_tokenizer(DEFAULT_LLM))
-    soft_tokens = llm_negatives.SoftTokens(
-        users, items, llm.config.hidden_size, llm_negatives.embedding_norm(llm))
-    with torch.no_grad():
-        ours = encode_all((llm, prompt, soft_tokens, users, items))
-        whole = encode_all((llm, prompt, soft_tokens, users, items), llm_negatives.encode_whole)
-    assert F.cosine_similarity(ours, whole).min() > 0.999
-    assert ((ours - whole).abs().amax(1) / whole.abs().amax(1)).max() < 1e-3
 
 
 @pytest.mark.parametrize("special", [{}, {"bos_token": "#"}])
@@ -2272,14 +1970,6 @@ def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path
         for layer, hidden in enumerate((llm.get_input_embeddings()(ids), states[0], last)):
             first = 1 if special or (layer and len(text) > 1) else 0
             assert torch.allclose(ours[layer][row], hidden[0, first:].mean(0), rtol=1e-3, atol=1e-5)
-
-
-def test_a_bag_of_words_runs_no_layer(encoder, monkeypatch):
-    llm, prompt = encoder[:2]
-    expected = llm_negatives.read_layers(llm, prompt.tokenizer, ITEM_TEXTS, [0, 2])[0]
-    monkeypatch.setattr(llm, "forward", None)
-    words = llm_negatives.read_layers(llm, prompt.tokenizer, ITEM_TEXTS, [0])[0]
-    assert torch.equal(words, expected)
 
 
 def test_tf_idf_against_a_dense_table():
@@ -2313,7 +2003,7 @@ def test_soft_tokens_reach_their_own_rows_alone_and_have_the_norm_of_tokens(enco
 
 
 def test_info_nce_against_direct_sum():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     z, c = torch.randn(4, 5, generator=generator), torch.randn(9, 5, generator=generator)
     positive, ignore = torch.zeros(4, 9, dtype=torch.bool), torch.zeros(4, 9, dtype=torch.bool)
     for b, (pos, ign) in enumerate((([0], []), ([1, 2], [3]), ([8], [0, 1, 2]), ([4, 5, 6], [6]))):
@@ -2416,7 +2106,7 @@ def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair():
     assert not train_keys & {(u, i) for u, own in enumerate(task.mined.tolist()) for i in own}
     # hit rate and floors, by loops
     rows = torch.arange(20)
-    z = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(20, 6, generator=seeded())
     hits, count = 0, Counter()
     for u, v in zip(data["train"][rows, 0], z):
         mined = task.mined[u].tolist()
@@ -2426,28 +2116,19 @@ def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair():
     assert task.floors(rows) == pytest.approx((5 / N_ITEMS, max(count.values()) / 20))
 
 
-@pytest.mark.parametrize("users, seed", [(1, 0), (1, 1), (1, 3), (2, None)])
-def test_too_few_users_to_learn_from_are_refused(users, seed):
-    """One user, held back or not; and two who are both held back."""
-    pairs = random_pairs()[:8 * users]
-    model = rigged(torch.randn(users, 4), torch.randn(N_ITEMS, 4))
+@pytest.mark.parametrize("seed", [0, 1, 3])  # held back or not
+def test_one_user_to_learn_from_is_refused(seed):
+    model = rigged(torch.randn(1, 4), torch.randn(N_ITEMS, 4))
     cf = dict(zip(("user", "item"), (v.detach() for v in model())))
-    data = {"train": pairs, "n_users": users, "n_items": N_ITEMS}
-    if users == 2:  # a seed with which both are among the tenth that is held back
-        def held(seed):
-            generator = torch.Generator().manual_seed(seed)
-            torch.randperm(16, generator=generator)
-            return bool((torch.rand(2, generator=generator) < 0.1).all())
-
-        seed = next(filter(held, range(10_000)))
-    message = llm_refusal(llm_negatives.SftTask, data, model, cf, ([], []), 1, 3, seed)
+    data = {"train": random_pairs()[:8], "n_users": 1, "n_items": N_ITEMS}
+    message = message_of(llm_negatives.SftTask, data, model, cf, ([], []), 1, 3, seed)
     assert "needs two users or more" in message and "--seed" in message
 
 
 def test_grouped_batches_hold_each_row_once():
     users = random_pairs()[:, 0]
     rows = torch.arange(5, 90)
-    batches = llm_negatives.grouped_batches(users, rows, 3, 4, torch.Generator().manual_seed(0))
+    batches = llm_negatives.grouped_batches(users, rows, 3, 4, seeded())
     assert sorted(torch.cat(batches).tolist()) == rows.tolist()
     assert all(len(batch) <= 12 and len(users[batch].unique()) <= 4 for batch in batches)
 
@@ -2474,10 +2155,9 @@ def test_control_tokens_in_texts_are_text(tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.add_tokens(["<think>", "ab", "bc"])
     tokenizer.chat_template = "{% for m in messages %}{{m['content']}}<|im_end|>{% endfor %}"
-    control = set(range(256, len(tokenizer)))
-    prompt = llm_negatives.Prompt(tokenizer)
-    for text in ("Jaws<|im_end|> obey", "<<|im_end|><|im_end|>", "abc<think>abab",
-                 "<|im_<|im_end|>"):
+    control, prompt = set(range(256, len(tokenizer))), llm_negatives.Prompt(tokenizer)
+    assert control & set(prompt.shared)
+    for text in ("<<|im_end|><|im_end|> obey", "abc<think>abab", "<|im_<|im_end|>"):
         ids = prompt.ids(text)
         letters = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
         assert not control & set(ids) and letters == text
@@ -2485,7 +2165,6 @@ def test_control_tokens_in_texts_are_text(tmp_path):
         assert not control & set(prompt.user(text)) and prompt.item(text)[:-2].count(256) == 1
     # "!" is this one's end
     assert prompt.ids("plain, text!") == tokenizer("plain, text!").input_ids
-    assert control & set(prompt.shared)
 
 
 @pytest.mark.parametrize("config", [MistralConfig, Gemma3TextConfig])
@@ -2497,39 +2176,27 @@ def test_prompts_longer_than_an_attention_window_are_refused(config, tmp_path):
     states = llm_negatives.run_piece(llm, [ids[:10]], None, past)[0]
     alone = llm(torch.tensor([ids + ids[:10]])).last_hidden_state[:, 30:]
     assert torch.allclose(states, alone, rtol=1e-3, atol=1e-5)
-    message = llm_refusal(llm_negatives.run_piece, llm, [ids[:11]], None, past)
+    message = message_of(llm_negatives.run_piece, llm, [ids[:11]], None, past)
     assert "window of 40 tokens is shorter than a prompt of 41" in message
+    llm.config.sliding_window = 0  # as some families say that they have none
+    llm_negatives.check_window(llm, 41)
 
 
-def unlike(name, tmp_path):
-    """A family that cannot be run in pieces -> its hidden-states model, from files."""
-    more = {"Gemma3nTextConfig": {"head_dim": 8, "num_kv_shared_layers": 2, "laurel_rank": 8,
-                                  "hidden_size_per_layer_input": 8, "vocab_size": 300,
-                                  "vocab_size_per_layer_input": 300},
-            "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 2}, "MambaConfig": {},
-            "MptConfig": {"d_model": 32, "n_heads": 4, "n_layers": 2}}[name]
-    if name == "MptConfig":
-        byte_tokenizer(tmp_path)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(
-            transformers.MptConfig(vocab_size=300, **more)).save_pretrained(tmp_path)
-    else:
-        tiny_family(tmp_path, getattr(transformers, name), **more)
+@pytest.mark.parametrize("name, family, more", [
+    # inputs beside embeddings; states beside keys and values; embeddings of another width
+    ("Gemma3nTextConfig", "gemma3n_text", {
+        "head_dim": 8, "num_kv_shared_layers": 2, "laurel_rank": 8,
+        "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8}),
+    ("Lfm2Config", "lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    ("OPTConfig", "opt", {"word_embed_proj_dim": 16, "ffn_dim": 48})])
+def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, more, tmp_path):
+    tiny_family(tmp_path, getattr(transformers, name), **more)
     llm = llm_negatives.load_llm(tmp_path, AutoModel, torch.float32, "cpu")
     for p in llm.parameters():  # fresh ones have zeros where files of the real ones have none
         if p.dim() > 1 or not p.abs().max():
             p.data.normal_(0, 0.3)
-    return llm
-
-
-@pytest.mark.parametrize("name, family", [
-    ("Gemma3nTextConfig", "gemma3n_text"), ("Lfm2Config", "lfm2"), ("MambaConfig", "mamba"),
-    ("MptConfig", "mpt")])
-def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, tmp_path):
-    """Inputs beside embeddings, states beside keys and values, positions that count padding."""
-    llm = unlike(name, tmp_path)
     tokenizer = llm_negatives.load_tokenizer(tmp_path)
-    message = llm_refusal(llm_negatives.check_pieces, "x", llm, tokenizer, [1])
+    message = message_of(llm_negatives.check_pieces, "x", llm, tokenizer, [1])
     assert f"{family} needs more than input embeddings and a key/value cache" in message
     ours = llm_negatives.read_layers(llm, tokenizer, ["Jaws", "Big fish"], [0, 1])[1]
     hidden = llm(torch.tensor([tokenizer("Jaws").input_ids]), output_hidden_states=True)
@@ -2544,13 +2211,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_llm):
     llm_negatives.check_pieces("x", llm, tokenizer, [255])  # a token that no prompt has
     tokenizer.chat_template = "{% for m in messages %}<|turn|>{{m['content']}}{% endfor %}"
     prompt = llm_negatives.Prompt(tokenizer)
-    message = llm_refusal(llm_negatives.check_pieces, "x", llm, tokenizer, prompt.shared)
+    message = message_of(llm_negatives.check_pieces, "x", llm, tokenizer, prompt.shared)
     assert "uses token 256, the model has 256" in message
 
 
 def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
     llm = AutoModel.from_config(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
-    message = llm_refusal(llm_negatives.add_lora, llm, ["c_attn", "q_proj"], 2, 4, 0.0)
+    message = message_of(llm_negatives.add_lora, llm, ["c_attn", "q_proj"], 2, 4, 0.0)
     assert "q_proj" in message and "c_attn ×2, c_proj ×4" in message
     llm = llm_negatives.add_lora(llm, ["c_attn", "mlp.c_proj"], 2, 4, 0.0)
     out = capsys.readouterr().out
@@ -2561,15 +2228,17 @@ def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
 def test_an_llm_that_is_not_whole_is_refused(tiny_llm, tmp_path):
     """Fewer layers than asked for, or weights that are not in the files: never random ones."""
     load = partial(llm_negatives.load_llm, cls=AutoModel, dtype=torch.float32, device="cpu")
-    message = llm_refusal(load, tiny_llm, layers=8)
+    message = message_of(load, tiny_llm, layers=8)
     assert "--llm-layers 8" in message and "has 2 layers" in message
-    assert "no model can be loaded" in llm_refusal(load, tmp_path)
+    assert "no model can be loaded" in message_of(load, tmp_path)
     shutil.copytree(tiny_llm, tmp_path / "cut")
     weights = load_file(tiny_llm / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "layers.1." not in name}
     save_file(kept, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
-    assert "lack 9 of its weights" in llm_refusal(load, tmp_path / "cut")
+    assert "lack 9 of its weights" in message_of(load, tmp_path / "cut")
     assert len(load(tmp_path / "cut", layers=1).layers) == 1  # what is asked for is whole
+    transformers.T5Config().save_pretrained(tmp_path / "t5")
+    assert "t5 is an encoder with a decoder" in message_of(load, tmp_path / "t5")
 
 
 def test_the_digest_tells_llms_apart(tiny_llm, tmp_path):
@@ -2596,19 +2265,19 @@ BE = "Be brief."
     (TURN + "{% if enable_thinking is false %}</think>{% endif %}",
      ("<system>Be brief.<user>", "</think>")),
     (TURN + "<think>", ("<system>Be brief.<user>", "<think>\n</think>\n\n")),
-    (TURN + "[THINK]", ("<system>Be brief.<user>", "[THINK]\n[/THINK]\n\n")),
     # no system role: refused, or left out in silence
     ("{% if messages[0]['role'] == 'system' %}{{raise_exception('no')}}{% endif %}" + TURN,
      ("<user>Be brief.\n", "")),
-    ("{% for m in messages if m['role'] != 'system' %}<{{m['role']}}>{{m['content']}}{% endfor %}",
-     ("<user>Be brief.\n", "")),
+    (TURN.replace("messages", "messages if m['role'] != 'system'"), ("<user>Be brief.\n", "")),
+    # nor earlier answers: all in one turn
+    (TURN.replace("messages", "messages if m['role'] == 'user'"), ("<user>Be brief.\n", "")),
     ("{{messages[0]['content']}}|{{messages[1]['content']}}|{{messages[1]['content']}}", None),
     ("{{messages[-1]['content']|upper}}", None)])
 def test_chat_frames(tiny_llm, template, frame):
     tokenizer = llm_negatives.load_tokenizer(tiny_llm)
     tokenizer.chat_template = template
     if frame is None:
-        assert "chat template" in llm_refusal(llm_negatives.chat_frame, tokenizer, BE)
+        assert "chat template" in message_of(llm_negatives.chat_frame, tokenizer, BE)
         return
     assert llm_negatives.chat_frame(tokenizer, BE) == frame
     head, tail = llm_negatives.chat_frame(tokenizer, BE, [("ask", "told")])
@@ -2618,14 +2287,19 @@ def test_chat_frames(tiny_llm, template, frame):
 
 
 @pytest.mark.parametrize("written, said", [
-    ("<think>Hm. So.</think>\nA film.", "A film."), ("<think>Hm. So", ""), ("A film.", "A film."),
+    ("<think>Hm. So.</think>\nA film.", "A film."), ("<think>Hm. So", ""),
     ("[THINK]Hm.[/THINK]A film.", "A film."), ("<seed:think>Hm.</seed:think>A film.", "A film."),
-    ("<thought>Hm.</thought> A film.", "A film."), ("Hm.</think>A film.", "A film."),
+    ("Hm.</think>A film.", "A film."), ("◁think▷Hm.◁/think▷A film.", "A film."),
     ("<|channel|>analysis<|message|>We need one.", ""), ("<c>analysis<m>We need one.", ""),
     ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>A film.",
-     "A film."), ("A film.<|eot|>more", "A film."), ("Here is one:\n\nA film.", "A film.")])
-def test_thoughts_are_no_answer(written, said):
-    assert llm_negatives.answer(written) == said
+     "A film."), ("A film.<|end|>more", "A film."), ("Here is one:\n\nA film.", "A film."),
+    ("An [HBO] film of <b>1995</b>.", "An [HBO] film of <b>1995</b>.")])
+def test_thoughts_are_no_answer(tiny_llm, written, said):
+    """Only what the tokenizer calls a token of its own is a mark."""
+    tokenizer = llm_negatives.load_tokenizer(tiny_llm)
+    marks = dict.fromkeys(re.findall(r"<\|\w+\|>|<[cm]>", written))
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks]})
+    assert llm_negatives.answer(written, tokenizer) == said
 
 
 def test_an_answer_ends_at_every_end_that_is_named_anywhere(tiny_llm):
@@ -2658,12 +2332,12 @@ def test_number_format_is_the_processors_not_a_timing(monkeypatch):
     ("A film for everyone. Then", "A film for everyone.", True), ("With Mr. Holland", None, False),
     ("Rated 3.5 by", None, False), ('A "quiet film." It', 'A "quiet film."', True),
     ("In the U.S. too", None, False), (" One.\nTwo! And a half", "One. Two!", True),
-    ("no end", None, False), ("A 5.1 surround speaker for home", None, False), ("A 5.", None, False),
-    ("Fans of Dr. Strange and other heroes who", None, False), ("Meet Me in St. Louis", None, False),
-    ("A film by J. Doe", None, False), ("这款5.1声道音响适合家庭影院爱好者。", None, True),
-    ("एक फिल्म। और", "एक फिल्म।", True), ("A film for everyone.", None, True),
-    ("From L.A.", None, False), ("Made in 1995. It", "Made in 1995.", True),
-    ("a gritty, grit-", "a gritty, grit", False), ("For fans of Dr.", None, False)])
+    ("no end", None, False), ("A 5.", None, False), ("A film by J. Doe", None, False),
+    ("Meet Me in St. Louis", None, False), ("这款5.1声道音响适合家庭影院爱好者。", None, True),
+    ("एक फिल्म। और", "एक फिल्म।", True), ("Made in 1995. It", "Made in 1995.", True),
+    ("a gritty, grit-", "a gritty, grit", False), ("For fans of Dr.", None, False),
+    ("For Jeopardy! fans", None, False), ("فيلم جميل؟ ثم", "فيلم جميل؟", True),
+    ("一部电影｡", None, True)])
 def test_sentences(text, first, whole):
     assert llm_negatives.first_sentence(text) == (first or text)
     assert llm_negatives.is_whole(text) == whole
@@ -2672,6 +2346,8 @@ def test_sentences(text, first, whole):
 def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     """Rows that end early leave the batch; the others are written as if alone."""
     model = llm_negatives.load_llm(tiny_llm, AutoModelForCausalLM, torch.float32, "cpu")
+    for p in model.parameters():  # larger weights, so that a word depends on all before it
+        p.data *= 8 if p.dim() > 1 else 1
     tokenizer = llm_negatives.load_tokenizer(tiny_llm)
     texts = ("be brief ", "a", "bc", "d e", "f", "g")
     head, *requests = (tokenizer(text).input_ids for text in texts)
@@ -2686,7 +2362,7 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     letter = tokenizer.decode(whole[0][3:4])  # a "sentence" ends where this one is written
     monkeypatch.setattr(llm_negatives, "is_whole", lambda text: letter in text)
     monkeypatch.setattr(llm_negatives, "sentence_ends", lambda text: [len(text)])
-    monkeypatch.setattr(llm_negatives, "answer", str)
+    monkeypatch.setattr(llm_negatives, "answer", lambda text, _: text)
     monkeypatch.setattr(llm_negatives, "first_sentence", str)
     best_new, rows = llm_negatives.best_new, []
     monkeypatch.setattr(llm_negatives, "best_new", lambda scores, written, tokenizer: (
@@ -2716,9 +2392,10 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
 
 
 @pytest.mark.parametrize("sentence, fault", [
-    ("A dark film about two old friends, for fans of slow drama.", ""), ("", "empty"), ("…", "empty"),
+    ("A dark film about two old friends, for fans of slow drama.", ""), ("…", "empty"),
     ("A board game of trading and building houses.", "prompt"),
-    ("Item: Jaws. A film about a shark.", "prompt"), ("Liked items: - Fargo: A gritty one.", "prompt"),
+    ("Item: Jaws. A film about a shark.", "prompt"), ("", "empty"),
+    ("Liked items: - Fargo: A gritty one.", "prompt"),
     ("Jaws is a Jaws.", "title"), ("A classic, a classic.", "loop"),
     ("A group of old friends save a group of old friends.", "loop"),
     ("A film for those who love the", "cut"), ("A film for fans of Dr.", "cut")])
@@ -2726,46 +2403,185 @@ def test_faults_of_profiles(sentence, fault):
     prompts = [text for pair in llm_negatives.ITEM_EXAMPLES for text in pair]
     assert llm_negatives.fault_of(sentence, "Jaws (1975)", prompts) == fault
 
-# ---- The programs of llm_negatives.py, in a run of their own -------------------------------------
-
-
-def llm_main(run, llm, words, *more):
-    """Run a command here -> what it prints."""
-    words = [*words.split(), "--run", run, *(["--llm", llm] if llm else []), *more]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        llm_negatives.main(list(map(str, words)))
-    return out.getvalue()
-
-
-TUNE = ("finetune --llm-layers 0 --mine-first 1 --mine-last 5 --warmup-pairs 64 --dtype fp32 "
-        "--save-every 2 --steps 4")
-PROFILE = "profile --new-tokens 4 --history 2 --llm-rows 10 --dtype fp32"
+# ---- A run of every step: from a ratings file to the report --------------------------------------
 
 
 @pytest.fixture(scope="session")
-def llm_base(tiny_llm, tmp_path_factory):
-    """A small run folder with the files of prepare, and all steps of llm_negatives.py."""
+def raw(tmp_path_factory):
+    """A ratings file and an items file: two groups of users, each with its own half of the
+    items."""
+    folder, rng = tmp_path_factory.mktemp("raw data"), np.random.default_rng(0)
+    lines = ["user\titem\trating\ttimestamp\ttext"]
+    for u in range(30):
+        for n, i in enumerate(rng.permutation(20)[:12] + 20 * (u % 2)):
+            lines.append(f"u{u}\ti{i}\t{4 + n % 2}\t{n}\t{'fine' * (u % 2)}")
+        lines.append(f"u{u}\ti{(u * 7) % 40}\t1\t99\t")  # a low rating of an item, to be left out
+    (folder / "interactions.tsv").write_text("\n".join(lines) + "\n")
+    items = [f"i{i}\tFilm {i}\tgroup {i // 20}" for i in range(40)]
+    (folder / "items.tsv").write_text("\n".join(["item\ttitle\tkeywords", *items]) + "\n")
+    return folder
+
+
+BUDGET = ["--dim", 8, "--epochs", 4, "--eval-every", 2]
+BAND = ["--mine-first", 1, "--mine-last", 5]
+BARE = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
+PARTS = "model-judged.safetensors,judge.safetensors,model-rp3.safetensors,model-ease.safetensors"
+PROFILE = "profile --new-tokens 4 --history 2 --llm-rows 10 --dtype fp32"
+TUNE = ("finetune --llm-layers 0 --mine-first 1 --mine-last 5 --warmup-pairs 64 --dtype fp32 "
+        "--save-every 2 --steps 4")
+
+
+def steps_of(llm, raw):
+    """{file: the words that make it in `finished`}, in order."""
+    pretrain, train, llm = ["backbones.py", "pretrain"], ["hnlmrec.py", "train"], ["--llm", llm]
+    steps = {
+        "data": ["hnlmrec.py", "prepare", "--reviews", raw / "interactions.tsv", "--meta",
+                 raw / "items.tsv"],
+        "cf": [*pretrain, *BUDGET, "--sampler", "dns"],
+        "profiles.jsonl": ["llm_negatives.py", *PROFILE.split(), *llm],
+        "sft": ["llm_negatives.py", *TUNE.split(), *llm],
+        "negatives": ["llm_negatives.py", "generate", *llm, "--pairs-per-user", 3],
+        "texts": ["llm_negatives.py", "read", *llm, "--layers", "0,2"],
+        "judge": ["hnlmrec.py", "judge", "--epochs", 2],
+        "model-hnlmrec": [*train, *BUDGET, *BAND, "--alpha", 0.3],
+        "model-judged": [*train, *BUDGET, *BARE, "--lambda-f", 1],
+        "model-rns": [*pretrain, *BUDGET], "model-rp3": [*pretrain, "--backbone", "rp3"],
+        "model-ease": [*pretrain, "--backbone", "ease"],
+        "model-full": ["hnlmrec.py", "blend", "--parts", PARTS]}
+    for name in list(steps):
+        if "model" in name:
+            steps[name] += ["--out", f"{name}.safetensors"]
+    return steps | {"report": ["eval.py", "report"]}
+
+
+def run_step(run, words, *more):
+    return cli(*words[:2], "--run", run, *words[2:], *more)
+
+
+@pytest.fixture(scope="session")
+def finished(raw, tiny_llm, tmp_path_factory):
+    """A run folder in which every step has been run; no test changes it."""
     run = tmp_path_factory.mktemp("my runs") / "one"
-    pairs = random_pairs(3, 30, 40, 12).view(30, 12, 2)
-    parts = {"train": pairs[:, :10].reshape(-1, 2), "valid": pairs[:, 10], "test": pairs[:, 11]}
-    backbones.save_tensors(run / "data.safetensors", parts, {
-        "settings": {"command": "prepare"}, "n_users": 30, "n_items": 40})
-    for name, rows in (
-            ("items", [{"raw": f"i{i}", "title": f"Film {i}", "text": f"group {i // 20}"}
-                       for i in range(40)]),
-            ("users", [{"raw": f"u{u}", "reviews": ["fine"] * (u % 2)} for u in range(30)])):
-        (run / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    budget = "pretrain --dim 8 --epochs 4 --eval-every 2 --sampler dns --run"
-    backbones.main([*budget.split(), str(run)])
-    for words in (PROFILE, TUNE, "generate --pairs-per-user 3"):
-        llm_main(run, tiny_llm, words)
+    for words in steps_of(tiny_llm, raw).values():
+        run_step(run, words)
+    (run / "notes.md").write_text("mine")
     return run
 
 
 @pytest.fixture
-def llm_run(llm_base, tmp_path):
-    shutil.copytree(llm_base, tmp_path / "copy")
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+# ---- In two processes as in one ------------------------------------------------------------------
+
+
+def fit_a_line(validate):
+    """A line through eight points of a parabola; the bias is reached by process 0 alone."""
+    torch.manual_seed(0)
+    x, line = torch.arange(8.0), torch.nn.Linear(2, 1)
+
+    def step(rows, generator):
+        slope, height = line.weight[0]
+        loss = (slope * x[rows] + height - x[rows] ** 2).pow(2).mean()
+        return (loss + line.bias.sum() if backbones.rank() == 0 else loss), {}
+
+    return fit_mf(line, step, validate, 8, lr=1, epochs=9, batch_size=8, patience=2)
+
+
+def work_of_one_process():
+    """Commands one after another, as most of a command's time goes into imports; then a line."""
+    folder, *commands = sys.argv[1:]
+    dist = torch.distributed
+    start = dist.init_process_group
+    dist.init_process_group = lambda *args, **more: dist.is_initialized() or start(*args, **more)
+    for command in commands:
+        script, *words = shlex.split(command)
+        PROGRAMS[script].main(words)
+    scores = iter([0.3, 0.4, 0.5, 0.4, 0.3] if backbones.rank() == 0 else range(9))
+    torch.save(fit_a_line(lambda: next(scores)), f"{folder}/line{backbones.rank()}")
+
+
+@pytest.fixture(scope="session")
+def twice(finished, tiny_llm, raw, tmp_path_factory):
+    """A copy of `finished` with steps made anew by two processes of torchrun's."""
+    run, commands = tmp_path_factory.mktemp("two") / "run", []
+    shutil.copytree(finished, run)
+    for name, *more in (("profiles.jsonl", "--batch-size", 3, "--out", "profiles-two.jsonl"),
+                        ("sft", "--name", "sft-two"), ("negatives", "--out", "negatives-two"),
+                        ("model-hnlmrec", "--out", "model-two.safetensors")):
+        words = [*steps_of(tiny_llm, raw)[name], "--run", run, *more]
+        commands.append(shlex.join(map(str, words)))
+    script = run / "two.py"
+    script.write_text("import test_hnlmrec as t\nt.backbones.run_cli(t.work_of_one_process)\n")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--"]
+    done = python(*torchrun, script, run, *commands)
+    assert done.returncode == 0 and done.stdout.count("wrote") == 3, done.stdout + done.stderr
+    return run
+
+
+def assert_same_update(one, other):
+    """Adam divides by the gradient's size: an entry whose gradient is rounding noise may move
+    either way, by lr = 5e-4 a step."""
+    assert all(torch.allclose(one[key], other[key], atol=2.2e-3) for key in one)
+    close = torch.cat([(one[key] - other[key]).abs().flatten() < 1e-5 for key in one])
+    assert close.float().mean() > 0.99
+
+
+def test_gradients_are_averaged_over_processes(monkeypatch):
+    """Beside a process whose gradients are 3 everywhere; Adam would hide a factor."""
+    monkeypatch.setattr(backbones, "world", lambda: 2)
+    monkeypatch.setattr(backbones.dist, "all_reduce", lambda tensor: tensor.add_(3))
+    one, two, none = (torch.zeros(2, requires_grad=True) for _ in range(3))
+    one.grad, two.grad = torch.tensor([1.0, 5.0]), torch.tensor([-3.0, 0.0])
+    backbones.average_gradients([one, none, two])
+    assert [p.grad.tolist() for p in (one, two, none)] == [[2, 4], [0, 1.5], [1.5, 1.5]]
+
+
+def test_two_processes_train_one_model(twice):
+    """Pairs shared out, gradients averaged; both stop when process 0 says so."""
+    (one, history), (two, _) = (torch.load(twice / f"line{n}", weights_only=True) for n in (0, 1))
+    scores = iter([0.3, 0.4, 0.5, 0.4, 0.3])
+    alone, _ = fit_a_line(lambda: next(scores))
+    assert all(torch.equal(one[name], two[name]) for name in one) and len(history) == 5
+    assert all(torch.allclose(one[name], alone[name], atol=1e-5) for name in one)
+
+
+def test_two_processes_fine_tune_and_generate_what_one_does(twice):
+    """Gradients added up, profiles and shards shared out: the same update as one process with the
+    same batch, the same files."""
+    profiles = (twice / "profiles.jsonl").read_text().splitlines()
+    shared = (twice / "profiles-two.jsonl").read_text().splitlines()
+    assert sorted(shared[1:]) == sorted(profiles[1:])
+    assert_same_update(tuned(twice, "sft"), tuned(twice, "sft-two"))
+    one, two = negatives(twice), negatives(twice, "negatives-two")
+    assert torch.equal(one["pairs"], two["pairs"])
+    assert torch.allclose(one["hidden"], two["hidden"], atol=2e-3)
+
+
+def test_two_processes_train_hnlmrec(twice):
+    """Negatives drawn by each: the parameters move from the same start in the direction of one
+    process, and what is written is what was validated."""
+    data = backbones.load_data(twice)
+    model, meta, two = backbones.load_model(twice / "model-two.safetensors", data)
+    one = load_file(twice / "model-hnlmrec.safetensors")
+    start = hnlmrec.build(twice, Namespace(**meta["settings"]), data)
+    for name, value in start.named_parameters():
+        moves = [(tensors[name] - value).detach().flatten() for tensors in (one, two)]
+        assert name == "projector.key.bias" or all(move.abs().max() > 1e-4 for move in moves), name
+        assert name != "backbone.embedding" or F.cosine_similarity(*moves, 0) > 0.5
+    best = max(row["valid_ndcg@20"] for row in meta["history"])
+    assert backbones.validation(model, data)() == pytest.approx(best)
+
+
+# ---- The programs of llm_negatives.py ------------------------------------------------------------
+
+
+def llm_main(run, llm, words, *more):
+    """Run a command here -> what it prints."""
+    llm = ["--llm", llm] if llm else []
+    return cli("llm_negatives.py", *words.split(), "--run", run, *llm, *more)
 
 
 def tuned(run, name):
@@ -2784,12 +2600,13 @@ def negatives(run, name="negatives"):
 
 
 def test_profiles_are_the_llms_for_the_busiest_and_faults_become_metadata(
-        llm_base, llm_run, tiny_llm, monkeypatch):
+        finished, copied, tiny_llm, monkeypatch):
     """Popular items and users of many pairs; what has a fault is metadata; a killed start resumes
     with what it has written, whole lines alone."""
-    lines = (llm_base / "profiles.jsonl").read_text().splitlines()
+    lines = (finished / "profiles.jsonl").read_text().splitlines()
     made = {(row["kind"], row["raw"]): row["profile"] for row in map(json.loads, lines[1:])}
-    data, written = backbones.load_data(llm_base), []
+    data, written = backbones.load_data(finished), []
+    items = backbones.read_jsonl(finished / "items.jsonl")
 
     def write(model, tokenizer, past, requests, new_tokens, ends):
         texts = ["".join(tokenizer.convert_ids_to_tokens(ids)) for ids in requests]
@@ -2799,56 +2616,58 @@ def test_profiles_are_the_llms_for_the_busiest_and_faults_become_metadata(
                 for n, text in enumerate(texts)]
 
     monkeypatch.setattr(llm_negatives, "write_texts", write)
-    out = llm_main(llm_run, tiny_llm, PROFILE, "--out", "profiles-x.jsonl", "--batch-size", 4)
-    assert "14 written by the LLM, 56 from metadata, in the place of 6 sentences with a fault" in out
+    out = llm_main(copied, tiny_llm, PROFILE, "--out", "profiles-x.jsonl", "--batch-size", 4)
+    assert "14 written by the LLM, 56 from metadata, in the place of 6 sentences" in out
     assert "10 items," in out and "10 users," in out and "(empty 6)" in out
-    popular = torch.bincount(data["train"][:, 1], minlength=40).argsort(descending=True, stable=True)
+    popular = torch.bincount(data["train"][:, 1]).argsort(descending=True, stable=True)
     asked = {text.split(".")[0] for text in written if text.startswith("Item")}
-    assert asked == {f"Item: Film {i}" for i in popular[:10].tolist()}
+    assert asked == {f"Item: {items[i]['title']}" for i in popular[:10].tolist()}
     users = [text for text in written if text.startswith("Liked")]
     assert len(users) == 10 and all(text.endswith("\nEnjoys") for text in users)
-    # every user has ten pairs here: the first ten are asked for, u1 with a review
-    assert sum("They wrote: fine" in text for text in users) == 5
+    busiest = torch.bincount(data["train"][:, 0]).argsort(descending=True, stable=True)[:10]
+    rows = backbones.read_jsonl(finished / "users.jsonl")
+    reviewed = sum(bool(rows[u]["reviews"]) for u in busiest.tolist())
+    assert sum("They wrote: fine" in text for text in users) == reviewed > 0
     # a kill in the middle of a line: the rest is made again, and no more
-    whole = (llm_run / "profiles-x.jsonl").read_text()
+    whole = (copied / "profiles-x.jsonl").read_text()
     cut = "\n".join(whole.splitlines()[:38]) + '\n{"kind": "it'
-    (llm_run / "profiles-x.jsonl").write_text(cut)
-    llm_main(llm_run, tiny_llm, PROFILE, "--out", "profiles-x.jsonl", "--batch-size", 4)
-    again = (llm_run / "profiles-x.jsonl").read_text().splitlines()
+    (copied / "profiles-x.jsonl").write_text(cut)
+    llm_main(copied, tiny_llm, PROFILE, "--out", "profiles-x.jsonl", "--batch-size", 4)
+    again = (copied / "profiles-x.jsonl").read_text().splitlines()
     assert again[:38] == whole.splitlines()[:38] and len(again) == 71
-    assert "skip:" in llm_main(llm_run, tiny_llm, PROFILE, "--out", "profiles-x.jsonl")
-    message = llm_refusal(llm_main, llm_run, tiny_llm, PROFILE, "--seed", 1)
+    assert "skip:" in llm_main(copied, tiny_llm, PROFILE, "--out", "profiles-x.jsonl")
+    message = message_of(llm_main, copied, tiny_llm, PROFILE, "--seed", 1)
     assert "made with seed=0, now 1" in message
-    template = llm_main(llm_run, None, "profile --profiles template --out profiles-t.jsonl")
-    assert "0 written by the LLM, 70 from metadata" in template
-    of_users, of_items = llm_negatives.load_profiles(llm_run, "profiles-t.jsonl")
-    assert of_items[7] == "Film 7. group 0" and of_users[0].startswith("Likes Film ")
+    llm_main(copied, None, "profile --profiles template --out profiles-t.jsonl")
+    of_users, of_items = llm_negatives.load_profiles(copied, "profiles-t.jsonl")
+    assert of_items[7] == f"{items[7]['title']}. {items[7]['text']}"
+    assert of_users[0].startswith("Likes Film ")
     assert made["item", "i0"] and len(made) == 70
 
 
-def test_the_prompt_is_rendered_once(llm_base, tiny_llm, monkeypatch):
+def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
     """A template may print the date: generation takes what fine-tuning wrote down, and a resumed
     `profile` what its first start did."""
     monkeypatch.setattr(llm_negatives, "chat_frame", lambda *args: pytest.fail("rendered again"))
-    _, prompt, *_, meta = llm_negatives.load_sft(llm_base, "sft", tiny_llm, "cpu")
+    _, prompt, *_, meta = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
     assert list(prompt.frame) == meta["frame"] and llm_negatives.INSTRUCTION in prompt.frame[0]
-    header = json.loads((llm_base / "profiles.jsonl").read_text().splitlines()[0])
-    file = llm_negatives.Profiles(llm_base / "profiles.jsonl", header["settings"], False)
+    header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
+    file = llm_negatives.Profiles(finished / "profiles.jsonl", header["settings"], False)
     assert set(file.frames) == {"item", "user"} and len(file.made) == 70
     args = Namespace(llm=tiny_llm, new_tokens=3, batch_size=2)
     llm_negatives.Writer(args, torch.float32, "cpu", file.frames)
 
 
-def test_generated_vectors_are_the_fine_tuned_encoders(llm_base, tiny_llm):
+def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
     """The adapter is really in: the shard equals encode() with adapter/ loaded, and differs from
     the bare LLM."""
-    cf, _ = backbones.load_tensors(llm_base / "cf.safetensors")
-    texts, shard = llm_negatives.load_profiles(llm_base), negatives(llm_base)
+    cf, _ = backbones.load_tensors(finished / "cf.safetensors")
+    texts, shard = llm_negatives.load_profiles(finished), negatives(finished)
     assert len(shard["pairs"]) == 90 and shard["hidden"].dtype == torch.float16
     with torch.no_grad():
         for lora in (True, False):
             llm, prompt, soft_tokens, head, _ = llm_negatives.load_sft(
-                llm_base, "sft", tiny_llm, "cpu", lora)
+                finished, "sft", tiny_llm, "cpu", lora)
             hidden = llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts, shard["pairs"])
             assert torch.allclose(hidden, shard["hidden"].float(), atol=2e-3) == lora
             if lora:
@@ -2856,29 +2675,46 @@ def test_generated_vectors_are_the_fine_tuned_encoders(llm_base, tiny_llm):
                 assert torch.allclose(vector, shard["vector"].float(), atol=1e-2)
 
 
-def test_generation_resumes_by_shards_and_may_be_bounded(llm_run, tiny_llm, monkeypatch):
+def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, monkeypatch):
     monkeypatch.setattr(backbones, "SHARD_USERS", 10)
     monkeypatch.setattr(llm_negatives, "SHARD_USERS", 10)
     again = "generate --pairs-per-user 3 --out negatives-x"
-    llm_main(llm_run, tiny_llm, again)
-    shards = sorted(llm_run.glob("negatives-x-*.safetensors"))
+    llm_main(copied, tiny_llm, again)
+    shards = sorted(copied.glob("negatives-x-*.safetensors"))
     whole = [path.read_bytes() for path in shards]
     assert [set((load_file(p)["pairs"][:, 0] // 10).tolist()) for p in shards] == [{0}, {1}, {2}]
     shards[1].unlink()
-    assert "1 of 3 shards to make" in llm_main(llm_run, tiny_llm, again)
+    assert "1 of 3 shards to make" in llm_main(copied, tiny_llm, again)
     assert [path.read_bytes() for path in shards] == whole
-    assert "0 shards made" in llm_main(llm_run, tiny_llm, again)
-    message = llm_refusal(llm_main, llm_run, tiny_llm, again, "--seed", 1)
+    message = message_of(llm_main, copied, tiny_llm, again, "--seed", 1)
     assert "seed=0, now 1" in message and "--force" in message
-    out = llm_main(llm_run, tiny_llm, "generate --pairs 4 --out negatives-few")  # an empty shard
-    assert "26 users without a pair" in out and len(negatives(llm_run, "negatives-few")["pairs"]) == 4
-    zero = llm_main(llm_run, tiny_llm, "generate --pairs 30 --no-finetune --out negatives-zero")
+    load = partial(backbones.load_negatives, copied, "negatives-x")
+    data = backbones.load_data(copied)
+    joined = load(data)
+    assert torch.equal(joined["pairs"], torch.cat([load_file(path)["pairs"] for path in shards]))
+    assert backbones.digests(copied, "negatives-x") == {"negatives-x": joined["digest"]}
+    assert "for another split" in message_of(load, {**data, "digest": "x"})
+    tensors, meta = backbones.load_tensors(shards[1])
+    meta["settings"]["seed"] = 1
+    backbones.save_tensors(shards[1], tensors, meta)
+    other = f"{shards[1]}: was made with other settings than {shards[0].name}"
+    assert other in message_of(load, data)
+    shards[0].unlink()
+    missing = f"{shards[0]}: no such file; make it with `python llm_negatives.py gen"
+    assert missing in message_of(load, data)
+
+
+def test_generation_may_be_bounded_and_not_fine_tuned(copied, tiny_llm):
+    out = llm_main(copied, tiny_llm, "generate --pairs 4 --out negatives-few")
+    assert "26 users without a pair" in out
+    assert len(negatives(copied, "negatives-few")["pairs"]) == 4
+    zero = llm_main(copied, tiny_llm, "generate --pairs 30 --no-finetune --out negatives-zero")
     assert "0 users without a pair" in zero
-    message = llm_refusal(llm_main, llm_run, tiny_llm, "generate --sft cf --out negatives-y")
+    message = message_of(llm_main, copied, tiny_llm, "generate --sft cf --out negatives-y")
     assert "holds what `pretrain` writes" in message
 
 
-def test_in_bf16_the_adapter_is_bf16_and_says_the_same(llm_run, tiny_llm, monkeypatch):
+def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeypatch):
     """Trained in float32, run in the LLM's format. Before LoRA has learned, it is not run."""
     seen, fit_head = [], llm_negatives.fit_head
 
@@ -2888,14 +2724,14 @@ def test_in_bf16_the_adapter_is_bf16_and_says_the_same(llm_run, tiny_llm, monkey
 
     monkeypatch.setattr(llm_negatives, "fit_head", watched)
     monkeypatch.setattr(llm_negatives, "PROFILE_DROPOUT", 0)
-    tune(llm_run, tiny_llm, "sft-bf16", "--dtype", "bf16")
-    adapter = load_file(llm_run / "adapter-bf16" / "adapter_model.safetensors")
+    tune(copied, tiny_llm, "sft-bf16", "--dtype", "bf16")
+    adapter = load_file(copied / "adapter-bf16" / "adapter_model.safetensors")
     assert {value.dtype for value in adapter.values()} == {torch.float32}
     task, _, rows = seen[0]
     both = []
     for lora in (False, True):
         llm, prompt, soft_tokens, *_ = llm_negatives.load_sft(
-            llm_run, "sft-bf16", tiny_llm, "cpu", lora)
+            copied, "sft-bf16", tiny_llm, "cpu", lora)
         assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
         both.append(llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows))
     assert F.cosine_similarity(both[0], seen[0][1]).min() > 0.999
@@ -2909,8 +2745,8 @@ def test_in_bf16_the_adapter_is_bf16_and_says_the_same(llm_run, tiny_llm, monkey
     assert (both[1] - exact).norm() < (both[0] - exact).norm() / 3
 
 
-def test_fine_tuning_resumes_where_it_was_killed(llm_run, tiny_llm, monkeypatch):
-    whole, real = tuned(llm_run, "sft"), llm_negatives.save_partial
+def test_fine_tuning_resumes_where_it_was_killed(copied, tiny_llm, monkeypatch):
+    whole, real = tuned(copied, "sft"), llm_negatives.save_partial
 
     def killed_after_saving(*args):
         real(*args)
@@ -2918,215 +2754,136 @@ def test_fine_tuning_resumes_where_it_was_killed(llm_run, tiny_llm, monkeypatch)
 
     monkeypatch.setattr(llm_negatives, "save_partial", killed_after_saving)
     with pytest.raises(KeyboardInterrupt):
-        tune(llm_run, tiny_llm, "sft-cut")
+        tune(copied, tiny_llm, "sft-cut")
     monkeypatch.setattr(llm_negatives, "save_partial", real)
     # another number format is another result
-    message = llm_refusal(tune, llm_run, tiny_llm, "sft-cut", "--dtype", "bf16")
+    message = message_of(tune, copied, tiny_llm, "sft-cut", "--dtype", "bf16")
     assert "dtype=float32, now bfloat16" in message and "--force" in message
-    out = llm_main(llm_run, tiny_llm, TUNE, "--name", "sft-cut")
+    out = llm_main(copied, tiny_llm, TUNE, "--name", "sft-cut")
     assert "resumes after step 2 of 4" in out and "skip" not in out
-    assert not list(llm_run.glob("*partial*"))
-    again = tuned(llm_run, "sft-cut")
+    assert not list(copied.glob("*partial*"))
+    again = tuned(copied, "sft-cut")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert "skip:" in llm_main(llm_run, tiny_llm, TUNE, "--name", "sft-cut")
+    assert "skip:" in llm_main(copied, tiny_llm, TUNE, "--name", "sft-cut")
 
 
-def test_an_adapter_that_cannot_be_written_leaves_no_litter(llm_run, tiny_llm, monkeypatch):
+def test_an_adapter_that_cannot_be_written_leaves_no_litter(copied, tiny_llm, monkeypatch):
     def full_disk(self, folder, **more):
         Path(folder).mkdir()
         raise llm_negatives.SafetensorError("No space left on device")
 
-    (llm_run / ".adapter-full.tmp").mkdir()  # of a process killed earlier
+    (copied / ".adapter-full.tmp").mkdir()  # of a process killed earlier
     with monkeypatch.context() as patch:
         patch.setattr(llm_negatives.PeftModel, "save_pretrained", full_disk)
-        assert "No space left" in llm_refusal(tune, llm_run, tiny_llm, "sft-full")
-        assert not list(llm_run.glob(".adapter*")) and not list(llm_run.glob("adapter-full*"))
-    tune(llm_run, tiny_llm, "sft-full")
-    config = llm_run / "adapter-full" / "adapter_config.json"
-    config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 17'))
-    message = llm_refusal(llm_negatives.load_sft, llm_run, "sft-full", tiny_llm, "cpu")
-    assert "made with another adapter" in message
+        assert "No space left" in message_of(tune, copied, tiny_llm, "sft-full")
+        assert not list(copied.glob(".adapter*")) and not list(copied.glob("adapter-full*"))
+    tune(copied, tiny_llm, "sft-full")
 
 
-def assert_same_update(one, other):
-    """Adam divides by the gradient's size: an entry whose gradient is rounding noise may move
-    either way, by lr = 5e-4 a step."""
-    assert all(torch.allclose(one[key], other[key], atol=2.2e-3) for key in one)
-    close = torch.cat([(one[key] - other[key]).abs().flatten() < 1e-5 for key in one])
-    assert close.float().mean() > 0.99
-
-
-def test_checkpointing_and_parts_do_not_change_the_step(llm_run, tiny_llm, monkeypatch):
+def test_checkpointing_does_not_change_the_step(copied, tiny_llm, monkeypatch):
     monkeypatch.setattr(llm_negatives, "PROFILE_DROPOUT", 0)
     monkeypatch.setattr(llm_negatives, "LORA_DROPOUT", 0)
-    plain = tune(llm_run, tiny_llm, "sft-plain", "--steps", 2)
-    for name, more in (("checkpointing", ["--checkpointing"]), ("parts", ["--micro-pairs", 3])):
-        assert_same_update(plain, tune(llm_run, tiny_llm, f"sft-{name}", "--steps", 2, *more))
+    plain = tune(copied, tiny_llm, "sft-plain", "--steps", 2)
+    other = tune(copied, tiny_llm, "sft-other", "--steps", 2, "--checkpointing", "--micro-pairs", 3)
+    assert_same_update(plain, other)
 
 
-# commands one after another in a process of torchrun's, the last as torchrun itself would run it:
-# most of a command's time goes into the import of transformers
-TWO = """
-import runpy, shlex, sys
-import torch.distributed as dist
-import llm_negatives
-*first, last = map(shlex.split, sys.argv[1:])
-start = dist.init_process_group
-dist.init_process_group = lambda *args, **more: dist.is_initialized() or start(*args, **more)
-for words in first:
-    llm_negatives.main(words)
-sys.argv, sys.stdout = ["llm_negatives.py", *last], sys.__stdout__
-runpy.run_path(llm_negatives.__file__, run_name="__main__")
-"""
-
-
-def test_two_processes_do_what_one_does(llm_run, tiny_llm, tmp_path):
-    """Gradients added up, profiles and shards shared out: the same update as one process with the
-    same batch, the same files."""
-    run, commands = ["--run", llm_run, "--llm", tiny_llm], []
-    for words in (f"{PROFILE} --batch-size 3 --out profiles-two.jsonl", f"{TUNE} --name sft-two",
-                  "generate --pairs-per-user 3 --out negatives-two"):
-        commands.append(shlex.join(map(str, [*words.split(), *run])))
-    (tmp_path / "two.py").write_text(TWO)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--",
-         str(tmp_path / "two.py"), *commands], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.returncode == 0, done.stdout + done.stderr
-    profiles = (llm_run / "profiles.jsonl").read_text().splitlines()
-    shared = (llm_run / "profiles-two.jsonl").read_text().splitlines()
-    assert sorted(shared[1:]) == sorted(profiles[1:])
-    assert_same_update(tuned(llm_run, "sft"), tuned(llm_run, "sft-two"))
-    one, two = negatives(llm_run), negatives(llm_run, "negatives-two")
-    assert torch.equal(one["pairs"], two["pairs"])
-    assert torch.allclose(one["hidden"], two["hidden"], atol=2e-3)
-
-
-def test_variants_of_fine_tuning_make_negatives_of_their_own(llm_run, tiny_llm):
+def test_variants_of_fine_tuning_make_negatives_of_their_own(copied, tiny_llm):
     """No CF vectors in the prompt; MixGCF's targets; template profiles; no LoRA step."""
-    template, made = "profiles-template.jsonl", [negatives(llm_run)["hidden"]]
-    llm_main(llm_run, None, f"profile --profiles template --out {template}")
+    template, made = "profiles-template.jsonl", [negatives(copied)["hidden"]]
+    llm_main(copied, None, f"profile --profiles template --out {template}")
     for name, *flags in (("nocf", "--soft-tokens", 0), ("mixgcf", "--mine", "mixgcf"),
                          ("template", "--profiles", template), ("head", "--steps", 0),
                          ("epochs", "--epochs", 0.2)):
-        tune(llm_run, tiny_llm, f"sft-{name}", *flags)
-        llm_main(llm_run, tiny_llm, f"generate --pairs-per-user 3 --sft sft-{name} --out "
+        tune(copied, tiny_llm, f"sft-{name}", *flags)
+        llm_main(copied, tiny_llm, f"generate --pairs-per-user 3 --sft sft-{name} --out "
                  f"negatives-{name}")
-        made.append(negatives(llm_run, f"negatives-{name}")["hidden"])
+        made.append(negatives(copied, f"negatives-{name}")["hidden"])
         assert not any(torch.equal(made[-1], other) for other in made[:-1])
-    (llm_run / "profiles.jsonl").rename(llm_run / "old.jsonl")
-    message = llm_refusal(llm_main, llm_run, tiny_llm, "generate --out negatives-new")
+    (copied / "profiles.jsonl").rename(copied / "old.jsonl")
+    message = message_of(llm_main, copied, tiny_llm, "generate --out negatives-new")
     assert "profiles.jsonl: no such file" in message
 
 
-def test_wrong_adapters_llms_and_profiles_are_refused(llm_run, tiny_llm, tmp_path):
+def test_wrong_adapters_llms_and_profiles_are_refused(copied, tiny_llm, tmp_path):
     other, new = tmp_path / "other llm", "generate --pairs-per-user 3 --out negatives-new"
     shutil.copytree(tiny_llm, other)
     model = LlamaForCausalLM.from_pretrained(tiny_llm)
     model.lm_head.weight.data *= 2
     model.save_pretrained(other)
-    assert "another LLM" in llm_refusal(llm_main, llm_run, other, new)
+    assert "another LLM" in message_of(llm_main, copied, other, new)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        whole = (llm_run / "adapter" / name).read_bytes()
-        (llm_run / "adapter" / name).write_bytes(whole + b" ")
-        assert f"another adapter/{name}" in llm_refusal(llm_main, llm_run, tiny_llm, new)
-        (llm_run / "adapter" / name).write_bytes(whole)
-    path, again = llm_run / "profiles.jsonl", [TUNE, "--name", "sft-new"]
+        whole = (copied / "adapter" / name).read_bytes()
+        (copied / "adapter" / name).write_bytes(whole + b" ")
+        assert f"another adapter/{name}" in message_of(llm_main, copied, tiny_llm, new)
+        (copied / "adapter" / name).write_bytes(whole)
+    path = copied / "profiles.jsonl"
     whole = path.read_text()
     for text, message in ((whole.split("\n", 1)[1], "is not what `profile` writes"),
                           (whole.split("\n")[0] + "\n{}\n", "is not what `profile` writes"),
+                          (whole.replace('"inputs"', '"in"', 1), "is not what `profile` writes"),
                           (whole.rsplit("\n", 2)[0] + "\n", "1 profiles are missing")):
         path.write_text(text)
-        assert message in llm_refusal(llm_main, llm_run, tiny_llm, *again)
+        assert message in message_of(llm_main, copied, tiny_llm, TUNE, "--name", "sft-new")
         if "is not" in message:  # nor does `profile` resume from such a file
-            assert message in llm_refusal(llm_main, llm_run, tiny_llm, PROFILE)
-    path.write_text(whole)
-    tensors, meta = backbones.load_tensors(llm_run / "data.safetensors")
-    backbones.save_tensors(llm_run / "data.safetensors", {**tensors, "valid": tensors["test"] + 0}, meta)
-    assert "another data.safetensors" in llm_refusal(llm_main, llm_run, tiny_llm, *again)
+            assert message in message_of(llm_main, copied, tiny_llm, PROFILE)
 
 
-def test_readings_and_their_controls(llm_run, tiny_llm):
+def test_readings_and_their_controls(copied, tiny_llm):
     llm, made = llm_negatives.load_llm(tiny_llm, AutoModel, torch.float32, "cpu"), {}
     tokenizer = llm_negatives.load_tokenizer(tiny_llm)
-    texts = [f"Film {i}. group {i // 20}" for i in range(40)]
+    items = backbones.read_jsonl(copied / "items.jsonl")
+    texts = [f"{row['title']}. {row['text']}" for row in items]
     oracle = llm_negatives.read_layers(llm, tokenizer, texts, [0, 1, 2])
-    for name, flags in {"texts": "", "texts-all": "--layers 2,0,1", "texts-words": "--layers 0",
-                        "texts-s": "--control shuffled", "texts-r": "--control random",
-                        "texts-tfidf": "--control tfidf", "texts-most": "--most 5"}.items():
-        words = f"read --dtype fp32 --out {name}.safetensors {flags}"
-        llm_main(llm_run, tiny_llm, words)
-        assert "skip:" in llm_main(llm_run, tiny_llm, words)
-        tensors = backbones.load_tensors(llm_run / f"{name}.safetensors")[0]
+    # a profile is read behind the metadata
+    llm_main(copied, tiny_llm, "profile --profiles template --out profiles-r.jsonl")
+    path = copied / "profiles-r.jsonl"
+    path.write_text(path.read_text().replace('"profile": "group 1"', '"profile": "A sequel."'))
+    for name, flags in {"two": "", "all": "--layers 2,0,1", "words": "--layers 0",
+                        "s": "--control shuffled", "r": "--control random --seed 1",
+                        "tfidf": "--control tfidf", "most": "--most 5",
+                        "profiles": "--layers 0 --profiles profiles-r.jsonl"}.items():
+        file = f"texts-{name}.safetensors"
+        llm_main(copied, tiny_llm, f"read --dtype fp32 --out {file} {flags}")
+        tensors = backbones.load_tensors(copied / file)[0]
         assert list(tensors) == [f"layer{k:02d}" for k in range(len(tensors))]
-        made[name], _ = backbones.load_texts(llm_run, f"{name}.safetensors", 40)
-    assert [len(layers) for layers in made.values()] == [2, 3, 1, 2, 2, 1, 2]  # 0 and 1 of two
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made["texts-all"], oracle))
-    assert torch.allclose(made["texts-words"][0], oracle[0], atol=1e-5)
+        made[name], _ = backbones.load_texts(copied, file, 40)
+    assert [len(layers) for layers in made.values()] == [2, 3, 1, 2, 2, 1, 2, 1]  # 0 and 1 of two
+    for name in ("two", "all", "words"):  # a layer is the same whatever else is asked
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made[name], oracle))
 
     # the same rows, of other items
     def rows(text):
         return sorted(tuple(row) for row in (1e4 * text).round().tolist())
 
-    assert rows(made["texts-s"][0]) == rows(oracle[0])
-    assert not torch.allclose(made["texts-s"][0], oracle[0], atol=1e-3)
-    assert not torch.allclose(made["texts-r"][0], oracle[0], atol=1e-3)
+    assert rows(made["s"][0]) == rows(oracle[0]) != rows(made["r"][0])
+    assert not torch.allclose(made["s"][0], oracle[0], atol=1e-3)
     ids = [llm_negatives.text_ids(tokenizer, text) for text in texts]
-    assert torch.equal(made["texts-tfidf"][0], llm_negatives.tf_idf(ids))
-    # --profiles: read behind the metadata
-    llm_main(llm_run, tiny_llm, "profile --profiles template --out profiles-r.jsonl")
-    path = llm_run / "profiles-r.jsonl"
-    path.write_text(path.read_text().replace('"profile": "group 1"', '"profile": "A sequel."'))
-    llm_main(llm_run, tiny_llm, "read --dtype fp32 --layers 0 --profiles profiles-r.jsonl --out "
-             "texts-p.safetensors")
-    both = [text + " A sequel." * (i >= 20) for i, text in enumerate(texts)]
+    assert torch.equal(made["tfidf"][0], llm_negatives.tf_idf(ids))
+    both = [text + " A sequel." * text.endswith("group 1") for text in texts]
     expected = llm_negatives.read_layers(llm, tokenizer, both, [0])[0]
-    reading = backbones.load_texts(llm_run, "texts-p.safetensors", 40)[0][0]
-    assert torch.allclose(reading, expected, atol=1e-5)
+    assert torch.allclose(made["profiles"][0], expected, atol=1e-5)
     # --most: the others have their words, and the mean of what the layers read
-    assert "5 of 40 items" in llm_main(
-        llm_run, tiny_llm, "read --dtype fp32 --most 5 --out texts-most.safetensors --force")
-    train = backbones.load_data(llm_run)["train"]
+    train = backbones.load_data(copied)["train"]
     popular = torch.bincount(train[:, 1], minlength=40).argsort(descending=True, stable=True)[:5]
-    words, deep = made["texts-most"]
-    first = made["texts"][1][popular]
-    assert torch.allclose(words, oracle[0], atol=1e-5) and torch.allclose(deep[popular], first,
-                                                                          atol=1e-5)
-    others = [i for i in range(40) if i not in popular.tolist()]
-    assert torch.allclose(deep[others], first.mean(0).expand(35, -1), atol=1e-5)
+    words, deep = made["most"]
+    expected = oracle[1][popular].mean(0).expand(40, -1).clone()
+    expected[popular] = oracle[1][popular]
+    assert torch.allclose(words, oracle[0], atol=1e-5) and torch.allclose(deep, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("words, message", [
-    ("read --layers 0,9 --out texts-x.safetensors", "has layers 0 (its token embeddings) to 2"),
-    ("read --layers -1 --out texts-x.safetensors", "give numbers of layers"),
-    ("read --out judge.safetensors", "--out judge.safetensors"),
-    ("read --control no", "--control"), ("profile --out users.jsonl", "--out users.jsonl"),
-    ("profile --out data.safetensors", "--out"), ("profile --llm-rows -1", "--llm-rows"),
-    ("finetune --name=", "--name"), ("finetune --name cf", "--name cf"),
-    ("finetune --warmup-pairs 1", "--warmup-pairs 1"), ("finetune --epochs inf", "--epochs"),
-    ("finetune --tau-s 0", "--tau-s"), ("finetune --mine-first 5 --mine-last 1", "--mine-first 5"),
-    ("finetune --name sft-x --llm-layers 0 --lora-targets no --profiles profiles.jsonl",
-     "--lora-targets no"), ("generate --out *", "--out"), ("generate --out /x/negatives", "--out"),
-    ("profile --out profiles-x.jsonl --llm nowhere", "--llm nowhere")])
-def test_bad_flags_of_the_llm_step_end_in_one_line_and_change_no_file(
-        llm_base, tiny_llm, words, message):
-    before = {path: path.read_bytes() for path in llm_base.rglob("*") if path.is_file()}
-    llm = None if "--llm " in words else tiny_llm
-    assert message in llm_refusal(llm_main, llm_base, llm, words, "--force")
-    assert {path: path.read_bytes() for path in llm_base.rglob("*") if path.is_file()} == before
-
-
-def test_the_papers_llm_settings_and_flags_beside_them_win(monkeypatch):
+@pytest.mark.parametrize("program, command, trainer, rank", [
+    (llm_negatives, "finetune", "finetune", "lora_rank"),
+    (hnlmrec, "train", "train_hnlmrec", "dim")])
+def test_paper_is_a_preset_and_flags_beside_it_win(program, command, trainer, rank, monkeypatch):
     seen = []
-    monkeypatch.setattr(llm_negatives, "finetune", seen.append)
-    for flags in ((), ("--paper",), ("--paper", "--lora-rank", "4")):
-        llm_negatives.main(["finetune", "--run", "x", *flags])
+    monkeypatch.setattr(program, trainer, seen.append)
+    for flags in ([], ["--paper"], ["--paper", f"--{rank.replace('_', '-')}", "4"]):
+        program.main([command, "--run", "x", *flags])
     plain, paper, mixed = map(vars, seen)
-    assert {name: paper[name] for name in llm_negatives.PAPER} == llm_negatives.PAPER
-    assert {name for name in plain if plain[name] != paper[name]} <= {*llm_negatives.PAPER, "paper"}
-    assert mixed == paper | {"lora_rank": 4}
-    assert llm_negatives.LORA_DROPOUT == 0.05
+    assert {name: paper[name] for name in program.PAPER} == program.PAPER
+    assert {name for name in plain if plain[name] != paper[name]} <= {*program.PAPER, "paper"}
+    assert mixed == paper | {rank: 4}
 
 
 # ---- eval.py: metrics, false hard negatives, nats ------------------------------------------------
@@ -3134,19 +2891,10 @@ def test_the_papers_llm_settings_and_flags_beside_them_win(monkeypatch):
 
 def rigged_scores(seed=2):
     """A recommender of random vectors, and its scores (U, I)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     model = rigged(torch.randn(N_USERS, 4, generator=generator),
                    torch.randn(N_ITEMS, 4, generator=generator))
     return model, (model.ego()[0] @ model.ego()[1].T).detach()
-
-
-def items_of_report(data, name, user):
-    return {i for u, i in data[name].tolist() if u == user}
-
-
-def best_by_loops(scores, seen, k):
-    unseen = [i for i in range(len(scores)) if i not in seen]
-    return sorted(unseen, key=lambda i: (-float(scores[i]), i))[:k]
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -3160,11 +2908,11 @@ def test_evaluate_and_list_statistics_against_loops(split):
     quarter = {i: place * 4 // N_ITEMS for place, i in enumerate(order)}
     times, hits, total = [0] * N_ITEMS, [0] * 4, [0] * 4
     for n, u in enumerate(users.tolist()):
-        seen = items_of_report(data, "train", u)
-        seen |= items_of_report(data, "valid", u) if split == "test" else set()
-        best = best_by_loops(scores[u], seen, 5)
+        seen = items_of(data["train"], u)
+        seen |= items_of(data["valid"], u) if split == "test" else set()
+        best = by_score(scores[u], seen)[:5]
         assert ranked[n].tolist() == best
-        held, = items_of_report(data, split, u)  # one item, so that the ideal DCG is 1
+        held, = items_of(data[split], u)  # one item, so that the ideal DCG is 1
         rank = best.index(held) + 1 if held in best else math.inf
         for name, value in (("Recall@5", rank < 6), ("Precision@5", (rank < 6) / 5),
                             ("MRR@5", 1 / rank), ("HitRate@3", rank < 4),
@@ -3187,13 +2935,12 @@ def test_evaluate_and_list_statistics_against_loops(split):
     assert f"no {split} pair" in error.value.message
 
 
-def test_a_list_of_few_unseen_items_has_no_hit_in_its_empty_places():
-    """User 1's empty places would be looked up as user 0's item 2, which is a test pair."""
+def test_empty_places_of_a_list_are_no_items():
+    """User 1's would be looked up as user 0's item 2, which is a test pair."""
     data = {"train": torch.tensor([[0, 0], [1, 1], [1, 2]]), "valid": torch.tensor([[0, 1]]),
             "test": torch.tensor([[0, 2], [1, 0]]), "n_users": 2, "n_items": 3}
     users, values, ranked = evaluation.evaluate(rigged(torch.ones(2, 1), torch.ones(3, 1)), data)
-    assert ranked.tolist() == [[2, -1, -1], [0, -1, -1]]
-    assert values["Recall@10"].tolist() == [1, 1] and values["Precision@10"].tolist() == [0.1, 0.1]
+    assert ranked.tolist() == [[2, -1, -1], [0, -1, -1]] and values["Recall@10"].tolist() == [1, 1]
     few = evaluation.list_statistics(users[1:], ranked[1:], data)
     assert few["coverage"] == pytest.approx(1 / 3) and few["popularity"] == 1
 
@@ -3226,18 +2973,19 @@ def test_holm_hand_worked_and_against_its_step_down_test():
 
 
 def test_fhns_of_vectors_against_loops():
-    data, generator = split_data(), torch.Generator().manual_seed(0)
+    data, generator = split_data(), seeded()
     items, pairs = torch.randn(N_ITEMS, 4, generator=generator), data["train"]
     vectors = torch.randn(len(pairs), 4, generator=generator)
     ours, hits = evaluation.fhns_of_vectors(pairs, vectors, items, data), {1: 0, 10: 0}
     for (u, _), v in zip(pairs.tolist(), vectors):
-        held = items_of_report(data, "valid", u) | items_of_report(data, "test", u)
-        best = best_by_loops(F.cosine_similarity(v[None], items), items_of_report(data, "train", u), 10)
+        held = items_of(data["valid"], u) | items_of(data["test"], u)
+        best = by_score(F.cosine_similarity(v[None], items), items_of(data["train"], u))[:10]
         for k in hits:
             hits[k] += len(held & set(best[:k])) / k
     for k in hits:
         assert ours[f"FHNS@{k}"] == pytest.approx(hits[k] / len(pairs))
-    # an empty place is no negative
+    # an empty place is no negative, nor is it item 0
+    data["test"][0, 1] = 0
     u, i = data["test"][:1].T
     few = torch.cat([i, torch.full((9,), -1)])[None]
     assert evaluation.fhns_rates(u, few, data) == {"FHNS@1": 1.0, "FHNS@10": 1.0}
@@ -3247,15 +2995,15 @@ def test_fhns_of_vectors_against_loops():
 def test_fhns_of_samplers_against_loops():
     """At the top by loops, uniform by its expectation; DNS kept clear takes no listed item."""
     data, (model, scores) = split_data(), rigged_scores()
-    best = best_by_loops(scores[0], items_of_report(data, "train", 0), 1)[0]
+    best = by_score(scores[0], items_of(data["train"], 0))[:1][0]
     data["test"][0, 1] = best  # user 0's hardest negative is a false one
     data["train"] = data["train"].repeat(200, 1)  # many draws
-    held = [items_of_report(data, "valid", u) | items_of_report(data, "test", u) for u in range(N_USERS)]
+    held = [items_of(data["valid"], u) | items_of(data["test"], u) for u in range(N_USERS)]
     likely = torch.tensor([sorted(own) + [29] * 8 for own in held]).int()
     rates = evaluation.fhns_of_samplers(model, data, 60, likely=likely)
     top, uniform, hardest = 0, 0, 0
     for u in range(N_USERS):
-        best = best_by_loops(scores[u], items_of_report(data, "train", u), N_ITEMS)
+        best = by_score(scores[u], items_of(data["train"], u))[:N_ITEMS]
         top += len(held[u] & set(best[:10])) / 10 / N_USERS
         uniform += len(held[u]) / len(best) / N_USERS
         hardest += (best[0] in held[u]) / N_USERS
@@ -3267,8 +3015,8 @@ def test_fhns_of_samplers_against_loops():
     assert set(rates["MixGCF, nearest items"]) == {"FHNS@1", "FHNS@10"}
 
 
-def test_logistic_regression_against_lbfgs_and_a_closed_form():
-    generator = torch.Generator().manual_seed(47507)
+def test_logistic_regression_against_lbfgs():
+    generator = seeded(47507)
     x = torch.randn(800, 3, generator=generator, dtype=torch.float64)
     x[:, 0], y = 1, (torch.rand(800, generator=generator) < torch.sigmoid(x.sum(1) - 3)).double()
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -3284,14 +3032,6 @@ def test_logistic_regression_against_lbfgs_and_a_closed_form():
     optimizer.step(closure)
     ours = evaluation.logistic_regression(x, y, ridge=1.0)
     assert ours.tolist() == pytest.approx(w.tolist(), abs=1e-6)
-    # an intercept alone: the log-odds of the share of positives
-    share = y.mean()
-    ours = evaluation.logistic_regression(x[:, :1], y, ridge=0.0)
-    assert float(ours) == pytest.approx(float(torch.log(share / (1 - share))))
-    # separable: the ridge keeps it finite
-    x = torch.tensor([[1.0, -300], [1, -1], [1, 1], [1, 500]], dtype=torch.float64)
-    ours = evaluation.logistic_regression(x, torch.tensor([0.0, 0, 1, 1], dtype=torch.float64))
-    assert torch.isfinite(ours).all() and 1 < ours[1] < 20
     # tails so long that full Newton steps run away: the gradient is 0 all the same
     generator.manual_seed(47507)
     x = torch.randn(200, 4, generator=generator, dtype=torch.float64)
@@ -3306,7 +3046,7 @@ def test_logistic_regression_against_lbfgs_and_a_closed_form():
 def test_cross_fitting_reads_the_other_half_alone():
     """Where two halves of the users contradict each other, each is predicted as the other has it;
     a half's own labels say nothing of its own prediction."""
-    generator, user = torch.Generator().manual_seed(0), torch.arange(400)
+    generator, user = seeded(), torch.arange(400)
     x, half = torch.randn(400, generator=generator, dtype=torch.float64), torch.arange(400) < 150
     label = torch.where(half, x > 0, x < 0)
     label[::7] = ~label[::7]
@@ -3332,7 +3072,7 @@ def test_a_planted_judge_gains_what_it_knows_whatever_its_scale_and_offset():
     """Positives are drawn from log-odds -3.5 + activity + cf + 1.2 taste. A judge that knows the
     taste gains what the true log-odds say over P(y | cf), though each user's scores have a scale
     and an offset of their own; one that knows nothing, or what CF knows, gains nothing."""
-    n, n_items, generator = 400, 100, torch.Generator().manual_seed(0)
+    n, n_items, generator = 400, 100, seeded()
     cf, taste, noise = torch.randn(3, n, n_items, generator=generator)
     activity = torch.rand(n, 1, generator=generator) * 2 - 1
     rest = -3.5 + activity + cf
@@ -3375,10 +3115,10 @@ def test_cf_candidates_against_loops(labels, top):
     expected, popularity = [], [math.log(1 + sum(i == j for _, j in data["train"].tolist()))
                                 for i in range(N_ITEMS)]
     for u in range(N_USERS):
-        seen = items_of_report(data, "train", u)
-        seen |= items_of_report(data, "valid", u) if labels == "test" else set()
-        best = set().union(*(best_by_loops(scores[u], seen, top) for _, scores in models))
-        expected += [(u, i, i in items_of_report(data, labels, u)) for i in sorted(best)]
+        seen = items_of(data["train"], u)
+        seen |= items_of(data["valid"], u) if labels == "test" else set()
+        best = set().union(*(by_score(scores[u], seen)[:top] for _, scores in models))
+        expected += [(u, i, i in items_of(data[labels], u)) for i in sorted(best)]
     assert list(zip(user.tolist(), item.tolist(), label.tolist())) == expected
     activity, popular, within, *of_models = known
     assert activity.tolist() == pytest.approx([math.log(7)] * len(user))
@@ -3401,23 +3141,9 @@ def test_cf_candidates_against_loops(labels, top):
 # ---- eval.py: report, compare, tune, recommend ---------------------------------------------------
 
 
-def eval_main(*words):
-    """Run eval.py's main here -> what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        evaluation.main([str(word) for word in words])
-    return out.getvalue()
-
-
-def eval_refused(*words):
-    with pytest.raises(SystemExit) as error:
-        eval_main(*words)
-    assert error.value.code == 2 and "\n" not in error.value.message
-    return error.value.message
-
-
 def save_model(path, seed, command="pretrain", valid=0.1, inputs=(), **more):
     """A file as `pretrain` writes it, of random vectors."""
-    table = torch.randn(N_USERS + N_ITEMS, 4, generator=torch.Generator().manual_seed(seed))
+    table = torch.randn(N_USERS + N_ITEMS, 4, generator=seeded(seed))
     run = path.parent.parent if path.parent.name == "compare" else path.parent
     settings = {"command": command, "backbone": "mf", "layers": 1,
                 "inputs": backbones.digests(run, "data.safetensors", *inputs)}
@@ -3496,8 +3222,8 @@ def test_report_says_what_its_figures_say(eval_run):
     assert len(xml.etree.ElementTree.parse(eval_run / "report.svg").findall(".//{*}circle")) == 6
 
 
-@pytest.mark.parametrize("kept, said", [("rns", "a second model, texts"), ("hnlmrec", "a baseline"),
-                                        ("ease", "a second model")])
+@pytest.mark.parametrize("kept, said", [
+    ("rns", "a second model, texts"), ("hnlmrec", "a baseline")])
 def test_a_run_of_one_model_has_a_report_that_says_what_is_left_out(eval_run, kept, said):
     for path in eval_run.glob("*.safetensors"):
         if path.stem not in ("data", f"model-{kept}"):
@@ -3524,13 +3250,11 @@ def test_recommend_shows_the_best_and_the_items_nearest_to_z(eval_run):
         file = f"{name}.safetensors"
         out = eval_main(*flags, "u1", "--k", 30, "--model", file)
         scores = hnlmrec.load_recommender(eval_run / file, data)[0].scores(torch.tensor([1]))[0]
-        best = best_by_loops(scores, items_of_report(data, "train", 1) | items_of_report(data, "valid", 1), 30)
+        best = by_score(scores, items_of(data["train"], 1) | items_of(data["valid"], 1))[:30]
         lines = out.split("recommended:\n")[1].split("\nhard negatives")[0].splitlines()
         assert [line.split(None, 2)[2] for line in lines] == [f"Film [{i}]" for i in best]
         assert float(lines[0].split()[1]) == pytest.approx(float(scores[best[0]]), abs=1e-4)
     assert eval_main(*flags, "u0", "--k", 2).split("vector):\n")[1].count(" -> ") == 2
-    assert "catalogue has 30" in eval_refused(*flags, "u0", "--k", 31)
-    assert "no such id" in eval_refused(*flags, "nobody")
 
 
 @pytest.fixture
@@ -3599,16 +3323,12 @@ def test_compare_makes_each_cell_once_and_evaluates_it(eval_run, commands):
         (best["in full"], best["baseline"]), ("judge's negatives", best["sampler"]),
         (best["in full"], "all baselines in one score")]
     assert [claim["p by Holm"] for claim in claims] == evaluation.holm([c["p"] for c in claims])
-    # again nothing is made; with --force all, each once; of former data it is refused
+    # again nothing is made; with --force all, each once
     before = len(commands)
     eval_main(*flags, ";".join(rows[:6]))
     assert len(commands) == before
     eval_main(*flags, "DNS;in full", "--force")
     assert len(commands) == before + 8 and all("--force" in c for c in commands[before:])
-    tensors, meta = backbones.load_tensors(eval_run / "data.safetensors")
-    tensors["train"] = tensors["train"][1:]
-    backbones.save_tensors(eval_run / "data.safetensors", tensors, meta)
-    assert "another data.safetensors" in eval_refused(*flags, "DNS")
 
 
 def test_a_difference_is_of_users_means_over_seeds(eval_run, commands):
@@ -3644,26 +3364,9 @@ def test_the_preset_leaves_out_what_the_run_lacks(eval_run, commands):
     assert "no row is left" in eval_refused("compare", "--run", eval_run, "--methods", "ItemKNN")
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--methods", "XYZ"], "is none of Popularity"), (["--flags", "--dim 8 --seed 5"], "by itself"),
-    (["--methods", "DNS --out=x"], "by itself"), (["--out", "metrics"], "names files of"),
-    (["--methods", "judge alone --lr 0.1"], "nothing is trained for it"),
-    (["--out", "notes"], "not by `compare`"), (["--tuned"], "not by `tune`"),
-    (["--methods", "LLM not fine-tuned"], "generate --run"),
-    (["--methods", "in full, by a bag of words"], "--text-vectors texts-words.safetensors`")])
-def test_compare_refuses_in_one_line(eval_run, commands, words, message):
-    (eval_run / "notes.md").write_text("mine")
-    assert message in eval_refused("compare", "--run", eval_run, "--methods", "DNS", *words)
-    assert (eval_run / "notes.md").read_text() == "mine" and not commands
-
-
-def test_rows_have_flags_of_their_programs_and_files_that_can_be_made(capsys):
-    helps = {}
-    for script, program, command in (("backbones.py", backbones, "pretrain"),
-                                     ("hnlmrec.py", hnlmrec, "train")):
-        with pytest.raises(SystemExit):
-            program.main([command, "--help"])
-        helps[script] = capsys.readouterr().out
+def test_rows_have_flags_of_their_programs_and_files_that_can_be_made():
+    helps = {"backbones.py": help_of("backbones.py", "pretrain"),
+             "hnlmrec.py": help_of("hnlmrec.py", "train")}
     for name, method in evaluation.METHODS.items():
         script, _, *words = evaluation.training_of(name, {}, "mf", 0)
         words += [f"--{flag}" for flag in evaluation.SPACES.get(name, ())]
@@ -3676,9 +3379,9 @@ def test_rows_have_flags_of_their_programs_and_files_that_can_be_made(capsys):
     assert names <= set(evaluation.METHODS)
     words = evaluation.training_of("judge's negatives, bag of words", {}, "mf", 3)
     assert words[-4:] == ["--lambda-f", "1", "--judge", "judge-words.safetensors"]
-    with pytest.raises(SystemExit) as error:  # what a program says last is the error
-        evaluation.program("backbones.py", "pretrain", "--run", "no such folder")
-    assert "no such folder" in error.value.message and "prepare" in error.value.message
+    # what a program says last is the error
+    message = message_of(evaluation.program, "backbones.py", "pretrain", "--run", "no such folder")
+    assert "no such folder" in message and "prepare" in message
 
 
 @pytest.fixture
@@ -3719,9 +3422,10 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 12 + 12
     found = json.loads((run / "tuned.json").read_text())["methods"]
     for name, first in (("RNS", 1), ("HNLMRec", 3)):
-        trials, shorts = [row for row in rows if row["method"] == name], []
+        trials = [row for row in rows if row["method"] == name]
+        shorts = [trials[0]["short"]]  # of the defaults' first epochs
         flags_of = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
-        assert flags_of[0] == {} and trials[0]["short"] is None
+        assert flags_of[0] == {} and trials[0]["short"] <= trials[0]["valid"]
         for n, trial in enumerate(trials):
             # halving: trained in full when fewer than half of all short runs are better
             if n and "failed" not in trial:
@@ -3748,9 +3452,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     eval_main(*flags, "DNS")  # what was found before stays
     assert list(json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]) == [
         "RNS", "HNLMRec", "DNS"]
-    assert "pretrain` itself chooses" in eval_refused(*flags, "DNS;EASE")
-    assert "is none of RNS" in eval_refused(*flags, "text similarity")
-    assert "names files of" in eval_refused(*flags, "DNS", "--out", "report")
+
     (run / "texts.safetensors").unlink()
     assert "llm_negatives.py read" in eval_refused(*flags, "AlphaRec")
 
@@ -3796,15 +3498,16 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
     small, large = ({"n_users": n, "n_items": 1000, "train": random_pairs()} for n in (5, 10**5))
     assert evaluation.space_of("DNS", small)["dim"] == ["64", "128", "256", "512"]
     assert evaluation.space_of("DNS", large)["dim"] == ["64", "128", "256"]
-    assert evaluation.space_of("DNS", small)["m"] == ["2", "4", "8", "16", "32", "64"]  # M is 8
+    assert evaluation.space_of("DNS", small, widest=130)["dim"] == ["64", "128"]
+    assert evaluation.space_of("DNS", small)["m"] == ["2", "4", "8", "16", "32"]  # M is 8
 
 
 def test_a_chart_shows_its_numbers_where_they_are():
     """The dots and interval ends, read back through the tick marks, are the values given."""
     means, lows, highs = [0.061, -0.02, 0.3], [0.05, -0.04, 0.29], [0.07, 0.01, 0.302]
     labels = ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""]
-    text = evaluation.svg_chart("t & <u>\x1b", labels, means, lows, highs)
-    root = xml.etree.ElementTree.fromstring(text.encode())
+    root = xml.etree.ElementTree.fromstring(
+        evaluation.svg_chart("t & <u>\x1b", labels, means, lows, highs).encode())
 
     def find(kind, key, value):
         return [e for e in root.findall(f".//{{*}}{kind}") if e.get(key) == value]
@@ -3812,16 +3515,15 @@ def test_a_chart_shows_its_numbers_where_they_are():
     ticks = [(float(e.get("x")), float(e.text)) for e in find("text", "class", "tick")]
     (x0, v0), (x1, v1) = ticks[0], ticks[-1]
 
-    def value(x):
-        return v0 + (float(x) - x0) * (v1 - v0) / (x1 - x0)
+    def values(elements, key):
+        return [v0 + (float(e.get(key)) - x0) * (v1 - v0) / (x1 - x0) for e in elements]
 
     near = partial(pytest.approx, abs=(v1 - v0) / 1000)
-    assert v0 <= -0.04 and v1 >= 0.302
-    assert [value(x) for x, _ in ticks] == near([v for _, v in ticks])
-    assert [value(e.get("cx")) for e in root.findall(".//{*}circle")] == near(means)
-    assert [value(e.get("x1")) for e in find("line", "class", "interval")] == near(lows)
-    assert [value(e.get("x2")) for e in find("line", "class", "interval")] == near(highs)
-    assert value(find("line", "stroke-dasharray", "4 3")[0].get("x1")) == near(0)
+    intervals = find("line", "class", "interval")
+    assert values(find("text", "class", "tick"), "x") == near([v for _, v in ticks])
+    assert values(root.findall(".//{*}circle"), "cx") == near(means)
+    assert values(intervals, "x1") == near(lows) and values(intervals, "x2") == near(highs)
+    assert values(find("line", "stroke-dasharray", "4 3"), "x1") == near([0])
     words = {e.text for e in root.findall(".//{*}text")}
     assert {"a <b> & ??? c", "Ünï 映画", "0.0610 [0.0500, 0.0700]"} <= words
     evaluation.svg_chart("all alike", ["a"], [0.0], [0.0], [0.0])  # no division by zero
@@ -3831,8 +3533,6 @@ def test_a_chart_shows_its_numbers_where_they_are():
 # Its first snippet, each piece of "Copy this piece" pasted into an empty file, flags; and run.sh,
 # as far as it needs no network
 
-PROGRAMS = {"hnlmrec.py": hnlmrec, "backbones.py": backbones, "llm_negatives.py": llm_negatives,
-            "eval.py": evaluation}
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 
@@ -3863,7 +3563,7 @@ def copy_table():
     return rows
 
 
-@functools.cache
+@cache
 def sources(module):
     """{name: source} of the functions, classes and constants at the top of a file."""
     text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
@@ -3910,7 +3610,7 @@ def toy_hnlmrec(m, _):
 
 
 PAIRS, USERS, SIZE = random_pairs(), torch.arange(N_USERS), (N_USERS, N_ITEMS)
-GRAPH, TWO_PIPELINE = backbones.normalized_adjacency(PAIRS, *SIZE), torch.arange(2)
+GRAPH, TWO_ROWS = backbones.normalized_adjacency(PAIRS, *SIZE), torch.arange(2)
 MODEL, ROWS = rigged(torch.rand(12, 3), torch.rand(30, 3)), backbones.user_rows(PAIRS, N_USERS)
 NEAR, TEXT = torch.arange(24).view(12, 2), torch.randn(N_ITEMS, 9)
 HITS = torch.tensor([[True, False], [False, True]]), torch.tensor([1, 2]), 2
@@ -3924,8 +3624,8 @@ TOYS = {
     "mixgcf": lambda m, _: m.mixgcf(MODEL()[0], MODEL()[1][:, None], USERS, NEAR, MODEL.pool),
     "LightGCN": lambda m, _: m.LightGCN(*SIZE, 4, GRAPH)()[0],
     "NGCF": lambda m, _: m.NGCF(*SIZE, 4, GRAPH)()[0],
-    "MF": lambda m, _: m.MF(*SIZE, 4).scores(TWO_PIPELINE),
-    "NeuMF": lambda m, _: m.NeuMF(*SIZE, 4).scores(TWO_PIPELINE),
+    "MF": lambda m, _: m.MF(*SIZE, 4).scores(TWO_ROWS),
+    "NeuMF": lambda m, _: m.NeuMF(*SIZE, 4).scores(TWO_ROWS),
     "TextVectors": lambda m, _: m.TextVectors(TEXT, PAIRS, N_USERS, 3)(),
     "item_knn": lambda m, _: m.item_knn(PAIRS, *SIZE).to_dense(),
     "rp3beta": lambda m, _: m.rp3beta(PAIRS, *SIZE).to_dense(),
@@ -3948,7 +3648,8 @@ TOYS = {
     "semantic_alignment": lambda m, _: m.semantic_alignment(*torch.randn(2, 6, 4), 0.2),
     "HNLMRec": toy_hnlmrec, "NegativeTable": toy_hnlmrec,
     "text_start": lambda m, _: m.text_start(TEXT, PAIRS, N_USERS, 4, 0.1),
-    "SemanticProjector": lambda m, _: m.SemanticProjector(TEXT, PAIRS, N_USERS, 4)(TWO_PIPELINE, TWO_PIPELINE)[0],
+    "SemanticProjector": lambda m, _: m.SemanticProjector(
+        TEXT, PAIRS, N_USERS, 4)(TWO_ROWS, TWO_ROWS)[0],
     "JudgeMaps": lambda m, _: m.JudgeMaps([TEXT], PAIRS).tables()["bias"],
     "judge_of": lambda m, _: m.judge_of(
         m.JudgeMaps([TEXT], PAIRS).tables(), PAIRS, N_USERS).scores(USERS),
@@ -3957,7 +3658,7 @@ TOYS = {
     "likely_items": lambda m, _: m.likely_items(JUDGE, 4)[0],
     "TextSimilarity": lambda m, _: m.TextSimilarity([TEXT], PAIRS, N_USERS).scores(USERS),
     "LikelyFalse": lambda m, _: m.LikelyFalse(NEAR, torch.ones(12, 2), N_ITEMS)(USERS),
-    "keep_clear": lambda m, _: m.keep_clear(torch.arange(60), N_ITEMS)(TWO_PIPELINE, NEAR[:2]),
+    "keep_clear": lambda m, _: m.keep_clear(torch.arange(60), N_ITEMS)(TWO_ROWS, NEAR[:2]),
     "Blend": lambda m, _: m.Blend([MODEL, JUDGE], [1.0, 2.0]).scores(USERS),
     "blend_weights": lambda m, _: torch.tensor(
         m.blend_weights([MODEL, JUDGE], PAIRS[::2], PAIRS[1::2])[0]),
@@ -3997,14 +3698,15 @@ def test_every_piece_of_the_copy_table_is_run():
         assert set(row[1]) - global_names(pasted_code(row)) <= set(TOYS) and set(row[1]) & set(TOYS)
 
 
-def test_readme_and_run_sh_name_no_flag_that_the_programs_lack():
-    def show(script, *words):
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-            PROGRAMS[script].main([*words, "--help"])
-        return out.getvalue()
+def help_of(script, *words):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        PROGRAMS[script].main([*words, "--help"])
+    return out.getvalue()
 
-    known = {(script, command): {*re.findall(FLAG, show(script, command))} for script in PROGRAMS
-             for command in re.search(r"\{([\w,]+)\}", show(script))[1].split(",")}
+
+def test_readme_and_run_sh_name_no_flag_that_the_programs_lack():
+    known = {(script, command): {*re.findall(FLAG, help_of(script, command))} for script in PROGRAMS
+             for command in re.search(r"\{([\w,]+)\}", help_of(script))[1].split(",")}
     every = {"--nproc-per-node"}.union(*known.values())  # torchrun's
     for path in (HERE / "run.sh", HERE / "README.md"):
         text = path.read_text(encoding="utf-8").replace("\\\n", " ").split("# ---- settings", 1)[-1]
@@ -4021,6 +3723,10 @@ def test_run_sh_is_bash_3_2():
     """It parses, has no syntax of bash 4, takes no array for a plain word, and guards each array
     that may be empty, which bash 3.2 counts as unset."""
     subprocess.run(["bash", "-n", HERE / "run.sh"], check=True)
+    for name, value in (("FAST", "yes"), ("META", "items.tsv")):  # refused, not passed over
+        done = subprocess.run(["bash", HERE / "run.sh"], env={"PATH": os.environ["PATH"],
+                              name: value}, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and name in done.stderr
     code = re.sub(r"(?s)<<'EOF'\n.*?\nEOF\n", "\n", (HERE / "run.sh").read_text(encoding="utf-8"))
     code = re.sub(r"(?m)(^|\s)#.*$", "", code)
     for newer in (r"\$\{\w+(\[[@*]\])?[,^@]", r"\b(mapfile|readarray|coproc)\b", r"\|&", "&>>",
@@ -4037,111 +3743,9 @@ def test_run_sh_is_bash_3_2():
 # ---- The real programs, from a ratings file to the report ----------------------------------------
 
 
-def process(*words):
-    """Run Python with these words, as a user does -> what it prints. It must end with status 0."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, check=False, cwd=HERE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def cli(script, *args):
-    """Run a program's main() here, without the seconds that a new process needs -> what it
-    prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        PROGRAMS[script].main([str(arg) for arg in args])
-    return out.getvalue()
-
-
-def refused(script, *args):
-    """Run a program's main() here; it must end with status 2 -> its one line."""
-    with pytest.raises(SystemExit) as error:
-        PROGRAMS[script].main([str(arg) for arg in args])
-    assert error.value.code == 2 and "\n" not in error.value.message
-    return error.value.message
-
-
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory):
-    """A ratings file and an items file: two groups of users, each with its own half of the
-    items."""
-    folder, rng = tmp_path_factory.mktemp("raw data"), np.random.default_rng(0)
-    lines = ["user\titem\trating\ttimestamp"]
-    for u in range(30):
-        for n, i in enumerate(rng.permutation(20)[:12] + 20 * (u % 2)):
-            lines.append(f"u{u}\ti{i}\t{4 + n % 2}\t{n}")
-        lines.append(f"u{u}\ti{(u * 7) % 40}\t1\t99")  # a low rating of an item, to be left out
-    (folder / "interactions.tsv").write_text("\n".join(lines) + "\n")
-    items = [f"i{i}\tFilm {i}\tgroup {i // 20}" for i in range(40)]
-    (folder / "items.tsv").write_text("\n".join(["item\ttitle\tkeywords", *items]) + "\n")
-    return folder
-
-
-BUDGET = ["--dim", 8, "--epochs", 4, "--eval-every", 2]
-BAND = ["--mine-first", 1, "--mine-last", 5]
-BARE = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
-PARTS = "model-judged.safetensors,judge.safetensors,model-rp3.safetensors,model-ease.safetensors"
-
-
-def steps_of(llm, raw):
-    """{file: the words that make it in `finished`}, in order."""
-    pretrain, train, llm = ["backbones.py", "pretrain"], ["hnlmrec.py", "train"], ["--llm", llm]
-    steps = {
-        "data": ["hnlmrec.py", "prepare", "--reviews", raw / "interactions.tsv", "--meta",
-                 raw / "items.tsv"],
-        "cf": [*pretrain, *BUDGET, "--sampler", "dns"],
-        "profiles.jsonl": ["llm_negatives.py", "profile", *llm, "--new-tokens", 4, "--history", 2,
-                           "--llm-rows", 10],
-        "sft": ["llm_negatives.py", "finetune", *llm, "--llm-layers", 0, *BAND, "--warmup-pairs",
-                64, "--steps", 3, "--dtype", "fp32"],
-        "negatives": ["llm_negatives.py", "generate", *llm, "--pairs-per-user", 3],
-        "texts": ["llm_negatives.py", "read", *llm, "--layers", "0,2"],
-        "judge": ["hnlmrec.py", "judge", "--epochs", 2],
-        "model-hnlmrec": [*train, *BUDGET, *BAND, "--alpha", 0.3],
-        "model-judged": [*train, *BUDGET, *BARE, "--lambda-f", 1],
-        "model-rns": [*pretrain, *BUDGET], "model-rp3": [*pretrain, "--backbone", "rp3"],
-        "model-ease": [*pretrain, "--backbone", "ease"],
-        "model-full": ["hnlmrec.py", "blend", "--parts", PARTS]}
-    for name in list(steps):
-        if "model" in name:
-            steps[name] += ["--out", f"{name}.safetensors"]
-    return steps | {"report": ["eval.py", "report"]}
-
-
-def run_step(run, words, *more):
-    return cli(*words[:2], "--run", run, *words[2:], *more)
-
-
-@pytest.fixture(scope="session")
-def finished(raw, tiny_llm, tmp_path_factory):
-    """A run folder in which every step has been run."""
-    run = tmp_path_factory.mktemp("my runs") / "one"
-    for words in steps_of(tiny_llm, raw).values():
-        run_step(run, words)
-    return run
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 def test_pipeline_makes_every_file(finished, tiny_llm, raw):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics["methods"]) == {"hnlmrec", "judged", "rns", "rp3", "ease", "full"}
-    data, report = backbones.load_data(finished), (finished / "report.md").read_text()
-    for name, row in metrics["methods"].items():  # the figures are those of the files
-        model, _, _ = hnlmrec.load_recommender(finished / f"model-{name}.safetensors", data)
-        _, values, _ = evaluation.evaluate(model, data)
-        assert row["NDCG@20"] == pytest.approx(float(values["NDCG@20"].mean()))
-    for line in ("- recommended ", "- negatives from the LLM "):
-        assert len(report.split(line)[1].split("\n")[0].split("; ")) == 5
-    assert xml.etree.ElementTree.parse(finished / "report.svg").findall(".//{*}circle")
-    tensors, _ = backbones.load_tensors(finished / "negatives-00000.safetensors")
-    assert tensors["hidden"].shape == (3 * 30, 32) and tensors["hidden"].dtype == torch.float16
-    assert set(map(tuple, tensors["pairs"].tolist())) <= set(map(tuple, data["train"].tolist()))
     for model in ("model-hnlmrec", "model-full", "model-ease", "judge", "texts"):
         out = cli("eval.py", "recommend", "--run", finished, "--user", "u3", "--k", 3, "--model",
                   f"{model}.safetensors").split("recommended:")[1]
@@ -4171,11 +3775,7 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     out = cli("hnlmrec.py", *trace, users[u]["raw"])
     assert f"item {items[first]['raw']} -> row {first}:" in out
     held = items[data["test"][data["test"][:, 0] == u][0, 1]]["raw"]
-    for words, message in (
-            ([users[u]["raw"], "--item", held], "no train pair"), (["nobody"], "no such id"),
-            (["u1", "--model", "model-rns.safetensors"], "without generated negatives"),
-            (["u1", "--model", "model-judged.safetensors"], "without generated negatives")):
-        assert message in refused("hnlmrec.py", *trace, *words)
+    assert "no train pair" in refused("hnlmrec.py", *trace, users[u]["raw"], "--item", held)
     monkeypatch.setattr(backbones, "row_of", lambda *_: 30)  # the row of a user without train pairs
     assert "--user u1: has no train pair" in refused("hnlmrec.py", *trace, "u1")
 
@@ -4214,32 +3814,22 @@ def test_flags_reach_what_trains(finished, monkeypatch):
     assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
 
 
-def test_paper_is_a_preset_that_trains_and_flags_beside_it_win(copied, monkeypatch):
-    seen = []
-    with monkeypatch.context() as patch:
-        patch.setattr(hnlmrec, "train_hnlmrec", seen.append)
-        for flags in ((), ("--paper",), ("--paper", "--alpha", "0.01", "--dim", "64")):
-            hnlmrec.main(["train", "--run", "x", *flags])
-    plain, paper, mixed = map(vars, seen)
-    assert {name: paper[name] for name in hnlmrec.PAPER} == hnlmrec.PAPER
-    assert {name for name in plain if plain[name] != paper[name]} <= {*hnlmrec.PAPER, "paper"}
-    assert mixed == paper | {"alpha": 0.01, "dim": 64}
-    for more in ([], ["--train-projector"]):
-        name = f"model-paper{len(more)}.safetensors"
-        cli("hnlmrec.py", "train", "--run", copied, "--paper", "--hinge", 0.3, "--dim", 8,
-            "--epochs", 2, "--eval-every", 1, *BAND, *more, "--out", name)
-        tensors, meta = backbones.load_tensors(copied / name)
-        assert {"hinge", "contrast"} <= set(meta["history"][0])
-        method = hnlmrec.build(copied, Namespace(**meta["settings"]), backbones.load_data(copied))
-        start = backbones.state_of({"projector": method.projector})
-        assert any(not torch.equal(tensors[key], start[key]) for key in start) == bool(more)
-        out = cli("hnlmrec.py", "trace", "--run", copied, "--user", "u0", "--model", name)
-        assert "contrast" in out and "projector 0.0000" not in out
+@pytest.mark.parametrize("more", [[], ["--train-projector"]])
+def test_the_papers_form_trains(copied, more):
+    name = "model-paper.safetensors"
+    cli("hnlmrec.py", "train", "--run", copied, "--paper", "--hinge", 0.3, "--dim", 8,
+        "--epochs", 2, "--eval-every", 1, *BAND, *more, "--out", name)
+    tensors, meta = backbones.load_tensors(copied / name)
+    assert {"hinge", "contrast"} <= set(meta["history"][0])
+    method = hnlmrec.build(copied, Namespace(**meta["settings"]), backbones.load_data(copied))
+    start = backbones.state_of({"projector": method.projector})
+    assert any(not torch.equal(tensors[key], start[key]) for key in start) == bool(more)
+    out = cli("hnlmrec.py", "trace", "--run", copied, "--user", "u0", "--model", name)
+    assert "contrast" in out and "projector 0.0000" not in out
 
 
 def test_text_vectors_of_ones_own(copied):
-    """What was read, given as a file of one's own, changes nothing; others do; bad ones are
-    refused."""
+    """What was read, given as a file of one's own, changes nothing; others do."""
     train = ["train", "--run", copied, *BUDGET, *BAND, "--alpha", 0.3, "--out", "own.safetensors"]
     path = copied.parent / "text.safetensors"
     train, judge = [*train, "--text-vectors", path], [
@@ -4248,21 +3838,15 @@ def test_text_vectors_of_ones_own(copied):
     cli("hnlmrec.py", *train)
     ours, theirs = (load_file(copied / f"{name}.safetensors") for name in ("own", "model-hnlmrec"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    cli("hnlmrec.py", *judge, path)
     save_file({"text": torch.randn(40, 3)}, path)
     assert "text.safetensors than the one" in refused("hnlmrec.py", *train)  # another file
     cli("hnlmrec.py", *train, "--force")
     assert not torch.equal(load_file(copied / "own.safetensors")["user"], theirs["user"])
-    hole = torch.zeros(40, 3)
-    hole[7, 1] = math.nan
-    for tensors, message in (
-            ({"text": torch.zeros(39, 3)}, "not (40, width)"), ({"text": hole}, "row 7"),
-            ({"text": torch.ones(40, 3)}, "alike, so they say nothing; give --lambda-s 0")):
-        save_file(tensors, path)
-        assert message in refused("hnlmrec.py", *train, "--force")
-    assert "judge: left out, since" in cli("hnlmrec.py", *judge, path)
-    path.write_bytes(b"no")
-    assert "cannot be read" in refused("hnlmrec.py", *judge, path)
-    assert "no such file" in refused("hnlmrec.py", *judge, copied / "none")
+    save_file({"text": torch.ones(40, 3)}, path)
+    assert "alike, so they say nothing" in refused("hnlmrec.py", *train, "--force")
+    assert "judge: left out, since" in cli("hnlmrec.py", *judge, path, "--force")
+    assert not (copied / "judge-x.safetensors").exists()  # that of the former texts
 
 
 def test_judge_and_blend_go_through(copied):
@@ -4293,22 +3877,6 @@ def test_judge_and_blend_go_through(copied):
     oracle = hnlmrec.TextSimilarity(readings, data["train"], 30)
     assert len(readings) == 2 and torch.equal(texts.scores(users), oracle.scores(users))
 
-    train, blend = ["train", "--run", copied, *BUDGET, *BARE], ["blend", "--run", copied, "--parts"]
-    for words, message in (
-            ([*train, "--lambda-f", 1, "--judge", "cf.safetensors"], "not a judge; name"),
-            ([*train, "--lambda-f", 1, "--judge", "judge-x.safetensors"], "hnlmrec.py judge --run"),
-            ([*blend, ","], "--parts: names no file"),
-            ([*blend, "cf.safetensors,cf.safetensors"], "is there twice"),
-            ([*blend, "model-bad.safetensors"], "is one of the parts"),
-            ([*blend, "data.safetensors"], "`prepare` writes"),
-            ([*judge, "--dropout", 0, 1], "outside [0, 0.95]")):
-        assert message in refused("hnlmrec.py", *words, "--out", "model-bad.safetensors")
-        assert not (copied / "model-bad.safetensors").exists()
-    cli("hnlmrec.py", *judge, "--seed", 1, "--force")
-    for name in ("model-judged.safetensors", "model-full.safetensors"):  # made with the former one
-        assert "made with another judge.safetensors" in refused(
-            "eval.py", "recommend", "--run", copied, "--user", "u1", "--model", name)
-
 
 def test_the_best_epoch_is_what_train_writes(copied, monkeypatch):
     scores = iter([0.2, 0.1, 0.2])
@@ -4318,24 +3886,6 @@ def test_the_best_epoch_is_what_train_writes(copied, monkeypatch):
             "--epochs", epochs, "--out", f"model-{epochs}.safetensors")
     two, one = (load_file(copied / f"model-{epochs}.safetensors") for epochs in (2, 1))
     assert all(torch.equal(two[name], one[name]) for name in one)
-
-
-def test_training_over_two_processes(copied, tiny_llm, raw):
-    """Rows shared out, gradients averaged, negatives drawn by each: one file, and the parameters
-    move from the same start in the direction of one process."""
-    script, command, *flags = steps_of(tiny_llm, raw)["model-hnlmrec"]
-    out = process("-m", "torch.distributed.run", "--nproc-per-node", 2, "--", HERE / script,
-                  command, "--run", copied, *flags, "--out", "model-two.safetensors")
-    assert out.count("wrote") == 1
-    (one, meta), (two, other) = (backbones.load_tensors(copied / f"model-{name}.safetensors")
-                                 for name in ("hnlmrec", "two"))
-    start = hnlmrec.build(copied, Namespace(**meta["settings"]), backbones.load_data(copied))
-    for name, value in start.named_parameters():
-        moves = [(tensors[name] - value).detach().flatten() for tensors in (one, two)]
-        assert name == "projector.key.bias" or all(move.abs().max() > 1e-4 for move in moves), name
-        assert name != "backbone.embedding" or F.cosine_similarity(*moves, 0) > 0.5
-    for a, b in zip(meta["history"], other["history"]):
-        assert a["bpr"] == pytest.approx(b["bpr"], abs=0.02) and a["epoch"] == b["epoch"]
 
 
 # ---- Lineage: no result of parts that do not belong together; every message's fix works ----------
@@ -4369,8 +3919,7 @@ def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, r
     steps = steps_of(tiny_llm, raw)
     steps["data"] += ["--seed", 3]
     run_step(copied, steps["data"], "--force")
-    script, command, *flags = steps["model-hnlmrec"]
-    message = refused(script, command, "--run", copied, *flags)
+    message = message_of(run_step, copied, steps["model-full"])  # blends are stale by their parts
     assert "was made with another data.safetensors than the one that is there" in message
     for name in ("model-hnlmrec", "model-full"):
         follow(copied, steps, name)
@@ -4421,8 +3970,8 @@ def test_damaged_files_are_named_by_whoever_reads_them(copied, name, tiny_llm):
     for edit in edits:
         path.unlink()
         if edit is not None:
-            assert edit != whole and not path.write_bytes(edit) == 0
-        assert name in refused(script, *words, "--run", copied)
+            path.write_bytes(edit)
+        assert edit != whole and name in refused(script, *words, "--run", copied)
         path.write_bytes(whole)
     if "model" in name:
         tensors, meta = backbones.load_tensors(path)
@@ -4431,31 +3980,102 @@ def test_damaged_files_are_named_by_whoever_reads_them(copied, name, tiny_llm):
         assert "item has a NaN or infinity in row 7" in refused(script, *words, "--run", copied)
 
 
-@pytest.mark.parametrize("script, words", [
-    ("backbones.py", "pretrain --out data.safetensors"), ("backbones.py", "pretrain --out="),
-    ("backbones.py", "pretrain --out x.jsonl"), ("backbones.py", "pretrain --out *.safetensors"),
-    ("backbones.py", "pretrain --out sft-x.safetensors"),
-    ("backbones.py", "pretrain --out ../x.safetensors"),
-    ("backbones.py", "pretrain --out model-hnlmrec.safetensors"),
-    ("hnlmrec.py", "train --out texts.safetensors"), ("hnlmrec.py", "train --out cf.safetensors"),
-    ("hnlmrec.py", "judge --out model-judged.safetensors"),
-    ("hnlmrec.py", "blend --parts cf.safetensors --out model-rns.safetensors"),
-    ("llm_negatives.py", "read --out judge.safetensors"),
-    ("llm_negatives.py", "profile --out users.jsonl"),
-    ("llm_negatives.py", "finetune --name="), ("llm_negatives.py", "finetune --name cf"),
-    ("llm_negatives.py", "generate --out *"), ("llm_negatives.py", "generate --out /x/negatives"),
-    ("eval.py", "compare --out metrics"), ("eval.py", "compare --out notes"),
-    ("eval.py", "tune --out report"), ("hnlmrec.py", "judge --lr 0.1"), ("hnlmrec.py", "train"),
-    ("hnlmrec.py", "blend --parts cf.safetensors"), ("backbones.py", "pretrain --seed 1")])
-def test_neither_other_files_nor_other_settings_are_overwritten(copied, script, words):
-    """… even with --force, where another command wrote the file; unasked, where it was this one."""
-    (copied / "notes.md").write_text("mine")
-    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    other = "--out" in words or "--name" in words
-    message = refused(script, *words.split(), "--run", copied, *["--force"] * other)
-    said = "--out|--name|writes" if other else r"made with .*=.*, now .* --force`"
-    assert re.search(said, message)
-    assert all(path.read_bytes() == data for path, data in before.items())
+OTHERS = "writes|names files of|by `"  # --force overwrites no file of another command's either
+# command -> flags that it refuses, and a part of its line
+BAD_FLAGS = {
+    "backbones.py pretrain": [
+        ("--n 20", "m is 4; lower"), ("--backbone ease", "no vectors"),
+        ("--cosine", "needs --loss"),
+        ("--text-vectors none", "no such file"), ("--text-vectors x --backbone neumf", "not neumf"),
+        ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "no int"),
+        ("--lr nan", "--lr"), (f"--seed {2**64}", "--seed"), ("--epo 1", "--epo"),
+        ("--device gpu", "give cpu"), ("--device cuda:99", "give cpu"),
+        ("--backbone neumf --dim 33 --out x.safetensors", "--dim 33"),
+        ("--out x.jsonl", "ends in '.safetensors'"),
+        ("--run nowhere", "nowhere/data.safetensors: no such file; make it with `python hnlm"),
+        ("--out sft-x.safetensors", "sft names files of `python llm_negatives.py finetune`"),
+        ("--out data.safetensors --force", OTHERS), ("--out=", "give a plain name"),
+        ("--out model-hnlmrec.safetensors --force", OTHERS),
+        ("--out ../x.safetensors", "give a plain name"),
+        ("--out *.safetensors", "give a plain name"), ("--seed 1", "seed=0, now 1.* --force`")],
+    "hnlmrec.py prepare": [
+        ("", "--reviews: give"), ("--train-file x", "all of --train-file"),
+        ("--reviews x --min-rating abc", "--min-rating"), ("--reviews x --min-rating nan", "nan"),
+        ("--reviews x --since 2016-13-01", "--since"),
+        ("--train-file x --valid-file x --test-file x --min-rating 4", "--min-rating: does not"),
+        ("--train-file x --valid-file x --test-file x --k-core 5", "--k-core: does not apply"),
+        ("--train-file x --valid-file x --test-file x --preset toys", "--preset: does not apply"),
+        ("--train-file x --valid-file x --test-file x --reviews x", "--reviews: does not apply")],
+    "hnlmrec.py train": [
+        ("--negatives none", "--negatives none: --alpha needs generated vectors; give it as 0"),
+        ("--negatives none --alpha 0", "--negatives none: --lambda1 needs"),
+        ("--negatives none --alpha 0 --lambda1 0 --paper", "--negatives none: --paper needs"),
+        ("--paper --lambda-s 0.1", "--lambda-s 0.1: the paper's form has no semantic alignment"),
+        ("--hinge 0.3", "--hinge: is part of the paper's form, so it needs --paper"),
+        ("--train-projector", "--train-projector: is part of the paper's form"),
+        ("--keep-clear judge --sampler rns", "--keep-clear judge: only dns chooses"),
+        ("--alpha 1.5", r"1.5 is outside \[0, 1\]"), ("--tau-c 0", r"0 is outside \(0, inf\]"),
+        ("--control cleared", "invalid choice: 'cleared'"), ("", "now .* --force`"),
+        ("--out texts.safetensors --force", OTHERS), ("--out cf.safetensors --force", OTHERS),
+        ("--lambda-f 1 --judge cf.safetensors --out x.safetensors", "not a judge; name"),
+        ("--lambda-f 1 --judge judge-x.safetensors --out x.safetensors", "hnlmrec.py judge --run")],
+    "hnlmrec.py judge": [
+        ("--likely 0", r"0 is outside \[1,"), ("--dropout 0 1", r"1 is outside \[0, 0.95\]"),
+        ("--out model-judged.safetensors --force", "--out"), ("--lr 0.1", "now 0.1.* --force`")],
+    "hnlmrec.py blend": [
+        ("", "required: --parts"), ("--parts ,", "--parts: names no file"),
+        ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "is there twice"),
+        ("--parts x.safetensors --out x.safetensors", "is one of the parts"),
+        ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
+        ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
+        ("--parts cf.safetensors", "parts=.*, now .* --force`")],
+    "llm_negatives.py profile": [
+        ("--out users.jsonl --force", "--out users.jsonl"), ("--llm-rows -1", "--llm-rows"),
+        ("--out profiles-x.jsonl --llm nowhere", "--llm nowhere")],
+    "llm_negatives.py finetune": [
+        ("--name=", "--name"), ("--name cf --force", "--name cf"), ("--epochs inf", "--epochs"),
+        ("--warmup-pairs 1 --force", "--warmup-pairs 1"), ("--tau-s 0", "--tau-s"),
+        ("--mine-first 5 --mine-last 1 --force", "--mine-first 5"),
+        ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no")],
+    "llm_negatives.py generate": [("--out *", "--out"), ("--out /x/negatives", "--out")],
+    "llm_negatives.py read": [
+        ("--layers 0,9 --out texts-x.safetensors", r"has layers 0 \(its token embeddings\) to 2"),
+        ("--layers -1 --out texts-x.safetensors", "give numbers of layers"),
+        ("--out judge.safetensors --force", "--out judge.safetensors"),
+        ("--control no", "--control")],
+    "eval.py compare": [
+        ("--methods XYZ", "is none of Popularity"), ("--flags '--dim 8 --seed 5'", "by itself"),
+        ("--methods 'DNS --out=x'", "by itself"), ("--out metrics", "names files of"),
+        ("--methods 'judge alone --lr 0.1'", "nothing is trained for it"),
+        ("--out notes", "not by `compare`"), ("--methods DNS --tuned", "tuned.json"),
+        ("--methods 'LLM not fine-tuned'", "generate --run"),
+        ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
+    "eval.py tune": [
+        ("--out report", "names files of"), ("--methods EASE", "pretrain` itself chooses"),
+        ("--methods 'text similarity'", "is none of RNS")],
+    "eval.py recommend": [
+        ("--user u0 --k 41", "catalogue has 40"), ("--user x", "no such id"),
+        ("--user u0 --model sft.safetensors", "not a trained recommender")],
+    "hnlmrec.py trace": [
+        ("--user x", "no such id"),
+        ("--user u1 --model model-rns.safetensors", "without generated negatives"),
+        ("--user u1 --model model-judged.safetensors", "without generated negatives")],
+}
+
+
+@pytest.mark.parametrize("command, words, message", [
+    (command, *row) for command, rows in BAD_FLAGS.items() for row in rows])
+def test_refused_flags_end_in_one_line_and_change_no_file(
+        finished, tiny_llm, monkeypatch, command, words, message):
+    def now():
+        return {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(evaluation, "program", lambda *_: pytest.fail("a step was run"))
+    before, words = now(), [*command.split(), *shlex.split(words)]
+    words += ["--run", finished] if "--run" not in words else []
+    words += ["--llm", tiny_llm] if "llm" in command and "--llm" not in words else []
+    assert re.search(message, refused(*words))
+    assert now() == before
 
 
 def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_path, monkeypatch):
@@ -4475,14 +4095,15 @@ def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_pat
     assert "Tome" not in (copied / "items.jsonl").read_text()
 
 
-def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied):
-    """The report is written though nobody reads, or can read, what is printed."""
+@pytest.mark.parametrize("program", ["backbones.py pretrain --backbone pop", "eval.py report"])
+def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied, program):
+    """What is made is written though nobody reads, or can read, what is printed."""
     run = copied.rename(copied.with_name("copié"))  # its name is printed
-    command = shlex.join([sys.executable, str(HERE / "eval.py"), "report", "--run", str(run)])
-    (run / "report.md").unlink()
-    for end in ("| true", "> /dev/full"):
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} {end}"], text=True,
-                              capture_output=True, check=False, cwd=HERE,
-                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
-        assert done.returncode == 0 and "Traceback" not in done.stderr
-        (run / "report.md").rename(run / "old.md")  # it was written
+    script, *words = shlex.split(program)
+    out = "report.md" if "report" in words else "model-new.safetensors"
+    (run / out).unlink(missing_ok=True)
+    words = shlex.join([sys.executable, str(HERE / script), *words, "--run", str(run)])
+    words += " | true" if "report" in words else f" --out {out} > /dev/full"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", words], text=True, capture_output=True,
+                          check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and not done.stderr and (run / out).exists()
