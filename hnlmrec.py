@@ -1460,19 +1460,12 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
         more = f"column {form.key!r} has {len(found):,} of the {len(wanted):,} items; {more}"
         print(f"  WARNING: {path}: {more}") if found else fail(f"{path}: {more}")
 
-    # in a flat file a row stands for a pair: what differs between rows of one item, or stands under
-    # a name that columns of pairs have, is not about the item; nor are numbers, which may be made
-    # of its pairs, such as a mean rating. A title may be written in two ways, but not of a fifth of
-    # the items: reviews have titles too
+    # a flat file, in which a row stands for a pair
     columns = next(iter(found.values()), {title: ""}).keys()
+    flat = flat or len(repeated) > len(found) / 2 or any(is_called(n, "user") for n in columns)
     left_out = columns & set(form[:5])
-    if flat or len(repeated) > len(found) / 2 or any(is_called(name, "user") for name in columns):
-        for name in columns - {title}:
-            if OF_PAIRS.search(name) or any(is_called(name, role) for role in ROLES) or not any(
-                    LETTER.search(fields[name]) for fields in found.values()):
-                left_out.add(name)
-        left_out |= differ if repeated else columns
-        left_out |= {title} if len(two_titles) > len(repeated) / 5 else set()
+    if flat:
+        left_out |= columns_about_pairs(found, title, repeated, differ, two_titles)
         counts.pop(REPEATED, None)
     if left_out:
         print("  left out of the items' texts, as about a pair, or counted from pairs (give what "
@@ -1488,6 +1481,23 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
         items.append({"raw": raw, "title": known[:limits[0]].rstrip() or f"Item {raw}",
                       "text": text[:limits[1]].rstrip(), "known": bool(known)})
     return items
+
+
+def columns_about_pairs(found, title, repeated, differ, two_titles):
+    """The columns of a flat file that are not about an item: found {id: {column: text}}; repeated,
+    two_titles: ids in several rows, and those whose titles differ; differ: columns that do."""
+    # what differs between rows of one item, or stands under a name that columns of pairs have; and
+    # numbers, which may be made of the item's pairs, such as a mean rating
+    columns = next(iter(found.values()), {title: ""}).keys()
+    about = set(differ) if repeated else set(columns)
+    for name in columns - {title}:
+        named = OF_PAIRS.search(name) or any(is_called(name, role) for role in ROLES)
+        if named or not any(LETTER.search(fields[name]) for fields in found.values()):
+            about.add(name)
+    # a title may be written in two ways, but not of a fifth of the items: reviews have titles too
+    if len(two_titles) > len(repeated) / 5:
+        about.add(title)
+    return about
 
 
 def fullness(fields):
