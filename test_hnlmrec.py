@@ -123,7 +123,7 @@ def python(*words, **env):
     """Run Python in a process of its own, as a user does."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **env}
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True,
-                          check=False, timeout=300, env=env, cwd=HERE)
+                          check=False, timeout=120, env=env, cwd=HERE)
 
 
 refused = partial(message_of, cli)
