@@ -9,7 +9,8 @@ baselines, part 3 the program. Nothing here imports the other scripts: the file 
 Try:  python backbones.py pretrain --run runs/NAME --sampler dns --out model-dns.safetensors
 """
 
-import argparse, ctypes, hashlib, io, json, math, os, re, shlex, shutil, signal, sys, time, warnings
+import argparse, ctypes, functools, hashlib, io, json, math, os, re, shlex, shutil, signal, sys
+import time, warnings
 from collections import namedtuple
 from datetime import timedelta
 from itertools import chain
@@ -900,11 +901,12 @@ def compute_closed_form(args, data, _):
     form = {"pop": popularity, "itemknn": item_knn, "rp3": rp3beta, "ease": ease}[name]
     history = []
 
-    def weight_of(constants):
-        return form(*shape, data["n_items"], *constants.values())
+    @functools.lru_cache(maxsize=1)  # the last table alone, since all of them would not fit
+    def weight_of(*constants):
+        return form(*shape, data["n_items"], *constants)
 
     def score_of(constants):
-        score = validation(ItemWeights(weight_of(constants), *shape), data)()
+        score = validation(ItemWeights(weight_of(*constants.values()), *shape), data)()
         # epoch 0, so that reports read it as any model's
         history.append({"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start,
                         **constants})
@@ -919,7 +921,7 @@ def compute_closed_form(args, data, _):
     words = "".join(f", --{flag.replace('_', '-')} {value:g}" for flag, value in constants.items())
     print(f"{name}: valid NDCG@20 {score:.4f}{words}; {len(history)} tried, "
           f"{time.time() - start:.0f} s")
-    weight = weight_of(constants)  # once more, so that one table is held at a time
+    weight = weight_of(*constants.values())
     tensors = {"weight": weight}
     # a file holds dense tensors: the three parts of a CSR
     if weight.layout is not torch.strided:

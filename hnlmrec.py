@@ -772,14 +772,14 @@ def fit_judge(args):
     train, valid = data["train"].to(device), data["valid"].to(device)
     readings = [text.to(device) for text in readings]
     # nothing to learn from is no error of the run: it ends with the rest, and says so
-    none = f"{args.text_vectors} is alike for all items"
+    why = ""
     if (torch.bincount(train[:, 0]) < 2).all():
-        none = "no user has two train pairs"
-    elif not all((text == text[0]).all() for text in readings):
-        none = ""
-    if none:
+        why = "no user has two train pairs"
+    elif all((text == text[0]).all() for text in readings):
+        why = f"{args.text_vectors} is alike for all items"
+    if why:
         out.unlink(missing_ok=True)  # with --force there may be a judge of an earlier start
-        return print(f"judge: left out, since {none}")
+        return print(f"judge: left out, since {why}")
 
     # once with each dropout: validation chooses
     maps, dropout, history = train_judge(
@@ -1090,8 +1090,8 @@ def trace_negative(generated, method, row, titles, cf, seen):
 def trace_step(method, row):
     """Lines 8 and 9: one training step on train pair `row` alone, its losses and gradient."""
     u, i = method.pairs[row].tolist()
-    # in training mode, so that what scores() keeps is propagated anew
     score = float(method.backbone.scores(torch.tensor([u]))[0, i])
+    # the step in training mode, with dropout where the backbone has any
     method.backbone.train()
     loss, logs = method.loss(torch.tensor([row]), torch.Generator().manual_seed(0))
     loss.backward()
@@ -1465,7 +1465,8 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
     flat = flat or len(repeated) > len(found) / 2 or any(is_called(n, "user") for n in columns)
     left_out = columns & set(form[:5])
     if flat:
-        left_out |= columns_about_pairs(found, title, repeated, differ, two_titles)
+        left_out |= columns_about_pairs(found, columns, title, repeated, differ,
+                                        two_titles)
         counts.pop(REPEATED, None)
     if left_out:
         print("  left out of the items' texts, as about a pair, or counted from pairs (give what "
@@ -1483,12 +1484,11 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
     return items
 
 
-def columns_about_pairs(found, title, repeated, differ, two_titles):
-    """The columns of a flat file that are not about an item: found {id: {column: text}}; repeated,
+def columns_about_pairs(found, columns, title, repeated, differ, two_titles):
+    """Which columns of a flat file are not about an item: found {id: {column: text}}; repeated,
     two_titles: ids in several rows, and those whose titles differ; differ: columns that do."""
     # what differs between rows of one item, or stands under a name that columns of pairs have; and
     # numbers, which may be made of the item's pairs, such as a mean rating
-    columns = next(iter(found.values()), {title: ""}).keys()
     about = set(differ) if repeated else set(columns)
     for name in columns - {title}:
         named = OF_PAIRS.search(name) or any(is_called(name, role) for role in ROLES)
@@ -1571,12 +1571,12 @@ def clean(value, counts):
     """A raw field as one line of text: lists joined, HTML entities decoded, tags, scripts, control
     characters and runs of white space taken out. counts: a Counter of repairs. Raises ValueError
     for what is no text: a dict, half of a character."""
-    if value is None or value != value or str(value).lower() in ("nan", "null", "<na>"):
-        return ""
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, (clean(one, counts) for one in value)))
-    # one text, of characters that UTF-8 can hold; a year is a number in JSON
+    # one text, of characters that UTF-8 can hold; a year is a number in JSON, NaN is none
     text = str(value)
+    if value is None or text.lower() in ("nan", "null", "<na>"):
+        return ""
     if isinstance(value, (bool, dict)) or HALF.search(text):
         raise ValueError(f"{quote(value)} is no text, or holds half of a character")
     # a table with tabs that a csv writer made
