@@ -4,6 +4,7 @@ report     runs/NAME/model-*.safetensors, on the test pairs -> report.md, report
 compare    methods x seeds, on the test pairs or --valid -> compare.md, compare.json, pictures
 nats       what judges know of validation positives beyond CF -> nats.md, nats.json
 tune       as many trials for each method, on validation -> tuned.json
+estimate   what run.sh will take
 recommend  one user's top items, and the items nearest to the LLM's negatives
 
 Metrics are over the full ranking of all items that a user has not interacted with in train (and
@@ -270,11 +271,11 @@ def measure_judges(models, judges, data, labels="valid", top=TOP):
 
 # ==== The method ends here. What follows are programs =============================================
 # ---- 4. What can be compared, by name ------------------------------------------------------------
-# a row: others' methods by `backbones.py pretrain`, ours by `hnlmrec.py train`, and what has parts
-# by `hnlmrec.py blend`. kind: closed form, sampler, baseline (others' methods), text (untrained),
-# ours, control. flags: of its command. needs: files of the run that it reads. like: the row whose
-# flags, tuned ones too, come before its own. parts of a blend: rows, and files of the run. stem:
-# its file in a run is model-STEM.safetensors
+# a row: others' methods by `backbones.py pretrain`, ours and RLMRec by `hnlmrec.py train`, and what
+# has parts by `hnlmrec.py blend`. kind: closed form, sampler, baseline (others' methods), text
+# (untrained), ours, control. flags: of its command. needs: files of the run that it reads. like:
+# the row whose flags, tuned ones too, come before its own. parts of a blend: rows, and files of the
+# run. stem: its file in a run is model-STEM.safetensors
 Method = namedtuple("Method", "kind flags needs like parts stem", defaults=("", (), "", (), ""))
 BASELINES = ("closed form", "sampler", "baseline")
 TEXTS, JUDGE, JUDGED = "texts.safetensors", "judge.safetensors", "judge's negatives"
@@ -291,6 +292,9 @@ METHODS |= {
     # 2 layers and tau .15 as its authors have them
     "AlphaRec": Method("baseline", "--loss softmax --cosine --layers 2 --tau 0.15 --text-vectors "
                        + TEXTS, (TEXTS,), stem="alpharec"),
+    # its loss, L_sem, beside BPR and DNS; a user's text is the sum of the train items'
+    "RLMRec-Con": Method("baseline", "--negatives none --alpha 0 --lambda1 0 --text-init 0 "
+                         "--lambda-s 0.1", (TEXTS,), stem="rlmrec"),
     "text similarity": Method("text", parts=(TEXTS,)),
     "RP3β + text similarity": Method("text", parts=("RP3β", TEXTS)),
     "HNLMRec, as in the paper": Method("ours", "--paper", ("negatives",), stem="paper"),
@@ -341,8 +345,8 @@ for _name, (_row, _) in OTHER_TEXTS.items():
     METHODS[_by] = Method("control", parts=(f"{JUDGED}, {_row}", _file, *CLOSED))
 
 # the rows of a data set's line in the table of data sets
-TABLE = ("ItemKNN", *CLOSED, "RNS", "DNS", "MixGCF", "AlphaRec", "text similarity",
-         "RP3β + text similarity", "HNLMRec, as in the paper", "HNLMRec", JUDGED,
+TABLE = ("ItemKNN", *CLOSED, "RNS", "DNS", "MixGCF", "AlphaRec", "RLMRec-Con",
+         "text similarity", "RP3β + text similarity", "HNLMRec, as in the paper", "HNLMRec", JUDGED,
          f"{JUDGED}, bag of words", f"{JUDGED}, shuffled texts", "judge alone", "in full",
          "in full, by a bag of words", "in full, by shuffled texts",
          "all baselines in one score", "all baselines and text similarity in one score")
@@ -447,7 +451,7 @@ class Comparison:
         high end of the 95 % interval, p; by seed. Kept: large data take seconds."""
         if (row.key, other.key) not in self.tested:
             by_user = self.cells[row.key]["NDCG@20"] - self.cells[other.key]["NDCG@20"]  # (S, n)
-            # over seeds first: they are no further users
+            # over seeds first: a seed is no extra user
             test = zip(("mean", "low", "high", "p"), map(float, paired_bootstrap(by_user.mean(0))))
             self.tested[row.key, other.key] = {**dict(test), "by seed": by_user.mean(1).tolist()}
         return self.tested[row.key, other.key]
@@ -698,7 +702,7 @@ def compare(args):
             left_out.append(f"{name} (no {missing})")
         else:
             entries[entry] = name, words_of(f"--methods {name}", mark.strip() + words)
-    # train everything before any evaluation, so that what fails does so early
+    # train everything before any evaluation, so that failures come early
     cells, rows = Cells(args, data["digest"]), []
     for entry, (name, words) in entries.items():
         paths = [cells.path(name, words, seed) for seed in range(args.seeds)]
@@ -750,7 +754,9 @@ def training_of(name, tuned, backbone, seed, more=()):
     if tuned and name in SPACES and name not in found:
         fail(f"--tuned: {name} on {backbone} is not in it; run `python eval.py tune --methods "
              f'"{name}" --backbone {backbone}`')
-    script = ["backbones.py", "pretrain"] if method.kind in BASELINES else ["hnlmrec.py", "train"]
+    # RLMRec's loss is a term of ours, so that `train` makes it
+    ours = method.kind not in BASELINES or "--negatives" in method.flags
+    script = ["hnlmrec.py", "train"] if ours else ["backbones.py", "pretrain"]
     if method.kind != "closed form":
         script += ["--backbone", backbone, "--seed", str(seed)]
     # in this order, since the last of a flag wins
@@ -834,6 +840,7 @@ SOFTMAX = TRAINED | {"tau": [0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1], "shared": [64, 
 SPACES = {
     "RNS": TRAINED, "PNS": TRAINED | {"beta": [0, 0.25, 0.5, 0.75, 1]}, "DNS": M, "MixGCF": M,
     "AHNS": M, "Softmax": SOFTMAX, "AlphaRec": SOFTMAX,
+    "RLMRec-Con": M | {"lambda-s": [0.01, 0.03, 0.1, 0.3, 1], "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
     "HNLMRec, as in the paper": TRAINED | {
         "alpha": [1e-4, 1e-3, 1e-2, 0.1, 0.3], "lambda1": [1e-4, 1e-3, 1e-2, 0.1, 1],
         "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
@@ -896,13 +903,16 @@ def run_trial(run, command, first, epochs, shorts):
         program(*command, *more, "--run", run, "--out", out, "--force")
         return {row["epoch"]: row["valid_ndcg@20"] for row in read_meta(run / out)["history"]}
 
-    few = max(1, epochs // 5)
+    few, scores = max(1, epochs // 5), {}
     try:
         if not first:
-            found["short"] = max(train("--epochs", few).values())
+            scores = train("--epochs", few)
+            found["short"] = max(scores.values())
         # successive halving (Jamieson and Talwalkar, AISTATS 2016): the better half goes on
         if first or sum(other > found["short"] for other in shorts) < (len(shorts) + 1) / 2:
-            scores = train()
+            # a short run that stopped by itself would stop there again
+            if first or max(scores) == few:
+                scores = train()
             found["valid"] = max(scores.values())
         if first:  # its own first epochs stand for a short run
             early = [score for epoch, score in scores.items() if epoch <= few]
@@ -938,7 +948,7 @@ def tune(args):
         print("the judge ranks no better than popularity: parts that live by texts are not tried")
     rows = read_jsonl(log, growing=True) if log.exists() and not args.force else []
     done = {json_digest(row["plan"]): row for row in rows}  # of other inputs or flags: not found
-    # a round is one trial of each method, so that a search that is stopped leaves them level
+    # a round is one trial of each method, so that a stopped search leaves them even
     for n, (name, before) in product(range(args.budget), trials.items()):
         if n and name == JUDGED and not texts:
             continue  # nothing to search
@@ -1052,7 +1062,7 @@ def markdown(text):
 
 
 def markdown_table(header, rows):
-    """Rows of cells -> the lines of a Markdown table; the first column is anybody's names."""
+    """Rows of cells -> the lines of a Markdown table; the first column is free text."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for name, *cells in rows:
         lines.append("| " + " | ".join([markdown(name), *map(str, cells)]) + " |")
@@ -1062,7 +1072,7 @@ def markdown_table(header, rows):
 def svg_chart(title, labels, means, lows, highs):
     """Dots with intervals about a dashed line at 0, a row a label, as SVG text: labels any text;
     means, lows, highs (n,) finite numbers."""
-    # about five ticks at round values. A dot says its value by its place and not by a length, so
+    # about five ticks at round values. A dot shows its value by position, not by length, so
     # the axis need not begin at zero; it holds zero all the same, since that is the question
     low, high = min(*lows, 0.0), max(*highs, 0.0)
     rough = max(high - low, 1e-9) / 5

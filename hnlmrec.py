@@ -176,7 +176,7 @@ class HNLMRec(nn.Module):
     table (a NegativeTable), hidden (n, H) that it numbers, mined (U, M). semantic: for L_sem;
     likely: a LikelyFalse, for L_false. A term of weight 0 needs none of its parts."""
 
-    # pairs a step that L_align and L_sem see: more cost time and change nothing
+    # pairs a step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
     refresh = 20  # steps between new values of z for BPR: meanwhile a z hardly moves
 
@@ -316,9 +316,9 @@ class PaperHNLMRec(HNLMRec):
         return ranking + self.lambda1 * contrast + self.reg * l2, logs
 
 # ==== 2. The judge ================================================================================
-# What the texts, as a frozen LLM reads them, say that a user likes. It learns from a label that CF
-# vectors do not hold: a train item left out of its user's own history, to be found again among the
-# catalogue. Unseen items that it then ranks high are likely false negatives. Beyond the paper
+# What the texts, as a frozen LLM reads them, say that a user likes. It learns by leaving a train
+# item out of its user's own history and finding it again among the catalogue. Unseen items that it
+# then ranks high are likely false negatives. Beyond the paper
 
 def whiten(text):
     """Texts (I, H) -> (I, H), rows of length 1 whose inner products are cosines of whitened texts:
@@ -356,8 +356,8 @@ class Judge(nn.Module):
 
         score(u, j) = soft_maximum over k of cos(h_k, v_j) + b_j.
 
-    history, items (I, k): h and v, rows of length 1; bias (I,); scale, beta: of soft_maximum; train
-    (N, 2). A user without a train pair has the biases alone, in order."""
+    history, items (I, W): h and v, rows of length 1; bias (I,); scale, beta: of soft_maximum; train
+    (N, 2). A user without a train pair is ranked by the biases alone."""
 
     def __init__(self, history, items, bias, scale, beta, train, n_users):
         super().__init__()
@@ -395,7 +395,7 @@ class JudgeMaps(nn.Module):
 
     readings: a list of (I, H) float, one a layer; train (N, 2); width: k; beta: at the start."""
 
-    # width 576: the default LLM's own; wider maps fit small data too well. beta 4: a cosine of .9
+    # width 576: the default LLM's own; wider maps overfit small data. beta 4: a cosine of .9
     # then counts five times as much as one of .5
     def __init__(self, readings, train, width=576, beta=4.0):
         super().__init__()
@@ -412,11 +412,11 @@ class JudgeMaps(nn.Module):
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
         # in tens: Adam's steps are of one size for all, and this has further to go than a weight
-        self.log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
+        self.tenth_log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
 
     def shape(self):
         """(scale, beta) of soft_maximum."""
-        return self.log_scale.exp(), (10 * self.log_beta).exp()
+        return self.log_scale.exp(), (10 * self.tenth_log_beta).exp()
 
     @torch.no_grad()
     def tables(self):
@@ -539,21 +539,17 @@ def keep_clear(keys, n_items):
 # ==== 3. The shelf: further pieces, all beyond the paper but L_sem's projector ====================
 # Texts in the recommender's space: for L_sem, as initial vectors, and as a score
 
-def text_tables(text, train, n_users):
-    """Texts (I, H) as rows of length 1, and of each user the sum over the train items: train (N, 2)
-    -> users (U, H), items (I, H). Rows of length 1, so that each item counts alike in a user."""
-    items = F.normalize(standardised(text.float()), dim=1)
-    return sum_of_train_items(items, train, n_users), items
-
-
 class SemanticProjector(nn.Module):
     """Texts in the recommender's space: user ids (A,), item ids (B,) -> (A, D), (B, D), an MLP of
-    text_tables. text (I, H), row i of item i; train (N, 2), on the same device; dim: D."""
+    the items' texts, and of their sum over the user's train items, as rows of length 1. text
+    (I, H), row i of item i; train (N, 2), on the same device; dim: D."""
 
     def __init__(self, text, train, n_users, dim, width=128):
         super().__init__()
-        # not saved: the texts' file gives them back
-        users, items = text_tables(text, train, n_users)
+        # rows of length 1 first, so that each item counts alike in a user. Not saved: the texts'
+        # file gives them back
+        items = F.normalize(standardised(text.float()), dim=1)
+        users = sum_of_train_items(items, train, n_users)
         self.register_buffer("item", items, persistent=False)  # (I, H)
         self.register_buffer("user", F.normalize(users, dim=1, out=users), persistent=False)
         self.mlp = nn.Sequential(
@@ -570,7 +566,7 @@ def text_start(text, train, n_users, dim, std):
 
     text (I, H), train (N, 2) -> (U + I, dim), users first; zeros where a text is narrower."""
     # not whitened, as the judge's texts are: there all components would count alike
-    _, text = text_tables(text, train, n_users)
+    text = F.normalize(standardised(text.float()), dim=1)
     # the covariance's eigenvectors, of which eigh gives the largest last
     centred = text - text.mean(0)
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
@@ -597,7 +593,7 @@ class TextSimilarity(nn.Module):
 
 def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=8, lr=1e-3, seed=0,
                 validated=5000):
-    """Fit the maps once with each dropout and keep what is best on validation: readings: a list of
+    """Fit the maps once with each dropout and keep the best on validation: readings: a list of
     (I, H); train, valid (N, 2); validated: users ranked after each epoch -> (maps, dropout, history
     of fit)."""
     # small data, small batches: a 64th of the train pairs, 256 to 2,048
@@ -605,7 +601,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
     # a user with one train pair has no history to find it by
     taught = (torch.bincount(train[:, 0], minlength=n_users) > 1).nonzero()[:, 0]
     # every epoch is validated, by 5,000 users: their NDCG's standard error is about .003. The rate
-    # falls to 0 over all epochs, so that none is cut but the loser's
+    # falls to 0 over all epochs, so that only the loser is cut short
     best, run = None, {"epochs": epochs, "lr": lr, "decay": True, "eval_every": 1,
                        "patience": epochs, "seed": seed}
     for dropout in dropouts:
@@ -718,7 +714,7 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
     return weights, alone
 
 # ==== 4. The method ends here. What follows are programs ==========================================
-# Loading, train, judge, blend, trace, prepare
+# Loading, judge, train, blend, trace, prepare
 
 def load_recommender(path, data):
     """Any recommender from its file, on the device of data["train"] (a dict of load_data) -> (model
@@ -771,7 +767,7 @@ def fit_judge(args):
     device = bb.start_processes(args.device)
     train, valid = data["train"].to(device), data["valid"].to(device)
     readings = [text.to(device) for text in readings]
-    # nothing to learn from is no error of the run: it ends with the rest, and says so
+    # nothing to learn from is no error: say so, leave the judge out, go on
     why = ""
     if (torch.bincount(train[:, 0]) < 2).all():
         why = "no user has two train pairs"
@@ -1096,8 +1092,8 @@ def trace_step(method, row):
     loss, logs = method.loss(torch.tensor([row]), torch.Generator().manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-    print(f"8. step       score as trained {score:.3f}; loss {loss.item():.4f} = {terms} and L2 "
-          "(a batch of one: align has the positive as its only negative)")
+    print(f"8. step       score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
+          f"{terms} (a batch of one: align has the positive as its only negative)")
     norms = []
     for name in ("backbone", "projector"):
         gradients = [p.grad for p in getattr(method, name).parameters() if p.grad is not None]
@@ -1124,9 +1120,9 @@ def prepare(args):
     if bb.skip(out, vars(s), args.force):  # files of the same contents under the same settings
         return
     own, source = s.split == "own", next(iter(files.values()))
-    # interactions: one row a pair, the latest, as a rating that was taken back is no positive
+    # interactions: one row a pair, the latest, since a withdrawn rating is no positive
     rows, users, items = read_pairs(files, s, counts)
-    ranges = value_ranges(rows)  # before the filters, which may hide what is odd
+    ranges = value_ranges(rows)  # before the filters, which may hide outliers
     keep = latest(*(rows[name] for name in ("user", "item", "rating", "seconds")))
     counts["earlier rows of a repeated pair"] += len(rows) - len(keep)
     rows = rows[keep]
@@ -1211,7 +1207,7 @@ def filter_pairs(rows, users, path, s, counts):
              for name in ("item", "user")]
     order = np.lexsort([at[code] for at, code in first])
     rows = rows[order[core[order]]]
-    # a split that the rows cannot bear is refused, not bent
+    # a split that the rows do not allow is refused
     none, count = np.isnan(rows["seconds"]).sum(), np.bincount(rows["user"])
     few = np.flatnonzero((count > 0) & (count < 3))
     if s.split != "random" and none:
@@ -1235,7 +1231,7 @@ def k_core(user, item, k):
     """Drop users and items with fewer than k interactions until none is left.
 
     int (N,), (N,) -> bool (N,) kept."""
-    # what a dropped user leaves may make an item too rare, and so on to a fixed point
+    # dropping a user may make an item too rare, and so on to a fixed point
     keep = np.ones(len(user), bool)
     while k > 1:
         ok = (np.bincount(user, keep)[user] >= k) & (np.bincount(item, keep)[item] >= k) & keep
@@ -1769,7 +1765,7 @@ def summarize(parts, users, items):
         q = np.quantile(count, [0, 0.25, 0.5, 0.75, 1])
         lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} "
                      f"{q[3]:.0f}, max {q[4]:.0f}")
-        # a crawler, or an item in every basket, says nothing, and weighs on all the others
+        # a crawler, or an item in every basket, says nothing, and distorts the rest
         if q[4] >= max(0.8 * len(others), 3 * q[2]):
             lines.append(f"  note: {name} {rows[count.argmax()]['raw']} has pairs with "
                          f"{q[4] / len(others):.0%} of all {'users' if axis else 'items'}")
@@ -1910,7 +1906,7 @@ def add_train_flags(commands):
     g.add_argument("--control", choices=["none", "random", "shuffled"], default="none",
                    help="replace the LLM's vectors, to see what they are worth")
     g.add_argument("--judge", default="judge.safetensors", metavar="FILE",
-                   help="where L_false has the likely false negatives from")
+                   help="where L_false gets its likely false negatives")
     g.add_argument("--cf", default="cf.safetensors",
                    help="CF vectors that the alignment's hard negatives are mined with")
     bb.add_band_flags(g)

@@ -322,18 +322,16 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 class SftTask:
     """The data of fine-tuning, from train pairs and CF vectors alone. data: of load_data; cf_model:
     a Backbone; cf: its vectors, {"user" (U, d), "item" (I, d)}; texts: (user profiles, item texts);
-    first, last: the mined ranks; mine: "dns", the band itself, or "mixgcf", mixtures of pair and
-    band. Raises SystemExit2 when no pair is left to learn from."""
+    first, last: the mined ranks. Raises SystemExit2 when no pair is left to learn from."""
 
-    def __init__(self, data, cf_model, cf, texts, first, last, seed, mine="dns"):
-        self.cf, self.texts, self.train, self.mine = cf, texts, data["train"], mine
-        self.cf_model, self.item_layers = cf_model, cf_model.layers()[1].detach()  # (I, K, d)
+    def __init__(self, data, cf_model, cf, texts, first, last, seed):
+        self.cf, self.texts, self.train, self.cf_model = cf, texts, data["train"], cf_model
         self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, M)
         # centred, so that cosine compares what tells items apart and not the direction that all
         # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
         # Held back: pairs of users that fine-tuning sees, and all pairs of a tenth of the users,
-        # which it never sees. 64 of each give hit rates within .06.
+        # which it never sees. 64 of each give hit rates a standard error of .06.
         self.generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=self.generator)
         new_user = torch.rand(data["n_users"], generator=self.generator) < 0.1
@@ -354,29 +352,12 @@ class SftTask:
         return none.scatter_(1, self.mined[users], True)
 
     def targets(self, rows):
-        """What MixGCF makes of each row's pair and 8 mined items -> (R, d); for "dns" None."""
-        if self.mine == "dns":
-            return None
-        u, i = self.train[rows].T
-        # 8 candidates, as many as the samplers draw by default
-        pick = torch.randint(self.mined.shape[1], (len(u), 8), device=u.device)
-        some = self.mined[u].gather(1, pick)
-        mixed = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool)
-        return mixed - self.cf["item"].mean(0)
+        """A batch's extra targets: none here."""
 
     def loss(self, z, rows, tau, targets=None, first=0):
         """InfoNCE of z (R, d) over the whole catalogue: the user's mined items are positives, all
-        others negatives, item i and u's other train items included. targets (B, d): of the batch
-        whose rows first … first + R - 1 these are; then the row's own is the one positive."""
-        mined = self.is_mined(rows)
-        if targets is None:
-            return info_nce(z, self.candidates, mined, tau)
-        target = torch.zeros(len(z), len(targets), dtype=torch.bool, device=z.device)
-        target[:, first:first + len(z)].fill_diagonal_(True)
-        positive = torch.cat([torch.zeros_like(mined), target], 1)  # (R, I + B)
-        # mined items are as good as their mixture, so they are no negatives
-        ignore = torch.cat([mined, torch.zeros_like(target)], 1)
-        return info_nce(z, torch.cat([self.candidates, targets]), positive, tau, ignore)
+        others negatives, item i and u's other train items included."""
+        return info_nce(z, self.candidates, self.is_mined(rows), tau)
 
     def hit_rate(self, z, rows):
         """How often the item nearest to z (cosine, whole catalogue) is one mined for the user."""
@@ -407,6 +388,34 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
         part_loss.backward()
         loss += part_loss.detach()
     return loss
+
+
+class MixedTask(SftTask):
+    """The same with MixGCF's mixtures of pair and band as targets, in place of the band."""
+
+    @functools.cached_property
+    def item_layers(self):
+        return self.cf_model.layers()[1].detach()  # (I, K, d)
+
+    def targets(self, rows):
+        """What MixGCF makes of each row's pair and 8 mined items -> (R, d)."""
+        u, i = self.train[rows].T
+        # 8 candidates, make_sampler's default
+        pick = torch.randint(self.mined.shape[1], (len(u), 8), device=u.device)
+        some = self.mined[u].gather(1, pick)
+        mixed = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool)
+        return mixed - self.cf["item"].mean(0)
+
+    def loss(self, z, rows, tau, targets=None, first=0):
+        """InfoNCE of z (R, d) over catalogue and targets (B, d), the row's own the one positive:
+        targets of the batch whose rows first … first + R - 1 these are."""
+        mined = self.is_mined(rows)
+        target = torch.zeros(len(z), len(targets), dtype=torch.bool, device=z.device)
+        target[:, first:first + len(z)].fill_diagonal_(True)
+        positive = torch.cat([torch.zeros_like(mined), target], 1)  # (R, I + B)
+        # mined items are as good as their mixture, so they are no negatives
+        ignore = torch.cat([mined, torch.zeros_like(target)], 1)
+        return info_nce(z, torch.cat([self.candidates, targets]), positive, tau, ignore)
 
 
 def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
@@ -444,7 +453,7 @@ def fit_head(task, head, hidden, rows, tau, seed=0):
     for _ in range(300):
         pick = torch.randperm(len(rows), generator=generator, device=hidden.device)[:2048]
         h = hidden[pick]
-        # around the mean: what is left out reads as average
+        # around the mean: a dropped entry reads as average
         keep = torch.rand(h.shape, generator=generator, device=h.device) >= dropout
         z = head(head.mean + (h - head.mean) * keep / (1 - dropout))
         loss = task.loss(z, rows[pick], tau, task.targets(rows[pick]))
@@ -456,7 +465,7 @@ def fit_head(task, head, hidden, rows, tau, seed=0):
 
 def learning_rate(step, steps):
     """Share of the full rate at `step` of `steps`, counted from 0: the smaller of two curves."""
-    # the usual schedule: Adam's moments are noisy at first, and the last steps are to be small
+    # the usual schedule: Adam's moments are noisy at first, and late steps should be small
     warm_up = (step + 1) / max(1, steps // 10)  # rises to 1 over a tenth of the steps
     decay = 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps))  # falls from 1 to a tenth
     return min(warm_up, decay)
@@ -532,7 +541,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
     """The mean of a layer's hidden states over a text's tokens -> a list of (I, H) float32, one a
     layer. llm: a decoder without its head; layers: 0 the token embeddings, a bag of words; the last
     that `llm` has is taken after the final norm."""
-    # The first position takes the attention that goes nowhere, and its state is a hundred times
+    # The first position absorbs unneeded attention, and its state is a hundred times
     # larger than the rest (Xiao et al., attention sinks, ICLR 2024). So the tokenizer's first token
     # (BOS) stands in front and is left out of the mean. Where there is none, the text's own first
     # token is left out, save in layer 0, the embeddings, which have no attention
@@ -636,7 +645,7 @@ def sentence_ends(text):
 
 def first_sentence(text):
     """One line, up to the last sentence's end; without an end, up to the last word."""
-    # a limit of tokens is to leave no half sentence
+    # a token limit must not leave half a sentence
     text = " ".join(text.split())
     ends = sentence_ends(text)
     return text[:ends[-1]] if ends else text.rstrip(" ,;:-–—")
@@ -651,7 +660,7 @@ def is_whole(text):
 
 
 def answer(text, tokenizer):
-    """What an LLM said, without what it thought: <think>…</think>, [THINK]…[/THINK], channels
+    """An LLM's answer without its thoughts: <think>…</think>, [THINK]…[/THINK], channels
     ("<|channel|>analysis<|message|>…"). "" while there are thoughts alone."""
     text = re.split(THINK.pattern.replace("◁]", "◁]/"), text, flags=re.IGNORECASE)[-1]
     text = THINK.split(text)[0]  # a thought that is not ended
@@ -875,7 +884,7 @@ def tune(task, encoder, batches, args, optimizer, log, save):
         sum_over([loss, *(p.grad for p in trained)])  # each process ran its share of the parts
         if not math.isfinite(loss):
             fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr or use --dtype fp32")
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)  # a rare large step costs more than it brings
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)  # a rare large step does more harm than good
         optimizer.step()
         # what a person sees, and what a killed run resumes from
         log["steps"].append(round(loss.item(), 4))
@@ -930,8 +939,9 @@ def finetune(args):
     # the data: train pairs, what CF mined for their users, texts
     data["train"] = data["train"].to(device)
     model, _, cf = load_model(run / args.cf, data)
-    task = SftTask(data, model, cf, load_profiles(run, args.profiles), args.mine_first,
-                   args.mine_last, args.seed, args.mine)
+    task = (MixedTask if args.mine == "mixgcf" else SftTask)(
+        data, model, cf, load_profiles(run, args.profiles), args.mine_first, args.mine_last,
+        args.seed)
     steps, size = args.steps, args.users_per_step * ITEMS_PER_USER
     if args.epochs:
         steps = math.ceil(args.epochs * len(task.rows) / size)
@@ -1314,7 +1324,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def pick_dtype(name, device):
     """auto, fp32, bf16 or fp16 -> the name of a torch dtype."""
     # auto is bf16 where the processor has instructions for it (GPU: as CUDA says; CPU: AVX512-BF16,
-    # AMX or Arm's BF16). Nothing is timed, so that a machine decides alike at each start
+    # AMX or Arm's BF16). Nothing is timed, so that a machine always decides alike
     has_bf16 = False
     if str(device).startswith("cuda"):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1325,7 +1335,7 @@ def pick_dtype(name, device):
 
 
 def from_library(llm, what, load, **options):
-    """load(llm, …), a from_pretrained of the library; one line where it cannot."""
+    """load(llm, …), a from_pretrained of the library, or a one-line error."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments in the libraries
