@@ -292,23 +292,10 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 # ---- Full ranking: the top k of all unseen items, by any recommender's scores(users) -> (B, I) ---
 def top_k(scores, k):
     """Ids (B, k) of the k highest of scores (B, I), best first; equal ones by id, lowest first."""
-    # torch.topk leaves the order of ties open, and is slow on long rows. So: cut a row
-    # into blocks; the k highest lie in the k blocks with the highest maxima, and only those are
-    # searched. One more than k are taken, to see a tie across the border
-    n, more = scores.shape[1], min(k + 1, scores.shape[1])
-    width = round((n / more) ** 0.5)  # the fewest scores: n / width maxima, then more * width
-    # column c belongs to block c % blocks, so that maxima run along contiguous memory; fewer than
-    # `width` columns are left over
-    blocks = n // width
-    maxima = scores[:, : width * blocks].unflatten(1, (width, blocks)).amax(1)  # (B, blocks)
-    best = maxima.topk(min(more, blocks), dim=1, sorted=False).indices
-    every = torch.arange(n, device=scores.device)
-    columns = (best[:, None] + every[: width * blocks : blocks, None]).flatten(1)
-    left_over = every[width * blocks :].expand(len(scores), -1)
-    columns = torch.cat([columns, left_over], 1)  # (B, about width * (k + 1))
-    values, place = scores.gather(1, columns).topk(more, dim=1)
-    index = columns.gather(1, place)
-    # rows with a tie pay for the full stable sort
+    # torch.topk leaves the order of ties open. One more than k is taken, to see a tie across the
+    # border; rows with a tie pay for a stable sort
+    more = min(k + 1, scores.shape[1])
+    values, index = scores.topk(more, dim=1)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
     if tied.any():
         index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
@@ -692,7 +679,8 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 # ---- Closed forms: computed from the train pairs, without training -------------------------------
 # X (U, I) is the 0/1 matrix of the train pairs; a user's scores are the user's row of X times item
 # weights W (I, I). Here: name -> the flags that it reads, in order of its parameters, and the
-# values that validation chooses from where a flag is not given
+# values that validation chooses from where a flag is not given. RP3beta's exponents lie between 0
+# and 1; fewer neighbours (topk) take out the noise of rare items
 TOPK = (20, 50, 100, 200, 0)  # 0: all
 CLOSED_FORMS = {
     "pop": {}, "itemknn": {"shrink": (1.0, 20.0, 100.0, 300.0), "topk": TOPK},
@@ -833,7 +821,8 @@ def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):
     lr = lr or min(1e-3 * batch_size / 2048, 8e-3)
     # epochs x steps x N below 4e9 is about an hour of LightGCN on two cores
     epochs = epochs or min(max(int(4e9 / (math.ceil(n / batch_size) * n)), 10), 200)
-    # sqrt(I) / 4: the best of M has rank I / M on average, and the right rank grows with I
+    # sqrt(I) / 4: the best of M has rank I / M on average, and the right rank grows with I.
+    # 4 to 64: fewer give nothing hard, and to score more would take most of a step
     m = m or 2 ** min(max(round(math.log2(data["n_items"] ** 0.5 / 4)), 2), 6)
     return batch_size, lr, epochs, m
 

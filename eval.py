@@ -830,7 +830,7 @@ def program(script, *words):
 
 # ---- 7. tune -------------------------------------------------------------------------------------
 # As many trials for every method, on validation: random search (Bergstra and Bengio, JMLR 2012)
-# and steps from the best so far, in turn. Reads no test pair
+# and, mostly, steps from the best so far. Reads no test pair
 
 # method -> {flag: values to choose from, neighbours beside each other}
 TRAINED = {"lr": [3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "dim": [64, 128, 256, 512],
@@ -866,14 +866,14 @@ def space_of(name, data, texts=True, widest=512):
 
 
 def next_point(name, space, before, rng):
-    """Flags of a method's next trial: its defaults, those of FIRST, then in turn a random point,
-    and the best `before` with one flag moved to a neighbour (from its default to any value)."""
+    """Flags of a method's next trial: its defaults, those of FIRST, then the best `before` with one
+    flag moved to a neighbour (from its default to any value), and each fourth a random point."""
     first = ["", *FIRST.get(name, [])]
     if len(before) < len(first):
         return first[len(before)].split()
     for _ in range(20):  # a point that was not tried yet, if there is one
         point = {f"--{flag}": values[rng.integers(len(values))] for flag, values in space.items()}
-        if len(before) % 2 == 0:
+        if len(before) % 4:  # most random points are poor, and cost a short run
             words, flag = best_trial(before)["words"], list(point)[rng.integers(len(point))]
             best, values = dict(zip(words[::2], words[1::2])), space[flag[2:]]
             if best.get(flag) in values and len(values) > 1:

@@ -14,8 +14,8 @@
 #   WHOLE=1            the LLM writes of all users and items, reads all items, and generates four
 #                      negatives of each user, and trials try widths up to 512; else each of these
 #                      steps is bounded to a few minutes
-#   TUNE=6             trials, on validation, that the flags of DNS and of the judge's negatives are
-#                      chosen from; of your own data 6, with FAST=1 2; of MovieLens 0: its flags
+#   TUNE=4             trials, on validation, that the flags of DNS and of the judge's negatives are
+#                      chosen from; of your own data 4, with FAST=1 2; of MovieLens 0: its flags
 #                      below were chosen so before
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
@@ -145,7 +145,7 @@ SIZE="--llm-rows 200 --pairs 2000" WIDEST="--widest 128"  # of trials: 512 takes
 if [[ $WHOLE == 1 ]]; then
   PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE= WIDEST=
 fi
-TRAIN= JUDGE= DNS= HNLMREC= JUDGED= TRIALS=6
+TRAIN= JUDGE= DNS= HNLMREC= JUDGED= TRIALS=4
 if [[ -z ${DATA:-} ]]; then
   # on MovieLens validation does not want the semantic alignment; the judge's negatives have the
   # flags that eight trials chose
