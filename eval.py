@@ -867,7 +867,7 @@ def space_of(name, data, texts=True, widest=512):
 
 def next_point(name, space, before, rng):
     """Flags of a method's next trial: its defaults, those of FIRST, then the best `before` with one
-    flag moved to a neighbour (from its default to any value), and each fourth a random point."""
+    flag moved to a neighbour, and each fourth a random point."""
     first = ["", *FIRST.get(name, [])]
     if len(before) < len(first):
         return first[len(before)].split()
@@ -876,8 +876,9 @@ def next_point(name, space, before, rng):
         if len(before) % 4:  # most random points are poor, and cost a short run
             words, flag = best_trial(before)["words"], list(point)[rng.integers(len(point))]
             best, values = dict(zip(words[::2], words[1::2])), space[flag[2:]]
-            if best.get(flag) in values and len(values) > 1:
-                at = values.index(best[flag])
+            now = best.get(flag, before[0].get("defaults", {}).get(flag))
+            if now in values and len(values) > 1:  # a default between two values goes to any
+                at = values.index(now)
                 beside = values[max(at - 1, 0):at] + values[at + 1:at + 2]
                 point[flag] = beside[rng.integers(len(beside))]
             point = best | {flag: point[flag]}
@@ -894,14 +895,18 @@ def best_trial(trials):
 
 def run_trial(run, command, first, epochs, shorts):
     """Train a trial of tune, trial 0 in full, the others a fifth of the epochs first -> dict:
-    "short", "valid": validation NDCG@20, None where it was not reached; "failed": why. shorts:
-    results of the method's short runs so far."""
+    "short", "valid": validation NDCG@20, None where it was not reached; "failed": why; "defaults"
+    of trial 0: {flag: value}. shorts: results of the method's short runs so far."""
     out, found = "compare/tune-trial.safetensors", {"short": None, "valid": None}
 
     def train(*more):
         """-> {epoch: validation NDCG@20}."""
         program(*command, *more, "--run", run, "--out", out, "--force")
-        return {row["epoch"]: row["valid_ndcg@20"] for row in read_meta(run / out)["history"]}
+        meta = read_meta(run / out)
+        if first:  # so that no later trial is the same again
+            found["defaults"] = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in
+                                 meta["settings"].items() if isinstance(value, (int, float))}
+        return {row["epoch"]: row["valid_ndcg@20"] for row in meta["history"]}
 
     few, scores = max(1, epochs // 5), {}
     try:

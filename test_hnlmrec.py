@@ -3435,6 +3435,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
         shorts = [trials[0]["short"]]  # of the defaults' first epochs
         flags_of = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
         assert flags_of[0] == {} and trials[0]["short"] <= trials[0]["valid"]
+        assert trials[0]["defaults"]["--dim"] == "64" and "defaults" not in trials[1]
         for n, trial in enumerate(trials):
             # halving: trained in full when fewer than half of all short runs are better
             if n and "failed" not in trial:
@@ -3514,7 +3515,11 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
     for _ in range(300):
         seen[" ".join(evaluation.next_point("RNS", space, before, rng))] += 1
     assert set(seen) == {"--lr 1 --k 7", "--lr 3 --k 7", "--lr 2 --k 7 --m 5", "--lr 2 --k 7 --m 6"}
-    assert min(seen.values()) > 50  # a default goes to any value
+    assert min(seen.values()) > 50  # a default that is not known goes to any value
+    before[0]["defaults"], moves = {"--m": "6"}, set()
+    for _ in range(100):
+        moves.add(" ".join(evaluation.next_point("RNS", space, before, rng)))
+    assert moves == {"--lr 1 --k 7", "--lr 3 --k 7", "--lr 2 --k 7 --m 5"}
     small, large = ({"n_users": n, "n_items": 1000, "train": random_pairs()} for n in (5, 10**5))
     assert evaluation.space_of("DNS", small)["dim"] == ["64", "128", "256", "512"]
     assert evaluation.space_of("DNS", large)["dim"] == ["64", "128", "256"]
