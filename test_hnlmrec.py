@@ -3435,7 +3435,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
         shorts = [trials[0]["short"]]  # of the defaults' first epochs
         flags_of = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
         assert flags_of[0] == {} and trials[0]["short"] <= trials[0]["valid"]
-        assert trials[0]["defaults"]["--dim"] == "64" and "defaults" not in trials[1]
+        assert "defaults" in trials[0] and "defaults" not in trials[1]
         for n, trial in enumerate(trials):
             # halving: trained in full when fewer than half of all short runs are better
             if n and "failed" not in trial:
