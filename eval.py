@@ -871,18 +871,20 @@ def next_point(name, space, before, rng):
     first = ["", *FIRST.get(name, [])]
     if len(before) < len(first):
         return first[len(before)].split()
+    defaults = before[0].get("defaults", {})
     for _ in range(20):  # a point that was not tried yet, if there is one
         point = {f"--{flag}": values[rng.integers(len(values))] for flag, values in space.items()}
         if len(before) % 4:  # most random points are poor, and cost a short run
             words, flag = best_trial(before)["words"], list(point)[rng.integers(len(point))]
             best, values = dict(zip(words[::2], words[1::2])), space[flag[2:]]
-            now = best.get(flag, before[0].get("defaults", {}).get(flag))
+            now = best.get(flag, defaults.get(flag))
             if now in values and len(values) > 1:  # a default between two values goes to any
                 at = values.index(now)
                 beside = values[max(at - 1, 0):at] + values[at + 1:at + 2]
                 point[flag] = beside[rng.integers(len(beside))]
             point = best | {flag: point[flag]}
-        words = [word for pair in point.items() for word in pair]
+        words = [word for flag, value in point.items() if value != defaults.get(flag)
+                 for word in (flag, value)]
         if words not in [row["words"] for row in before]:
             break
     return words
