@@ -102,7 +102,7 @@ class Backbone(nn.Module):
     ego() the parameters that the L2 term acts on, (U, d) and (I, d); scores(users (B,)) -> (B, I),
     which every recommender here has. Scores are inner products unless a subclass says otherwise."""
 
-    propagates = False  # True when forward() is more than the parameters themselves
+    propagates = False  # True: forward() is more than the parameters; __init__ takes a graph
     # of the initial vectors; propagation averages, so graph backbones start larger
     std = 0.01
 
@@ -171,7 +171,7 @@ class LightGCN(Backbone):
             hops.append(SymmetricMatmul.apply(self.adjacency, hops[-1]))
         return torch.stack(hops, 1).split([self.n_users, self.n_items])
 
-    def forward(self):  # the same as pool(layers()), without holding all hops at once
+    def forward(self):  # pool(layers()), one hop held; other layers(): forward = Backbone.forward
         total = hop = self.start()
         for _ in range(self.n_layers):
             hop = SymmetricMatmul.apply(self.adjacency, hop)
@@ -226,8 +226,7 @@ def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
         if penalty is not None:
             scores = scores - penalty
         ranked = scores.topk(top, dim=1).indices  # (B, N)
-        shape = (len(ranked), 1)
-        pick = torch.randint(top, shape, generator=generator, device=ranked.device)
+        pick = torch.randint(top, (len(ranked), 1), generator=generator, device=ranked.device)
         return candidates.gather(1, ranked.gather(1, pick))[:, 0]
 
 
@@ -257,15 +256,18 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     return pool(torch.stack(hops, 1))
 
 
+SAMPLERS = "rns", "pns", "dns", "mixgcf", "ahns"
 # all vectors, the batch's, and the negatives' items (of mixgcf, which has none, first candidates)
 Sample = namedtuple("Sample", "all_users all_items users positives negatives negative_ids")
 
 
 def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """A sampler as a function of a batch: sample(u (B,), i (B,), generator) -> Sample.
-    model: a Backbone; sampler: rns, pns, dns, mixgcf or ahns; pairs (N, 2) train; m: candidates of
-    dns, mixgcf and ahns; n: dns draws from the n best; beta: pns's popularity exponent; penalty:
-    dns's, as a function of users (B,) and candidates (B, M)."""
+    model: a Backbone; sampler: of SAMPLERS; pairs (N, 2) train; m: candidates of dns, mixgcf and
+    ahns; n: dns draws from the n best; beta: pns's popularity exponent; penalty: dns's, as a
+    function of users (B,) and candidates (B, M)."""
+    if sampler not in SAMPLERS:
+        fail(f"sampler {sampler!r}: is none of {', '.join(SAMPLERS)}")
     draw = UnseenSampler(pairs, model.n_users, model.n_items)
     if sampler == "pns":
         draw = PopularitySampler(pairs, model.n_users, model.n_items, beta)
@@ -292,8 +294,7 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 # ---- Full ranking: the top k of all unseen items, by any recommender's scores(users) -> (B, I) ---
 def top_k(scores, k):
     """Ids (B, k) of the k highest of scores (B, I), best first; equal ones by id, lowest first."""
-    # torch.topk leaves the order of ties open. One more than k is taken, to see a tie across the
-    # border; rows with a tie pay for a stable sort
+    # torch.topk leaves ties in any order; one more than k shows a tie across the border
     more = min(k + 1, scores.shape[1])
     values, index = scores.topk(more, dim=1)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
@@ -1175,9 +1176,11 @@ def writer_of(path):
         run, name = run.parent, run.name
     stem = re.sub(r"(-\d{5})?(\.partial)?\.\w+$", "", name)
     first = re.split("[-.]", stem)[0]
-    command = WRITERS.get(first, "backbones.py pretrain")
-    if first == "model" and re.search("hnlmrec|judged|full", stem):
-        command = "hnlmrec.py blend" if "full" in stem else "hnlmrec.py train"
+    # a model says itself what wrote it; of one that is not there its name tells
+    guess = "blend" if "full" in stem else "train" if re.search("hnlmrec|judged", stem) else ""
+    made = read_header(path).get("settings", {}).get("command", guess)
+    ours = f"hnlmrec.py {made}" if made in ("train", "blend") else "backbones.py pretrain"
+    command = WRITERS.get(first, ours)
     flags = f"--out {stem if first == 'negatives' else name}"
     if first in ("sft", "adapter"):
         flags = f"--name sft{stem.removeprefix(first)}"
@@ -1426,7 +1429,7 @@ def add_training_flags(parser, more=()):
     group = parser.add_argument_group("backbone and training budget")
     group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
                        default="lightgcn", help="recommender")
-    group.add_argument("--sampler", choices=["rns", "pns", "dns", "mixgcf", "ahns"], default="rns",
+    group.add_argument("--sampler", choices=SAMPLERS, default="rns",
                        help="negative sampler of e_j")
     # 0 stands for what sized_to_data makes of the data
     add_numbers(

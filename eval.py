@@ -281,7 +281,7 @@ BASELINES = ("closed form", "sampler", "baseline")
 TEXTS, JUDGE, JUDGED = "texts.safetensors", "judge.safetensors", "judge's negatives"
 CLOSED, EVERY = ("RP3β", "EASE"), ("ItemKNN", "RP3β", "EASE", "RNS", "DNS", "MixGCF")
 # no generated negative and no text: a plain backbone, with what else is asked for
-PLAIN = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --lambda-f "
+PLAIN = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0"
 METHODS = {name: Method("closed form", f"--backbone {stem}", stem=stem) for name, stem in (
     ("Popularity", "pop"), ("ItemKNN", "itemknn"), ("RP3β", "rp3"), ("EASE", "ease"))}
 METHODS |= {name: Method("sampler", f"--sampler {name.lower()}", stem=name.lower())
@@ -301,7 +301,7 @@ METHODS |= {
     "HNLMRec, as in the paper, projector trained": Method(
         "ours", "--train-projector", ("negatives",), "HNLMRec, as in the paper"),
     "HNLMRec": Method("ours", "", ("negatives", TEXTS), stem="hnlmrec"),
-    JUDGED: Method("ours", PLAIN + "1", (JUDGE,), stem="judged"),
+    JUDGED: Method("ours", PLAIN + " --lambda-f 1", (JUDGE,), stem="judged"),
     "judge alone": Method("ours", parts=(JUDGE,)),
     "in full": Method("ours", parts=(JUDGED, JUDGE, *CLOSED), stem="full"),
     "in full, DNS for the judge's negatives": Method("control", parts=("DNS", JUDGE, *CLOSED)),
@@ -311,10 +311,10 @@ METHODS |= {
     "judge and closed forms": Method("control", parts=(JUDGE, *CLOSED)),
     "all baselines in one score": Method("control", parts=EVERY),
     "all baselines and text similarity in one score": Method("control", parts=(*EVERY, TEXTS)),
-    "DNS kept clear of the judge's items": Method("control", PLAIN + "0 --keep-clear judge",
+    "DNS kept clear of the judge's items": Method("control", PLAIN + " --keep-clear judge",
                                                   (JUDGE,)),
     # an oracle: the most that negatives without false ones could win
-    "DNS kept clear of validation positives": Method("control", PLAIN + "0 --keep-clear valid")}
+    "DNS kept clear of validation positives": Method("control", PLAIN + " --keep-clear valid")}
 # HNLMRec with one thing changed
 for _row, _flags in (
         ("random vectors", "--control random"), ("no semantic alignment", "--lambda-s 0"),
@@ -399,12 +399,15 @@ def seconds_behind(run, path, found):
     """Puts the own seconds of a file, and of all that it was made from, into found {path: s}."""
     if path in found or path.suffix != ".safetensors" or not path.exists():
         return found
-    meta = read_meta(path)
+    try:
+        meta = read_meta(path)
+    except SystemExit2:  # a person's own vectors: no step of ours made them
+        return found
     # a blend's seconds hold those of its parts, which are found by themselves
     blend = meta["settings"].get("command") == "blend"
     found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
     for name in meta["settings"].get("inputs", {}):
-        for file in (run / name, *run.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors")):
+        for file in (run / name, *run.glob(f"{Path(name).stem}-[0-9][0-9][0-9][0-9][0-9].*")):
             seconds_behind(run, file, found)
     return found
 

@@ -808,14 +808,15 @@ def check_flags(args):
             if getattr(args, name):
                 fail(f"--negatives none: --{name} needs generated vectors; give it as 0, or run "
                      "`python llm_negatives.py generate`")
-    if args.paper and args.lambda_s:
-        fail(f"--lambda-s {args.lambda_s:g}: the paper's form has no semantic alignment; "
-             "leave out --paper or --lambda-s")
+    for name in ("lambda_s", "lambda_f"):
+        if args.paper and getattr(args, name):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: the paper's form has no such "
+                 "term; leave out it or --paper")
     for name in ("hinge", "train_projector"):
         if getattr(args, name) and not args.paper:
             fail(f"--{name.replace('_', '-')}: is part of the paper's form, so it needs --paper")
     if args.keep_clear != "none" and args.sampler != "dns":
-        fail(f"--keep-clear {args.keep_clear}: only dns chooses among candidates, so it needs "
+        fail(f"--keep-clear {args.keep_clear}: only dns takes a penalty, so it needs "
              f"--sampler dns, not {args.sampler}")
 
 
@@ -932,7 +933,8 @@ def load_penalty(run, args, data):
     """The judge's likely false negatives for L_false (None: none), and the penalty that keeps the
     sampler of e_j clear of them, or of the validation positives (an oracle: what any better choice
     of negatives could gain)."""
-    # with L_false, e⁻ is none of the items that L_false keeps above e⁻
+    # with L_false, dns takes none of the items that L_false keeps above e⁻ while another candidate
+    # is there; other samplers do not look
     likely = penalty = None
     device, n_items = data["train"].device, data["n_items"]
     if args.lambda_f or args.keep_clear == "judge":

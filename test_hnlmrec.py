@@ -724,7 +724,7 @@ def test_texts_of_ones_own_are_checked(tmp_path):
     assert "cannot be read" in message_of(backbones.load_texts, tmp_path, str(path), N_ITEMS)
 
 
-def test_messages_name_the_command_that_makes_a_file():
+def test_messages_name_the_command_that_makes_a_file(tmp_path):
     for name, command in (
             ("items.jsonl", "hnlmrec.py prepare --run R …"),
             ("adapter-2/adapter_config.json", "llm_negatives.py finetune --run R --name sft-2"),
@@ -732,6 +732,10 @@ def test_messages_name_the_command_that_makes_a_file():
             ("model-full.safetensors", "hnlmrec.py blend --run R --out model-full.safetensors"),
             ("negatives-00003.safetensors", "llm_negatives.py generate --run R --out negatives")):
         assert backbones.writer_of(Path("R") / name) == f"python {command}"
+    # a model of a name of one's own says itself who wrote it
+    backbones.save_tensors(tmp_path / "model-mine.safetensors", {"a": torch.zeros(1)},
+                           {"settings": {"command": "train"}})
+    assert "hnlmrec.py train" in backbones.writer_of(tmp_path / "model-mine.safetensors")
 
 
 def test_a_failed_write_names_its_file_and_leaves_the_old_one(tmp_path, monkeypatch):
@@ -3251,6 +3255,12 @@ def test_seconds_of_a_row_are_those_of_all_its_files_once(eval_run):
     found = evaluation.seconds_behind(eval_run, eval_run / "compare" / "full.safetensors", {})
     # of a blend its own; data have none; model, judge, texts, cf
     assert list(found.values()) == [1.5, 0, 2, 2, 5, 2]
+    # a person's own vectors, outside the run, have none
+    own = eval_run.parent / "own.safetensors"
+    save_file({"text": torch.zeros(N_ITEMS, 2)}, own)
+    save_model(eval_run / "model-own.safetensors", 8, inputs=[str(own)])
+    path = eval_run / "model-own.safetensors"
+    assert list(evaluation.seconds_behind(eval_run, path, {}).values()) == [2, 0]
 
 
 def test_recommend_shows_the_best_and_the_items_nearest_to_z(eval_run):
@@ -4035,10 +4045,11 @@ BAD_FLAGS = {
         ("--negatives none", "--negatives none: --alpha needs generated vectors; give it as 0"),
         ("--negatives none --alpha 0", "--negatives none: --lambda1 needs"),
         ("--negatives none --alpha 0 --lambda1 0 --paper", "--negatives none: --paper needs"),
-        ("--paper --lambda-s 0.1", "--lambda-s 0.1: the paper's form has no semantic alignment"),
+        ("--paper --lambda-s 0.1", "--lambda-s 0.1: the paper's form has no such term"),
+        ("--paper --lambda-f 1", "--lambda-f 1: the paper's form has no such term"),
         ("--hinge 0.3", "--hinge: is part of the paper's form, so it needs --paper"),
         ("--train-projector", "--train-projector: is part of the paper's form"),
-        ("--keep-clear judge --sampler rns", "--keep-clear judge: only dns chooses"),
+        ("--keep-clear judge --sampler rns", "--keep-clear judge: only dns takes a penalty"),
         ("--alpha 1.5", r"1.5 is outside \[0, 1\]"), ("--tau-c 0", r"0 is outside \(0, inf\]"),
         ("--control cleared", "invalid choice: 'cleared'"), ("", "now .* --force`"),
         ("--out texts.safetensors --force", OTHERS), ("--out cf.safetensors --force", OTHERS),
