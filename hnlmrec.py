@@ -197,7 +197,7 @@ class HNLMRec(nn.Module):
         return {name: module for name, module in named.items() if module is not None}
 
     def loss(self, rows, generator):
-        """Rows (B,) of the train pairs -> (scalar, {term: float}). A step for backbones.fit."""
+        """Rows (B,), B >= 1, of the pairs -> (scalar, {term, unweighted: float}). For `fit`."""
         u, i = self.pairs[rows].T  # (B,), (B,)
         # generated vectors are drawn before the negatives, each from the one generator
         own = self.table(rows, 1, generator)[:, 0] if self.table else None  # (B,)
@@ -1461,7 +1461,7 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
     # a flat file, in which a row stands for a pair
     columns = next(iter(found.values()), {title: ""}).keys()
     flat = flat or len(repeated) > len(found) / 2 or any(is_called(n, "user") for n in columns)
-    left_out = columns & set(form[:5])
+    left_out = columns & set(form[:5]) - {title}
     if flat:
         left_out |= columns_about_pairs(found, columns, title, repeated, differ,
                                         two_titles)
@@ -1687,7 +1687,7 @@ ROLES = ("user", "item", "rating", "timestamp", "text")
 tabs, commas = partial(table_rows, sep="\t"), partial(table_rows, sep=",")
 colons = partial(table_rows, sep="::", encoding="latin-1")
 # name: reader and columns of the interactions (user item rating timestamp text, -: none), reader
-# and columns of the metadata (id title texts; a|b: the first that is there, *: all others;
+# and columns of the metadata (id title texts; of texts a|b: the first there is; *: all others;
 # +: a year that is put behind the title)
 FORMATS = {
     "table": (table_rows, "user item rating timestamp text", table_rows, "item title *"),
