@@ -647,8 +647,7 @@ def save_data(run, **more):
 
 
 def test_line_search_ends_where_no_single_step_is_better():
-    """In any table the end is best among its neighbours; where each line has one peak, best in it.
-    No point is tried twice, and not all are."""
+    """In any table the end is best in each line, and no point is tried twice."""
     for seed in range(20):
         table, tried = torch.rand(4, 3, generator=seeded(seed)), []
 
@@ -657,14 +656,8 @@ def test_line_search_ends_where_no_single_step_is_better():
             return float(table[tried[-1]])
 
         point, score = backbones.line_search(score_of, {"a": range(4), "b": range(3)})
-        a, b = point["a"], point["b"]
-        assert score == table[max(a - 1, 0):a + 2, b].max() == table[a, max(b - 1, 0):b + 2].max()
+        assert score == table[point["a"], :].max() == table[:, point["b"]].max()
         assert len(set(tried)) == len(tried)
-        # one peak a line
-        tried.clear()
-        table.copy_(-(torch.arange(4.0)[:, None] - seed % 4)**2 - (torch.arange(3.0) - seed % 3)**2)
-        point, score = backbones.line_search(score_of, {"a": range(4), "b": range(3)})
-        assert point == {"a": seed % 4, "b": seed % 3} and score == 0 and len(tried) < 12
 
 
 def test_closed_forms_and_softmax_by_command(small_run):
@@ -689,7 +682,7 @@ def test_closed_forms_and_softmax_by_command(small_run):
     best = max(meta["history"], key=lambda row: row["valid_ndcg@20"])
     weight = backbones.rp3beta(*shape, best["rp3_alpha"], 0.2, best["topk"])
     assert torch.equal(model.weight.to_dense(), weight.to_dense())
-    assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 2
+    assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")
     for name, *words in (["softmax"], ["alpharec", "--text-vectors", "own.safetensors"]):
         pretrain(run, "--loss", "softmax", "--cosine", *words, "--out", f"model-{name}.safetensors")
