@@ -294,7 +294,7 @@ METHODS |= {
                        + TEXTS, (TEXTS,), stem="alpharec"),
     # its loss, L_sem, beside BPR and DNS; a user's text is the sum of the train items'
     "RLMRec-Con": Method("baseline", "--negatives none --alpha 0 --lambda1 0 --text-init 0 "
-                         "--lambda-s 0.1", (TEXTS,), stem="rlmrec"),
+                         "--lambda-s 0.01", (TEXTS,), stem="rlmrec"),
     "text similarity": Method("text", parts=(TEXTS,)),
     "RP3β + text similarity": Method("text", parts=("RP3β", TEXTS)),
     "HNLMRec, as in the paper": Method("ours", "--paper", ("negatives",), stem="paper"),
