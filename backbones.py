@@ -1171,11 +1171,11 @@ def writer_of(path):
         run, name = run.parent, run.name
     stem = re.sub(r"(-\d{5})?(\.partial)?\.\w+$", "", name)
     first = re.split("[-.]", stem)[0]
-    # a model says itself what wrote it; of one that is not there its name tells
-    guess = "blend" if "full" in stem else "train" if re.search("hnlmrec|judged", stem) else ""
-    made = read_header(path).get("settings", {}).get("command", guess)
-    ours = f"hnlmrec.py {made}" if made in ("train", "blend") else "backbones.py pretrain"
-    command = WRITERS.get(first, ours)
+    command = WRITERS.get(first)
+    if not command:  # a model says itself what wrote it; of one that is not there its name tells
+        guess = "blend" if "full" in stem else "train" if re.search("hnlmrec|judged", stem) else ""
+        made = read_header(path).get("settings", {}).get("command", guess)
+        command = f"hnlmrec.py {made}" if made in ("train", "blend") else "backbones.py pretrain"
     flags = f"--out {stem if first == 'negatives' else name}"
     if first in ("sft", "adapter"):
         flags = f"--name sft{stem.removeprefix(first)}"

@@ -293,8 +293,7 @@ METHODS |= {
     "AlphaRec": Method("baseline", "--loss softmax --cosine --layers 2 --tau 0.15 --text-vectors "
                        + TEXTS, (TEXTS,), stem="alpharec"),
     # its loss, L_sem, beside BPR and DNS; a user's text is the sum of the train items'
-    "RLMRec-Con": Method("baseline", "--negatives none --alpha 0 --lambda1 0 --text-init 0 "
-                         "--lambda-s 0.01", (TEXTS,), stem="rlmrec"),
+    "RLMRec-Con": Method("baseline", PLAIN + " --lambda-s 0.01", (TEXTS,), stem="rlmrec"),
     "text similarity": Method("text", parts=(TEXTS,)),
     "RP3β + text similarity": Method("text", parts=("RP3β", TEXTS)),
     "HNLMRec, as in the paper": Method("ours", "--paper", ("negatives",), stem="paper"),
@@ -905,28 +904,28 @@ def run_trial(run, command, first, epochs, shorts):
     out, found = "compare/tune-trial.safetensors", {"short": None, "valid": None}
 
     def train(*more):
-        """-> {epoch: validation NDCG@20}."""
+        """-> {epoch: validation NDCG@20}, the settings of the model's file."""
         program(*command, *more, "--run", run, "--out", out, "--force")
         meta = read_meta(run / out)
-        if first:  # so that no later trial is the same again
-            found["defaults"] = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in
-                                 meta["settings"].items() if isinstance(value, (int, float))}
-        return {row["epoch"]: row["valid_ndcg@20"] for row in meta["history"]}
+        return {row["epoch"]: row["valid_ndcg@20"] for row in meta["history"]}, meta["settings"]
 
     few, scores = max(1, epochs // 5), {}
     try:
         if not first:
-            scores = train("--epochs", few)
+            scores, _ = train("--epochs", few)
             found["short"] = max(scores.values())
         # successive halving (Jamieson and Talwalkar, AISTATS 2016): the better half goes on
         if first or sum(other > found["short"] for other in shorts) < (len(shorts) + 1) / 2:
             # a short run that stopped by itself would stop there again
             if first or max(scores) == few:
-                scores = train()
+                scores, settings = train()
             found["valid"] = max(scores.values())
         if first:  # its own first epochs stand for a short run
             early = [score for epoch, score in scores.items() if epoch <= few]
             found["short"] = max(early, default=None)
+            # so that no later trial says a default again
+            found["defaults"] = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in
+                                 settings.items() if isinstance(value, (int, float))}
     except SystemExit2 as error:
         if first:  # of defaults: no flag of ours made it fail
             raise

@@ -810,8 +810,8 @@ def check_flags(args):
                      "`python llm_negatives.py generate`")
     for name in ("lambda_s", "lambda_f"):
         if args.paper and getattr(args, name):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: the paper's form has no such "
-                 "term; leave out it or --paper")
+            fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: the paper's form has no "
+                 "such term; leave it or --paper out")
     for name in ("hinge", "train_projector"):
         if getattr(args, name) and not args.paper:
             fail(f"--{name.replace('_', '-')}: is part of the paper's form, so it needs --paper")
@@ -1463,8 +1463,7 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
     flat = flat or len(repeated) > len(found) / 2 or any(is_called(n, "user") for n in columns)
     left_out = columns & set(form[:5]) - {title}
     if flat:
-        left_out |= columns_about_pairs(found, columns, title, repeated, differ,
-                                        two_titles)
+        left_out |= columns_about_pairs(found, columns, title, repeated, differ, two_titles)
         counts.pop(REPEATED, None)
     if left_out:
         print("  left out of the items' texts, as about a pair, or counted from pairs (give what "

@@ -3491,7 +3491,8 @@ def test_a_short_run_that_stopped_by_itself_is_not_repeated(tmp_path, monkeypatc
     monkeypatch.setattr(evaluation, "program", lambda *words: calls.append(words))
     for last, runs in ((10, 1), (20, 2)):  # of a fifth of 100 epochs
         history = [{"epoch": 5, "valid_ndcg@20": 0.2}, {"epoch": last, "valid_ndcg@20": 0.1}]
-        monkeypatch.setattr(evaluation, "read_meta", lambda path, h=history: {"history": h})
+        monkeypatch.setattr(evaluation, "read_meta", lambda path, h=history: {
+            "history": h, "settings": {}})
         calls.clear()
         found = evaluation.run_trial(tmp_path, ["backbones.py"], False, 100, [])
         assert (len(calls), found["short"], found["valid"]) == (runs, 0.2, 0.2)
