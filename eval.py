@@ -275,7 +275,7 @@ def measure_judges(models, judges, data, labels="valid", top=TOP):
 # has parts by `hnlmrec.py blend`. kind: closed form, sampler, baseline (others' methods), text
 # (untrained), ours, control. flags: of its command. needs: files of the run that it reads. like:
 # the row whose flags, tuned ones too, come before its own. parts of a blend: rows, and files of the
-# run. stem: its file in a run is model-STEM.safetensors
+# run; of A|B one, by validation. stem: its file in a run is model-STEM.safetensors
 Method = namedtuple("Method", "kind flags needs like parts stem", defaults=("", (), "", (), ""))
 BASELINES = ("closed form", "sampler", "baseline")
 TEXTS, JUDGE, JUDGED = "texts.safetensors", "judge.safetensors", "judge's negatives"
@@ -302,10 +302,11 @@ METHODS |= {
     "HNLMRec": Method("ours", "", ("negatives", TEXTS), stem="hnlmrec"),
     JUDGED: Method("ours", PLAIN + " --lambda-f 1", (JUDGE,), stem="judged"),
     "judge alone": Method("ours", parts=(JUDGE,)),
-    "in full": Method("ours", parts=(JUDGED, JUDGE, *CLOSED), stem="full"),
-    "in full, DNS for the judge's negatives": Method("control", parts=("DNS", JUDGE, *CLOSED)),
+    "in full": Method("ours", parts=(f"{JUDGED}|DNS", JUDGE, *CLOSED), stem="full"),
+    "in full, with the judge's negatives": Method("control", parts=(JUDGED, JUDGE, *CLOSED)),
+    "in full, with DNS": Method("control", parts=("DNS", JUDGE, *CLOSED)),
     "in full, without the judge in the score": Method("control", parts=(JUDGED, *CLOSED)),
-    "in full, without the closed forms": Method("control", parts=(JUDGED, JUDGE)),
+    "in full, without the closed forms": Method("control", parts=(f"{JUDGED}|DNS", JUDGE)),
     "DNS and closed forms": Method("control", parts=("DNS", *CLOSED)),
     "judge and closed forms": Method("control", parts=(JUDGE, *CLOSED)),
     "all baselines in one score": Method("control", parts=EVERY),
@@ -341,7 +342,7 @@ OTHER_TEXTS = {"words": ("bag of words", "--layers 0"),
 for _name, (_row, _) in OTHER_TEXTS.items():
     _file, _by = f"judge-{_name}.safetensors", f"in full, by {'a ' * (_name == 'words')}{_row}"
     METHODS[f"{JUDGED}, {_row}"] = Method("control", f"--judge {_file}", (_file,), JUDGED)
-    METHODS[_by] = Method("control", parts=(f"{JUDGED}, {_row}", _file, *CLOSED))
+    METHODS[_by] = Method("control", parts=(f"{JUDGED}, {_row}|DNS", _file, *CLOSED))
 
 # the rows of a data set's line in the table of data sets
 TABLE = ("ItemKNN", *CLOSED, "RNS", "DNS", "MixGCF", "AlphaRec", "RLMRec-Con",
@@ -359,7 +360,7 @@ CLAIMS = (("in full", BASELINES, ", the best baseline by validation"),
 
 def missing_file(run, name):
     """The first file that a row, or a part of it, reads and the run lacks; None for none."""
-    for file in (*METHODS[name].needs, *METHODS[name].parts):
+    for file in (*METHODS[name].needs, *"|".join(METHODS[name].parts).split("|")):
         if file in METHODS:
             file = missing_file(run, file)
         if file and not ((run / file).exists() or (run / f"{file}-00000.safetensors").exists()):
@@ -787,11 +788,15 @@ class Cells:
         method, backbone, parts = METHODS[name], self.args.backbone, []
         closed, seeded = method.kind == "closed form", f"-{backbone}-seed{seed}"
         for part in method.parts:
-            if part in METHODS:  # a blend's flags are those of what is trained for it
-                more = [] if METHODS[part].kind == "closed form" else words
-                part = self.path(part, more, seed)
-                part = part and str(part.relative_to(self.run))
-            parts += [part] if part else []
+            files = []
+            for one in part.split("|"):
+                if one in METHODS:
+                    # a blend's flags are those of what is trained for it, of A|B those of A
+                    more = [] if files or METHODS[one].kind == "closed form" else words
+                    one = self.path(one, more, seed)
+                    one = one and str(one.relative_to(self.run))
+                files += [one] if one else []
+            parts += ["|".join(files)] if files else []
         command = ["hnlmrec.py", "blend", "--parts", ",".join(parts)]
         if not method.parts:
             more = words if closed else [*self.flags, *words]
@@ -1143,7 +1148,8 @@ def main(argv=None):
     for name, rows, out in (("compare", METHODS, None), ("tune", SPACES, "tuned")):
         p = commands.choices[name]
         p.add_argument("--methods", default="", help="semicolon-separated; each of compare may "
-                       "have flags of its own, which in a blend go to all parts that are trained; "
+                       "have flags of its own, which in a blend go to all parts that are trained, "
+                       "but not to DNS where it is an alternative; "
                        + "; ".join(rows))
         p.add_argument("--backbone", default="lightgcn", help="of all that is trained")
         p.add_argument("--flags", default="", help="of every training, in one string")

@@ -33,7 +33,7 @@ from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -798,7 +798,8 @@ def fit_judge(args):
 # What the paper and its published code state of this stage; their alpha on Toys is 0.01
 PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4, "sampler": "rns",
          "alpha": 1e-4, "lambda1": 1e-3, "tau_c": 0.2, "lambda_s": 0.0, "text_init": 0.0}
-WEIGHTS = ("alpha", "lambda1", "lambda_s", "lambda_f", "gamma", "reg", "tau_c", "k")  # of HNLMRec
+# HNLMRec's numbers: each has a flag of its name
+WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if default is not None]
 
 
 def check_flags(args):
@@ -958,10 +959,12 @@ def controlled(vectors, control, generator):
 
 def blend(args):
     """Put several recommenders into one score, with the weights that are best on validation; what
-    does not help there gets none. The file names its parts, each of which keeps its own score."""
+    does not help there gets none. Of alternatives, A|B, the one that the whole is better with there
+    is taken. The file names its parts, each of which keeps its own score."""
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
-    names = [name for name in args.parts.split(",") if name]
+    choices = [re.findall("[^|]+", part) for part in re.findall("[^,]+", args.parts)]
+    names = list(chain(*choices))
     for name in names:
         if names.count(name) > 1:
             fail(f"--parts {name}: is there twice; name it once")
@@ -974,23 +977,26 @@ def blend(args):
     if bb.skip(out, settings, args.force):
         return
 
-    # the parts, and their weights by validation
-    parts, seconds = [], 0.0
-    for name in names:
-        model, meta, _ = load_recommender(run / name, data)
-        parts.append(model)
-        seconds += meta.get("seconds", 0.0)
-    weights, alone = blend_weights(parts, data["train"], data["valid"])
-    for name, weight, score in zip(names, weights, alone):
-        print(f"blend: {name}, alone valid NDCG@20 {score:.4f}, weight {weight:g}", flush=True)
+    # the parts, and their weights by validation, with each choice of alternatives
+    loaded = {name: load_recommender(run / name, data) for name in names}
+    seconds, best = sum(meta.get("seconds", 0.0) for _, meta, _ in loaded.values()), (-1.0,)
+    for chosen in product(*filter(None, choices)):
+        parts = [loaded[name][0] for name in chosen]
+        weights, alone = blend_weights(parts, data["train"], data["valid"])
+        score = validation(Blend(parts, weights), data)()
+        for name, weight, value in zip(chosen, weights, alone):
+            print(f"blend: {name}, alone valid NDCG@20 {value:.4f}, weight {weight:g}")
+        print(f"blend: together {score:.4f}", flush=True)
+        if score > best[0]:
+            best = score, chosen, weights
 
     # written so that everything reads it as any model
-    score = validation(Blend(parts, weights), data)()
+    score, chosen, weights = best
     bb.save_tensors(out, {"weights": torch.tensor(weights)}, {
-        "settings": settings, "parts": names, "n_users": data["n_users"],
+        "settings": settings, "parts": chosen, "n_users": data["n_users"],
         "n_items": data["n_items"], "seconds": seconds + time.time() - start,
         "history": [{"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start}]})
-    print(f"wrote {out}: valid NDCG@20 {score:.4f}")
+    print(f"wrote {out} of {', '.join(chosen)}: valid NDCG@20 {score:.4f}")
 
 # ---- trace: one (user, item) pair from the raw line to the gradient ------------------------------
 
@@ -1922,10 +1928,11 @@ def main(argv=None):
     p = commands.add_parser(
         "blend", help="put several recommenders into one score, weights by validation",
         epilog="example: python hnlmrec.py blend --run runs/demo --parts "
-               "model-judged.safetensors,judge.safetensors,model-rp3.safetensors")
+               "'model-judged.safetensors|model-dns.safetensors,judge.safetensors'")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--parts", required=True, metavar="FILES",
-                   help="models, judges or texts inside the run folder, comma-separated")
+                   help="models, judges or texts inside the run folder, comma-separated; of A|B "
+                        "the one that validation chooses")
     p.add_argument("--force", action="store_true", help="remake the output")
     p.add_argument("--out", default="model-full.safetensors", help="output file")
     p = commands.add_parser(

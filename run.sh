@@ -253,13 +253,13 @@ for sampler in rns mixgcf; do
     --out model-$sampler.safetensors
 done
 
-# HNLMRec; the judge's negatives; these, the judge and the closed forms in one score
+# HNLMRec; the judge's negatives; these (or DNS), the judge and the closed forms in one score
 step hnlmrec.py train --run "$OUT" $BUDGET $HNLMREC
 if [[ $HAVE_JUDGE == 1 ]]; then
   step hnlmrec.py train --run "$OUT" $BUDGET $NONE $JUDGED \
     --out model-judged.safetensors
   step hnlmrec.py blend --run "$OUT" \
-    --parts "model-judged.safetensors,judge.safetensors$CLOSED"
+    --parts "model-judged.safetensors|model-dns.safetensors,judge.safetensors$CLOSED"
 else
   echo "judge: left out, and with it the judge's negatives and the blend"
 fi

@@ -3383,7 +3383,7 @@ def test_rows_have_flags_of_their_programs_and_files_that_can_be_made():
         script, _, *words = evaluation.training_of(name, {}, "mf", 0)
         words += [f"--{flag}" for flag in evaluation.SPACES.get(name, ())]
         assert all(f"{flag} " in helps[script] for flag in words if flag.startswith("--"))
-        for part in method.parts:
+        for part in filter(None, "|".join(method.parts).split("|")):
             assert part in evaluation.METHODS or re.fullmatch(r"(judge|texts).*safetensors", part)
         missing = evaluation.missing_file(Path("nowhere"), name)
         assert missing is None or "`python " in evaluation.making_of(Path("nowhere"), missing)
@@ -3901,6 +3901,18 @@ def test_judge_and_blend_go_through(copied):
     oracle, users = hnlmrec.Blend(parts, list(map(float, weights))), torch.arange(30)
     assert torch.allclose(blend.scores(users), oracle.scores(users), atol=1e-5)
     assert backbones.validation(blend, data)() == meta["history"][0]["valid_ndcg@20"]
+    # of alternatives the one that the whole is better with, wherever it stands
+    scores = {}
+    for choice in ("model-rns.safetensors", "judge.safetensors",
+                   "model-rns.safetensors|judge.safetensors",
+                   "judge.safetensors|model-rns.safetensors"):
+        cli("hnlmrec.py", "blend", "--run", copied, "--parts", choice, "--out",
+            "model-choice.safetensors", "--force")
+        meta = backbones.read_meta(copied / "model-choice.safetensors")
+        scores[choice] = meta["history"][0]["valid_ndcg@20"], meta["parts"]
+    (worse, _), (better, parts) = sorted(list(scores.values())[:2])
+    assert worse < better and list(scores.values())[2:] == [(better, parts)] * 2
+    (copied / "model-choice.safetensors").unlink()
     texts, _, _ = hnlmrec.load_recommender(copied / "texts.safetensors", data)
     readings, _ = backbones.load_texts(copied, "texts.safetensors", 40)
     oracle = hnlmrec.TextSimilarity(readings, data["train"], 30)
@@ -4053,7 +4065,7 @@ BAD_FLAGS = {
         ("--likely 0", r"0 is outside \[1,"), ("--dropout 0 1", r"1 is outside \[0, 0.95\]"),
         ("--out model-judged.safetensors --force", "--out"), ("--lr 0.1", "now 0.1.* --force`")],
     "hnlmrec.py blend": [
-        ("", "required: --parts"), ("--parts ,", "--parts: names no file"),
+        ("", "required: --parts"), ("--parts ,|,", "--parts: names no file"),
         ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "is there twice"),
         ("--parts x.safetensors --out x.safetensors", "is one of the parts"),
         ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
