@@ -171,7 +171,7 @@ class LightGCN(Backbone):
             hops.append(SymmetricMatmul.apply(self.adjacency, hops[-1]))
         return torch.stack(hops, 1).split([self.n_users, self.n_items])
 
-    def forward(self):  # pool(layers()), one hop held; other layers(): forward = Backbone.forward
+    def forward(self):  # Backbone's, with one hop in memory; other layers() need Backbone.forward
         total = hop = self.start()
         for _ in range(self.n_layers):
             hop = SymmetricMatmul.apply(self.adjacency, hop)
@@ -236,7 +236,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     users (B, D); item_layers (I, K, d), one slice a hop; positives (B,) and candidates (B, M) item
     ids; pool((B, K, d)) -> (B, D) joins the hops as the backbone does -> vectors (B, D)."""
     # Gradients flow to the chosen candidates and the positives.
-    # One random share a pair and hop, the same for its M candidates: were it drawn for each
+    # One random share per pair and hop, the same for its M candidates: were it drawn for each
     # candidate, the best one would nearly always be the one drawn closest to the positive, and
     # training would stall (MovieLens-100K: valid NDCG@20 .19, not .22)
     shape, hops = (item_layers.shape[1], len(positives)), []
@@ -257,7 +257,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
 
 
 SAMPLERS = "rns", "pns", "dns", "mixgcf", "ahns"
-# all vectors, the batch's, and the negatives' items (of mixgcf, which has none, first candidates)
+# vectors of all, then of the batch; the negatives' ids (of mixgcf's mixtures, first candidates)
 Sample = namedtuple("Sample", "all_users all_items users positives negatives negative_ids")
 
 
@@ -333,8 +333,8 @@ def rank_unseen(model, users, seen, k):
 
 # ---- CF-mined hard negatives: what the LLM learns to imitate -------------------------------------
 # Shares of the catalogue: ranks 200-300 of MovieLens-100K's 1,008 items. Higher ranks hold many
-# items that the user would like: of the items nearest to vectors taught ranks 5-60 4.3 % are
-# validation positives, of all items .8 %
+# items that the user would like: with ranks 5-60 as fine-tuning's targets, 4.3 % of the items
+# nearest to the generated vectors are validation positives, against .8 % of all items
 BAND = 0.1985, 0.298
 
 
@@ -817,7 +817,8 @@ def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):
     n = len(data["train"])
     if not batch_size:
         # a step propagates over the whole graph: with one batch size for all N, an epoch's time
-        # would grow as N squared. So from 2**16 pairs on: the power of two just below N / 8
+        # would grow as N squared. So from 2**16 pairs on: N / 8 rounded down to a power of two,
+        # within 2**14 and 2**16
         batch_size = 2048 if n < 2**16 else 2 ** min(max(int(math.log2(n / 8)), 14), 16)
     # in proportion to the batch (Goyal et al., 2017), as far as Adam allows
     lr = lr or min(1e-3 * batch_size / 2048, 8e-3)
@@ -1287,8 +1288,8 @@ def run_cli(main):
 
 def keep_freed_memory():
     """Have glibc keep up to 1 GiB of freed memory for what is allocated next; elsewhere nothing."""
-    # it would hand tables of some MiB back to the system at once, and get them anew, page by page,
-    # in each training step: with this DNS takes three quarters of the time, L_false two thirds
+    # by default it returns tables of a few MiB to the system at once, and each training step gets
+    # them again page by page. This saves a quarter of a DNS step and a third of one with L_false
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -1431,7 +1432,7 @@ def add_training_flags(parser, more=()):
         group, ("--dim", number(int, 2), 64, "embedding width d"),
         ("--layers", number(int, 1), 3, "propagation layers of lightgcn and ngcf"),
         ("--epochs", number(int, 0), 0, "passes over the train pairs; 0: 200, of large sets fewer"),
-        ("--batch-size", number(int, 0), 0, "pairs a step; 0: 2048, of large sets up to 65,536"),
+        ("--batch-size", number(int, 0), 0, "pairs per step; 0: 2048, of large sets up to 65,536"),
         ("--lr", number(float, 0), 0.0, "of Adam; 0: 1e-3 x batch size / 2048, at most 8e-3"),
         ("--reg", number(float, 0), 1e-4, "weight of the L2 term, lambda2"),
         ("--eval-every", number(int, 1), 5, "epochs between validations"),

@@ -1,9 +1,9 @@
-"""eval.py: what the trained models are worth, and what their negatives are.
+"""eval.py: evaluates trained models and the negatives they are trained with.
 
 report     runs/NAME/model-*.safetensors, on the test pairs -> report.md, report.svg, metrics.json
-compare    methods x seeds, on the test pairs or --valid -> compare.md, compare.json, pictures
+compare    methods x seeds, on the test pairs or --valid -> compare.md, compare.json, compare.svg
 nats       what judges know of validation positives beyond CF -> nats.md, nats.json
-tune       as many trials for each method, on validation -> tuned.json
+tune       the same number of trials for each method, on validation -> tuned.json, tuned.md
 estimate   what run.sh will take
 recommend  one user's top items, and the items nearest to the LLM's negatives
 
@@ -195,9 +195,9 @@ def fit_of_features(features, label, user, half):
 def within_users(score, user):
     """Scores (n,) of pairs with users (n,) -> (n,) float64 of mean 0 and deviation 1 over each
     user's own pairs."""
-    # a score may have an offset and a scale for each user, such as the number of the user's items
-    # gives it. No ranking sees them; a regression over all users does, and would take a judge that
-    # ranks well for one that knows nothing
+    # a score's offset and scale may differ between users, for example with the number of their
+    # items. No user's ranking depends on that, but a regression over all users does: a judge that
+    # ranks well would seem to know nothing
     score, count = score.double(), torch.bincount(user).clamp(min=1)
     centred = score - (torch.bincount(user, score) / count)[user]
     deviation = (torch.bincount(user, centred**2) / count).sqrt()
@@ -287,7 +287,7 @@ METHODS = {name: Method("closed form", f"--backbone {stem}", stem=stem) for name
 METHODS |= {name: Method("sampler", f"--sampler {name.lower()}", stem=name.lower())
             for name in ("RNS", "PNS", "DNS", "MixGCF", "AHNS")}
 METHODS |= {
-    "DNS(M,N)": Method("sampler", "--sampler dns --m 24 --n 2"),
+    "DNS(M,N)": Method("sampler", "--sampler dns --n 2"),
     "Softmax": Method("baseline", "--loss softmax --cosine", stem="softmax"),
     # 2 layers and tau .15 as its authors have them
     "AlphaRec": Method("baseline", "--loss softmax --cosine --layers 2 --tau 0.15 --text-vectors "
@@ -344,7 +344,7 @@ for _name, (_row, _) in OTHER_TEXTS.items():
     METHODS[f"{JUDGED}, {_row}"] = Method("control", f"--judge {_file}", (_file,), JUDGED)
     METHODS[_by] = Method("control", parts=(f"{JUDGED}, {_row}|DNS", _file, *CLOSED))
 
-# the rows of a data set's line in the table of data sets
+# the rows that `compare` has without --methods
 TABLE = ("ItemKNN", *CLOSED, "RNS", "DNS", "MixGCF", "AlphaRec", "RLMRec-Con",
          "text similarity", "RP3β + text similarity", "HNLMRec, as in the paper", "HNLMRec", JUDGED,
          f"{JUDGED}, bag of words", f"{JUDGED}, shuffled texts", "judge alone", "in full",
@@ -384,9 +384,9 @@ def making_of(run, file):
     commands = [f"{writer_of(run / made)} {flags}".strip() for made, flags in steps]
     return ", then ".join(f"`{command}`" for command in commands)
 
-# ---- 5. One writer of tables: a report is a comparison with one file a row -----------------------
+# ---- 5. One writer of tables: a report is a comparison, one file per row ------------------------
 # what to evaluate: a row's key in the JSON file, its names in tables and in METHODS (or ""), its
-# kind as Method has it, its model files, one a seed
+# kind as Method has it, its model files, one per seed
 Row = namedtuple("Row", "key label method kind paths")
 
 
@@ -489,7 +489,7 @@ class Comparison:
             spread = [f" ± {s.std(ddof=1):.4f}" if self.seeds > 1 else "" for s in scores]
             main.append([row.label, *(f"{s.mean():.4f}{sd}" for s, sd in zip(scores, spread)),
                          f"{self.mean(row):.4f}"])
-            # against the rival. No p here: with one a row, some would be small by chance
+            # against the rival. No p here: with one in each row, some would be small by chance
             against = ["", ""]
             if row != self.rival:
                 test = tests[row.label] = self.difference(row, self.rival)
@@ -549,7 +549,7 @@ def report(args):
     # first what a person wants to know: who is ahead, and how to read it
     lines = [f"# Report: {markdown(run.name)}", *comparison.claims(result), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
-             "it. Behind a difference stand its 95 % interval and p, corrected by Holm's method. "
+             "it. Each difference comes with its 95 % interval and p, corrected by Holm's method. "
              f"One seed: `python eval.py compare --run {run}` measures others."]
     lines += ["", f"Left out, since the run lacks it: {', '.join(absent)}."] if absent else []
     lines += [*comparison.sections("report", result), *example_lines(comparison),
@@ -902,11 +902,11 @@ def best_trial(trials):
     return max((row for row in trials if row["valid"] is not None), key=lambda row: row["valid"])
 
 
-def run_trial(run, command, first, epochs, shorts):
-    """Train a trial of tune, trial 0 in full, the others a fifth of the epochs first -> dict:
-    "short", "valid": validation NDCG@20, None where it was not reached; "failed": why; "defaults"
-    of trial 0: {flag: value}. shorts: results of the method's short runs so far."""
-    out, found = "compare/tune-trial.safetensors", {"short": None, "valid": None}
+def run_trial(run, out, command, first, epochs, shorts):
+    """Train a trial of tune into `out`, trial 0 in full, the others a fifth of the epochs first ->
+    dict: "short", "valid": validation NDCG@20, None where it was not reached; "failed": why;
+    "defaults" of trial 0: {flag: value}. shorts: results of the method's short runs so far."""
+    found = {"short": None, "valid": None}
 
     def train(*more):
         """-> {epoch: validation NDCG@20}, the settings of the model's file."""
@@ -936,13 +936,11 @@ def run_trial(run, command, first, epochs, shorts):
             raise
         print(f"failed: {error.message}")
         found["failed"] = error.message
-    finally:
-        (run / out).unlink(missing_ok=True)
     return found
 
 
 def tune(args):
-    """Search each method's space by `budget` trials, each a line of OUT.jsonl, so that a killed
+    """Search each method's space by `budget` trials, one per line of OUT.jsonl, so that a killed
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
     run, data = Path(args.run), load_data(args.run)
     log = run / f"{output_name('--out', args.out, 'eval.py tune')}.jsonl"
@@ -961,7 +959,8 @@ def tune(args):
     if not texts:
         print("the judge ranks no better than popularity: parts that live by texts are not tried")
     rows = read_jsonl(log, growing=True) if log.exists() and not args.force else []
-    done = {json_digest(row["plan"]): row for row in rows}  # of other inputs or flags: not found
+    # of other inputs or flags: not found
+    done = {json_digest(row["plan"]): row for row in rows if "model" in row}
     # a round is one trial of each method, so that a stopped search leaves them even
     for n, (name, before) in product(range(args.budget), trials.items()):
         if n and name == JUDGED and not texts:
@@ -975,11 +974,16 @@ def tune(args):
         row = done.get(json_digest(plan))
         if row is None:
             shorts = [row["short"] for row in before if row["short"] is not None]
-            found = run_trial(run, command, not n, epochs, shorts)
-            row = {"method": name, "plan": plan, "words": words, **found}
+            out = f"compare/tune-{json_digest(plan)[:6]}.safetensors"
+            found = run_trial(run, out, command, not n, epochs, shorts)
+            row = {"method": name, "plan": plan, "words": words, "model": out, **found}
             rows.append(row)
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
         before.append(row)
+        # the best one's model is kept, so that nobody has to train it again
+        for other in before:
+            if other is not best_trial(before):
+                (run / other["model"]).unlink(missing_ok=True)
     # the best, beside those of former searches
     out, table = run / f"{args.out}.json", []
     methods = read_tuned(out, data["digest"]) if out.exists() and not args.force else {}
@@ -1020,11 +1024,12 @@ def estimate(args):
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
     training = 0.75 * epochs * -(-n // batch) * step  # early stopping ends most of them sooner
-    # the LLM's: profiles, fine-tuning, generation, reading
+    # the LLM's: profiles, fine-tuning, generation, reading. The best trials are two of the trainings
     written = sum(min(args.llm_rows or n, n) for n in (users, items))
-    parts = {"LLM": written / 11 + 90 + args.pairs / 90 + min(items, 12_000) / 100,
-             "judge": 1.2e-4 * n * 12, "trainings": 7 * training,
-             "trials": 0.8 * args.trials * training}
+    llm = written / 9 + 60 + items / 120 + args.pairs / 45 + min(items, 12_000) / 55
+    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * items**3,
+             "trainings": (5 if args.trials else 7) * training,
+             "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     # half a second of products is enough to tell one machine from another
     matrix, done, start = torch.randn(768, 768), 0, time.time()
     while time.time() - start < 0.5:
@@ -1084,7 +1089,7 @@ def markdown_table(header, rows):
 
 
 def svg_chart(title, labels, means, lows, highs):
-    """Dots with intervals about a dashed line at 0, a row a label, as SVG text: labels any text;
+    """Dots with intervals about a dashed line at 0, a row per label, as SVG text: labels any text;
     means, lows, highs (n,) finite numbers."""
     # about five ticks at round values. A dot shows its value by position, not by length, so
     # the axis need not begin at zero; it holds zero all the same, since that is the question
@@ -1118,7 +1123,7 @@ def svg_chart(title, labels, means, lows, highs):
         text(x(tick), bottom + 16, f"{tick + 0.0:.{decimals}f}", ' class="tick" '
              'text-anchor="middle" fill="#555"')
     line(0.0, 0.0, top - 8, bottom, 'stroke="#c33" stroke-dasharray="4 3"')
-    # a row a label: name, interval, dot, numbers
+    # of each label: name, interval, dot, numbers
     for n, (label, mean, low, high) in enumerate(zip(labels, means, lows, highs)):
         y = top + row * n + 6
         text(12, y + 4, label)
@@ -1156,7 +1161,7 @@ def main(argv=None):
         p.add_argument("--out", default=out, help="first part of the names of what is written")
         p.add_argument("--force", action="store_true", help="make all trainings anew")
     p = commands.choices["tune"]
-    p.add_argument("--budget", type=number(int, 1), default=20, help="trials a method")
+    p.add_argument("--budget", type=number(int, 1), default=20, help="trials per method")
     p.add_argument("--widest", type=number(int, 64), default=512, help="--dim tried at most")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of trials and trainings")
     p = commands.choices["compare"]

@@ -51,9 +51,9 @@ from backbones import (  # the method's names are bare, so that its pieces can b
 
 class Projector(nn.Module):
     """Self-attention over the K generated vectors of one user, then an MLP into the recommender's
-    space (paper, stage 2): (B, K, H) -> z (B, D), the projection of slot 0, informed by the others.
+    space (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, the pair's own, is the only query.
 
-    sample_hidden (n, H), n at least 2: generated vectors, of which mean and deviation are kept.
+    sample_hidden (n, H), n at least 2: generated vectors, whose mean and deviation standardise h.
     attention=False leaves the MLP alone (an ablation)."""
 
     def __init__(self, sample_hidden, dim, width=128, attention=True):
@@ -64,7 +64,7 @@ class Projector(nn.Module):
         self.register_buffer("std", sample_hidden.float().std(0).clamp(min=1e-3))
         self.inward = nn.Linear(sample_hidden.shape[1], width)
         self.query = self.key = self.value = None
-        if attention:  # one head: K is 4, and there is one question
+        if attention:  # one head is enough: one query, slot 0, and K = 4 keys
             self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.mlp = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
@@ -106,8 +106,8 @@ class NegativeTable:
         self.without = int((self.count[self.train_users] == 0).sum())
 
     def __call__(self, rows, k, generator=None):
-        """Train rows (B,) -> rows of the generated vectors (B, k), the pair's own (or its stand-in)
-        first; -1 where the user has none. A user with fewer than k has some more than once."""
+        """Train rows (B,) -> rows of the generated vectors (B, k): first the pair's own, if it has
+        one; the others drawn with replacement from its user's; -1 where the user has none."""
         users, own = self.train_users[rows], self.row[rows]
         chosen = self.others(users, k, generator)
         chosen[:, 0] = torch.where(own >= 0, own, chosen[:, 0])
@@ -121,7 +121,7 @@ class NegativeTable:
 
 def mix(z, sampled, alpha):
     """e⁻ = alpha z + (1 - alpha) e_j (paper, stage 2): z, sampled (B, D) -> (B, D)."""
-    # alignment trains z's direction alone, so z is first given the norm of e_j
+    # unlike in PaperHNLMRec, z first gets e_j's norm: alignment trains its direction alone
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
 
@@ -172,11 +172,11 @@ class HNLMRec(nn.Module):
 
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
 
-    backbone: a Backbone; draw: samples e_j, of make_sampler; pairs (N, 2) train. For z: projector,
-    table (a NegativeTable), hidden (n, H) that it numbers, mined (U, M). semantic: for L_sem;
-    likely: a LikelyFalse, for L_false. A term of weight 0 needs none of its parts."""
+    backbone: a Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector;
+    hidden (n, H): generated vectors; table: a NegativeTable of them; mined (U, M): the bands.
+    semantic: a SemanticProjector; likely: a LikelyFalse. None will do for a term of weight 0."""
 
-    # pairs a step that L_align and L_sem see: more only cost time
+    # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
     refresh = 20  # steps between new values of z for BPR: meanwhile a z hardly moves
 
@@ -223,9 +223,9 @@ class HNLMRec(nn.Module):
             false_score = self.backbone.score(users, take(sample.all_items, f))  # (B,)
             above = bpr_loss(false_score, self.backbone.score(users, negatives))
             below = bpr_loss(self.backbone.score(users, positives), false_score)
-            false = above + self.gamma * below + self.reg * l2_loss(take(ego_items, f))
-            loss = loss + self.lambda_f * false
-            logs["false"] = above.item()
+            false = above + self.gamma * below
+            loss = loss + self.lambda_f * (false + self.reg * l2_loss(take(ego_items, f)))
+            logs["false"] = false.item()
 
         # L_align, on the first rows: z near one of the user's mined items. It trains the projector
         # alone, towards where the backbone has these items now
@@ -316,9 +316,9 @@ class PaperHNLMRec(HNLMRec):
         return ranking + self.lambda1 * contrast + self.reg * l2, logs
 
 # ==== 2. The judge ================================================================================
-# What the texts, as a frozen LLM reads them, say that a user likes. It learns by leaving a train
-# item out of its user's own history and finding it again among the catalogue. Unseen items that it
-# then ranks high are likely false negatives. Beyond the paper
+# The judge predicts what a user likes from texts, as a frozen LLM reads them. In training, one item
+# is left out of a user's history, and the judge has to rank it above items drawn at random. Unseen
+# items that it then ranks high are likely false negatives. Beyond the paper
 
 def whiten(text):
     """Texts (I, H) -> (I, H), rows of length 1 whose inner products are cosines of whitened texts:
@@ -391,9 +391,9 @@ class Judge(nn.Module):
 
 class JudgeMaps(nn.Module):
     """What the judge learns: two linear maps of the items' texts, W_h for items of a history and
-    W_i for judged ones, and a bias an item. tables() -> the arguments of a Judge.
+    W_i for judged ones, and a bias per item. tables() -> the arguments of a Judge.
 
-    readings: a list of (I, H) float, one a layer; train (N, 2); width: k; beta: at the start."""
+    readings: a list of (I, H), one per layer; train (N, 2); width: W; beta: where it starts."""
 
     # width 576: the default LLM's own; wider maps overfit small data. beta 4: a cosine of .9
     # then counts five times as much as one of .5
@@ -407,7 +407,7 @@ class JudgeMaps(nn.Module):
         # identities: an untrained judge compares the texts as they are
         nn.init.eye_(self.history_map.weight)
         nn.init.eye_(self.item_map.weight)
-        # half the log popularity: between none and all of what softmax against uniform draws asks
+        # starts at half the log popularity: softmax against uniform draws would ask for all of it
         count = torch.bincount(train[:, 1], minlength=len(text)).float()
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
@@ -420,7 +420,7 @@ class JudgeMaps(nn.Module):
 
     @torch.no_grad()
     def tables(self):
-        """{name: tensor} of a judge's file: history, item (I, k), bias (I,), shape (2,)."""
+        """{name: tensor} of a judge's file: history, item (I, W), bias (I,), shape (2,)."""
         return {"history": F.normalize(self.history_map(self.text), dim=1),
                 "item": F.normalize(self.item_map(self.text), dim=1),
                 "bias": self.bias.detach().clone(), "shape": torch.stack(self.shape())}
@@ -434,12 +434,12 @@ def judge_of(tables, train, n_users):
 
 
 def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0):
-    """A step for backbones.fit over users: softmax of each of a user's train items, left out in
-    turn, against n_negatives items drawn uniformly and shared by the batch, less the user's own.
-    most: train items of a user a step; dropout: share of each text's numbers left out, both drawn
-    anew each time (Srivastava et al., JMLR 2014).
+    """A training step for backbones.fit, whose rows are users. Each train item of a user is left
+    out in turn and scored by the others: softmax against n_negatives items, drawn uniformly for the
+    batch, less the user's own. most: train items of a user in a step; dropout: share of a text
+    vector's entries set to 0 (Srivastava et al., JMLR 2014); both are drawn in each step.
 
-    train (N, 2), two pairs or more of each user -> step(users (B,), generator) -> (scalar, {})."""
+    train (N, 2) -> step(users (B,), of two train pairs or more, generator) -> (scalar, {})."""
     # 1,024 negatives: a batch's table is (P, N), and time grows with it. 64 items of a user: one
     # who has thousands would fill the batch, and (B, S, S) below grows as the square
     train_rows, n_items = user_rows(train, n_users), len(maps.text)
@@ -460,7 +460,7 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         drawn, times = drawn.unique(return_counts=True)  # (N,), (N,)
         items, at = own.unique(return_inverse=True)
         history = maps.history_map(F.dropout(maps.text[items], dropout))
-        history = take(F.normalize(history, dim=1), at)  # (P, k)
+        history = take(F.normalize(history, dim=1), at)  # (P, W)
         items, at = torch.cat([own, drawn]).unique(return_inverse=True)
         vectors = maps.item_map(F.dropout(maps.text[items], dropout))
         vectors = take(F.normalize(vectors, dim=1), at)
@@ -521,7 +521,8 @@ class LikelyFalse:
     def __call__(self, users, generator=None):
         border = self.border[users]  # (B, n)
         point = torch.rand(len(users), 1, generator=generator, device=users.device)
-        # right=True: a share of 0 is never drawn; a user without any gets item 0, which none is
+        # right=True: a share of 0 is never drawn. With nothing listed it would be item 0, but then
+        # the user has no unseen item, which samplers refuse
         place = torch.searchsorted(border, point * border[:, -1:], right=True)
         drawn = self.listed[users].gather(1, place.clamp(max=border.shape[1] - 1))[:, 0]
         return drawn.clamp(min=0)
@@ -565,7 +566,7 @@ def text_start(text, train, n_users, dim, std):
     that random ones would have. Beyond the paper.
 
     text (I, H), train (N, 2) -> (U + I, dim), users first; zeros where a text is narrower."""
-    # not whitened, as the judge's texts are: there all components would count alike
+    # unlike the judge's texts these are not whitened, which would give all components equal weight
     text = F.normalize(standardised(text.float()), dim=1)
     # the covariance's eigenvectors, of which eigh gives the largest last
     centred = text - text.mean(0)
@@ -662,8 +663,8 @@ class Blend(nn.Module):
         return total
 
 
-# of a part's weight beside 1 of the best part's: 0, and factors of two, since NDCG hardly moves
-# within one
+# the weights tried for each part; the best part starts with weight 1. Factors of two, since NDCG
+# hardly changes within one
 BLEND_GRID = (0, 0.125, 0.25, 0.5, 1, 2, 4)
 
 
@@ -958,9 +959,9 @@ def controlled(vectors, control, generator):
 
 
 def blend(args):
-    """Put several recommenders into one score, with the weights that are best on validation; what
-    does not help there gets none. Of alternatives, A|B, the one that the whole is better with there
-    is taken. The file names its parts, each of which keeps its own score."""
+    """Combine several recommenders into one score, with the weights that are best on validation; a
+    part that does not help gets weight 0. Of alternatives, A|B, it takes the one that makes the
+    better blend on validation. The file holds the weights and the names of the parts' files."""
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
     choices = [re.findall("[^|]+", part) for part in re.findall("[^,]+", args.parts)]
@@ -1041,7 +1042,7 @@ def trace(args):
 
 def trace_prompt(run, s, raw_user, raw_item, u, i, titles, mined, cf):
     """Lines 2 to 5: profiles, CF vectors, mined items and the prompt of user row u, item row i."""
-    # a shard names the fine-tuning that it came from, and that its profiles
+    # a shard's header names its fine-tuning, and the header of that names the profiles
     inputs = bb.read_meta(run / bb.shards(s.negatives, 1)[0])["settings"]["inputs"]
     sft = bb.read_meta(run / next(name for name in inputs if name.startswith("sft")))
     rows = bb.read_jsonl(run / sft["settings"]["profiles"], growing=True)
@@ -1128,7 +1129,7 @@ def prepare(args):
     if bb.skip(out, vars(s), args.force):  # files of the same contents under the same settings
         return
     own, source = s.split == "own", next(iter(files.values()))
-    # interactions: one row a pair, the latest, since a withdrawn rating is no positive
+    # interactions: one row per pair, the latest, since a withdrawn rating is no positive
     rows, users, items = read_pairs(files, s, counts)
     ranges = value_ranges(rows)  # before the filters, which may hide outliers
     keep = latest(*(rows[name] for name in ("user", "item", "rating", "seconds")))
@@ -1197,8 +1198,8 @@ def prepare_settings(args):
 
 
 def filter_pairs(rows, users, path, s, counts):
-    """The rating filter, then the core. PAIR (N,), one row a pair -> PAIR (P,), ordered by first
-    sight."""
+    """The rating filter, then the core. PAIR (N,), one row per pair -> PAIR (P,), in order
+    of first appearance."""
     # in the order of the file, whatever order `latest` left
     rows = rows[np.argsort(rows["row"])]
     if s.min_rating != "none":
@@ -1236,7 +1237,7 @@ def latest(user, item, rating, seconds):
 
 
 def k_core(user, item, k):
-    """Drop users and items with fewer than k interactions until none is left.
+    """Drop users and items with fewer than k interactions until all that remain have k or more.
 
     int (N,), (N,) -> bool (N,) kept."""
     # dropping a user may make an item too rare, and so on to a fixed point
@@ -1276,7 +1277,7 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
 def read_pairs(files, s, counts):
     """Stream the interactions -> PAIR (N,), raw users, raw items; no text is held. Raises
     SystemExit2 for a row that a filter cannot judge."""
-    # users and items are counted by first sight; part_of finds a pair that is in two parts
+    # users and items are numbered as they first appear; part_of finds a pair that is in two parts
     own, users, items, part_of, rated = s.split == "own", Ids(), Ids(), {}, False
     since, until = iso_seconds(s.since or "1000-01-01"), iso_seconds(s.until or "3000-01-01")
 
@@ -1294,7 +1295,7 @@ def read_pairs(files, s, counts):
                 continue
             if by_rating and stars != stars:
                 fail(f"{path}: line {n}: no rating; fix such lines, or give --min-rating none")
-            # numbers alone are kept: a code for an id, by first sight
+            # numbers alone are kept: a code for an id, as it first appears
             try:
                 pair = users[user], items[item]
             except (ValueError, TypeError):  # a list cannot be looked up
@@ -1326,7 +1327,7 @@ def read_pairs(files, s, counts):
 
 
 class Ids(dict):
-    """Raw id -> code 0, 1, 2 … by first sight. codes: those of the ids as text."""
+    """Raw id -> code 0, 1, 2 … in order of first appearance. codes: those of the ids as text."""
 
     def __init__(self):
         self.codes = {}
@@ -1473,7 +1474,7 @@ def read_items(path, form, raw_items, counts, limits=(200, 400)):
         counts.pop(REPEATED, None)
     if left_out:
         print("  left out of the items' texts, as about a pair, or counted from pairs (give what "
-              "is the item's in a file of one row an item): " + ", ".join(sorted(left_out)))
+              "is the item's in a file of one row per item): " + ", ".join(sorted(left_out)))
     # a row for every item, found or not; cut, since an LLM's prompt has to hold several of them
     items = []
     for raw in raw_items:
@@ -1673,13 +1674,13 @@ def json_rows(path):
                 except (ValueError, SyntaxError, RecursionError, MemoryError):
                     row = None
             if not isinstance(row, dict):
-                fail(f"{path}: line {n} is no JSON object ({quote(line[:70])}); one object a line "
-                     "is read (`jq -c .[] FILE` makes them of an array)")
+                fail(f"{path}: line {n} is no JSON object ({quote(line[:70])}); one object per "
+                     "line is read (`jq -c .[] FILE` makes them of an array)")
             yield n, row
 
 
 def ml_100k_items(path):
-    """MovieLens 100K's u.item: bars, Latin-1, a 0/1 column a genre, which become one column."""
+    """MovieLens 100K's u.item: bars, Latin-1, a 0/1 column per genre, which become one column."""
     genres = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama "
               "Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War "
               "Western").split()

@@ -6,7 +6,8 @@ profile   items.jsonl, users.jsonl, train pairs -> profiles.jsonl: a sentence on
           like and who would enjoy it, and one on what a user enjoys.
 finetune  cf.safetensors, profiles.jsonl -> adapter/ (LoRA, peft's format), sft.safetensors
           (soft-token maps, head). h(u, i) is the LLM's hidden state at the last prompt token,
-          z = head(h); InfoNCE pulls z to the CF vectors of the hard negatives mined for u:
+          z = head(h), in CF space (not yet the z of hnlmrec.py, which its projector makes from h);
+          InfoNCE pulls z to the CF vectors of the hard negatives mined for u:
               L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
                        / sum_{j} exp(cos(z, e_j) / tau_s) )
 generate  the same prompts and encoder -> negatives-00000.safetensors …: h and z of train pairs.
@@ -57,8 +58,8 @@ THINK = re.compile(r"[<\[◁][\w:]*(?:think|thought|reason)\w*[>\]▷]", re.IGNO
 
 def chat_frame(tokenizer, instruction, examples=()):
     """What a chat template puts before and after the text of a user's turn -> (head, tail); plain
-    lines where there is none. examples: pairs (request, answer), as turns before it. Raises
-    SystemExit2 when the template does not print the instruction, and the text once."""
+    lines where there is no template. examples: pairs (request, answer), as turns before it. Raises
+    SystemExit2 unless the template prints the instruction, and the user's text exactly once."""
     turns = [{"role": "system", "content": instruction}]
     for request, reply in examples:
         turns += [{"role": "user", "content": request}, {"role": "assistant", "content": reply}]
@@ -204,7 +205,7 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 
     llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens. G
     user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
-    users each item belongs to -> (R, H) float32. batch: items a call, 0: all. instruction:
+    users each item belongs to -> (R, H) float32. batch: items per call, 0: all. instruction:
     run_piece(llm, [prompt.shared])[2], where no gradient is wanted; None: run here."""
     device = user_vectors.device
     prefixes = [prompt.user(text) for text in user_texts]
@@ -352,7 +353,7 @@ class SftTask:
         return none.scatter_(1, self.mined[users], True)
 
     def targets(self, rows):
-        """A batch's extra targets: none here."""
+        """Extra targets of a batch: none here, MixGCF's mixtures in MixedTask."""
 
     def loss(self, z, rows, tau, targets=None, first=0):
         """InfoNCE of z (R, d) over the whole catalogue: the user's mined items are positives, all
@@ -407,8 +408,8 @@ class MixedTask(SftTask):
         return mixed - self.cf["item"].mean(0)
 
     def loss(self, z, rows, tau, targets=None, first=0):
-        """InfoNCE of z (R, d) over catalogue and targets (B, d), the row's own the one positive:
-        targets of the batch whose rows first … first + R - 1 these are."""
+        """InfoNCE of z (R, d) over the catalogue and the batch's targets (B, d); the only positive
+        of a row is its own target. z belongs to rows first … first + R - 1 of the batch."""
         mined = self.is_mined(rows)
         target = torch.zeros(len(z), len(targets), dtype=torch.bool, device=z.device)
         target[:, first:first + len(z)].fill_diagonal_(True)
@@ -515,7 +516,7 @@ def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
 @torch.no_grad()
 def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_dropout=0.0,
                 batch=64, which=slice(None), label=""):
-    """encode_pairs over many pairs (n, 2) -> (n, H) float32. batch: pairs a call; which: the blocks
+    """encode_pairs over many pairs (n, 2) -> (n, H) float32. batch: pairs per call; which: blocks
     that are run here, zeros elsewhere; label: of the line of progress, "": none."""
     instruction = run_piece(llm, [prompt.shared])[2]  # the same for all: run once
     encoder = functools.partial(encode, batch=batch, instruction=instruction)
@@ -572,7 +573,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
 def tf_idf(id_lists, width=512):
     """Latent semantic analysis (Deerwester et al., 1990) of texts as lists of token ids: rows of
     (1 + ln tf) ln(I / df), of length 1, then their U S -> (I, k) float32, k at most `width`."""
-    # the entries of the sparse table: a row a text, a column a token that occurs
+    # the entries of the sparse table: a row per text, a column per token that occurs
     counts = sorted(Counter((row, t) for row, ids in enumerate(id_lists) for t in ids).items())
     row, token = torch.tensor([pair for pair, _ in counts]).T
     _, token, df = token.unique(return_inverse=True, return_counts=True)
@@ -587,11 +588,11 @@ def tf_idf(id_lists, width=512):
         u, s, _ = torch.svd_lowrank(table, q=min(width + 64, *table.shape), niter=8)
     return (u * s)[:, :width]
 
-# ==== 5. Profiles: one sentence an item, one a user ===============================================
+# ==== 5. Profiles: a sentence per item, and per user ==============================================
 # The paper's system prompt; an item's metadata -> item profile; titles and profiles of some of a
 # user's train items -> user profile. Worked examples stand before the request as turns: the shared
-# prefix is run once, so they cost nothing, and a small LLM then writes of the item instead of "A
-# classic, a classic." They are of things that few data sets hold, so that copied words show.
+# prefix is run once, so they cost nothing, and a small LLM then writes about the item instead of "A
+# classic, a classic." Of the examples tried, these had the fewest words copied into its answers.
 
 ITEM_SYSTEM = "You describe, in one short sentence, what an item is like and who would enjoy it."
 ITEM_EXAMPLES = (
@@ -770,8 +771,8 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
 # ==== The method ends here. Programs: finetune, generate, read, profile ===========================
 
 LORA_DROPOUT = 0.05  # the paper's
-PROFILE_DROPOUT = 0.2  # with it the hit rates of users unseen in training do not fall behind
-LR_MAPS = 3e-4  # of soft-token maps and head: below LoRA's, since the warm-up has set the head
+PROFILE_DROPOUT = 0.2  # share of users without a profile: no reliance on a known user's text
+LR_MAPS = 3e-4  # of soft-token maps and head: below LoRA's default, as the head is fitted before
 MAKER = "python llm_negatives.py"
 ITEMS_PER_USER = 2  # pairs of a user in a step: the prefix is shared, and a batch has many users
 
@@ -857,8 +858,8 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     log = {"steps": [], "chance_loss": math.log(n_items / n_mined), "hit_rates": {},
            "uniform_floor": chance, "popularity_floor": popular}
     print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; loss at chance "
-          f"ln({n_items}/{n_mined}) = {log['chance_loss']:.3f}; hit-rate floors: uniform "
-          f"{chance:.3f}, popularity {popular:.3f}")
+          f"ln({n_items}/{n_mined}) = {log['chance_loss']:.3f}; hit rates without an LLM: chance "
+          f"{chance:.3f}, best single item {popular:.3f}")
     if len(rows):
         hidden = encode_rows(task, llm, prompt, soft_tokens, rows, "", PROFILE_DROPOUT, "warm-up")
         loss = fit_head(task, head, hidden, rows, args.tau_s, args.seed)
@@ -1277,8 +1278,8 @@ def profile(args):
     describe(file, "user", [users[n]["raw"] for n in chosen[1]], [titles[n] for n in chosen[1]])
     good = file.faults.pop("", 0)
     faults = ", ".join(f"{fault} {count}" for fault, count in file.faults.items())
-    print(f"profile: {good} written by the LLM, {total - earlier - good} from metadata, in the "
-          f"place of {sum(file.faults.values())} sentences with a fault ({faults or 'none'})")
+    print(f"profile: {good} written by the LLM, {total - earlier - good} from metadata, of which "
+          f"{sum(file.faults.values())} replace a sentence with a fault ({faults or 'none'})")
     print(f"wrote {path}, {earlier} of an earlier start, {time.time() - start:.0f} s")
 
 
@@ -1506,7 +1507,7 @@ def main(argv=None):
                    help="pairs in all, at most: one of each user while they last; 0: all")
     p.add_argument("--no-finetune", dest="finetune", action="store_false",
                    help="zero-shot ablation: the LLM and maps before fine-tuning")
-    p.add_argument("--batch-size", type=some, default=96, help="pairs a call")
+    p.add_argument("--batch-size", type=some, default=96, help="pairs per call")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
 
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline: prepare, pre-train CF, profiles, fine-tune, generate, read, judge, train,
-# baselines, report.
+# The whole pipeline: prepare, pre-train CF, read, judge, profiles, fine-tune, generate, baselines,
+# train, blend, report.
 #
 #   bash run.sh            all of it, on MovieLens-100K with SmolLM2-135M-Instruct
 #   bash run.sh test       set up and run the tests
@@ -11,17 +11,17 @@
 #   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
 #   DATA=… META=…      your interactions and items files
 #   FORMAT=table PRESET=… MIN_RATING=… K_CORE=…      as `hnlmrec.py prepare --help`
-#   WHOLE=1            the LLM writes of all users and items, reads all items, and generates four
-#                      negatives of each user, and trials try widths up to 512; else each of these
-#                      steps is bounded to a few minutes
-#   TUNE=4             trials, on validation, that the flags of DNS and of the judge's negatives are
-#                      chosen from; of your own data 4, with FAST=1 2; of MovieLens 0: its flags
-#                      below were chosen so before
+#   WHOLE=1            lifts the limits that hold these steps to a few minutes each: the LLM writes
+#                      profiles of all users and items, reads all items, is fine-tuned for longer
+#                      and generates four negatives per user; trials try widths up to 512
+#   TUNE=4             trials on validation each for DNS and the judge's negatives, to choose their
+#                      flags: 4 on your own data, 2 with FAST=1; 0 on MovieLens, whose flags, below,
+#                      were chosen in the same way before
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
-# A step whose output is there and whose inputs and settings are unchanged is skipped. FORCE=1
-# remakes all. Runs under bash 3.2, macOS's: no ${x,,}, no mapfile, and no array that may be empty, since
-# there an empty one counts as unset.
+# A step is skipped when its output exists and its inputs and settings are unchanged. FORCE=1 runs
+# every step again. Runs under bash 3.2, the version on macOS: no ${x,,}, no mapfile, and no array
+# that may be empty, since bash 3.2 counts an empty array as unset.
 set -euo pipefail
 unset CDPATH  # cd would print what it finds there
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -236,13 +236,23 @@ if [[ $TUNE != 0 ]]; then
     --seed "$SEED" --flags "$TRAIN --patience 2" --out tuned-run $WIDEST
   best='import json, sys
 methods = json.load(open(sys.argv[1]))["methods"][sys.argv[2]]
-print(*methods.get(sys.argv[3], {}).get("words", []))'
-  DNS=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" DNS)
-  JUDGED=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" "judge's negatives")
+found = methods.get(sys.argv[3], {}).get(sys.argv[4], "")
+print(found if isinstance(found, str) else " ".join(found))'
+  DNS=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" DNS words)
+  JUDGED=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" "judge's negatives" words)
   HNLMREC=$DNS  # HNLMRec is DNS with more terms
 fi
+of_trial() {  # of_trial METHOD STEM: its best trial's model, where there were trials
+  local kept
+  [[ $TUNE != 0 ]] || return 1
+  kept=$OUT/$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" "$1" model)
+  [[ -f $kept ]] && cp "$kept" "$OUT/model-$2.tmp" &&
+    mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"
+}
 [[ $HAVE_JUDGE == 1 ]] || HNLMREC+=" --lambda-s 0 --text-init 0"
-if [[ -n $DNS ]]; then
+if of_trial DNS dns; then
+  :
+elif [[ -n $DNS ]]; then
   step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns $DNS --out model-dns.safetensors
 else  # with its defaults it is the CF model
   cp "$OUT/cf.safetensors" "$OUT/model-dns.tmp"
@@ -256,8 +266,8 @@ done
 # HNLMRec; the judge's negatives; these (or DNS), the judge and the closed forms in one score
 step hnlmrec.py train --run "$OUT" $BUDGET $HNLMREC
 if [[ $HAVE_JUDGE == 1 ]]; then
-  step hnlmrec.py train --run "$OUT" $BUDGET $NONE $JUDGED \
-    --out model-judged.safetensors
+  of_trial "judge's negatives" judged ||
+    step hnlmrec.py train --run "$OUT" $BUDGET $NONE $JUDGED --out model-judged.safetensors
   step hnlmrec.py blend --run "$OUT" \
     --parts "model-judged.safetensors|model-dns.safetensors,judge.safetensors$CLOSED"
 else
