@@ -844,10 +844,12 @@ def pretrain(args):
     if closed:  # no seed, no training: it reads its own constants alone
         settings = {"command": "pretrain", "backbone": args.backbone, "seed": None}
         settings |= {name: getattr(args, name) for name in CLOSED_FORMS[args.backbone]}
-    settings["inputs"] = digests(run, "data.safetensors")
+    inputs = ["data.safetensors"]
     if args.text_vectors:
-        readings, settings["texts"] = load_texts(run, args.text_vectors, data["n_items"])
+        readings = load_texts(run, args.text_vectors, data["n_items"])
         text = readings[len(readings) // 2]  # the middle layer's: most of the meaning
+        inputs.append(text_input(run, args.text_vectors))
+    settings["inputs"] = digests(run, *inputs)
     if skip(out, settings, args.force):
         return
     device, start = start_processes(args.device), time.time()
@@ -970,8 +972,8 @@ def load_model(path, data):
 
 
 def load_texts(run, name, n_items):
-    """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own, a tensor a
-    layer -> list of (I, H) float32, by name; digest. Raises SystemExit2 for a bad shape or NaN."""
+    """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own, a tensor per
+    layer -> list of (I, H) float32, by name. Raises SystemExit2 for a bad shape or NaN."""
     path = Path(run) / name if (Path(run) / name).exists() else Path(name)
     if not path.is_file():
         fail(f"--text-vectors {name}: no such file; make it with `python llm_negatives.py read`")
@@ -986,7 +988,13 @@ def load_texts(run, name, n_items):
     texts = [tensors[key].float() for key in sorted(tensors)]
     if not texts:
         fail(f"--text-vectors {path}: holds no tensor; give one (I, width)")
-    return texts, digests(path.parent, path.name)[path.name]
+    return texts
+
+
+def text_input(run, name):
+    """A file of texts as named in settings["inputs"]: outside the run folder by its whole path."""
+    inside = (Path(run) / name).exists() or not Path(name).exists()
+    return name if inside else str(Path(name).resolve())
 
 
 SHARD_USERS = 1024  # of one shard of generated negatives: a killed run loses one at most
@@ -1000,7 +1008,8 @@ def shards(name, n_users):
 
 def load_negatives(run, name, data):
     """Generated negatives, joined from their shards -> a dict: pairs (n, 2), hidden (n, H) f16,
-    vector (n, d) f16; digest. Raises SystemExit2 for a shard missing or not made as the rest."""
+    vector (n, d) f16; cf, the name of the CF model's file. Raises SystemExit2 for a shard missing
+    or not made as the rest."""
     # all shards or an error: training would not see that a block of users lacks its vectors
     paths = [Path(run) / shard for shard in shards(name, data["n_users"])]
     parts, metas = zip(*(load_tensors(path) for path in paths))
@@ -1011,7 +1020,10 @@ def load_negatives(run, name, data):
         if meta["settings"]["inputs"]["data.safetensors"] != data["digest"]:
             fail(f"{path}: was made for another split; run `{writer_of(path)} --force`")
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return {**joined, "digest": digests(run, name)[name]}
+    # of the inputs neither the split nor the fine-tuning: the model whose space `vector` is in
+    models = [file for file in metas[0]["settings"]["inputs"] if file.endswith(".safetensors")]
+    cf = [file for file in models if not file.startswith(("data", "sft"))]
+    return {**joined, "cf": cf[0] if cf else "cf.safetensors"}
 
 
 def row_of(rows, raw, flag, path):
@@ -1104,9 +1116,12 @@ def skip(path, settings, force=False):
     old = meta["settings"]
     if old.get("command") != new.get("command"):
         fail(f"{path}: holds what `{old.get('command')}` writes; choose another name")
-    # inputs have a message of their own, in load_tensors
+    # an input that has changed has a message of its own, in load_tensors
     differ = [f"{key}={old.get(key)}, now {new.get(key)}" for key in sorted({**old, **new})
               if key != "inputs" and old.get(key) != new.get(key)]
+    was, now = (", ".join(sorted(each.get("inputs", {}))) for each in (old, new))
+    if was != now:
+        differ.append(f"inputs {was}, now {now}")
     if differ and not force:
         fail(f"{path}: made with {'; '.join(differ)}; run `{writer_of(path)} --force` to remake it")
     gone = [name for name in meta.get("beside", {}) if not (path.parent / name).exists()]
@@ -1182,6 +1197,8 @@ def writer_of(path):
         flags = f"--name sft{stem.removeprefix(first)}"
     elif command.split()[1] in ("prepare", "report", "compare", "tune"):
         flags = "…"
+    elif first in ("cf", "model") or run.name == "compare" or Path(path).exists():
+        flags = f"… {flags}"
     return f"python {command} --run {shlex.quote(str(run))} {flags}"
 
 
@@ -1477,6 +1494,11 @@ def main(argv=None):
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")
     if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
         fail("--cosine: needs --loss softmax, and mf, lightgcn or ngcf, whose scores are products")
+    for flag in {*chain(*CLOSED_FORMS.values())} - {*CLOSED_FORMS.get(args.backbone, ())}:
+        if getattr(args, flag) is not None:
+            fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant; leave it out")
+    if args.n > 1 and (args.sampler != "dns" or args.loss != "bpr"):
+        fail(f"--n {args.n}: is read by --sampler dns alone; leave it out")
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
     pretrain(args)

@@ -470,7 +470,7 @@ class Comparison:
         corrected = holm([test["p"] for *_, test in found])
         for (row, rival, words, test), p in zip(found, corrected):
             result["claims"].append({"row": row.key, "against": rival.key, **test, "p by Holm": p})
-            word = "above" if test["low"] > 0 else "below" if test["high"] < 0 else "level with"
+            word = "level with" if p >= 0.05 else "above" if test["mean"] > 0 else "below"
             scores = [f"{self.mean(which, 'NDCG@20'):.4f}" for which in (row, rival)]
             p = "< .001" if p < 0.001 else f"{p:.3f}"
             lines += ["", f"**{markdown(row.label)}: {word} {markdown(rival.label)}**{words}. Test "
@@ -519,7 +519,7 @@ class Comparison:
             best = ", the best baseline by validation" * (self.rival.kind in BASELINES)
             lines += ["", "## Differences", "", f"From {markdown(self.rival.label)}{best}; 95 % "
                       "intervals by paired bootstrap over users; seconds of the row's own command, "
-                      "and of all that made its files.", "",
+                      "and of all that made its files, profiles apart.", "",
                       *markdown_table(["method", "NDCG@20", "seeds above", "s", "s, all steps"],
                                       differences), "", f"![differences]({out}.svg)"]
         header = "method Q1 Q2 Q3 Q4 I1 I2 I3 I4 popularity coverage Gini".split()
@@ -629,8 +629,9 @@ def fhns_lines(comparison, result):
         fhns = fhns_of_samplers(model, data, sized_to_data(data)[3], likely=likely)
     for shard in sorted(run.glob("negatives*-00000.safetensors")):
         name = shard.name.removesuffix("-00000.safetensors")
-        generated, items = load_negatives(run, name, data), load_tensors(run / "cf.safetensors")[0]
+        generated = load_negatives(run, name, data)
         # fine-tuning's head aims at centred item vectors
+        items = load_tensors(run / generated["cf"])[0]
         centred = items["item"] - items["item"].mean(0)
         fhns[f"generated ({name})"] = fhns_of_vectors(
             generated["pairs"], generated["vector"], centred, data)
@@ -754,9 +755,10 @@ def training_of(name, tuned, backbone, seed, more=()):
     """The words of a row's training: those of the row that it is like, its own, each with its tuned
     ones (read_tuned's), then `more`."""
     method, found, words = METHODS[name], tuned.get(backbone, {}), []
-    if tuned and name in SPACES and name not in found:
-        fail(f"--tuned: {name} on {backbone} is not in it; run `python eval.py tune --methods "
-             f'"{name}" --backbone {backbone}`')
+    for row in (method.like, name):
+        if tuned and row in SPACES and row not in found:
+            fail(f"--tuned: {row} on {backbone} is not in it; run `python eval.py tune --methods "
+                 f'"{row}" --backbone {backbone}`')
     # RLMRec's loss is a term of ours, so that `train` makes it
     ours = method.kind not in BASELINES or "--negatives" in method.flags
     script = ["hnlmrec.py", "train"] if ours else ["backbones.py", "pretrain"]
@@ -949,8 +951,10 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES)
     flags = words_of("--flags", args.flags)
-    given = int(flags[flags.index("--epochs") + 1]) if "--epochs" in flags else 0
-    epochs = sized_to_data(data, epochs=given)[2]
+    given = "".join(flags[flags.index("--epochs") + 1:][:1]) if "--epochs" in flags else "0"
+    if not given.isdecimal():
+        fail(f"--flags {args.flags}: --epochs needs a whole number behind it")
+    epochs = sized_to_data(data, epochs=int(given))[2]
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
@@ -988,7 +992,10 @@ def tune(args):
     out, table = run / f"{args.out}.json", []
     methods = read_tuned(out, data["digest"]) if out.exists() and not args.force else {}
     for name, rows in trials.items():
-        best, whole = best_trial(rows), sum(row["valid"] is not None for row in rows)
+        best = best_trial(rows)
+        if not (run / best["model"]).exists():  # it was deleted since
+            program(*best["plan"]["command"], "--run", run, "--out", best["model"], "--force")
+        whole = sum(row["valid"] is not None for row in rows)
         found = best | {"trials": len(rows), "in full": whole}
         methods.setdefault(args.backbone, {})[name] = found
         table.append([name, len(rows), whole, f"{rows[0]['valid']:.4f}", f"{best['valid']:.4f}",

@@ -733,8 +733,13 @@ def load_recommender(path, data):
         run = path.parent if path.parent.name != "compare" else path.parent.parent
         parts = [load_recommender(run / name, data)[0] for name in meta["parts"]]
         return Blend(parts, tensors["weights"].tolist()), meta, tensors
+    if path.exists() and command is None:
+        try:
+            bb.load_file(path)
+        except (bb.SafetensorError, OSError):
+            fail(f"{path}: is no model, judge or texts, or not whole; name another file")
     if command == "read" or path.exists() and command is None:
-        readings, _ = bb.load_texts(path.parent, path.name, data["n_items"])
+        readings = bb.load_texts(path.parent, path.name, data["n_items"])
         readings = [text.to(data["train"].device) for text in readings]
         meta = bb.read_header(path) or {"settings": {}}
         return TextSimilarity(readings, data["train"], data["n_users"]), meta, {}
@@ -750,19 +755,15 @@ def load_judge(path, device="cpu"):
     return tensors, meta
 
 
-def text_input(run, name):
-    """A file of texts as named in settings["inputs"]: outside the run folder by its whole path."""
-    return name if (run / name).exists() or not Path(name).exists() else str(Path(name).resolve())
-
-
 def fit_judge(args):
     """Fit the judge on the items' texts; write its score and each user's likely false negatives."""
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py judge", ".safetensors", "judge")
     # made with these settings from these inputs, it is there already
     settings = bb.settings_of(args)
-    readings, _ = bb.load_texts(run, args.text_vectors, data["n_items"])
-    settings["inputs"] = bb.digests(run, "data.safetensors", text_input(run, args.text_vectors))
+    readings = bb.load_texts(run, args.text_vectors, data["n_items"])
+    settings["inputs"] = bb.digests(run, "data.safetensors",
+                                    bb.text_input(run, args.text_vectors))
     if bb.skip(out, settings, args.force):
         return None
     device = bb.start_processes(args.device)
@@ -841,7 +842,7 @@ def train_hnlmrec(args):
     if args.negatives != "none":
         inputs += [args.cf, args.negatives]
     if args.lambda_s or args.text_init:
-        inputs.append(text_input(run, args.text_vectors))
+        inputs.append(bb.text_input(run, args.text_vectors))
     if args.lambda_f or args.keep_clear == "judge":
         inputs.append(args.judge)
     settings["inputs"] = bb.digests(run, *inputs)
@@ -894,9 +895,12 @@ def build(run, args, data):
     text, generated, control = None, None, torch.Generator().manual_seed(args.seed)
     if args.negatives != "none":
         generated = bb.load_negatives(run, args.negatives, data)
+        if len(generated["hidden"]) < 2:
+            fail(f"--negatives {args.negatives}: one vector has no deviation to standardise by; "
+                 "generate more")
         hidden = controlled(generated["hidden"], args.control, control)
     if args.lambda_s or args.text_init:
-        readings, _ = bb.load_texts(run, args.text_vectors, n_items)
+        readings = bb.load_texts(run, args.text_vectors, n_items)
         text = readings[len(readings) // 2]  # the middle layer's: the most meaning
         if (text == text[0]).all():
             fail(f"{args.text_vectors}: the vectors of all items' texts are alike, so they say "
@@ -1014,7 +1018,8 @@ def trace(args):
     method = build(run, s, data)
     restore(dict(method.named_children()), tensors)
     method.backbone.eval()
-    generated, (cf, _) = bb.load_negatives(run, s.negatives, data), bb.load_tensors(run / s.cf)
+    generated = bb.load_negatives(run, s.negatives, data)
+    cf_model, _, cf = bb.load_model(run / generated["cf"], data)
 
     # 1: the pair; without --item the user's first with a generated vector of its own
     users, items = bb.read_jsonl(run / "users.jsonl"), bb.read_jsonl(run / "items.jsonl")
@@ -1035,12 +1040,13 @@ def trace(args):
           f"{titles[i]}; train pair {row} of {len(train)}")
 
     # 2 to 5: into the LLM; 6 and 7: out of it; 8 and 9: the step that trains with it
-    trace_prompt(run, s, users[u]["raw"], items[i]["raw"], u, i, titles, method.mined, cf)
+    scores = cf_model.scores(torch.tensor([u]))[0]
+    trace_prompt(run, s, users[u]["raw"], items[i]["raw"], u, i, titles, method.mined, cf, scores)
     trace_negative(generated, method, row, titles, cf, user_rows(train, data["n_users"]))
     trace_step(method, row)
 
 
-def trace_prompt(run, s, raw_user, raw_item, u, i, titles, mined, cf):
+def trace_prompt(run, s, raw_user, raw_item, u, i, titles, mined, cf, scores):
     """Lines 2 to 5: profiles, CF vectors, mined items and the prompt of user row u, item row i."""
     # a shard's header names its fine-tuning, and the header of that names the profiles
     inputs = bb.read_meta(run / bb.shards(s.negatives, 1)[0])["settings"]["inputs"]
@@ -1051,10 +1057,9 @@ def trace_prompt(run, s, raw_user, raw_item, u, i, titles, mined, cf):
     print(f"2. profiles   item: {of_item}\n              user: {of_user}")
 
     # the CF model's vectors, and what it thinks of the pair
-    scores = cf["item"] @ cf["user"][u]
     print(f"3. CF         e_u {vector_text(cf['user'][u])}\n"
           f"              e_i {vector_text(cf['item'][i])}\n"
-          f"              e_u·e_i {scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of "
+          f"              score {scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of "
           f"{len(scores)}")
     print(f"4. mined      unseen ranks {s.mine_first}–{s.mine_last}: "
           + "; ".join(titles[n] for n in mined[u, :5].tolist()) + "; …")
@@ -1219,6 +1224,8 @@ def filter_pairs(rows, users, path, s, counts):
     # a split that the rows do not allow is refused
     none, count = np.isnan(rows["seconds"]).sum(), np.bincount(rows["user"])
     few = np.flatnonzero((count > 0) & (count < 3))
+    if s.split == "time" and len(rows) < 3:
+        fail(f"{path}: --split time needs three pairs, {len(rows)} are left; lower --k-core")
     if s.split != "random" and none:
         fail(f"{path}: --split {s.split} needs times, {none:,} rows have none; use --split random")
     if s.split != "time" and len(few):

@@ -1061,13 +1061,15 @@ def generate(args):
             for module in (*soft_tokens.maps, head.linear):
                 module.reset_parameters()
     for k in mine:
+        begin = time.time()
         pairs = train[rows[users // SHARD_USERS == k]]
         hidden = encode_many(llm, prompt, soft_tokens, cf, texts, pairs, batch=args.batch_size,
                              label=f"generate {paths[k].name}").half()
         with torch.no_grad():
             tensors = {"hidden": hidden, "vector": head(hidden.float()).half()}
         check_finite(paths[k], tensors, "use --dtype fp32 in finetune")  # beyond float16
-        save_tensors(paths[k], {"pairs": pairs, **tensors}, {"settings": settings})
+        save_tensors(paths[k], {"pairs": pairs, **tensors},
+                     {"settings": settings, "seconds": time.time() - begin})
     print(f"generate: {len(mine)} shards made, {len(paths)} are there, {time.time() - start:.0f} s")
 
 

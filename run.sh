@@ -276,10 +276,12 @@ fi
 FORCE= step eval.py report --run "$OUT" > /dev/null
 
 # ---- what came of it ----------------------------------------------------------------------------
-first_id='import json, shlex, sys
-with open(sys.argv[1], encoding="utf-8") as file:
-    print(shlex.quote(json.loads(file.readline())["raw"]))'
-user=$("$PY" -c "$first_id" "$OUT/users.jsonl")
+# the first user with a generated negative, whom trace can follow
+first_id='import shlex, sys
+from backbones import load_data, load_negatives, read_jsonl
+row = int(load_negatives(sys.argv[1], "negatives", load_data(sys.argv[1]))["pairs"][0, 0])
+print(shlex.quote(read_jsonl(sys.argv[1] + "/users.jsonl")[row]["raw"]))'
+user=$("$PY" -c "$first_id" "$OUT")
 echo; echo "done in $((SECONDS - start)) s: $OUT/report.md"; echo
 # its first table
 awk '/^\|/ { print; table = 1; next } table { exit }' < "$OUT/report.md" || true

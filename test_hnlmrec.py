@@ -666,9 +666,10 @@ def test_closed_forms_and_softmax_by_command(small_run):
     shape = (data["train"], N_USERS, N_ITEMS)
     direct = {"itemknn": backbones.item_knn(*shape, 5.0, 3), "ease": backbones.ease(*shape, 9.0),
               "rp3": backbones.rp3beta(*shape, 0.5, 0.2, 3), "pop": backbones.popularity(*shape)}
-    flags = "--shrink 5 --topk 3 --rp3-alpha 0.5 --rp3-beta 0.2 --ridge 9".split()
+    flags = {"itemknn": "--shrink 5 --topk 3", "ease": "--ridge 9", "pop": "",
+             "rp3": "--rp3-alpha 0.5 --rp3-beta 0.2 --topk 3"}
     for name, weight in direct.items():
-        words = ["--backbone", name, *flags, "--out", f"model-{name}.safetensors"]
+        words = ["--backbone", name, *flags[name].split(), "--out", f"model-{name}.safetensors"]
         pretrain(run, *words)
         model, meta, _ = backbones.load_model(run / words[-1], data)
         assert torch.equal(model.weight.to_dense(), weight.to_dense())
@@ -692,6 +693,10 @@ def test_closed_forms_and_softmax_by_command(small_run):
             assert torch.allclose(ours.norm(dim=1), torch.ones(len(ours)))
         best = max(row["valid_ndcg@20"] for row in meta["history"])
         assert backbones.validation(model, data)() == pytest.approx(best)
+    save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")  # other texts
+    message = message_of(pretrain, run, "--loss", "softmax", "--cosine", *words, "--out",
+                         "model-alpharec.safetensors")
+    assert re.search("own.safetensors.*--force", message)
 
 
 def test_lines_of_a_file_are_whole_and_named(tmp_path):
@@ -722,7 +727,7 @@ def test_messages_name_the_command_that_makes_a_file(tmp_path):
             ("items.jsonl", "hnlmrec.py prepare --run R …"),
             ("adapter-2/adapter_config.json", "llm_negatives.py finetune --run R --name sft-2"),
             ("compare/HNLMRec.safetensors", "eval.py compare --run R …"),
-            ("model-full.safetensors", "hnlmrec.py blend --run R --out model-full.safetensors"),
+            ("model-full.safetensors", "hnlmrec.py blend --run R … --out model-full.safetensors"),
             ("negatives-00003.safetensors", "llm_negatives.py generate --run R --out negatives")):
         assert backbones.writer_of(Path("R") / name) == f"python {command}"
     # a model of a name of one's own says itself who wrote it
@@ -2688,18 +2693,23 @@ def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, mon
     again = "generate --pairs-per-user 3 --out negatives-x"
     llm_main(copied, tiny_llm, again)
     shards = sorted(copied.glob("negatives-x-*.safetensors"))
-    whole = [path.read_bytes() for path in shards]
+    whole = [backbones.read_meta(path)["digest"] for path in shards]
     assert [set((load_file(p)["pairs"][:, 0] // 10).tolist()) for p in shards] == [{0}, {1}, {2}]
     shards[1].unlink()
     assert "1 of 3 shards to make" in llm_main(copied, tiny_llm, again)
-    assert [path.read_bytes() for path in shards] == whole
+    assert [backbones.read_meta(path)["digest"] for path in shards] == whole
     message = message_of(llm_main, copied, tiny_llm, again, "--seed", 1)
     assert "seed=0, now 1" in message and "--force" in message
     load = partial(backbones.load_negatives, copied, "negatives-x")
     data = backbones.load_data(copied)
     joined = load(data)
     assert torch.equal(joined["pairs"], torch.cat([load_file(path)["pairs"] for path in shards]))
-    assert backbones.digests(copied, "negatives-x") == {"negatives-x": joined["digest"]}
+    assert joined["cf"] == "cf.safetensors"
+    # of another fine-tuning they would be other vectors
+    shutil.copy(copied / "sft.safetensors", copied / "sft-x.safetensors")
+    shutil.copytree(copied / "adapter", copied / "adapter-x")
+    message = message_of(llm_main, copied, tiny_llm, again, "--sft", "sft-x")
+    assert re.search(r"inputs .*sft\.safe.*, now .*sft-x\.safe.*--force", message)
     assert "for another split" in message_of(load, {**data, "digest": "x"})
     tensors, meta = backbones.load_tensors(shards[1])
     meta["settings"]["seed"] = 1
@@ -2854,7 +2864,7 @@ def test_readings_and_their_controls(copied, tiny_llm):
         llm_main(copied, tiny_llm, f"read --dtype fp32 --out {file} {flags}")
         tensors = backbones.load_tensors(copied / file)[0]
         assert list(tensors) == [f"layer{k:02d}" for k in range(len(tensors))]
-        made[name], _ = backbones.load_texts(copied, file, 40)
+        made[name] = backbones.load_texts(copied, file, 40)
     assert [len(layers) for layers in made.values()] == [2, 3, 1, 2, 2, 1, 2, 1]  # 0 and 1 of two
     for name in ("two", "all", "words"):  # a layer is the same whatever else is asked
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made[name], oracle))
@@ -3466,6 +3476,10 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     before, page = len(done), (run / "tuned.json").read_bytes()
     eval_main(*flags, methods)  # all there
     assert len(done) == before and (run / "tuned.json").read_bytes() == page
+    model = run / found["lightgcn"]["RNS"]["model"]
+    model.unlink()
+    eval_main(*flags, methods)  # the best one's model alone is made again
+    assert len(done) == before + 1 and model.exists()
     eval_main(*flags, "DNS")  # what was found before stays
     assert list(json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]) == [
         "RNS", "HNLMRec", "DNS"]
@@ -3481,6 +3495,8 @@ def test_compare_takes_the_tuned_flags(tuning):
     own = tuned["lightgcn"]["HNLMRec"]["words"]
     words = evaluation.training_of("no self-attention", tuned, "lightgcn", 1, ["--k", "2"])
     assert words[6:] == [*own, "--no-attention", "--k", "2"]  # and what makes it another
+    message = message_of(evaluation.training_of, "judge's negatives, TF-IDF", tuned, "lightgcn", 1)
+    assert "judge's negatives on lightgcn is not in it" in message
     compare = ["compare", "--run", run, "--tuned", "--methods"]
     assert "MixGCF on lightgcn is not in it" in eval_refused(*compare, "MixGCF")
     eval_main("tune", "--run", run, "--budget", 3, "--methods", "DNS")
@@ -3794,7 +3810,7 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     (u, i), trace = shard["pairs"][5].tolist(), ["trace", "--run", finished, "--user"]
     out = cli("hnlmrec.py", *trace, users[u]["raw"], "--item", items[i]["raw"])
     model, _, cf = backbones.load_model(finished / "cf.safetensors", data)
-    assert f"e_u·e_i {cf['user'][u] @ cf['item'][i]:.3f}" in out
+    assert f"score {cf['user'][u] @ cf['item'][i]:.3f}" in out
     assert f"norm {shard['hidden'][5].float().norm():.3f}" in out
     mined = backbones.mine_hard_negatives(model, data["train"], 1, 5)[u].tolist()
     assert "; ".join(items[n]["title"] for n in mined) in out.split("4. mined")[1]
@@ -3829,7 +3845,7 @@ def test_flags_reach_what_trains(finished, monkeypatch):
     for ours, other in ((real.hidden, moved.hidden), (real.semantic.item, moved.semantic.item)):
         assert not torch.allclose(ours, other, atol=0.1)
         assert torch.allclose(ours.sort(0).values, other.sort(0).values, atol=1e-5)
-    text = backbones.load_texts(finished, "texts.safetensors", 40)[0][1]  # the middle one of two
+    text = backbones.load_texts(finished, "texts.safetensors", 40)[1]  # the middle one of two
     start = hnlmrec.text_start(text, data["train"], 30, 8, real.backbone.std)
     assert torch.equal(real.backbone.embedding, start)
     assert not torch.allclose(moved.backbone.embedding, start, atol=0.1)
@@ -3918,7 +3934,7 @@ def test_judge_and_blend_go_through(copied):
     assert worse < better and list(scores.values())[2:] == [(better, parts)] * 2
     (copied / "model-choice.safetensors").unlink()
     texts, _, _ = hnlmrec.load_recommender(copied / "texts.safetensors", data)
-    readings, _ = backbones.load_texts(copied, "texts.safetensors", 40)
+    readings = backbones.load_texts(copied, "texts.safetensors", 40)
     oracle = hnlmrec.TextSimilarity(readings, data["train"], 30)
     assert len(readings) == 2 and torch.equal(texts.scores(users), oracle.scores(users))
 
@@ -4029,7 +4045,8 @@ OTHERS = "writes|names files of|by `"  # --force overwrites no file of another c
 # command -> flags that it refuses, and a part of its line
 BAD_FLAGS = {
     "backbones.py pretrain": [
-        ("--n 20", "m is 4; lower"), ("--backbone ease", "no vectors"),
+        ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
+        ("--backbone ease", "no vectors"), ("--topk 3", "lightgcn has no such constant"),
         ("--cosine", "needs --loss"),
         ("--text-vectors none", "no such file"), ("--text-vectors x --backbone neumf", "not neumf"),
         ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "no int"),
