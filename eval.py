@@ -941,6 +941,14 @@ def run_trial(run, out, command, first, epochs, shorts):
     return found
 
 
+def epochs_of(flags, data):
+    """Epochs of a full trial: those of `flags`, a list of words, else what follows from the data."""
+    given = "".join(flags[flags.index("--epochs") + 1:][:1]) if "--epochs" in flags else "0"
+    if not given.isdecimal():
+        fail(f"--flags {' '.join(flags)}: --epochs needs a whole number behind it")
+    return sized_to_data(data, epochs=int(given))[2]
+
+
 def tune(args):
     """Search each method's space by `budget` trials, one per line of OUT.jsonl, so that a killed
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
@@ -951,10 +959,6 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES)
     flags = words_of("--flags", args.flags)
-    given = "".join(flags[flags.index("--epochs") + 1:][:1]) if "--epochs" in flags else "0"
-    if not given.isdecimal():
-        fail(f"--flags {args.flags}: --epochs needs a whole number behind it")
-    epochs = sized_to_data(data, epochs=int(given))[2]
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
@@ -979,7 +983,7 @@ def tune(args):
         if row is None:
             shorts = [row["short"] for row in before if row["short"] is not None]
             out = f"compare/tune-{json_digest(plan)[:6]}.safetensors"
-            found = run_trial(run, out, command, not n, epochs, shorts)
+            found = run_trial(run, out, command, not n, epochs_of(flags, data), shorts)
             row = {"method": name, "plan": plan, "words": words, "model": out, **found}
             rows.append(row)
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -4115,7 +4115,8 @@ BAD_FLAGS = {
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
     "eval.py tune": [
         ("--out report", "names files of"), ("--methods EASE", "pretrain` itself chooses"),
-        ("--methods 'text similarity'", "is none of RNS")],
+        ("--methods 'text similarity'", "is none of RNS"),
+        ("--methods RNS --flags '--epochs x'", "needs a whole number")],
     "eval.py recommend": [
         ("--user u0 --k 41", "catalogue has 40"), ("--user x", "no such id"),
         ("--user u0 --model sft.safetensors", "not a trained recommender")],
