@@ -1197,7 +1197,7 @@ def writer_of(path):
         flags = f"--name sft{stem.removeprefix(first)}"
     elif command.split()[1] in ("prepare", "report", "compare", "tune"):
         flags = "…"
-    elif first in ("cf", "model") or run.name == "compare" or Path(path).exists():
+    elif first in ("cf", "model") or Path(path).exists():
         flags = f"… {flags}"
     return f"python {command} --run {shlex.quote(str(run))} {flags}"
 

@@ -384,7 +384,7 @@ def making_of(run, file):
     commands = [f"{writer_of(run / made)} {flags}".strip() for made, flags in steps]
     return ", then ".join(f"`{command}`" for command in commands)
 
-# ---- 5. One writer of tables: a report is a comparison, one file per row ------------------------
+# ---- 5. One writer of tables: a report is a comparison, one file per row -------------------------
 # what to evaluate: a row's key in the JSON file, its names in tables and in METHODS (or ""), its
 # kind as Method has it, its model files, one per seed
 Row = namedtuple("Row", "key label method kind paths")
@@ -959,6 +959,7 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES)
     flags = words_of("--flags", args.flags)
+    epochs = epochs_of(flags, data)
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
@@ -983,14 +984,15 @@ def tune(args):
         if row is None:
             shorts = [row["short"] for row in before if row["short"] is not None]
             out = f"compare/tune-{json_digest(plan)[:6]}.safetensors"
-            found = run_trial(run, out, command, not n, epochs_of(flags, data), shorts)
+            found = run_trial(run, out, command, not n, epochs, shorts)
             row = {"method": name, "plan": plan, "words": words, "model": out, **found}
             rows.append(row)
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
         before.append(row)
         # the best one's model is kept, so that nobody has to train it again
+        best = best_trial(before)
         for other in before:
-            if other is not best_trial(before):
+            if other is not best:
                 (run / other["model"]).unlink(missing_ok=True)
     # the best, beside those of former searches
     out, table = run / f"{args.out}.json", []

@@ -733,12 +733,14 @@ def load_recommender(path, data):
         run = path.parent if path.parent.name != "compare" else path.parent.parent
         parts = [load_recommender(run / name, data)[0] for name in meta["parts"]]
         return Blend(parts, tensors["weights"].tolist()), meta, tensors
-    if path.exists() and command is None:
+    vectors = path.exists() and command is None  # a person's own
+    if vectors:
         try:
-            bb.load_file(path)
+            with bb.safe_open(str(path), framework="pt"):
+                pass
         except (bb.SafetensorError, OSError):
             fail(f"{path}: is no model, judge or texts, or not whole; name another file")
-    if command == "read" or path.exists() and command is None:
+    if vectors or command == "read":
         readings = bb.load_texts(path.parent, path.name, data["n_items"])
         readings = [text.to(data["train"].device) for text in readings]
         meta = bb.read_header(path) or {"settings": {}}

@@ -145,7 +145,7 @@ SIZE="--llm-rows 200 --pairs 2000" WIDEST="--widest 128"  # of trials: 512 takes
 if [[ $WHOLE == 1 ]]; then
   PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE= WIDEST=
 fi
-TRAIN= JUDGE= DNS= HNLMREC= JUDGED= TRIALS=4
+TRAIN= JUDGE= HNLMREC= JUDGED= TRIALS=4
 if [[ -z ${DATA:-} ]]; then
   # on MovieLens validation does not want the semantic alignment; the judge's negatives have the
   # flags that eight trials chose
@@ -229,35 +229,27 @@ for form in pop itemknn rp3 ease; do  # ease refuses a catalogue whose items x i
   fi
 done
 NONE="--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --lambda-f 1"
+of_trial() {  # of_trial METHOD KEY: the words or the model of its best trial
+  "$PY" -c 'import json, sys
+found = json.load(open(sys.argv[1]))["methods"][sys.argv[2]][sys.argv[3]][sys.argv[4]]
+print(found if isinstance(found, str) else " ".join(found))' \
+    "$OUT/tuned-run.json" "$BACKBONE" "$1" "$2"
+}
+put() {  # put FILE NAME: a model that is there already, as model-NAME.safetensors
+  cp "$OUT/$1" "$OUT/model-$2.tmp"
+  mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"
+}
+DNS=cf.safetensors  # with its defaults it is the CF model
 if [[ $TUNE != 0 ]]; then
   METHODS=DNS
   [[ $HAVE_JUDGE == 0 ]] || METHODS="DNS;judge's negatives"
   step eval.py tune --run "$OUT" --methods "$METHODS" --budget "$TUNE" --backbone "$BACKBONE" \
     --seed "$SEED" --flags "$TRAIN --patience 2" --out tuned-run $WIDEST
-  best='import json, sys
-methods = json.load(open(sys.argv[1]))["methods"][sys.argv[2]]
-found = methods.get(sys.argv[3], {}).get(sys.argv[4], "")
-print(found if isinstance(found, str) else " ".join(found))'
-  DNS=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" DNS words)
-  JUDGED=$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" "judge's negatives" words)
-  HNLMREC=$DNS  # HNLMRec is DNS with more terms
+  DNS=$(of_trial DNS model)
+  HNLMREC=$(of_trial DNS words)  # HNLMRec is DNS with more terms
 fi
-of_trial() {  # of_trial METHOD STEM: its best trial's model, where there were trials
-  local kept
-  [[ $TUNE != 0 ]] || return 1
-  kept=$OUT/$("$PY" -c "$best" "$OUT/tuned-run.json" "$BACKBONE" "$1" model)
-  [[ -f $kept ]] && cp "$kept" "$OUT/model-$2.tmp" &&
-    mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"
-}
+put "$DNS" dns
 [[ $HAVE_JUDGE == 1 ]] || HNLMREC+=" --lambda-s 0 --text-init 0"
-if of_trial DNS dns; then
-  :
-elif [[ -n $DNS ]]; then
-  step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns $DNS --out model-dns.safetensors
-else  # with its defaults it is the CF model
-  cp "$OUT/cf.safetensors" "$OUT/model-dns.tmp"
-  mv "$OUT/model-dns.tmp" "$OUT/model-dns.safetensors"
-fi
 for sampler in rns mixgcf; do
   step backbones.py pretrain --run "$OUT" $BUDGET --sampler $sampler \
     --out model-$sampler.safetensors
@@ -266,8 +258,11 @@ done
 # HNLMRec; the judge's negatives; these (or DNS), the judge and the closed forms in one score
 step hnlmrec.py train --run "$OUT" $BUDGET $HNLMREC
 if [[ $HAVE_JUDGE == 1 ]]; then
-  of_trial "judge's negatives" judged ||
+  if [[ $TUNE != 0 ]]; then
+    put "$(of_trial "judge's negatives" model)" judged
+  else
     step hnlmrec.py train --run "$OUT" $BUDGET $NONE $JUDGED --out model-judged.safetensors
+  fi
   step hnlmrec.py blend --run "$OUT" \
     --parts "model-judged.safetensors|model-dns.safetensors,judge.safetensors$CLOSED"
 else
