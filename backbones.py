@@ -27,6 +27,8 @@ from torch import nn
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
 
 # ==== 1. From pairs to a trained LightGCN =========================================================
+# Shapes: U users, I items, N pairs, B rows of a batch, M candidates, D a vector, K hops (with the
+# first) of d each. SystemExit2: what `fail` raises, with its message of one line
 # A dense users x items mask would not fit large data: pairs are looked up as sorted keys, or rows
 
 def pair_keys(pairs, n_items):
@@ -103,8 +105,7 @@ class Backbone(nn.Module):
     which every recommender here has. Scores are inner products unless a subclass says otherwise."""
 
     propagates = False  # True: forward() is more than the parameters; __init__ takes a graph
-    # of the initial vectors; propagation averages, so graph backbones start larger
-    std = 0.01
+    std = 0.01  # of the initial vectors: propagation averages, so graph backbones start larger
 
     def __init__(self, n_users, n_items, dim):
         super().__init__()
@@ -154,8 +155,8 @@ class MF(Backbone):
 
 
 class LightGCN(Backbone):
-    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), then the mean over hops 0..K
-    (eq. 4). adjacency (U + I, U + I): normalized_adjacency of the train pairs."""
+    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), then the mean over all hops, the
+    first included (eq. 4). adjacency (U + I, U + I): normalized_adjacency of the train pairs."""
 
     propagates, std = True, 0.1
 
@@ -257,7 +258,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
 
 
 SAMPLERS = "rns", "pns", "dns", "mixgcf", "ahns"
-# vectors of all, then of the batch; the negatives' ids (of mixgcf's mixtures, first candidates)
+# vectors of all, then of the batch; the negatives' ids (for mixgcf the first candidates')
 Sample = namedtuple("Sample", "all_users all_items users positives negatives negative_ids")
 
 
@@ -338,9 +339,11 @@ def rank_unseen(model, users, seen, k):
 BAND = 0.1985, 0.298
 
 
-def mining_band(n_items, most_seen, first=0, last=0):
+def mining_band(data, first=0, last=0):
     """The ranks first..last that are mined, 1 the best; 0: that share of the catalogue (BAND), but
-    never beyond the unseen items of the user who has seen most. SystemExit2 where last < first."""
+    never beyond the unseen items of the user who has seen most. data: of load_data. Raises
+    SystemExit2 where last < first."""
+    n_items, most_seen = data["n_items"], int(torch.bincount(data["train"][:, 0]).max())
     low, high = (max(1, min(n_items - most_seen, round(part * n_items))) for part in BAND)
     first, last = first or min(low, last or low), last or max(high, first)
     if first > last:
@@ -372,7 +375,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
         bpr = bpr_loss(model.score(users, positives), model.score(users, negatives))
         if not reg:
             return bpr, {"bpr": bpr.item()}
-        # L2 on the parameters behind them, not on what propagation makes of these
+        # L2 on the parameters, not on what propagation makes of them
         ego_users, ego_items = model.ego()
         if model.propagates:
             l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
@@ -457,13 +460,15 @@ def restore(modules, state):
 
 def ranking_hits(model, pairs, seen, k):
     """Which of the k best unseen items are among `pairs` (N, 2): model, seen as rank_unseen's ->
-    users (n,), hits (n, k) bool in rank order, relevant (n,): each user's number of pairs."""
+    users (n,), hits (n, k) bool in rank order, relevant (n,): each user's number of pairs; the
+    lists themselves (n, k), item ids, -1 where a user has fewer unseen items."""
     # users without a pair have no metric, so they are left out
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)
     users = relevant.nonzero()[:, 0]
     ranked = rank_unseen(model, users, seen, k)  # (n, k)
     found = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items)
-    return users, found & (ranked >= 0), relevant[users]
+    # an empty place, -1, was looked up as the last item of the user before
+    return users, found & (ranked >= 0), relevant[users], ranked
 
 
 def ndcg(hits, relevant, k):
@@ -490,7 +495,7 @@ def validation(model, data, k=20, users=None):
         some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))[:users]
         pairs = pairs[torch.isin(pairs[:, 0], everyone[some.to(pairs.device)])]
 
-    return lambda: float(ndcg(*ranking_hits(model, pairs, seen, k)[1:], k).mean())
+    return lambda: float(ndcg(*ranking_hits(model, pairs, seen, k)[1:3], k).mean())
 
 # ==== 2. The shelf: what is not on the way from pairs to LightGCN =================================
 class NGCF(Backbone):
@@ -550,14 +555,6 @@ def standardised(text):
     return (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
 
 
-def sum_of_train_items(items, train, n_users):
-    """The sum of each user's train items: items (I, H), train (N, 2) -> (U, H)."""
-    total = items.new_zeros(n_users, items.shape[1])
-    for part in train.split(2**16):  # all train pairs' vectors at once would be N x H
-        total.index_add_(0, part[:, 0], items[part[:, 1]])
-    return total
-
-
 class TextVectors(nn.Module):
     """AlphaRec's start (Sheng et al., ICLR 2025): an MLP of two layers on frozen texts (I, H); a
     user's is the mean of the train items'. forward() -> (U + I, dim), users first."""
@@ -566,7 +563,7 @@ class TextVectors(nn.Module):
         # beyond the paper, which takes texts as they are
         text = standardised(text)
         count = torch.bincount(train[:, 0], minlength=n_users).clamp(min=1)
-        users = sum_of_train_items(text, train, n_users) / count[:, None]
+        users = sum_of_rows(text, *train.T, n_users) / count[:, None]
         self.register_buffer("text", torch.cat([users, text]), persistent=False)  # (U + I, H)
         width = text.shape[1]
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, dim))
@@ -859,8 +856,7 @@ def pretrain(args):
     # several processes train together, and one writes
     if rank() == 0:
         check_finite(out, tensors, "nothing was written; lower --lr and run again")
-        save_tensors(out, tensors, {"settings": settings, "n_users": data["n_users"],
-                                    "n_items": data["n_items"], "history": history,
+        save_tensors(out, tensors, {"settings": settings, "history": history,
                                     "seconds": time.time() - start})
         print(f"wrote {out}")
 
@@ -980,7 +976,7 @@ def load_texts(run, name, n_items):
     try:  # readings of another catalogue, and damaged ones, are refused
         tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
     except (SafetensorError, OSError) as error:
-        fail(f"--text-vectors {path}: cannot be read as safetensors ({error})")
+        fail(f"{path}: cannot be read as safetensors ({error}); name another file")
     for key, text in tensors.items():
         if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
             fail(f"--text-vectors {path}: {key} is {tuple(text.shape)}, not ({n_items}, width)")
@@ -1017,8 +1013,6 @@ def load_negatives(run, name, data):
         if meta["settings"] != metas[0]["settings"]:
             fail(f"{path}: was made with other settings than {paths[0].name}; run "
                  f"`{writer_of(path)} --force`")
-        if meta["settings"]["inputs"]["data.safetensors"] != data["digest"]:
-            fail(f"{path}: was made for another split; run `{writer_of(path)} --force`")
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     # of the inputs neither the split nor the fine-tuning: the model whose space `vector` is in
     models = [file for file in metas[0]["settings"]["inputs"] if file.endswith(".safetensors")]

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from backbones import (
     Parser, SystemExit2, UnseenSampler, contains, digests, dns, fail, hit_rate, json_digest,
     load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number, output_name,
-    pair_keys, precision, rank_unseen, read_jsonl, read_meta, recall, row_of, run_cli,
-    sized_to_data, user_rows, write_atomic, writer_of)
+    pair_keys, precision, rank_unseen, ranking_hits, read_header, read_jsonl, read_meta, recall,
+    row_of, run_cli, sized_to_data, user_rows, write_atomic, writer_of)
 from hnlmrec import LikelyFalse, load_recommender
 
 # ==== 1. Metrics. A model is any recommender: n_users, n_items, scores(users (B,)) -> (B, I) ======
@@ -43,14 +43,10 @@ def evaluate(model, data, split="test", ks=(10, 20)):
     """Metrics of every user with a pair in `split` (valid or test) -> users (n,), {name@k: (n,)
     float64}, and the lists behind them (n, max(ks)): item ids, best first, -1 where a user has
     fewer unseen items. Raises SystemExit2 for an empty split."""
-    pairs = data[split]
-    if not len(pairs):
+    if not len(data[split]):
         fail(f"data.safetensors: has no {split} pair to measure by; prepare it with some")
-    users, relevant = pairs[:, 0].unique(return_counts=True)
-    ranked = rank_unseen(model, users, seen_before(data, split), max(ks))  # (n, k)
-    hits = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items)
-    # an empty place, -1, was looked up as the last item of the user before
-    hits &= ranked >= 0
+    seen = seen_before(data, split)
+    users, hits, relevant, ranked = ranking_hits(model, data[split], seen, max(ks))
     values = {f"{name}@{k}": metric(hits, relevant, k) for name, metric in METRICS.items()
               for k in ks}
     return users, values, ranked
@@ -397,11 +393,8 @@ def best_epoch(meta):
 
 def seconds_behind(run, path, found):
     """Puts the own seconds of a file, and of all that it was made from, into found {path: s}."""
-    if path in found or path.suffix != ".safetensors" or not path.exists():
-        return found
-    try:
-        meta = read_meta(path)
-    except SystemExit2:  # a person's own vectors: no step of ours made them
+    meta = {} if path in found else read_header(path)
+    if not meta:  # counted already, not there, or a person's own: no step of ours made it
         return found
     # a blend's seconds hold those of its parts, which are found by themselves
     blend = meta["settings"].get("command") == "blend"
@@ -415,7 +408,6 @@ def seconds_behind(run, path, found):
 class Comparison:
     """Rows evaluated on one split, and what tables, tests and a picture say of them. cells {key:
     {column: array}}: metrics by seed and user (S, n), item_recall (S, 4), the others (S,)."""
-
     def __init__(self, run, rows, data, split="test"):
         self.run, self.rows, self.data, self.split = run, rows, data, split
         self.cells, self.tested, self.with_z = {}, {}, {}
@@ -695,7 +687,7 @@ def compare(args):
         fail(f"--out {out}: {page} is there and not by `compare`; choose another name")
     if args.valid:  # choices are made by it, so that no test pair may be read
         del data["test"]
-    # "DNS --lr 2e-3" is a row of that name. Of the preset's rows the run may lack files; those
+    # "DNS --lr 2e-3" is a row of that name. Of TABLE's rows the run may lack files; those
     # that were asked for it must have
     entries, left_out = {}, []
     for entry in map(str.strip, args.methods.split(";") if args.methods else TABLE):
@@ -773,7 +765,6 @@ def training_of(name, tuned, backbone, seed, more=()):
 class Cells:
     """Makes the files of rows in compare/, each once. One that is there is reused, unless what it
     was made from has changed (an error) or --force is given."""
-
     def __init__(self, args, digest):
         self.args, self.run, self.made, self.failed = args, Path(args.run), {}, {}
         self.flags = words_of("--flags", args.flags)
@@ -941,14 +932,6 @@ def run_trial(run, out, command, first, epochs, shorts):
     return found
 
 
-def epochs_of(flags, data):
-    """Epochs of a full trial: those of `flags`, a list of words, else what follows from the data."""
-    given = "".join(flags[flags.index("--epochs") + 1:][:1]) if "--epochs" in flags else "0"
-    if not given.isdecimal():
-        fail(f"--flags {' '.join(flags)}: --epochs needs a whole number behind it")
-    return sized_to_data(data, epochs=int(given))[2]
-
-
 def tune(args):
     """Search each method's space by `budget` trials, one per line of OUT.jsonl, so that a killed
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
@@ -959,7 +942,11 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES)
     flags = words_of("--flags", args.flags)
-    epochs = epochs_of(flags, data)
+    # epochs of a full trial: those of --flags, else what follows from the data
+    given = dict(zip(flags, [*flags[1:], ""])).get("--epochs", "0")
+    if not given.isdecimal():
+        fail(f"--flags {args.flags}: --epochs needs a whole number behind it")
+    epochs = sized_to_data(data, epochs=int(given))[2]
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
@@ -1037,12 +1024,16 @@ def estimate(args):
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
     training = 0.75 * epochs * -(-n // batch) * step  # early stopping ends most of them sooner
-    # the LLM's: profiles, fine-tuning, generation, reading. The best trials are two of the trainings
+    # the LLM's: profiles, fine-tuning, generation, reading
     written = sum(min(args.llm_rows or n, n) for n in (users, items))
-    llm = written / 9 + 60 + items / 120 + args.pairs / 45 + min(items, 12_000) / 55
+    pairs = min(2000 if args.llm_rows else n, 4 * users)
+    llm = written / 9 + 60 + items / 120 + pairs / 45 + min(items, 12_000) / 55
     parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * items**3,
-             "trainings": (5 if args.trials else 7) * training,
+             "trainings": (5 if args.trials else 7) * training,  # two are the best trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
+    if args.fast:  # 20 epochs, 4 layers, a few profiles; the judge with one dropout
+        shares = {"LLM": 0.35, "judge": 0.15, "trainings": 25 / epochs, "trials": 25 / epochs}
+        parts = {name: value * shares.get(name, 1) for name, value in parts.items()}
     # half a second of products is enough to tell one machine from another
     matrix, done, start = torch.randn(768, 768), 0, time.time()
     while time.time() - start < 0.5:
@@ -1167,8 +1158,8 @@ def main(argv=None):
         p = commands.choices[name]
         p.add_argument("--methods", default="", help="semicolon-separated; each of compare may "
                        "have flags of its own, which in a blend go to all parts that are trained, "
-                       "but not to DNS where it is an alternative; "
-                       + "; ".join(rows))
+                       "but not to DNS where it is an alternative; left out: the rows of the "
+                       "large table that the run has files for, or all; " + "; ".join(rows))
         p.add_argument("--backbone", default="lightgcn", help="of all that is trained")
         p.add_argument("--flags", default="", help="of every training, in one string")
         p.add_argument("--out", default=out, help="first part of the names of what is written")
@@ -1178,8 +1169,6 @@ def main(argv=None):
     p.add_argument("--widest", type=number(int, 64), default=512, help="--dim tried at most")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of trials and trainings")
     p = commands.choices["compare"]
-    p.add_argument("--preset", choices=["table"], default="table", help="the rows without "
-                   "--methods; those that the run lacks files for are left out")
     p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0 to N-1 of training")
     p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
                    help="take each method's flags from this file of `tune` (tuned.json)")
@@ -1188,8 +1177,9 @@ def main(argv=None):
     p = commands.choices["estimate"]
     for name, default, text in (
             ("llm-rows", 0, "users and items each that the LLM writes of; 0: all"),
-            ("pairs", 4000, "negatives generated"), ("trials", 0, "trials of each of two methods")):
+            ("trials", 0, "trials of each of two methods")):
         p.add_argument(f"--{name}", type=number(int, 0), default=default, help=text)
+    p.add_argument("--fast", action="store_true", help="with FAST=1")
     p = commands.choices["recommend"]
     p.add_argument("--user", required=True, metavar="ID", help="as in the ratings file")
     p.add_argument("--k", type=number(int, 1), default=10, help="items to show")

@@ -18,16 +18,7 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta i
         python hnlmrec.py train --run runs/NAME
 """
 
-import ast
-import csv
-import gzip
-import html.entities
-import json
-import math
-import re
-import time
-import unicodedata
-import zlib
+import ast, csv, gzip, html.entities, json, math, re, time, unicodedata, zlib
 from argparse import Namespace
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager
@@ -44,18 +35,16 @@ from torch import nn
 import backbones as bb
 from backbones import (  # the method's names are bare, so that its pieces can be pasted
     Parser, bpr_loss, contains, fail, fit, l2_loss, leave_out, ndcg, number, own_among, pair_keys,
-    rank, restore, rows_of, run_cli, sampled_softmax_loss, standardised, sum_of_rows,
-    sum_of_train_items, take, top_k, user_rows, validation)
+    rank, restore, rows_of, run_cli, sampled_softmax_loss, standardised, sum_of_rows, take, top_k,
+    user_rows, validation)
 
 # ==== 1. The negative e⁻ and the loss =============================================================
-
 class Projector(nn.Module):
     """Self-attention over the K generated vectors of one user, then an MLP into the recommender's
     space (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, the pair's own, is the only query.
 
     sample_hidden (n, H), n at least 2: generated vectors, whose mean and deviation standardise h.
     attention=False leaves the MLP alone (an ablation)."""
-
     def __init__(self, sample_hidden, dim, width=128, attention=True):
         super().__init__()
         # a few dimensions of an LLM's hidden states dwarf the rest: standardise them. The clamp is
@@ -73,7 +62,7 @@ class Projector(nn.Module):
         return self.attend(self.read(hidden))
 
     def read(self, hidden):
-        """(…, H) -> (…, W), one vector at a time."""
+        """(…, H) -> (…, W), each vector by itself."""
         return self.inward((hidden.float() - self.mean) / self.std)
 
     def attend(self, x):
@@ -91,7 +80,6 @@ class NegativeTable:
     generated (n, 2): the (user, item) pair of each generated vector, none twice, users ascending;
     train (N, 2): the pairs that are trained on. `own` counts the train pairs with a vector of their
     own, `without` those whose user has none at all; the rest use their user's other vectors."""
-
     def __init__(self, generated, train, n_users, n_items):
         self.users, self.train_users = generated[:, 0], train[:, 0]
         # user u's vectors are rows start[u] … start[u] + count[u] - 1
@@ -137,9 +125,9 @@ def alignment_loss(z, positives, mined, user_ids, tau):
     same = user_ids[:, None] == user_ids[None]
     same.fill_diagonal_(False)
     scores = (z @ mined.T).masked_fill(same, -torch.inf)  # (B, B)
-    positive = (z * positives).sum(-1, keepdim=True)  # (B, 1)
+    liked = (z * positives).sum(-1, keepdim=True)  # (B, 1): e_i is one more negative here
     target = torch.arange(len(z), device=z.device)
-    return F.cross_entropy(torch.cat([scores, positive], 1) / tau, target)
+    return F.cross_entropy(torch.cat([scores, liked], 1) / tau, target)
 
 
 def paper_contrastive_loss(e_u, e_i, z, tau):
@@ -151,12 +139,6 @@ def paper_contrastive_loss(e_u, e_i, z, tau):
     negative = F.cosine_similarity(e_u, z) / tau  # (B,)
     # L_CL = ln(1 + exp(n - p)), which softplus computes without overflow
     return F.softplus(negative - positive).mean()
-
-
-def hinge_loss(positive_score, negative_score, margin):
-    """max(0, margin - (positive - negative)), the mean over the batch: scores (B,) -> scalar. The
-    paper prints BPR; its published code has this in BPR's place, with a margin of 0.3."""
-    return F.relu(margin - (positive_score - negative_score)).mean()
 
 
 def semantic_alignment(vectors, texts, tau):
@@ -172,8 +154,9 @@ class HNLMRec(nn.Module):
 
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
 
-    backbone: a Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector;
-    hidden (n, H): generated vectors; table: a NegativeTable of them; mined (U, M): the bands.
+    lambda2 is `reg`; gamma weighs e_i > e_f in L_false, tau_c both alignments; k: K. backbone: a
+    Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector; hidden (n, H):
+    generated vectors; table: a NegativeTable of them; mined (U, R): the bands.
     semantic: a SemanticProjector; likely: a LikelyFalse. None will do for a term of weight 0."""
 
     # pairs per step that L_align and L_sem see: more only cost time
@@ -193,22 +176,21 @@ class HNLMRec(nn.Module):
 
     def modules_trained(self):
         """{name: module} for `fit`: those that are there."""
-        named = {"backbone": self.backbone, "projector": self.projector, "semantic": self.semantic}
-        return {name: module for name, module in named.items() if module is not None}
+        return dict(self.named_children())
 
     def loss(self, rows, generator):
         """Rows (B,), B >= 1, of the pairs -> (scalar, {term, unweighted: float}). For `fit`."""
         u, i = self.pairs[rows].T  # (B,), (B,)
-        # generated vectors are drawn before the negatives, each from the one generator
-        own = self.table(rows, 1, generator)[:, 0] if self.table else None  # (B,)
+        # which generated vector: the pair's own, else another of its user's; -1: none
+        made = self.table(rows, 1, generator)[:, 0] if self.table else None  # (B,)
         sample = self.draw(u, i, generator)
         users, positives, negatives = sample.users, sample.positives, sample.negatives
 
         # BPR: the positive e_i above e⁻. Its gradient stops at z: it would teach the projector to
         # make easy negatives. A user without generated vectors has e_j alone
         if self.alpha:
-            mixed = mix(self.z_of_all(generator)[own], negatives, self.alpha)
-            negatives = torch.where((own >= 0)[:, None], mixed, negatives)
+            mixed = mix(self.z_of_all(generator)[made], negatives, self.alpha)
+            negatives = torch.where((made >= 0)[:, None], mixed, negatives)
         bpr = bpr_loss(self.backbone.score(users, positives), self.backbone.score(users, negatives))
 
         # L2, of the parameters behind the batch's users, positives and sampled items
@@ -229,8 +211,8 @@ class HNLMRec(nn.Module):
 
         # L_align, on the first rows: z near one of the user's mined items. It trains the projector
         # alone, towards where the backbone has these items now
-        if self.lambda1 and (own >= 0).any():
-            a = rows[own >= 0][:self.align_rows]  # (A,)
+        if self.lambda1 and (made >= 0).any():
+            a = rows[made >= 0][:self.align_rows]  # (A,)
             u_a, i_a = self.pairs[a].T
             z = self.projector(self.hidden[self.table(a, self.k, generator)])  # (A, D)
             pick = torch.randint(self.mined.shape[1], (len(a),), generator=generator,
@@ -276,7 +258,6 @@ class PaperHNLMRec(HNLMRec):
     z comes straight out of the projector, which, as in the published code, is in no optimizer,
     unless train_projector: then BPR's gradient teaches it to make easy negatives. hinge: above 0,
     the margin of a hinge in place of BPR."""
-
     def __init__(self, *args, hinge=0.0, train_projector=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.hinge, self.train_projector = hinge, train_projector
@@ -297,11 +278,11 @@ class PaperHNLMRec(HNLMRec):
         mixed = self.alpha * z + (1 - self.alpha) * sample.negatives
         negatives = torch.where(has[:, None], mixed, sample.negatives)
 
-        # BPR, or the hinge of the published code: the positive e_i above e⁻
+        # the positive e_i above e⁻: BPR, as the paper prints, or the hinge of its published code
         positive_score = self.backbone.score(sample.users, sample.positives)  # (B,)
         negative_score = self.backbone.score(sample.users, negatives)  # (B,)
         if self.hinge:
-            ranking = hinge_loss(positive_score, negative_score, self.hinge)
+            ranking = F.relu(self.hinge - (positive_score - negative_score)).mean()
         else:
             ranking = bpr_loss(positive_score, negative_score)
 
@@ -354,16 +335,18 @@ class Judge(nn.Module):
     """A recommender by texts alone: an item's similarity to each of the user's train items k,
     dominated by the most similar one,
 
-        score(u, j) = soft_maximum over k of cos(h_k, v_j) + b_j.
+        score(u, j) = b_j + soft_maximum over k of cos(h_k, v_j).
 
-    history, items (I, W): h and v, rows of length 1; bias (I,); scale, beta: of soft_maximum; train
-    (N, 2). A user without a train pair is ranked by the biases alone."""
-
-    def __init__(self, history, items, bias, scale, beta, train, n_users):
+    tables: of JudgeMaps.tables(), history and item (I, W): h and v, rows of length 1; bias (I,);
+    shape (2,): scale and beta of soft_maximum. train (N, 2). A user without a train pair is ranked
+    by the biases alone."""
+    def __init__(self, tables, train, n_users):
         super().__init__()
-        self.n_users, self.n_items, self.train_rows = n_users, len(items), user_rows(train, n_users)
-        self.history, self.items, self.bias = history, items, bias
-        self.scale, self.beta = float(scale), float(beta)
+        self.history, self.items, self.bias, shape = (
+            tables[name].float() for name in ("history", "item", "bias", "shape"))
+        self.scale, self.beta = shape.tolist()
+        self.n_users, self.n_items = n_users, len(self.items)
+        self.train_rows = user_rows(train, n_users)
         self.kept = None  # (I, I), see scores
 
     def similarities(self, rows):
@@ -404,14 +387,14 @@ class JudgeMaps(nn.Module):
         width = min(width, text.shape[1])
         self.history_map = nn.Linear(text.shape[1], width, bias=False)
         self.item_map = nn.Linear(text.shape[1], width, bias=False)
-        # identities: an untrained judge compares the texts as they are
+        # identities: an untrained judge compares the first W columns
         nn.init.eye_(self.history_map.weight)
         nn.init.eye_(self.item_map.weight)
         # starts at half the log popularity: softmax against uniform draws would ask for all of it
         count = torch.bincount(train[:, 1], minlength=len(text)).float()
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
-        # in tens: Adam's steps are of one size for all, and this has further to go than a weight
+        # a tenth: Adam's steps are alike for all, and ln beta has further to go than a weight
         self.tenth_log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
 
     def shape(self):
@@ -424,13 +407,6 @@ class JudgeMaps(nn.Module):
         return {"history": F.normalize(self.history_map(self.text), dim=1),
                 "item": F.normalize(self.item_map(self.text), dim=1),
                 "bias": self.bias.detach().clone(), "shape": torch.stack(self.shape())}
-
-
-def judge_of(tables, train, n_users):
-    """JudgeMaps.tables() -> Judge."""
-    history, items, bias, shape = (tables[name].float()
-                                   for name in ("history", "item", "bias", "shape"))
-    return Judge(history, items, bias, *shape, train, n_users)
 
 
 def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0):
@@ -473,8 +449,8 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
                    for empty, rows in zip(padded, (history, own_vectors))]
         alike = similarity(by_user[0] @ by_user[1].mT, beta)  # (B, S, S): of history, of item
         slots = torch.arange(alike.shape[1], device=own.device)
-        counts = (slots < count[:, None])[:, :, None] & (slots[:, None] != slots)
-        total = (alike * counts).sum(1)[place, slot]  # (P,)
+        is_other = (slots < count[:, None])[:, :, None] & (slots[:, None] != slots)
+        total = (alike * is_other).sum(1)[place, slot]  # (P,)
         others = count[place] - 1
         positive = soft_maximum(total, others, scale, beta) + maps.bias[own]  # (P,)
 
@@ -511,7 +487,6 @@ class LikelyFalse:
     """For each user in the batch, samples one unseen item that the judge thinks the user would
     like: users (B,) -> items (B,). items (U, n) ids, -1: none; share (U, n): how often each is
     drawn. n_items: I."""
-
     def __init__(self, items, share, n_items):
         self.listed, self.border = items.long(), share.cumsum(1)  # (U, n), (U, n)
         user, place = (self.listed >= 0).nonzero().T
@@ -544,13 +519,12 @@ class SemanticProjector(nn.Module):
     """Texts in the recommender's space: user ids (A,), item ids (B,) -> (A, D), (B, D), an MLP of
     the items' texts, and of their sum over the user's train items, as rows of length 1. text
     (I, H), row i of item i; train (N, 2), on the same device; dim: D."""
-
     def __init__(self, text, train, n_users, dim, width=128):
         super().__init__()
         # rows of length 1 first, so that each item counts alike in a user. Not saved: the texts'
         # file gives them back
         items = F.normalize(standardised(text.float()), dim=1)
-        users = sum_of_train_items(items, train, n_users)
+        users = sum_of_rows(items, *train.T, n_users)
         self.register_buffer("item", items, persistent=False)  # (I, H)
         self.register_buffer("user", F.normalize(users, dim=1, out=users), persistent=False)
         self.mlp = nn.Sequential(
@@ -572,7 +546,7 @@ def text_start(text, train, n_users, dim, std):
     centred = text - text.mean(0)
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
     items = centred @ components  # (I, min(dim, H))
-    users = sum_of_train_items(items, train, n_users)
+    users = sum_of_rows(items, *train.T, n_users)
     scaled = [x * std / x.pow(2).mean() ** 0.5 for x in (users, items)]
     return F.pad(torch.cat(scaled), (0, dim - items.shape[1]))
 
@@ -580,18 +554,16 @@ def text_start(text, train, n_users, dim, std):
 class TextSimilarity(nn.Module):
     """The judge's untrained rival: score(u, j) = the sum of the cosines of whitened texts of j and
     each of u's train items. readings: a list of (I, H); train (N, 2)."""
-
     def __init__(self, readings, train, n_users):
         super().__init__()
         self.items = whitened_texts(readings)  # (I, T)
-        self.users = sum_of_train_items(self.items, train, n_users)  # (U, T)
+        self.users = sum_of_rows(self.items, *train.T, n_users)  # (U, T)
         self.n_users, self.n_items = n_users, len(self.items)
 
     def scores(self, users):
         return self.users[users] @ self.items.T
 
 # ---- The judge's training ------------------------------------------------------------------------
-
 def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=8, lr=1e-3, seed=0,
                 validated=5000):
     """Fit the maps once with each dropout and keep the best on validation: readings: a list of
@@ -612,7 +584,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
         scores = []
 
         def validate():
-            judge = judge_of(maps.tables(), train, n_users)
+            judge = Judge(maps.tables(), train, n_users)
             scores.append(validation(judge, {"train": train, "valid": valid}, users=validated)())
             # behind the best dropout half-way: the rest of its epochs is not run
             if best and len(scores) == epochs // 2 and scores[-1] < best[0][len(scores) - 1]:
@@ -638,7 +610,6 @@ class Behind(Exception):
     """Ends a training that has fallen behind another."""
 
 # ---- The blend: several recommenders in one score, weights by validation -------------------------
-
 def in_deviations(scores):
     """Scores (B, I) less their user's mean, in standard deviations of that user's scores."""
     centred = scores - scores.mean(1, keepdim=True)
@@ -648,7 +619,6 @@ def in_deviations(scores):
 class Blend(nn.Module):
     """score(u, ·) = the sum over the parts of weight * in_deviations(part's scores). parts: a list
     of recommenders; weights: a number each, 0 leaves a part out."""
-
     def __init__(self, parts, weights):
         super().__init__()
         self.parts, self.weights = nn.ModuleList(parts), weights
@@ -725,36 +695,20 @@ def load_recommender(path, data):
     path = Path(path)
     command = bb.read_header(path).get("settings", {}).get("command")
     if command == "judge":
-        tensors, meta = load_judge(path, data["train"].device)
-        return judge_of(tensors, data["train"], data["n_users"]), meta, tensors
+        tensors, meta = bb.load_tensors(path, data["train"].device)
+        return Judge(tensors, data["train"], data["n_users"]), meta, tensors
     if command == "blend":
         tensors, meta = bb.load_tensors(path)
         # parts are named as seen from the run folder, which may be the parent of compare/
         run = path.parent if path.parent.name != "compare" else path.parent.parent
         parts = [load_recommender(run / name, data)[0] for name in meta["parts"]]
         return Blend(parts, tensors["weights"].tolist()), meta, tensors
-    vectors = path.exists() and command is None  # a person's own
-    if vectors:
-        try:
-            with bb.safe_open(str(path), framework="pt"):
-                pass
-        except (bb.SafetensorError, OSError):
-            fail(f"{path}: is no model, judge or texts, or not whole; name another file")
-    if vectors or command == "read":
+    if command == "read" or command is None and path.exists():  # None: a person's own vectors
         readings = bb.load_texts(path.parent, path.name, data["n_items"])
         readings = [text.to(data["train"].device) for text in readings]
         meta = bb.read_header(path) or {"settings": {}}
         return TextSimilarity(readings, data["train"], data["n_users"]), meta, {}
     return bb.load_model(path, data)
-
-
-def load_judge(path, device="cpu"):
-    """A judge's file -> (tensors, meta). Raises SystemExit2 for another kind of file."""
-    tensors, meta = bb.load_tensors(path, device)
-    if "likely" not in tensors:
-        fail(f"{path}: holds what `{meta['settings'].get('command')}` writes, not a judge; name "
-             "judge.safetensors or another with --judge")
-    return tensors, meta
 
 
 def fit_judge(args):
@@ -790,7 +744,7 @@ def fit_judge(args):
 
     # its score, and whom it thinks would like what
     tensors = maps.tables()
-    likely, share = likely_items(judge_of(tensors, train, data["n_users"]),
+    likely, share = likely_items(Judge(tensors, train, data["n_users"]),
                                  min(args.likely, data["n_items"]))
     tensors |= {"likely": likely.int(), "share": share}
     bb.check_finite(out, tensors, "lower --lr and run again with --force")
@@ -832,9 +786,7 @@ def train_hnlmrec(args):
     out = run / bb.output_name("--out", args.out, "hnlmrec.py train", ".safetensors")
 
     # what is 0 on the command line follows from the data
-    most_seen = int(torch.bincount(data["train"][:, 0]).max())
-    args.mine_first, args.mine_last = bb.mining_band(
-        data["n_items"], most_seen, args.mine_first, args.mine_last)
+    args.mine_first, args.mine_last = bb.mining_band(data, args.mine_first, args.mine_last)
     args.batch_size, args.lr, args.epochs, args.m = bb.sized_to_data(
         data, args.batch_size, args.lr, args.epochs, args.m)
 
@@ -880,9 +832,7 @@ def train_hnlmrec(args):
             tensors |= {"z": torch.cat(z).half(), "z_pairs": method.generated_pairs}
     bb.check_finite(out, tensors, "nothing was written; lower --lr and run again")
     bb.save_tensors(out, tensors, {
-        "settings": settings, "n_users": data["n_users"], "n_items": data["n_items"],
-        "history": history, "own_negatives": table.own if table else 0,
-        "without_negatives": table.without if table else 0, "seconds": time.time() - start})
+        "settings": settings, "history": history, "seconds": time.time() - start})
     print(f"wrote {out}")
 
 
@@ -946,7 +896,10 @@ def load_penalty(run, args, data):
     likely = penalty = None
     device, n_items = data["train"].device, data["n_items"]
     if args.lambda_f or args.keep_clear == "judge":
-        tensors, _ = load_judge(run / args.judge, device)
+        tensors, meta = bb.load_tensors(run / args.judge, device)
+        if "likely" not in tensors:
+            fail(f"{run / args.judge}: holds what `{meta['settings'].get('command')}` writes, not "
+                 "a judge; name judge.safetensors or another with --judge")
         likely = LikelyFalse(tensors["likely"], tensors["share"], n_items)
         penalty = likely.penalty
     if args.keep_clear == "valid":
@@ -1000,13 +953,11 @@ def blend(args):
     # written so that everything reads it as any model
     score, chosen, weights = best
     bb.save_tensors(out, {"weights": torch.tensor(weights)}, {
-        "settings": settings, "parts": chosen, "n_users": data["n_users"],
-        "n_items": data["n_items"], "seconds": seconds + time.time() - start,
+        "settings": settings, "parts": chosen, "seconds": seconds + time.time() - start,
         "history": [{"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start}]})
     print(f"wrote {out} of {', '.join(chosen)}: valid NDCG@20 {score:.4f}")
 
 # ---- trace: one (user, item) pair from the raw line to the gradient ------------------------------
-
 def trace(args):
     """Print how one train pair passes through the pipeline, with the values of a finished run.
     Changes nothing."""
@@ -1088,7 +1039,7 @@ def trace_negative(generated, method, row, titles, cf, seen):
     named = [titles[n] + (" (mined)" if n in method.mined[u] else "")
              for n in nearest.tolist() if n >= 0]
     print(f"6. generated  h {vector_text(generated['hidden'][at].float())}{note}\n"
-          f"              nearest real items: {'; '.join(named)}")
+          f"              items nearest to head(h): {'; '.join(named)}")
 
     # the projector's z, beside the trained backbone's vectors
     rows = method.table(torch.tensor([row]), method.k, torch.Generator().manual_seed(0))
@@ -1122,7 +1073,6 @@ def vector_text(vector):
     return f"[{', '.join(f'{v:.3f}' for v in vector[:4].tolist())}, …] norm {vector.norm():.3f}"
 
 # ---- prepare: raw ratings and item metadata -> data.safetensors, items.jsonl, users.jsonl --------
-
 PARTS = ("train", "valid", "test")
 # user and item as codes; rating, and seconds since 1970 (NaN: none); the row's number in its file
 PAIR = np.dtype([("user", "i4"), ("item", "i4"), ("rating", "f8"), ("seconds", "f8"),
@@ -1337,7 +1287,6 @@ def read_pairs(files, s, counts):
 
 class Ids(dict):
     """Raw id -> code 0, 1, 2 … in order of first appearance. codes: those of the ids as text."""
-
     def __init__(self):
         self.codes = {}
 
@@ -1433,7 +1382,6 @@ def iso_seconds(text):
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 # ---- prepare: texts of items and reviews ---------------------------------------------------------
-
 REPEATED = "repeated metadata rows (the fullest counts)"
 OF_PAIRS, LETTER = re.compile("rating|review|score|comment", re.I), re.compile(r"[^\W\d_]")
 
@@ -1859,7 +1807,6 @@ def add_prepare_flags(commands):
     p.add_argument("--force", action="store_true", help="remake what was made with other settings")
 
 # ---- Command line --------------------------------------------------------------------------------
-
 def add_judge_flags(commands):
     p = commands.add_parser(
         "judge", help="learn what the texts say a user likes; list likely false negatives",

@@ -6,7 +6,7 @@ profile   items.jsonl, users.jsonl, train pairs -> profiles.jsonl: a sentence on
           like and who would enjoy it, and one on what a user enjoys.
 finetune  cf.safetensors, profiles.jsonl -> adapter/ (LoRA, peft's format), sft.safetensors
           (soft-token maps, head). h(u, i) is the LLM's hidden state at the last prompt token,
-          z = head(h), in CF space (not yet the z of hnlmrec.py, which its projector makes from h);
+          z = head(h), in centred CF space (the z of hnlmrec.py is what its projector makes of h);
           InfoNCE pulls z to the CF vectors of the hard negatives mined for u:
               L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
                        / sum_{j} exp(cos(z, e_j) / tau_s) )
@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -38,7 +37,7 @@ from backbones import (
     SHARD_USERS, Parser, Progress, add_band_flags, add_run_flags, check_finite, check_inputs,
     digests, fail, load_data, load_model, load_tensors, mine_hard_negatives, mining_band, mixgcf,
     number, output_name, rank, read_jsonl, restore, run_cli, save_tensors, settings_of, shards,
-    skip, start_processes, sum_over, user_rows, world, write_atomic)
+    skip, start_processes, state_of, sum_over, user_rows, world, write_atomic)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
 # Four pieces, so that what is shared is computed once:
@@ -124,7 +123,6 @@ def text_ids(tokenizer, text):
 class Prompt:
     """Token ids of the prompt's pieces. n_soft: soft tokens for each vector, 0 for the ablation
     without CF vectors. frame: (head, tail) as an earlier step rendered it; None: rendered now."""
-
     def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.frame = head, tail = frame or chat_frame(tokenizer, INSTRUCTION)
@@ -153,7 +151,6 @@ class Prompt:
 class SoftTokens(nn.Module):
     """Learned maps R^d -> n_soft * R^H, one for users and one for items, scaled to the norm of the
     LLM's own token embeddings. user (U, d), item (I, d): the CF vectors."""
-
     def __init__(self, user, item, hidden_size, norm, n_soft=1):
         super().__init__()
         self.n_soft, self.hidden_size = n_soft, hidden_size
@@ -203,8 +200,8 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
            batch=0, instruction=None):
     """h(u, i): the hidden state of the last prompt token, for training and generation.
 
-    llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens. G
-    user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
+    llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens;
+    G user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
     users each item belongs to -> (R, H) float32. batch: items per call, 0: all. instruction:
     run_piece(llm, [prompt.shared])[2], where no gradient is wanted; None: run here."""
     device = user_vectors.device
@@ -233,9 +230,9 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 def run_piece(llm, pieces, soft=None, past=None, owner=None):
     """Run one piece of the prompt on top of what is cached.
 
-    pieces: B id lists; soft (B, n_soft, H): the vectors for the SOFT places; past: an earlier
-    piece's; owner (B,): which of its rows each piece follows, None: row b follows row b -> hidden
-    states (B, L, H), mask (B, L), past (keys and values, mask (B, L0 + L))."""
+    pieces: B id lists; soft (B, n_soft, H): the vectors for the SOFT places; past: what an earlier
+    call returned last; owner (B,): which of its rows each piece follows, None: row b follows row b
+    -> hidden states (B, L, H), mask (B, L), past (keys and values, mask (B, L0 + L))."""
     # what goes in: embeddings of the ids, vectors in the SOFT places
     ids, mask = pad(pieces, llm.get_input_embeddings().weight.device)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
@@ -291,10 +288,8 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dr
     return encoder(llm, prompt, soft_tokens, profiles, user_vectors, titles, item_vectors, owner)
 
 # ==== 2. Fine-tuning, supervised, with InfoNCE against CF-mined hard negatives ====================
-
 class Head(nn.Module):
     """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d)."""
-
     def __init__(self, hidden_size, dim):
         super().__init__()
         # of the frozen LLM's hidden states: a few of their dimensions are a hundred times larger
@@ -324,7 +319,6 @@ class SftTask:
     """The data of fine-tuning, from train pairs and CF vectors alone. data: of load_data; cf_model:
     a Backbone; cf: its vectors, {"user" (U, d), "item" (I, d)}; texts: (user profiles, item texts);
     first, last: the mined ranks. Raises SystemExit2 when no pair is left to learn from."""
-
     def __init__(self, data, cf_model, cf, texts, first, last, seed):
         self.cf, self.texts, self.train, self.cf_model = cf, texts, data["train"], cf_model
         self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, M)
@@ -393,7 +387,6 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
 
 class MixedTask(SftTask):
     """The same with MixGCF's mixtures of pair and band as targets, in place of the band."""
-
     @functools.cached_property
     def item_layers(self):
         return self.cf_model.layers()[1].detach()  # (I, K, d)
@@ -475,6 +468,8 @@ def learning_rate(step, steps):
 def add_lora(llm, targets, r, alpha, dropout):
     """LoRA (Hu et al., ICLR 2022) on the linear layers named in `targets`, its weights float32
     whatever the LLM's. Prints what it is on; raises SystemExit2 when a name matches no layer."""
+    from peft import LoraConfig, get_peft_model  # here, since it takes two seconds to import
+
     # GPT-2's linear layers are Conv1D, which keeps its weights as (in, out)
     linear = [name for name, module in llm.named_modules()
               if isinstance(module, (nn.Linear, Conv1D))]
@@ -493,7 +488,6 @@ def add_lora(llm, targets, r, alpha, dropout):
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
 
 # ==== 3. Generation, offline ======================================================================
-
 def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
     """Which train pairs (N, 2) get a generated negative -> row numbers (n,), sorted by pair.
     per_user: of each user at most; limit: in all, one of each user before a second; 0: all."""
@@ -536,7 +530,6 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
     return hidden
 
 # ==== 4. Reading: what a frozen LLM makes of each text alone ======================================
-
 @torch.no_grad()
 def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
     """The mean of a layer's hidden states over a text's tokens -> a list of (I, H) float32, one a
@@ -769,7 +762,6 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     return [first_sentence(text.split("\n")[0]) for text in texts]
 
 # ==== The method ends here. Programs: finetune, generate, read, profile ===========================
-
 LORA_DROPOUT = 0.05  # the paper's
 PROFILE_DROPOUT = 0.2  # share of users without a profile: no reliance on a known user's text
 LR_MAPS = 3e-4  # of soft-token maps and head: below LoRA's default, as the head is fitted before
@@ -924,9 +916,7 @@ def finetune(args):
         fail("--warmup-pairs 1: one pair has no deviation to standardise by; give 0, or 2 or more")
     out, partial = run / f"{name}.safetensors", run / f"{name}.partial.safetensors"
     # settings hold the band itself, not the 0 that stands for it
-    args.mine_first, args.mine_last = mining_band(
-        data["n_items"], int(torch.bincount(data["train"][:, 0]).max()), args.mine_first,
-        args.mine_last)
+    args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     # finished with these settings: nothing to do; half-finished: resume from there
     device = start_processes(args.device)
     args.dtype = pick_dtype(args.dtype, device)
@@ -974,8 +964,7 @@ def save_tuned(out, llm, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
     # nothing is written of a fine-tuning that went wrong
     adapter = out.parent / adapter_folder(out.stem)
-    tensors = {f"soft.{name}": value for name, value in soft_tokens.state_dict().items()}
-    tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    tensors = state_of({"soft": soft_tokens, "head": head})
     check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
     # in a temporary folder, so that nobody sees an adapter half-written
     temporary = adapter.with_name(f".{adapter.name}.tmp")
@@ -1018,6 +1007,7 @@ def load_sft(run, name, llm, device, lora=True):
         llm, s, {"user": some, "item": some}, device, meta["frame"])
     restore({"soft": soft_tokens, "head": head}, tensors)
     if lora:
+        from peft import PeftModel  # here, since it takes two seconds to import
         try:  # in the LLM's number format, so that nothing is converted in each layer
             model = PeftModel.from_pretrained(model, adapter).to(model.dtype).eval()
         except Exception as error:  # noqa: BLE001 as in from_library
@@ -1145,7 +1135,6 @@ def read_profiles(path):
 class Profiles:
     """profiles.jsonl while it grows. made: {(kind, raw id): text} so far, of an earlier start too.
     Raises SystemExit2 when that had other settings, unless force."""
-
     def __init__(self, path, settings, force):
         self.path, self.settings, self.faults = path, settings, Counter()
         self.frames, self.made, old = {}, {}, settings
@@ -1176,7 +1165,6 @@ class Profiles:
 
 class Writer:
     """The LLM that writes profiles. frames: {kind: (head, tail)}, filled in where it is empty."""
-
     def __init__(self, args, dtype, device, frames):
         self.model = load_llm(args.llm, AutoModelForCausalLM, dtype, device)
         self.tokenizer = load_tokenizer(args.llm)
@@ -1320,7 +1308,6 @@ def from_all(value):
     return values
 
 # ==== The LLM: loading, checks, number format, digest =============================================
-
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -1436,7 +1423,6 @@ def llm_digest(llm):
     return digest.hexdigest()[:16]
 
 # ==== Command line ================================================================================
-
 # what the paper states; LoRA's alpha is its library's default, as in the published code
 PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "dtype": "bf16",
          "lora_rank": 32, "lora_alpha": 8.0, "lr": 2e-5, "tau_s": 0.05, "epochs": 5.0}

@@ -141,7 +141,7 @@ OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || tru
 # What the LLM's steps do at most, whatever the data's size: about two minutes each on two cores
 PROFILE="--history 3 --llm-rows 200" READ="--most 12000"
 GENERATE="--pairs-per-user 4 --pairs 2000" FINETUNE="--warmup-pairs 1024 --steps 20"
-SIZE="--llm-rows 200 --pairs 2000" WIDEST="--widest 128"  # of trials: 512 takes ten times as long
+SIZE="--llm-rows 200" WIDEST="--widest 128"  # of trials: 512 takes ten times as long
 if [[ $WHOLE == 1 ]]; then
   PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE= WIDEST=
 fi
@@ -153,9 +153,9 @@ if [[ -z ${DATA:-} ]]; then
 fi
 [[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
-  PROFILE+=" --llm-rows 32" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
-  FINETUNE="--llm-layers 4 --warmup-pairs 512 --steps 8" GENERATE="--pairs-per-user 2 --pairs 2000"
-  SIZE="--llm-rows 32 --pairs 2000"
+  PROFILE+=" --llm-rows 16" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
+  FINETUNE="--llm-layers 4 --warmup-pairs 512 --steps 4" GENERATE="--pairs-per-user 1 --pairs 2000"
+  SIZE="--llm-rows 16 --fast"
   TRAIN+=" --epochs 20 --eval-every 5" TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi
 TUNE=${TUNE:-$TRIALS}
