@@ -388,7 +388,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
         label="train", decay=False):
-    """Train all parameters of `modules` {name: nn.Module} with Adam; keep the best validated state.
+    """Train all parameters of `modules` {name: nn.Module} with Adam; leave the best validated state.
     step(rows (B,), generator) -> (loss, {name: float}) on those of n_rows train rows; validate() ->
     float, higher is better. Stops after `patience` validations without a new best. decay: the
     learning rate falls linearly from lr to 0. Returns (best state {name.parameter: tensor},
@@ -441,6 +441,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
         progress.update(epoch, f"loss {logs['loss']:.4f}  valid NDCG@20 {max(best, 0):.4f}")
     print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_epoch} of {epoch}, "
           f"{time.time() - start:.0f} s", flush=True)
+    restore(modules, best_state)
     return best_state, history
 
 
@@ -876,7 +877,6 @@ def train_baseline(args, data, text):
     validate = validation(model, data, users=args.eval_users)
     state, history = fit({"backbone": model}, step, len(train), validate, **budget,
                          label=f"{args.backbone} {loss}")
-    restore({"backbone": model}, state)
     with torch.no_grad():
         users, items = model.eval()()
     if text is not None:  # AlphaRec's vectors alone, which load_model makes an MF of
@@ -921,10 +921,11 @@ def compute_closed_form(args, data, _):
     return tensors, history
 
 
-def line_search(score_of, grid):
-    """Coordinate ascent: from the middle of a grid {name: values in order}, the best value of one
-    name at a time, until no name gives a better one -> (point {name: value}, its score)."""
-    point, scores = {name: values[(len(values) - 1) // 2] for name, values in grid.items()}, {}
+def line_search(score_of, grid, point=None):
+    """Coordinate ascent: from `point`, else the middle of a grid {name: values in order}, the best
+    value of one name at a time, until no name gives a better one -> (point {name: value}, score)."""
+    point = point or {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
+    scores = {}
 
     def score(point):  # each once
         key = tuple(point.values())
@@ -1014,10 +1015,8 @@ def load_negatives(run, name, data):
             fail(f"{path}: was made with other settings than {paths[0].name}; run "
                  f"`{writer_of(path)} --force`")
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    # of the inputs neither the split nor the fine-tuning: the model whose space `vector` is in
-    models = [file for file in metas[0]["settings"]["inputs"] if file.endswith(".safetensors")]
-    cf = [file for file in models if not file.startswith(("data", "sft"))]
-    return {**joined, "cf": cf[0] if cf else "cf.safetensors"}
+    # of the inputs (data, fine-tuning, CF model, profiles) the model whose space `vector` is in
+    return {**joined, "cf": list(metas[0]["settings"]["inputs"])[2]}
 
 
 def row_of(rows, raw, flag, path):
@@ -1436,8 +1435,7 @@ def add_training_flags(parser, more=()):
     group = parser.add_argument_group("backbone and training budget")
     group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
                        default="lightgcn", help="recommender")
-    group.add_argument("--sampler", choices=SAMPLERS, default="rns",
-                       help="negative sampler of e_j")
+    group.add_argument("--sampler", choices=SAMPLERS, default="rns", help="negative sampler of e_j")
     # 0 stands for what sized_to_data makes of the data
     add_numbers(
         group, ("--dim", number(int, 2), 64, "embedding width d"),

@@ -34,9 +34,9 @@ from torch import nn
 
 import backbones as bb
 from backbones import (  # the method's names are bare, so that its pieces can be pasted
-    Parser, bpr_loss, contains, fail, fit, l2_loss, leave_out, ndcg, number, own_among, pair_keys,
-    rank, restore, rows_of, run_cli, sampled_softmax_loss, standardised, sum_of_rows, take, top_k,
-    user_rows, validation)
+    Parser, bpr_loss, contains, fail, fit, l2_loss, leave_out, line_search, ndcg, number, own_among,
+    pair_keys, rank, restore, rows_of, run_cli, sampled_softmax_loss, standardised, sum_of_rows,
+    take, top_k, user_rows, validation)
 
 # ==== 1. The negative e⁻ and the loss =============================================================
 class Projector(nn.Module):
@@ -154,14 +154,15 @@ class HNLMRec(nn.Module):
 
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
 
-    lambda2 is `reg`; gamma weighs e_i > e_f in L_false, tau_c both alignments; k: K. backbone: a
-    Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector; hidden (n, H):
-    generated vectors; table: a NegativeTable of them; mined (U, R): the bands.
+    backbone: a Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector;
+    hidden (n, H): generated vectors; table: a NegativeTable of them; mined (U, R): the bands.
     semantic: a SemanticProjector; likely: a LikelyFalse. None will do for a term of weight 0."""
 
     # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
     refresh = 20  # steps between new values of z for BPR: meanwhile a z hardly moves
+
+    # reg is lambda2; gamma weighs e_i > e_f within L_false; tau_c is of both alignments; k is K
 
     def __init__(self, backbone, draw, pairs, *, projector=None, table=None, hidden=None,
                  mined=None, semantic=None, likely=None, alpha=0.02, lambda1=1.0, lambda_s=0.01,
@@ -592,7 +593,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
             return scores[-1]
 
         try:
-            state, history = fit(
+            _, history = fit(
                 {"maps": maps}, lambda rows, generator: step(taught[rows], generator), len(taught),
                 validate, batch_size=max(2, pairs * n_users // len(train)),
                 label=f"judge, dropout {dropout:g}", **run)
@@ -601,7 +602,6 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
                   f"{scores[-1]:.4f}, stopped", flush=True)
             continue
         if best is None or max(scores) > max(best[0]):
-            restore({"maps": maps}, state)
             best = scores, maps, dropout, history
     return best[1:]
 
@@ -658,31 +658,22 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
         chunks = [in_deviations(part.scores(some)) for some in users.split(1024)]
         scores.append(torch.cat(chunks))
 
-    def quality(total):
+    def quality(weights):
+        if not any(weights.values()):  # all scores alike: no ranking
+            return -1.0
+        total = torch.zeros_like(scores[0])
+        for k, weight in weights.items():
+            total.add_(scores[k], alpha=weight)
         ranked = top_k(leave_out(total, users, seen), 20)  # (n, 20)
         return float(ndcg(contains(keys, users[:, None], ranked, n_items), relevant, 20).mean())
 
-    # from the best part alone (a clone, since quality() writes into what it is given)
-    alone = [quality(score.clone()) for score in scores]
-    best, improved = max(alone), True
-    weights = [0.0] * len(parts)
-    weights[alone.index(best)] = 1.0
-
-    # one weight at a time, the others held, until a whole round changes none
-    while improved:
-        improved = False
-        for k, score in enumerate(scores):
-            rest = torch.zeros_like(score)
-            for other, weight in enumerate(weights):
-                if other != k and weight:
-                    rest.add_(scores[other], alpha=weight)
-            for value in grid:
-                if not value and not rest.any():  # all scores alike: no ranking
-                    continue
-                found = quality(rest.add(score, alpha=value))
-                if found > best:
-                    best, weights[k], improved = found, float(value), True
-    return weights, alone
+    # from the best part alone: one weight at a time, the others held, until none improves
+    units = [dict(enumerate(row)) for row in torch.eye(len(parts)).tolist()]
+    alone = [quality(unit) for unit in units]
+    first = units[alone.index(max(alone))]
+    # reversed, since line_search begins with the last name: the first part comes first
+    best, _ = line_search(quality, {k: grid for k in reversed(first)}, first)
+    return [float(weight) for weight in best.values()], alone
 
 # ==== 4. The method ends here. What follows are programs ==========================================
 # Loading, judge, train, blend, trace, prepare
@@ -813,14 +804,13 @@ def train_hnlmrec(args):
         print(f"train: {table.own} of {n} train pairs have a generated negative of their own, "
               f"{others} use their user's other ones, {table.without} are of users without any and "
               "have a sampled item alone", flush=True)
-    state, history = fit(
+    _, history = fit(
         method.modules_trained(), method.loss, n,
         validation(method.backbone, data, users=args.eval_users), epochs=args.epochs,
         batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every, patience=args.patience,
         seed=args.seed, label=f"{args.backbone} hnlmrec")
     if rank():
         return
-    restore(method.modules_trained(), state)
 
     # the state of the best validation; the vectors that rank; for the report z of each generated
     # pair alone (K = 1), so that it is repeatable
@@ -1773,9 +1763,10 @@ def value_ranges(rows):
                 f"; NOTE: {len(odd):,} far from the median, {write(middle)}" * (len(odd) > 0)))
     return lines
 
-
-def add_prepare_flags(commands):
-    """The sub-command `prepare` and its flags."""
+# ---- Command line --------------------------------------------------------------------------------
+def main(argv=None):
+    parser = Parser(prog="hnlmrec.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     def stars(text):
         return text if text == "none" else number(float, -1e9, 1e9)(text)
 
@@ -1806,8 +1797,6 @@ def add_prepare_flags(commands):
         p.add_argument(f"--{name}-file", metavar="FILE", help="your own split: give all three")
     p.add_argument("--force", action="store_true", help="remake what was made with other settings")
 
-# ---- Command line --------------------------------------------------------------------------------
-def add_judge_flags(commands):
     p = commands.add_parser(
         "judge", help="learn what the texts say a user likes; list likely false negatives",
         epilog="example: python hnlmrec.py judge --run runs/demo")
@@ -1825,8 +1814,6 @@ def add_judge_flags(commands):
     p.add_argument("--seed", type=number(int, 0), default=0, help="decides draws and dropout")
     p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
-
-def add_train_flags(commands):
     p = commands.add_parser(
         "train", help="train backbone and projector with the LLM's negatives",
         epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
@@ -1875,13 +1862,6 @@ def add_train_flags(commands):
                    help="CF vectors that the alignment's hard negatives are mined with")
     bb.add_band_flags(g)
 
-
-def main(argv=None):
-    parser = Parser(prog="hnlmrec.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    add_prepare_flags(commands)
-    add_judge_flags(commands)
-    add_train_flags(commands)
     p = commands.add_parser(
         "blend", help="put several recommenders into one score, weights by validation",
         epilog="example: python hnlmrec.py blend --run runs/demo --parts "
@@ -1892,6 +1872,7 @@ def main(argv=None):
                         "the one that validation chooses")
     p.add_argument("--force", action="store_true", help="remake the output")
     p.add_argument("--out", default="model-full.safetensors", help="output file")
+
     p = commands.add_parser(
         "trace", help="follow one (user, item) pair through a finished run",
         epilog="example: python hnlmrec.py trace --run runs/demo --user 196")
