@@ -163,7 +163,6 @@ class HNLMRec(nn.Module):
     refresh = 20  # steps between new values of z for BPR: meanwhile a z hardly moves
 
     # reg is lambda2; gamma weighs e_i > e_f within L_false; tau_c is of both alignments; k is K
-
     def __init__(self, backbone, draw, pairs, *, projector=None, table=None, hidden=None,
                  mined=None, semantic=None, likely=None, alpha=0.02, lambda1=1.0, lambda_s=0.01,
                  lambda_f=0.0, gamma=0.2, reg=1e-4, tau_c=0.2, k=4):
