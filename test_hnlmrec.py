@@ -806,15 +806,6 @@ def test_losses_of_pairs_against_direct_sums():
             assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_mixing_hand_worked():
-    """z is made as long as e, (1.2, 1.6), before it is mixed; e learns by its share."""
-    z, e = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]], requires_grad=True)
-    mixed = hnlmrec.mix(z, e, 0.25)
-    assert torch.allclose(mixed, torch.tensor([[0.3, 1.9]]))
-    mixed.sum().backward()
-    assert torch.allclose(e.grad, torch.full((1, 2), 0.75))
-
-
 def test_texts_of_users_and_the_start_against_svd():
     """A user's text is the sum of the train items'. The items' start is U S of their centred texts
     (signs are free), a user's the sum over the train items; a narrow text is padded."""
@@ -857,9 +848,10 @@ def hnlmrec_parts(form=hnlmrec.HNLMRec, sampler="rns", backbone="mf", generated=
 
 @pytest.mark.parametrize("without", [[], [*range(18, 24), *range(31, 36), *range(42, 48)]])
 def test_the_step_is_the_sum_of_its_five_terms(without):
-    """Drawn again and gathered pair by pair; K 1, one mined and one likely item, so that no more is
-    drawn. Of users 3 and 7, who have no generated vector, e⁻ is e_j and L_align sees nothing; of
-    user 5 only the first pair has one."""
+    """Loss and gradients, drawn again and gathered pair by pair: BPR's gradient stops at z, that of
+    L_align at the items. K 1, one mined and one likely item, so that no more is drawn. Of users 3
+    and 7, who have no generated vector, e⁻ is e_j and L_align sees nothing; of user 5 only the
+    first pair has one."""
     generated = torch.stack([pair for n, pair in enumerate(split_data()["train"])
                              if n not in without])
     model, projector, method, train = hnlmrec_parts(
@@ -880,8 +872,8 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
         vectors = [pairs.index([a, b])] if [a, b] in pairs else []
         vectors += [k for k, pair in enumerate(pairs) if pair[0] == a]
         if vectors:
-            own = z[vectors[0]]
-            negative = 0.4 * own * items[c].norm() / own.norm() + 0.6 * items[c]
+            own = z[vectors[0]].detach()
+            negative = 0.4 * own * items[c].detach().norm() / own.norm() + 0.6 * items[c]
             rows, of_row = [*rows, row], [*of_row, vectors[0]]
         bpr = bpr - F.logsigmoid(e_u @ (e_i - negative)) / n
         above = above - F.logsigmoid(e_u @ (e_f - negative)) / n
@@ -890,8 +882,8 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
         l2_false = l2_false + e_f @ e_f / 2 / n
     assert method.table.without == n - len(rows) == (12 if without else 0)
     first, (some_users, some_items) = rows[:30], (sorted(set(v[:60].tolist())) for v in (u, i))
-    align = hnlmrec.alignment_loss(
-        z[of_row[:30]], items[i[first]], items[method.mined[u[first], 0]], u[first], 0.2)
+    align = hnlmrec.alignment_loss(z[of_row[:30]], items[i[first]].detach(),
+                                   items[method.mined[u[first], 0]].detach(), u[first], 0.2)
     texts = method.semantic(some_users, some_items)
     semantic = sum(hnlmrec.semantic_alignment(v, t, 0.2)
                    for v, t in zip((users[some_users], items[some_items]), texts))
@@ -901,6 +893,10 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
     assert logs == pytest.approx({
         "bpr": bpr.item(), "align": align.item(), "semantic": semantic.item(),
         "false": (above + 0.3 * below).item()}, rel=1e-5)
+    learned = [*method.parameters()]
+    gradients = (torch.autograd.grad(x, learned, allow_unused=True) for x in (loss, total))
+    for one, other in zip(*gradients):
+        assert (one is other is None) or torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("hinge, without", [(0.0, 0), (0.3, 18)])
@@ -941,19 +937,6 @@ def test_a_batch_of_users_without_generated_vectors_is_plain_bpr(form):
         method.table(torch.arange(18), 1, generator)
     bpr, _ = backbones.make_step(model, "rns", train, reg=0.0)(torch.arange(18), generator)
     assert loss.item() == pytest.approx(bpr.item(), rel=1e-6)
-
-
-def test_bpr_teaches_the_backbone_alone_and_alignment_the_projector():
-    gradients = []
-    for alpha, lambda1 in ((0.5, 0.0), (0.0, 1.0), (0.0, 0.0)):
-        model, projector, method, train = hnlmrec_parts(alpha=alpha, lambda1=lambda1)
-        method.loss(torch.arange(len(train)), seeded())[0].backward()
-        gradients.append(model.embedding.grad)
-        for name, p in projector.named_parameters():
-            taught = p.grad is not None and bool(p.grad.abs().sum() > 0)
-            assert taught == bool(lambda1) or name == "key.bias", name
-    assert not torch.allclose(gradients[0], gradients[2])
-    assert torch.allclose(gradients[1], gradients[2], atol=1e-7)
 
 
 @pytest.mark.parametrize("backbone, sampler", [
@@ -1871,7 +1854,10 @@ def encode_all(encoder, encode=llm_negatives.encode, **more):
 
 
 def test_encode_equals_the_whole_prompt_run_alone(encoder):
+    """So that no row depends on another; soft tokens have the norm of tokens."""
     llm, prompt, soft_tokens, users, items = encoder
+    norm = llm.get_input_embeddings().weight.norm(dim=1).mean()
+    assert torch.allclose(soft_tokens(0, users).norm(dim=-1), norm.expand(5, 2))
     ours = encode_all(encoder)
     whole = encode_all(encoder, llm_negatives.encode_whole)
     assert torch.allclose(ours, whole, rtol=1e-3, atol=1e-5)
@@ -1980,20 +1966,6 @@ def test_tf_idf_against_a_dense_table():
     cut, values = llm_negatives.tf_idf(texts, 2), np.linalg.svd(dense)[1]
     assert np.allclose(cut.norm(dim=0).numpy(), values[:2], atol=1e-4)
     assert torch.equal(cut, llm_negatives.tf_idf(texts, 2))
-
-
-def test_soft_tokens_reach_their_own_rows_alone_and_have_the_norm_of_tokens(encoder):
-    *shared, users, items = encoder
-    base, other_users, other_items = encode_all(encoder), users.clone(), items.clone()
-    other_users[2] += 1
-    other_items[4] += 1
-    changed = (encode_all((*shared, other_users, items)) - base).abs().amax(1) > 1e-6
-    assert changed.tolist() == (OWNER == 2).tolist()
-    changed = (encode_all((*shared, users, other_items)) - base).abs().amax(1) > 1e-6
-    assert changed.tolist() == [n == 4 for n in range(7)]
-    llm, _, soft_tokens = shared
-    expected = llm.get_input_embeddings().weight.norm(dim=1).mean()
-    assert torch.allclose(soft_tokens(0, users).norm(dim=-1), expected.expand(5, 2))
 
 
 def test_info_nce_against_direct_sum():
