@@ -846,7 +846,10 @@ SPACES = {
         "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
     "HNLMRec": M | {"text-init": [0, 1], "lambda-s": [0, 0.01], "alpha": [0, 0.02]},
     JUDGED: M | {"lambda-f": [0.1, 0.3, 1, 3], "gamma": [0.05, 0.1, 0.2, 0.5]}}
-# trials 1 and 2 of HNLMRec: without its parts, which is DNS; with texts as initial vectors alone
+# the second trial of every method: on sparse data wide vectors with a strong L2 are better by far,
+# and single steps take long to get there; on dense data it ends with its short run
+WIDE = ["--dim 128 --reg 0.01"]
+# but trials 1 and 2 of HNLMRec: without its parts, which is DNS; texts as initial vectors alone
 FIRST = {"HNLMRec": ["--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0",
                      "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 1"]}
 
@@ -866,9 +869,9 @@ def space_of(name, data, texts=True, widest=512):
 
 
 def next_point(name, space, before, rng):
-    """Flags of a method's next trial: its defaults, those of FIRST, then the best `before` with one
-    flag moved to a neighbour, and each fourth a random point."""
-    first = ["", *FIRST.get(name, [])]
+    """Flags of a method's next trial: its defaults, those of FIRST or WIDE, then the best `before`
+    with one flag moved to a neighbour, and each fourth a random point."""
+    first = ["", *FIRST.get(name, WIDE if "128" in space.get("dim", []) else [])]
     if len(before) < len(first):
         return first[len(before)].split()
     defaults = before[0].get("defaults", {})

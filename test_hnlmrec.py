@@ -3395,7 +3395,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 12 + 12
     found = json.loads((run / "tuned.json").read_text())["methods"]
-    for name, first in (("RNS", 1), ("HNLMRec", 3)):
+    for name, first in (("RNS", 2), ("HNLMRec", 3)):
         trials = [row for row in rows if row["method"] == name]
         shorts = [trials[0]["short"]]  # of the defaults' first epochs
         flags_of = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
@@ -3495,6 +3495,11 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
     for _ in range(100):
         moves.add(" ".join(evaluation.next_point("RNS", space, before, rng)))
     assert moves == {"--lr 1 --k 7", "--lr 3 --k 7", "--lr 2 --k 7 --m 5"}
+    # before that, defaults and wide vectors, where a search may have these
+    for widest, words in ((64, None), (128, ["--dim", "128", "--reg", "0.01"])):
+        wide = evaluation.space_of("RNS", {"n_users": 5, "n_items": 9}, widest=widest)
+        assert evaluation.next_point("RNS", wide, [], rng) == []
+        assert (evaluation.next_point("RNS", wide, before[:1], rng) == words) == (words is not None)
     small, large = ({"n_users": n, "n_items": 1000, "train": random_pairs()} for n in (5, 10**5))
     assert evaluation.space_of("DNS", small)["dim"] == ["64", "128", "256", "512"]
     assert evaluation.space_of("DNS", large)["dim"] == ["64", "128", "256"]
