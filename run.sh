@@ -154,7 +154,7 @@ fi
 [[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
   PROFILE+=" --llm-rows 16" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
-  FINETUNE="--llm-layers 4 --warmup-pairs 512 --steps 4" GENERATE="--pairs-per-user 1 --pairs 2000"
+  FINETUNE="--llm-layers 4 --warmup-pairs 512 --steps 8" GENERATE="--pairs-per-user 2 --pairs 2000"
   SIZE="--llm-rows 16 --fast"
   TRAIN+=" --epochs 20 --eval-every 5" TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi
