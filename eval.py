@@ -935,6 +935,14 @@ def run_trial(run, out, command, first, epochs, shorts):
     return found
 
 
+def epochs_of(flags, data):
+    """Epochs of a full trial: those of `flags`, a list of words, else what follows from the data."""
+    given = dict(zip(flags, [*flags[1:], ""])).get("--epochs", "0")
+    if not given.isdecimal():
+        fail(f"--flags {' '.join(flags)}: --epochs needs a whole number behind it")
+    return sized_to_data(data, epochs=int(given))[2]
+
+
 def tune(args):
     """Search each method's space by `budget` trials, one per line of OUT.jsonl, so that a killed
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
@@ -945,11 +953,7 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES)
     flags = words_of("--flags", args.flags)
-    # epochs of a full trial: those of --flags, else what follows from the data
-    given = dict(zip(flags, [*flags[1:], ""])).get("--epochs", "0")
-    if not given.isdecimal():
-        fail(f"--flags {args.flags}: --epochs needs a whole number behind it")
-    epochs = sized_to_data(data, epochs=int(given))[2]
+    epochs = epochs_of(flags, data)
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
