@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import backbones as bb
 from backbones import (
     Parser, SystemExit2, UnseenSampler, contains, digests, dns, fail, hit_rate, json_digest,
-    load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number, output_name,
-    pair_keys, precision, rank_unseen, ranking_hits, read_header, read_jsonl, read_meta, recall,
-    row_of, run_cli, sized_to_data, user_rows, write_atomic, writer_of)
+    load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number,
+    output_name, pair_keys, precision, rank_unseen, ranking_hits, read_jsonl, read_meta, recall,
+    row_of, run_cli, sized_to_data, user_rows, write_atomic)
 from hnlmrec import LikelyFalse, load_recommender
 
 # ==== 1. Metrics. A model is any recommender: n_users, n_items, scores(users (B,)) -> (B, I) ======
@@ -377,7 +378,7 @@ def making_of(run, file):
     else:
         steps = [(texts, f"--llm … {OTHER_TEXTS.get(name, ('', ''))[1]}")]
         steps += [(file, f"--text-vectors {texts}")] if first == "judge" else []
-    commands = [f"{writer_of(run / made)} {flags}".strip() for made, flags in steps]
+    commands = [f"{bb.writer_of(run / made)} {flags}".strip() for made, flags in steps]
     return ", then ".join(f"`{command}`" for command in commands)
 
 # ---- 5. One writer of tables: a report is a comparison, one file per row -------------------------
@@ -393,7 +394,7 @@ def best_epoch(meta):
 
 def seconds_behind(run, path, found):
     """Puts the own seconds of a file, and of all that it was made from, into found {path: s}."""
-    meta = {} if path in found else read_header(path)
+    meta = {} if path in found else bb.read_header(path)
     if not meta:  # counted already, not there, or a person's own: no step of ours made it
         return found
     # a blend's seconds hold those of its parts, which are found by themselves

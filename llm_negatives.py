@@ -37,7 +37,7 @@ from backbones import (
     SHARD_USERS, Parser, Progress, add_band_flags, add_run_flags, check_finite, check_inputs,
     digests, fail, load_data, load_model, load_tensors, mine_hard_negatives, mining_band, mixgcf,
     number, output_name, rank, read_jsonl, restore, run_cli, save_tensors, settings_of, shards,
-    skip, start_processes, state_of, sum_over, user_rows, world, write_atomic)
+    skip, start_processes, sum_over, user_rows, world, write_atomic)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
 # Four pieces, so that what is shared is computed once:
@@ -964,7 +964,8 @@ def save_tuned(out, llm, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
     # nothing is written of a fine-tuning that went wrong
     adapter = out.parent / adapter_folder(out.stem)
-    tensors = state_of({"soft": soft_tokens, "head": head})
+    tensors = {f"soft.{name}": value for name, value in soft_tokens.state_dict().items()}
+    tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
     check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
     # in a temporary folder, so that nobody sees an adapter half-written
     temporary = adapter.with_name(f".{adapter.name}.tmp")
