@@ -388,7 +388,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
         label="train", decay=False):
-    """Train all parameters of `modules` {name: nn.Module} with Adam; leave the best validated state.
+    """Train the parameters of `modules` {name: nn.Module} with Adam; leave them at the best state.
     step(rows (B,), generator) -> (loss, {name: float}) on those of n_rows train rows; validate() ->
     float, higher is better. Stops after `patience` validations without a new best. decay: the
     learning rate falls linearly from lr to 0. Returns (best state {name.parameter: tensor},
@@ -704,7 +704,8 @@ class ItemWeights(nn.Module):
 
 
 def sum_of_rows(weight, place, items, n):
-    """The sum of some rows of weight (I, J), dense or CSR: place, items of rows_of -> (n, J)."""
+    """The sum of some rows of weight (I, J), dense or CSR, by place: place, items (P,), as rows_of
+    gives them, or the users and items of train pairs -> (n, J)."""
     one = torch.ones(len(items), device=items.device)
     total = sparse_csr(place, items, one, (n, len(weight))) @ weight
     return total if total.layout is torch.strided else total.to_dense()
@@ -923,7 +924,7 @@ def compute_closed_form(args, data, _):
 
 def line_search(score_of, grid, point=None):
     """Coordinate ascent: from `point`, else the middle of a grid {name: values in order}, the best
-    value of one name at a time, until no name gives a better one -> (point {name: value}, score)."""
+    value of one name at a time, until none gives a better one -> (point {name: value}, score)."""
     point = point or {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
     scores = {}
 

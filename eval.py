@@ -937,7 +937,7 @@ def run_trial(run, out, command, first, epochs, shorts):
 
 
 def epochs_of(flags, data):
-    """Epochs of a full trial: those of `flags`, a list of words, else what follows from the data."""
+    """Epochs of a full trial: those of `flags`, a list of words, else those that fit the data."""
     given = dict(zip(flags, [*flags[1:], ""])).get("--epochs", "0")
     if not given.isdecimal():
         fail(f"--flags {' '.join(flags)}: --epochs needs a whole number behind it")
@@ -1031,7 +1031,8 @@ def estimate(args):
     batch, _, epochs, _ = sized_to_data(data)
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
-    training = 0.75 * epochs * -(-n // batch) * step  # early stopping ends most of them sooner
+    # early stopping ends most trainings sooner; with FAST=1 all have 20 epochs
+    training = (20 if args.fast else 0.75 * epochs) * -(-n // batch) * step
     # the LLM's: profiles, fine-tuning, generation, reading
     written = sum(min(args.llm_rows or n, n) for n in (users, items))
     pairs = min(2000 if args.llm_rows else n, 4 * users)
@@ -1039,9 +1040,8 @@ def estimate(args):
     parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * items**3,
              "trainings": (5 if args.trials else 7) * training,  # two are the best trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
-    if args.fast:  # 20 epochs, 4 layers, a few profiles; the judge with one dropout
-        shares = {"LLM": 0.35, "judge": 0.15, "trainings": 25 / epochs, "trials": 25 / epochs}
-        parts = {name: value * shares.get(name, 1) for name, value in parts.items()}
+    if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
+        parts |= {"LLM": 0.35 * llm, "judge": 0.15 * parts["judge"]}
     # half a second of products is enough to tell one machine from another
     matrix, done, start = torch.randn(768, 768), 0, time.time()
     while time.time() - start < 0.5:

@@ -662,7 +662,8 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
             return -1.0
         total = torch.zeros_like(scores[0])
         for k, weight in weights.items():
-            total.add_(scores[k], alpha=weight)
+            if weight:  # a table can be hundreds of MB
+                total.add_(scores[k], alpha=weight)
         ranked = top_k(leave_out(total, users, seen), 20)  # (n, 20)
         return float(ndcg(contains(keys, users[:, None], ranked, n_items), relevant, 20).mean())
 
@@ -1766,6 +1767,7 @@ def value_ranges(rows):
 def main(argv=None):
     parser = Parser(prog="hnlmrec.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
     def stars(text):
         return text if text == "none" else number(float, -1e9, 1e9)(text)
 

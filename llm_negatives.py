@@ -1030,7 +1030,7 @@ def generate(args):
         fail(f"--sft {args.sft}: {run / sft} holds what `{tuned['command']}` writes; give the "
              "--name of a fine-tuning")
     settings = settings_of(args, "paper", "batch_size", "sft") | {
-        "llm": llm_digest(args.llm),
+        "llm": llm_digest(args.llm),  # load_negatives finds the CF model by this order
         "inputs": digests(run, "data.safetensors", sft, tuned["cf"], tuned["profiles"])}
     # which shards are missing, and whose pairs they hold
     paths = [run / name for name in shards(args.out, data["n_users"])]

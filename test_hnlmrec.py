@@ -3237,7 +3237,6 @@ def test_the_estimate_adds_up_and_less_work_takes_less(eval_run, monkeypatch):
     assert few["trials"] == 0 < tried["trials"] and fast["trainings"] < few["trainings"]
 
 
-
 def test_nats_by_command(eval_run, no_test_pairs):
     out = eval_main("nats", "--run", eval_run)
     assert "| judge | " in out and "cf, model-ease, model-rp3" in out
