@@ -37,10 +37,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers
-from transformers import (
-    AutoModel, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config,
-    LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast, Qwen2Config,
-    Qwen3Config)
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import backbones
 import eval as evaluation
@@ -73,6 +70,13 @@ def rigged(users, items):
     model = backbones.MF(len(users), len(items), users.shape[1])
     model.embedding.data = torch.cat([users, items])
     return model
+
+
+def rigged_scores(seed=2, rounded=False):
+    """A recommender of random vectors, and its scores (U, I); rounded ones are full of ties."""
+    users, items = torch.randn(N_USERS + N_ITEMS, 4, generator=seeded(seed)).split(SIZE)
+    users, items = (users.round(), items.round()) if rounded else (users, items)
+    return rigged(users, items), users @ items.T
 
 
 def seeded(seed=0):
@@ -140,16 +144,12 @@ def test_metrics_hand_worked():
     assert backbones.mrr(third, torch.tensor([1]), 3).item() == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("rounded", [False, True])  # rounded scores are full of ties
+@pytest.mark.parametrize("rounded", [False, True])
 def test_full_ranking_against_brute_force(rounded):
-    data = split_data()
-    model = rigged(*(torch.randn(n, 4, generator=seeded(n)) for n in (N_USERS, N_ITEMS)))
-    if rounded:
-        model.embedding.data = model.embedding.data.round()
+    data, (model, scores) = split_data(), rigged_scores(rounded=rounded)
     second = next(i for i in range(N_ITEMS) if [2, i] not in random_pairs().tolist())
     test = torch.cat([data["test"][2:], torch.tensor([[2, second]])])  # users 0 and 1 have none
-    users_and_items, seen = model(), backbones.user_rows(data["train"], N_USERS)
-    scores = (users_and_items[0] @ users_and_items[1].T).detach()
+    seen = backbones.user_rows(data["train"], N_USERS)
     users, hits, relevant, _ = backbones.ranking_hits(model, test, seen, 10)
     assert users.tolist() == list(range(2, N_USERS)) and relevant.tolist() == [2] + [1] * 9
     ranked = [by_score(scores[u], items_of(data["train"], u))[:10] for u in users.tolist()]
@@ -594,10 +594,11 @@ def test_a_world_size_without_torchrun_never_waits_and_a_signal_ends_a_wait(smal
 @pytest.fixture
 def small_run(tmp_path):
     """A run folder with data.safetensors alone."""
-    tensors = {name: value for name, value in split_data().items() if "n_" not in name}
-    backbones.save_tensors(tmp_path / "run" / "data.safetensors", tensors, {
-        "settings": {"command": "prepare"}, "n_users": N_USERS, "n_items": N_ITEMS})
-    return tmp_path / "run"
+    run, tensors = tmp_path / "run|<b>", split_data()
+    counts = {name: tensors.pop(name) for name in ("n_users", "n_items")}
+    meta = counts | {"settings": {"command": "prepare"}}
+    backbones.save_tensors(run / "data.safetensors", tensors, meta)
+    return run
 
 
 def test_line_search_ends_where_no_single_step_is_better():
@@ -988,9 +989,8 @@ def small_judge(train, width=6):
 
 @pytest.mark.parametrize("most", [64, 2])
 def test_judge_step_against_loops_over_the_left_out_items(most):
-    """The step's loss and gradients against loops over pairs, with the cosines, the history without
-    the judged item and the mask; an item drawn twice counts twice. most 2: two of a user's items,
-    drawn anew for each generator, each judged by the other."""
+    """Over pairs, with the history without the judged item and the mask; an item drawn twice counts
+    twice. most 2: two of a user's items, drawn anew for each generator, judged by the other."""
     train, users, seen = split_data()["train"], torch.tensor([2, 0, 5]), set()
     maps = small_judge(train)
     step = hnlmrec.make_judge_step(maps, train, N_USERS, 40, most=most)
@@ -1736,11 +1736,11 @@ def loaded(folder, cls=AutoModel, **more):
     return llm, llm_negatives.load_tokenizer(folder)
 
 
-def tiny_family(folder, config, **more):
+def tiny_family(folder, family, **more):
     """Save a tiny random LLM of a family with a byte tokenizer -> its folder."""
     byte_tokenizer(folder)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config(**{
+    AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**{
         "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
         **more})).save_pretrained(folder)
@@ -1751,7 +1751,7 @@ def tiny_family(folder, config, **more):
 def tiny_llm(tmp_path_factory):
     """A folder with a random Llama of two layers and a byte tokenizer, built here from a config."""
     return tiny_family(tmp_path_factory.mktemp("tiny llm"),  # a space in the name, on purpose
-                       LlamaConfig, vocab_size=256, num_hidden_layers=2, eos_token_id=0)
+                       "Llama", vocab_size=256, num_hidden_layers=2, eos_token_id=0)
 
 
 @pytest.fixture(scope="session")
@@ -1796,28 +1796,22 @@ def test_encode_equals_the_whole_prompt_run_alone(encoder):
         assert alike(ours[row], llm(inputs_embeds=x[None]).last_hidden_state[0, -1])
 
 
-@pytest.mark.parametrize("config", [
-    Qwen2Config, Qwen3Config, MistralConfig, GemmaConfig, Gemma2Config, Gemma3TextConfig])
-def test_other_families_of_llms(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text"])
+def test_other_families_of_llms(family, tmp_path, monkeypatch):
     """Each family loads with its first layers alone, encodes with a shared prefix as without, takes
     soft tokens of the norm that its own tokens have where they enter the first layer, and LoRA's
     gradient; and writes what the library's own generate() writes."""
-    tiny_family(tmp_path, config, head_dim=8)
+    tiny_family(tmp_path, family, head_dim=8)
     llm, tokenizer = loaded(tmp_path, layers=2)
     assert len(llm.layers) == 2
     prompt = llm_negatives.Prompt(tokenizer)
     llm_negatives.check_pieces("x", llm, tokenizer, prompt.shared)
-    users, items, entering = torch.randn(5, 6), torch.randn(7, 6), []
+    users, items = torch.randn(5, 6), torch.randn(7, 6)
     soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm))
-
-    def enter(module, args, kwargs):
-        entering.append(args[0] if args else kwargs["hidden_states"])
-
-    handle = llm.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
-    llm(torch.arange(300)[None])
-    llm(inputs_embeds=soft_tokens(0, users)[None, :, 0])
-    handle.remove()
-    tokens, soft = (x[0].norm(dim=1).mean().item() for x in entering)
+    tokens, soft = (  # what enters the first layer
+        llm(**given, output_hidden_states=True).hidden_states[0][0].norm(dim=1).mean().item()
+        for given in ({"input_ids": torch.arange(300)[None]},
+                      {"inputs_embeds": soft_tokens(0, users)[None, :, 0]}))
     assert soft == pytest.approx(tokens, rel=1e-5)
     parts = llm, prompt, soft_tokens, users, items
     ours, whole = encode_all(parts), encode_all(parts, llm_negatives.encode_whole)
@@ -1841,21 +1835,17 @@ def test_other_families_of_llms(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("special", [{}, {"bos_token": "#"}])
 def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path):
-    """Several layers in one pass, against each text run alone and its layers called one by one. BOS
-    stands in front and does not count; without one the first token counts in layer 0 alone."""
+    """Several layers in one pass, against each text run alone. BOS stands in front and does not
+    count; without one the first token counts in layer 0 alone."""
     llm = encoder[0]
     byte_tokenizer(tmp_path, **special)
     tokenizer = llm_negatives.load_tokenizer(tmp_path)
     ours = llm_negatives.read_layers(llm, tokenizer, ITEM_TEXTS, [0, 1, 2], batch=3)
     for row, text in enumerate(ITEM_TEXTS):
         ids = tokenizer(special.get("bos_token", "") + text, add_special_tokens=False).input_ids
-        ids, states = torch.tensor([ids]), []
-        hook = llm.layers[1].register_forward_pre_hook(
-            lambda module, inputs, named: states.append((inputs or named.values())[0]),
-            with_kwargs=True)
-        last = llm(ids).last_hidden_state
-        hook.remove()
-        for layer, hidden in enumerate((llm.get_input_embeddings()(ids), states[0], last)):
+        states = llm(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        assert len(states) == 3
+        for layer, hidden in enumerate(states):
             first = 1 if special or (layer and len(text) > 1) else 0
             assert alike(ours[layer][row], hidden[0, first:].mean(0))
 
@@ -2026,9 +2016,9 @@ def test_control_tokens_in_texts_are_text(tmp_path):
     assert prompt.ids("plain, text!") == tokenizer("plain, text!").input_ids
 
 
-@pytest.mark.parametrize("config", [MistralConfig, Gemma3TextConfig])
-def test_prompts_longer_than_an_attention_window_are_refused(config, tmp_path):
-    tiny_family(tmp_path, config, head_dim=8, sliding_window=40)
+@pytest.mark.parametrize("family", ["Mistral", "Gemma3Text"])
+def test_prompts_longer_than_an_attention_window_are_refused(family, tmp_path):
+    tiny_family(tmp_path, family, head_dim=8, sliding_window=40)
     llm, ids = loaded(tmp_path)[0], list(range(30))
     past = llm_negatives.run_piece(llm, [ids])[2]
     states = llm_negatives.run_piece(llm, [ids[:10]], None, past)[0]
@@ -2041,13 +2031,13 @@ def test_prompts_longer_than_an_attention_window_are_refused(config, tmp_path):
 
 @pytest.mark.parametrize("name, family, more", [
     # inputs beside embeddings; states beside keys and values; embeddings of another width
-    ("Gemma3nTextConfig", "gemma3n_text", {
+    ("Gemma3nText", "gemma3n_text", {
         "head_dim": 8, "num_kv_shared_layers": 2, "laurel_rank": 8,
         "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8}),
-    ("Lfm2Config", "lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
-    ("OPTConfig", "opt", {"word_embed_proj_dim": 16, "ffn_dim": 48})])
+    ("Lfm2", "lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    ("OPT", "opt", {"word_embed_proj_dim": 16, "ffn_dim": 48})])
 def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, more, tmp_path):
-    tiny_family(tmp_path, getattr(transformers, name), **more)
+    tiny_family(tmp_path, name, **more)
     llm, tokenizer = loaded(tmp_path)
     for p in llm.parameters():  # fresh ones have zeros where files of the real ones have none
         if p.dim() > 1 or not p.abs().max():
@@ -2071,7 +2061,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_llm):
 
 
 def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
-    llm = AutoModel.from_config(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
+    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
+    llm = AutoModel.from_config(config)
     message = message_of(llm_negatives.add_lora, llm, ["c_attn", "q_proj"], 2, 4, 0.0)
     assert "q_proj" in message and "c_attn ×2, c_proj ×4" in message
     llm = llm_negatives.add_lora(llm, ["c_attn", "mlp.c_proj"], 2, 4, 0.0)
@@ -2399,8 +2390,7 @@ def test_two_processes_train_one_model(twice):
 
 
 def test_two_processes_fine_tune_and_generate_what_one_does(twice):
-    """Gradients added up, profiles and shards shared out: the same update as one process with the
-    same batch, the same files."""
+    """Gradients added up, profiles and shards shared out: the same update, the same files."""
     profiles, shared = ((twice / f"profiles{two}.jsonl").read_text().splitlines()
                         for two in ("", "-two"))
     assert sorted(shared[1:]) == sorted(profiles[1:])
@@ -2429,9 +2419,13 @@ def test_two_processes_train_hnlmrec(twice):
 
 
 def llm_main(run, llm, words, *more):
-    """Run a command here -> what it prints."""
     llm = ["--llm", llm] if llm else []
     return cli("llm_negatives.py", *words.split(), "--run", run, *llm, *more)
+
+
+def killed_after(call, *args):
+    call(*args)
+    raise KeyboardInterrupt
 
 
 llm_refused = partial(message_of, llm_main)
@@ -2511,8 +2505,7 @@ def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
-    """The adapter is really in: the shard equals encode() with adapter/ loaded, and differs from
-    the bare LLM."""
+    """The shard equals encode() with adapter/ loaded, and differs from the bare LLM."""
     cf, _ = backbones.load_tensors(finished / "cf.safetensors")
     texts, shard = llm_negatives.load_profiles(finished), negatives(finished)
     assert len(shard["pairs"]) == 90 and shard["hidden"].dtype == torch.float16
@@ -2602,16 +2595,10 @@ def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeyp
 
 
 def test_fine_tuning_resumes_where_it_was_killed(copied, tiny_llm, monkeypatch):
-    whole, real = tuned(copied, "sft"), llm_negatives.save_partial
-
-    def killed_after_saving(*args):
-        real(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(llm_negatives, "save_partial", killed_after_saving)
-    with pytest.raises(KeyboardInterrupt):
+    whole, save = tuned(copied, "sft"), partial(killed_after, llm_negatives.save_partial)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm_negatives, "save_partial", save)
         tune(copied, tiny_llm, "sft-cut")
-    monkeypatch.setattr(llm_negatives, "save_partial", real)
     # another number format is another result
     message = message_of(tune, copied, tiny_llm, "sft-cut", "--dtype", "bf16")
     assert "dtype=float32, now bfloat16" in message and "--force" in message
@@ -2742,14 +2729,6 @@ def test_paper_is_a_preset_and_flags_beside_it_win(program, command, trainer, ra
 
 
 # ---- eval.py: metrics, false hard negatives, nats ------------------------------------------------
-
-
-def rigged_scores(seed=2):
-    """A recommender of random vectors, and its scores (U, I)."""
-    generator = seeded(seed)
-    model = rigged(torch.randn(N_USERS, 4, generator=generator),
-                   torch.randn(N_ITEMS, 4, generator=generator))
-    return model, (model.ego()[0] @ model.ego()[1].T).detach()
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -2979,15 +2958,12 @@ def save_model(path, seed, command="pretrain", valid=0.1, inputs=(), **more):
 
 
 @pytest.fixture
-def eval_run(tmp_path):
+def eval_run(small_run):
     """A run with data, two samplers, closed forms, texts, a judge and a model with z."""
-    run, data = tmp_path / "run|<b>", split_data()
-    counts = {name: data.pop(name) for name in ("n_users", "n_items")}
-    backbones.save_tensors(run / "data.safetensors", data, {**counts, "settings": {}})
-    for name in ("items", "users"):
-        count = counts[f"n_{name}"]
+    run, data = small_run, split_data()
+    for name, count in (("items", N_ITEMS), ("users", N_USERS)):
         rows = [{"raw": f"{name[0]}{k}", "title": f"Film [{k}]"} for k in range(count)]
-        (run / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(run / f"{name}.jsonl", rows)
     for n, name in enumerate(("cf", "model-rns", "model-dns", "model-x<y")):
         save_model(run / f"{name}.safetensors", n)
     for form in ("pop", "rp3", "ease"):
@@ -3253,9 +3229,8 @@ def tuning(eval_run, monkeypatch):
 
 
 def test_tune_halves_resumes_and_picks_the_best(tuning):
-    run, done, kill = tuning
+    (run, done, kill), methods = tuning, "RNS; HNLMRec"
     flags = ["tune", "--run", run, "--budget", 12, "--methods"]
-    methods = "RNS; HNLMRec"
     kill.append(9)
     with pytest.raises(KeyboardInterrupt):
         eval_main(*flags, methods)
@@ -3266,7 +3241,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     eval_main(*flags, methods)
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 12 + 12
-    found = json.loads((run / "tuned.json").read_text())["methods"]
+    found = json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]
     for name, first in (("RNS", 2), ("HNLMRec", 3)):
         trials = [row for row in rows if row["method"] == name]
         shorts = [trials[0]["short"]]  # of the defaults' first epochs
@@ -3288,10 +3263,9 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
                 moved = [flag for flag, value in flags_of[n].items() if best.get(flag) != value]
                 assert set(best) <= set(flags_of[n]) and len(moved) <= 1
         best = max((t for t in trials if t["valid"] is not None), key=lambda t: t["valid"])
-        assert found["lightgcn"][name]["words"] == best["words"]
-        assert found["lightgcn"][name]["trials"] == 12
+        assert (found[name]["words"], found[name]["trials"]) == (best["words"], 12)
         # its model is kept, and no other
-        model = backbones.read_meta(run / found["lightgcn"][name]["model"])
+        model = backbones.read_meta(run / found[name]["model"])
         assert model["history"][0]["valid_ndcg@20"] == best["valid"]
     # plain DNS is always among HNLMRec's; some trials went no further
     assert rows[3]["words"] == "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
@@ -3299,7 +3273,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     before, page = len(done), (run / "tuned.json").read_bytes()
     eval_main(*flags, methods)  # all there
     assert len(done) == before and (run / "tuned.json").read_bytes() == page
-    model = run / found["lightgcn"]["RNS"]["model"]
+    model = run / found["RNS"]["model"]
     model.unlink()
     eval_main(*flags, methods)  # the best one's model alone is made again
     assert len(done) == before + 1 and model.exists()
@@ -3429,8 +3403,7 @@ def test_the_first_snippet_prints_what_the_readme_says(capsys):
 
 
 def copy_table():
-    """Rows of the table: (module, pieces, names to take along). A word in bold names the file of
-    the rows below it."""
+    """Rows of the table: (module, pieces, names to take along); a word in bold is their file."""
     rows, module = [], None
     for line in readme("## Copy this piece", "\n## ").splitlines():
         if line.startswith("| **"):
@@ -3455,10 +3428,8 @@ def sources(module):
 
 def global_names(code):
     """Names that compiled code, or any code within it, looks up outside itself."""
-    found = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            found.add(instruction.argval)
+    found = {instruction.argval for instruction in dis.get_instructions(code)
+             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return found.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_code")))
 
 
@@ -3468,14 +3439,14 @@ def pasted_code(row):
     return compile("\n\n".join(known[name] for name in [*along, *pieces]), "pasted", "exec")
 
 
-def toy_fit(m, _):
+def toy_fit(m):
     layer = torch.nn.Linear(2, 1)
     state, _ = m.fit({"m": layer}, lambda rows, _: (layer(torch.ones(len(rows), 2)).sum(), {}), 4,
                      lambda: 1.0, epochs=2, batch_size=2, lr=0.1, eval_every=1, patience=1, seed=0)
     return state["m.weight"]
 
 
-def toy_hnlmrec(m, _):
+def toy_hnlmrec(m):
     """A step with all terms."""
     train, (backbone, hidden) = PAIRS[:24], (backbones.MF(*SIZE, 4), torch.randn(24, 5))
     method = m.HNLMRec(
@@ -3494,61 +3465,56 @@ HITS = torch.tensor([[True, False], [False, True]]), torch.tensor([1, 2]), 2
 JUDGE = hnlmrec.Judge(hnlmrec.JudgeMaps([TEXT], PAIRS).tables(), PAIRS, N_USERS)
 # piece -> a call of it in a namespace: the pasted code's or that of its own file
 TOYS = {
-    "UnseenSampler": lambda m, _: m.UnseenSampler(PAIRS, *SIZE)(USERS, 5),
-    "PopularitySampler": lambda m, _: m.PopularitySampler(PAIRS, *SIZE)(USERS, 5),
-    "dns": lambda m, _: m.dns(MODEL.score, *MODEL(), NEAR),
-    "ahns": lambda m, _: m.ahns(MODEL.score, *MODEL(), USERS, NEAR),
-    "mixgcf": lambda m, _: m.mixgcf(MODEL()[0], MODEL()[1][:, None], USERS, NEAR, MODEL.pool),
-    "LightGCN": lambda m, _: m.LightGCN(*SIZE, 4, GRAPH)()[0],
-    "NGCF": lambda m, _: m.NGCF(*SIZE, 4, GRAPH)()[0],
-    "MF": lambda m, _: m.MF(*SIZE, 4).scores(TWO_ROWS),
-    "NeuMF": lambda m, _: m.NeuMF(*SIZE, 4).scores(TWO_ROWS),
-    "TextVectors": lambda m, _: m.TextVectors(TEXT, PAIRS, N_USERS, 3)(),
-    "item_knn": lambda m, _: m.item_knn(PAIRS, *SIZE).to_dense(),
-    "rp3beta": lambda m, _: m.rp3beta(PAIRS, *SIZE).to_dense(),
-    "ease": lambda m, _: m.ease(PAIRS, *SIZE),
-    "ItemWeights": lambda m, _: m.ItemWeights(torch.eye(30), PAIRS, N_USERS).scores(USERS),
-    "rank_unseen": lambda m, _: m.rank_unseen(MODEL, USERS, ROWS, 3),
-    "mine_hard_negatives": lambda m, _: m.mine_hard_negatives(MODEL, PAIRS, 2, 4),
-    "bpr_loss": lambda m, _: m.bpr_loss(*torch.randn(2, 5)),
-    "l2_loss": lambda m, _: m.l2_loss(torch.randn(2, 5)),
-    "ndcg": lambda m, _: m.ndcg(*HITS), "recall": lambda m, _: m.recall(*HITS),
-    "precision": lambda m, _: m.precision(*HITS), "hit_rate": lambda m, _: m.hit_rate(*HITS),
-    "mrr": lambda m, _: m.mrr(*HITS), "fit": toy_fit,
-    "encode": lambda m, encoder: encode_all(encoder, m.encode),
-    "info_nce": lambda m, _: m.info_nce(MODEL()[0], MODEL()[1], torch.eye(12, 30) > 0, 0.1),
-    "grouped_batches": lambda m, _: torch.cat(m.grouped_batches(
+    "UnseenSampler": lambda m: m.UnseenSampler(PAIRS, *SIZE)(USERS, 5),
+    "PopularitySampler": lambda m: m.PopularitySampler(PAIRS, *SIZE)(USERS, 5),
+    "dns": lambda m: m.dns(MODEL.score, *MODEL(), NEAR),
+    "ahns": lambda m: m.ahns(MODEL.score, *MODEL(), USERS, NEAR),
+    "mixgcf": lambda m: m.mixgcf(MODEL()[0], MODEL()[1][:, None], USERS, NEAR, MODEL.pool),
+    "LightGCN": lambda m: m.LightGCN(*SIZE, 4, GRAPH)()[0],
+    "NGCF": lambda m: m.NGCF(*SIZE, 4, GRAPH)()[0],
+    "MF": lambda m: m.MF(*SIZE, 4).scores(TWO_ROWS),
+    "NeuMF": lambda m: m.NeuMF(*SIZE, 4).scores(TWO_ROWS),
+    "TextVectors": lambda m: m.TextVectors(TEXT, PAIRS, N_USERS, 3)(),
+    "item_knn": lambda m: m.item_knn(PAIRS, *SIZE).to_dense(),
+    "rp3beta": lambda m: m.rp3beta(PAIRS, *SIZE).to_dense(),
+    "ease": lambda m: m.ease(PAIRS, *SIZE),
+    "ItemWeights": lambda m: m.ItemWeights(torch.eye(30), PAIRS, N_USERS).scores(USERS),
+    "rank_unseen": lambda m: m.rank_unseen(MODEL, USERS, ROWS, 3),
+    "mine_hard_negatives": lambda m: m.mine_hard_negatives(MODEL, PAIRS, 2, 4),
+    "bpr_loss": lambda m: m.bpr_loss(*torch.randn(2, 5)),
+    "l2_loss": lambda m: m.l2_loss(torch.randn(2, 5)), "ndcg": lambda m: m.ndcg(*HITS),
+    "recall": lambda m: m.recall(*HITS), "precision": lambda m: m.precision(*HITS),
+    "hit_rate": lambda m: m.hit_rate(*HITS), "mrr": lambda m: m.mrr(*HITS), "fit": toy_fit,
+    "encode": lambda m: encode_all(m.encoder, m.encode),
+    "info_nce": lambda m: m.info_nce(MODEL()[0], MODEL()[1], torch.eye(12, 30) > 0, 0.1),
+    "grouped_batches": lambda m: torch.cat(m.grouped_batches(
         PAIRS[:, 0], torch.arange(20), 2, 3, torch.Generator(), torch.arange(96))),
-    "Projector": lambda m, _: m.Projector(torch.randn(20, 8), 4)(torch.randn(6, 3, 8)),
-    "mix": lambda m, _: m.mix(*torch.randn(2, 6, 4), 0.5),
-    "alignment_loss": lambda m, _: m.alignment_loss(*torch.randn(3, 4, 2), USERS[:4] // 2, 0.2),
-    "semantic_alignment": lambda m, _: m.semantic_alignment(*torch.randn(2, 6, 4), 0.2),
+    "Projector": lambda m: m.Projector(torch.randn(20, 8), 4)(torch.randn(6, 3, 8)),
+    "mix": lambda m: m.mix(*torch.randn(2, 6, 4), 0.5),
+    "alignment_loss": lambda m: m.alignment_loss(*torch.randn(3, 4, 2), USERS[:4] // 2, 0.2),
+    "semantic_alignment": lambda m: m.semantic_alignment(*torch.randn(2, 6, 4), 0.2),
     "HNLMRec": toy_hnlmrec, "NegativeTable": toy_hnlmrec,
-    "text_start": lambda m, _: m.text_start(TEXT, PAIRS, N_USERS, 4, 0.1),
-    "SemanticProjector": lambda m, _: m.SemanticProjector(
+    "text_start": lambda m: m.text_start(TEXT, PAIRS, N_USERS, 4, 0.1),
+    "SemanticProjector": lambda m: m.SemanticProjector(
         TEXT, PAIRS, N_USERS, 4)(TWO_ROWS, TWO_ROWS)[0],
-    "JudgeMaps": lambda m, _: m.JudgeMaps([TEXT], PAIRS).tables()["bias"],
-    "Judge": lambda m, _: m.Judge(
-        m.JudgeMaps([TEXT], PAIRS).tables(), PAIRS, N_USERS).scores(USERS),
-    "make_judge_step": lambda m, _: m.make_judge_step(
+    "JudgeMaps": lambda m: m.JudgeMaps([TEXT], PAIRS).tables()["bias"],
+    "Judge": lambda m: m.Judge(m.JudgeMaps([TEXT], PAIRS).tables(), PAIRS, N_USERS).scores(USERS),
+    "make_judge_step": lambda m: m.make_judge_step(
         hnlmrec.JudgeMaps([TEXT], PAIRS), PAIRS, N_USERS, 9)(USERS, None)[0],
-    "likely_items": lambda m, _: m.likely_items(JUDGE, 4)[0],
-    "TextSimilarity": lambda m, _: m.TextSimilarity([TEXT], PAIRS, N_USERS).scores(USERS),
-    "LikelyFalse": lambda m, _: m.LikelyFalse(NEAR, torch.ones(12, 2), N_ITEMS)(USERS),
-    "keep_clear": lambda m, _: m.keep_clear(torch.arange(60), N_ITEMS)(TWO_ROWS, NEAR[:2]),
-    "Blend": lambda m, _: m.Blend([MODEL, JUDGE], [1.0, 2.0]).scores(USERS),
-    "blend_weights": lambda m, _: torch.tensor(
-        m.blend_weights([MODEL, JUDGE], PAIRS[::2], PAIRS[1::2])[0]),
-    "k_core": lambda m, _: torch.tensor(m.k_core(*PAIRS.T.numpy(), 3)),
-    "split_pairs": lambda m, _: torch.tensor(m.split_pairs(
-        *PAIRS.T.numpy(), np.arange(96.0), "random", 0)),
-    "paired_bootstrap": lambda m, _: torch.tensor(m.paired_bootstrap(np.arange(-2.0, 5), draws=20)),
-    "holm": lambda m, _: torch.tensor(m.holm([0.01, 0.04, 0.03])),
-    "fit_of_features": lambda m, _: m.fit_of_features(
+    "likely_items": lambda m: m.likely_items(JUDGE, 4)[0],
+    "TextSimilarity": lambda m: m.TextSimilarity([TEXT], PAIRS, N_USERS).scores(USERS),
+    "LikelyFalse": lambda m: m.LikelyFalse(NEAR, torch.ones(12, 2), N_ITEMS)(USERS),
+    "keep_clear": lambda m: m.keep_clear(torch.arange(60), N_ITEMS)(TWO_ROWS, NEAR[:2]),
+    "Blend": lambda m: m.Blend([MODEL, JUDGE], [1.0, 2.0]).scores(USERS),
+    "blend_weights": lambda m: m.blend_weights([MODEL, JUDGE], PAIRS[::2], PAIRS[1::2])[0],
+    "k_core": lambda m: m.k_core(*PAIRS.T.numpy(), 3),
+    "split_pairs": lambda m: m.split_pairs(*PAIRS.T.numpy(), np.arange(96.0), "random", 0),
+    "paired_bootstrap": lambda m: m.paired_bootstrap(np.arange(-2.0, 5), draws=20),
+    "holm": lambda m: m.holm([0.01, 0.04, 0.03]),
+    "fit_of_features": lambda m: m.fit_of_features(
         [m.within_users(torch.randn(96), PAIRS[:, 0])], PAIRS[:, 1] > 9, PAIRS[:, 0], USERS > 5),
-    "within_users": lambda m, _: m.within_users(torch.randn(96), PAIRS[:, 0]),
-    "fhns_rates": lambda m, _: torch.tensor(m.fhns_rates(USERS, NEAR, split_data())["FHNS@1"]),
-}
+    "within_users": lambda m: m.within_users(torch.randn(96), PAIRS[:, 0]),
+    "fhns_rates": lambda m: m.fhns_rates(USERS, NEAR, split_data())["FHNS@1"]}
 
 
 @pytest.mark.parametrize("piece", list(TOYS))
@@ -3565,7 +3531,7 @@ def test_a_pasted_piece_does_what_it_does_in_its_file(piece, encoder):
     results = []
     for names in (plain, vars(backbones) | vars(module)):
         torch.manual_seed(0)
-        results.append(TOYS[piece](Namespace(**names), encoder))
+        results.append(torch.as_tensor(TOYS[piece](Namespace(**names, encoder=encoder))))
     assert torch.equal(*results)
 
 
@@ -3727,8 +3693,7 @@ def test_text_vectors_of_ones_own(copied):
 
 
 def test_judge_and_blend_go_through(copied):
-    """Each dropout is tried and the better one written; the blend's weights are those printed; all
-    are loaded as what they are; what does not fit is refused."""
+    """Each dropout is tried and the better one written; the blend's weights are those printed."""
     judge, data = ["judge", "--run", copied, "--epochs", 2], backbones.load_data(copied)
     tensors, meta = backbones.load_tensors(copied / "judge.safetensors")
     tried = {}
@@ -3750,10 +3715,8 @@ def test_judge_and_blend_go_through(copied):
     assert torch.allclose(blend.scores(users), oracle.scores(users), atol=1e-5)
     assert backbones.validation(blend, data)() == meta["history"][0]["valid_ndcg@20"]
     # of alternatives the one that the whole is better with, wherever it stands
-    scores = {}
-    for choice in ("model-rns.safetensors", "judge.safetensors",
-                   "model-rns.safetensors|judge.safetensors",
-                   "judge.safetensors|model-rns.safetensors"):
+    scores, rns, judge = {}, "model-rns.safetensors", "judge.safetensors"
+    for choice in (rns, judge, f"{rns}|{judge}", f"{judge}|{rns}"):
         cli("hnlmrec.py", "blend", "--run", copied, "--parts", choice, "--out",
             "model-choice.safetensors", "--force")
         meta = backbones.read_meta(copied / "model-choice.safetensors")
@@ -3836,14 +3799,13 @@ def test_what_was_deleted_is_made_again_and_all_else_stays(copied, tiny_llm, raw
     assert sum(made, []) == expected and now() == before
 
 
+RECOMMEND = ("eval.py", "recommend", "--user", "u1")
 READERS = {  # file -> who reads it
     "data.safetensors": ("backbones.py", "pretrain"), "texts.safetensors": ("hnlmrec.py", "judge"),
     "cf.safetensors": ("hnlmrec.py", "train", "--out", "new.safetensors"),
     "negatives-00000.safetensors": ("hnlmrec.py", "train", "--out", "new.safetensors"),
     "judge.safetensors": ("hnlmrec.py", "blend", "--parts", PARTS, "--out", "new.safetensors"),
-    "model-hnlmrec.safetensors": ("eval.py", "recommend", "--user", "u1"),
-    "items.jsonl": ("eval.py", "recommend", "--user", "u1"),
-    "users.jsonl": ("eval.py", "recommend", "--user", "u1"),
+    "model-hnlmrec.safetensors": RECOMMEND, "items.jsonl": RECOMMEND, "users.jsonl": RECOMMEND,
     "sft.safetensors": ("llm_negatives.py", "generate", "--out", "negatives-new", "--llm")}
 
 
@@ -3892,10 +3854,9 @@ BAD_FLAGS = {
         ("", "--reviews: give"), ("--train-file x", "all of --train-file"),
         ("--reviews x --min-rating abc", "--min-rating"), ("--reviews x --min-rating nan", "nan"),
         ("--reviews x --since 2016-13-01", "--since"),
-        ("--train-file x --valid-file x --test-file x --min-rating 4", "--min-rating: does not"),
-        ("--train-file x --valid-file x --test-file x --k-core 5", "--k-core: does not apply"),
-        ("--train-file x --valid-file x --test-file x --preset toys", "--preset: does not apply"),
-        ("--train-file x --valid-file x --test-file x --reviews x", "--reviews: does not apply")],
+        *((f"--train-file x --valid-file x --test-file x {flag} {value}", f"{flag}: does not apply")
+          for flag, value in (("--min-rating", 4), ("--k-core", 5), ("--preset", "toys"),
+                              ("--reviews", "x")))],
     "hnlmrec.py train": [
         ("--negatives none", "--negatives none: --alpha needs generated vectors; give it as 0"),
         ("--negatives none --alpha 0", "--negatives none: --lambda1 needs"),
@@ -3951,8 +3912,7 @@ BAD_FLAGS = {
     "hnlmrec.py trace": [
         ("--user x", "no such id"),
         ("--user u1 --model model-rns.safetensors", "without generated negatives"),
-        ("--user u1 --model model-judged.safetensors", "without generated negatives")],
-}
+        ("--user u1 --model model-judged.safetensors", "without generated negatives")]}
 
 
 @pytest.mark.parametrize("command, words, message", [
@@ -3973,14 +3933,9 @@ def test_refused_flags_end_in_one_line_and_change_no_file(
 def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_path, monkeypatch):
     other, real = tmp_path / "items.tsv", backbones.write_atomic
     other.write_text((raw / "items.tsv").read_text().replace("Film", "Tome"))
-
-    def killed(path, data):
-        real(path, data)
-        raise KeyboardInterrupt
-
     flags = ["prepare", "--run", copied, "--reviews", raw / "interactions.tsv", "--meta"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(backbones, "write_atomic", killed)
+        patch.setattr(backbones, "write_atomic", partial(killed_after, real))
         cli("hnlmrec.py", *flags, other, "--force")
     assert "no such file" in refused("hnlmrec.py", "train", "--run", copied)
     cli("hnlmrec.py", *flags, raw / "items.tsv")
