@@ -85,8 +85,7 @@ def seeded(seed=0):
 
 def by_score(scores, seen):
     """The items not in `seen`, the highest score first, equal ones by id: brute force."""
-    unseen = [i for i in range(len(scores)) if i not in seen]
-    return sorted(unseen, key=lambda i: (-float(scores[i]), i))
+    return sorted({*range(len(scores))} - {*seen}, key=lambda i: (-float(scores[i]), i))
 
 
 def items_of(pairs, user):
@@ -266,17 +265,13 @@ def test_vectors_made_of_texts_against_dense_algebra(name):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_neumf_ranks_as_it_scores():
-    model = backbones.build_backbone("neumf", N_USERS, N_ITEMS, 8, random_pairs())
-    users, items = model()
-    one_by_one = torch.stack([torch.stack([model.score(u, i) for i in items]) for u in users])
-    assert torch.allclose(model.score_all(users, items), one_by_one, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["lightgcn", "ngcf", "mf", "neumf"])
-def test_scores_are_propagated_once_in_eval_mode_and_never_stale(name):
+def test_scores_are_those_of_pairs_propagated_once_in_eval_mode_and_never_stale(name):
     train, calls, users = split_data()["train"], [], torch.tensor([7, 0, 7])
-    model, other = (backbones.build_backbone(name, N_USERS, N_ITEMS, 4, train, 2) for _ in "12")
+    model, other = (backbones.build_backbone(name, *SIZE, 4, train, 2) for _ in "12")
+    of_users, items = model()
+    one_by_one = [[model.score(u, i).item() for i in items] for u in of_users]
+    assert torch.allclose(model.score_all(of_users, items), torch.tensor(one_by_one), atol=1e-6)
     model.register_forward_hook(lambda *_: calls.append(1))
 
     def checked(before=None):
@@ -546,9 +541,8 @@ def test_fit_against_adam_by_hand_with_its_learning_rate(decay):
         m, v = 0.9 * m + 0.1 * 2 * x, 0.999 * v + 0.001 * (2 * x) ** 2
         lr = 0.6 - 0.1 * (n - 1) if decay else 0.6
         x -= lr * (m / (1 - 0.9**n)) / (math.sqrt(v / (1 - 0.999**n)) + 1e-8)
-    scores = itertools.count()
     state, _ = fit_mf(model, lambda *_: (model.embedding.pow(2).sum(), {}),
-                      lambda: float(next(scores)), n_rows=3, lr=0.6, decay=decay)
+                      itertools.count(0.0).__next__, n_rows=3, lr=0.6, decay=decay)
     assert state["m.embedding"].flatten().tolist() == pytest.approx([x, x], rel=1e-4)
 
 
@@ -720,8 +714,7 @@ def test_programs_end_in_one_line(raised, status, line, monkeypatch, capsys):
 
 
 def test_progress_says_rate_and_time_left(monkeypatch, capsys):
-    clock = iter([0.0, 10, 12, 30, 40])
-    monkeypatch.setattr(backbones.time, "time", lambda: next(clock))
+    monkeypatch.setattr(backbones.time, "time", iter([0.0, 10, 12, 30, 40]).__next__)
     progress = backbones.Progress("train", 10, "epochs")
     for done in (2, 3, 6, 10):  # the first says nothing about speed, the second is too soon
         progress.update(done, "loss 1")
@@ -816,8 +809,7 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
     L_align at the items. K 1, one mined and one likely item, so that no more is drawn. Of users 3
     and 7, who have no generated vector, e⁻ is e_j and L_align sees nothing; of user 5 only the
     first pair has one."""
-    generated = torch.stack([pair for n, pair in enumerate(split_data()["train"])
-                             if n not in without])
+    generated = split_data()["train"][[n for n in range(72) if n not in without]]
     model, projector, method, train = hnlmrec_parts(
         generated=generated, alpha=0.4, lambda1=0.7, k=1, reg=0.01, lambda_s=0.5, lambda_f=2.0,
         gamma=0.3)
@@ -1435,8 +1427,7 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
     assert all(torch.equal(data[name], backbones.load_data(tmp_path / "run")[name]) for name in OWN)
     message = refusal(*own_split(tmp_path, OWN | {"test": ["b\tx", "a\tx"]}), "--force")
     assert "test.tsv: line 3: 'a', 'x' is in another part" in message
-    message = refusal(*own_split(tmp_path, OWN | {"valid": []}), "--force")
-    assert "valid.tsv: no pairs" in message
+    assert "valid.tsv: no pairs" in refusal(*own_split(tmp_path, OWN | {"valid": []}), "--force")
 
 
 @pytest.mark.parametrize("time, refused", [
@@ -1451,27 +1442,25 @@ def test_a_day_is_not_seconds(tmp_path, time, refused):
         assert "empty; use --split random" in message
 
 
-@pytest.mark.parametrize("row, flags, message", [
-    ("u0\ti5\t\t3\tx", (), "line 6: no rating"), ("u0\ti5\tinf\t3\tx", (), "line 6"),
-    ("u0\ti5\tnan\t3\tx", (), "line 6: no rating"), ("u0\ti5\t1_0\t3\tx", (), "line 6"),
-    ("u0\ti5\t4,5\t3\tx", (), "write a rating as 4.5"),
-    ("u0\ti5\tfive\t3\tx", (), "rating 'five' no number"),
-    ("u0\ti5\t5\tyesterday\tx", (), "2016-03-01"),
-    ("u0\ti5\t5\t1,460,000,000\tx", (), "no time"),
-    ("u0\ti5\t5\t1456790400000\tx", (), "unit of the rows before"),  # among seconds
-    ("u0\ti5\t5\t\tx", ("--since", "1970-01-01"), "line 6: no timestamp"),
-    ("u0\ti4\t5\t\tx", ("--split", "time"), "1 rows have none"),
-    ("u0\ti4\t5\t4\tx", ("--min-rating", "6"), "nothing is left"),
-    ("u0\ti4\t5\t4\tx", ("--since", "2018-01-01", "--until", "2015-01-01"), "nothing is left"),
-    ("\ti5\t5\t3\tx", (), "line 6: '' is no id"), ("null\ti5\t5\t3\tx", (), "'null' is no id"),
-    ("u0\ti\0\t5\t3\tx", (), r"'i\x00' is no id"),
-    ("u0\t\u200bi5\t5\t3\tx", (), r"line 6: '\u200bi5' is no id"),
-    ('u0\t"i5"\t5\t3\tx', (), "is no id"), ("'u0'\ti5\t5\t3\tx", (), "is no id"),
-    ("u0\t1.23E+05\t5\t3\tx", (), "line 6: '1.23E+05' is no id"),
-    ("u0\t" + "9" * 5000 + "\t5\t3\tx", (), "999 … is no id"),
-    ("u0\ti5\t5\t3\tx\tmore", (), "line 6 has 6 fields, the header 5"),
-    ("u0\ti5", (), "line 6 has 2 fields")])
+@pytest.mark.parametrize("row, flags, message", [  # a dict: in place of some of the row's
+    ({"rating": ""}, (), "line 6: no rating"), ({"rating": "nan"}, (), "line 6: no rating"),
+    ({"rating": "inf"}, (), "line 6"), ({"rating": "1_0"}, (), "line 6"),
+    ({"rating": "4,5"}, (), "write a rating as 4.5"),
+    ({"rating": "five"}, (), "rating 'five' no number"),
+    ({"timestamp": "yesterday"}, (), "2016-03-01"), ({"timestamp": "1,460,000,000"}, (), "no time"),
+    ({"timestamp": "1456790400000"}, (), "unit of the rows before"),  # among seconds
+    ({"timestamp": ""}, ("--since", "1970-01-01"), "line 6: no timestamp"),
+    ({"timestamp": ""}, ("--split", "time"), "1 rows have none"),
+    ({}, ("--since", "2018-01-01", "--until", "2015-01-01"), "nothing is left"),
+    ({}, ("--min-rating", "6"), "nothing is left"), ({"user": "null"}, (), "'null' is no id"),
+    ({"user": ""}, (), "line 6: '' is no id"), ({"item": "i\0"}, (), r"'i\x00' is no id"),
+    ({"item": "\u200bi5"}, (), r"line 6: '\u200bi5' is no id"), ({"item": '"i5"'}, (), "is no id"),
+    ({"item": "1.23E+05"}, (), "line 6: '1.23E+05' is no id"), ({"user": "'u0'"}, (), "is no id"),
+    ({"item": "9" * 5000}, (), "999 … is no id"), ("u0\ti5", (), "line 6 has 2 fields"),
+    ({"text": "x\tmore"}, (), "line 6 has 6 fields, the header 5")])
 def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message):
+    fields = dict(zip(HEAD.split("\t"), GRID[4].split("\t")))
+    row = row if isinstance(row, str) else "\t".join((fields | row).values())
     lines = [HEAD, *GRID[:4], row, *GRID[5:]]
     assert message in refused_lines(tmp_path / "a", lines, "--k-core", 1, *flags)
 
@@ -1496,8 +1485,7 @@ def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
     ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], ["u0,i5,5,fine,and more"]])
 def test_rows_that_a_quote_or_a_comma_breaks_are_named(tmp_path, lines):
     for rest in (COMMAS[6:], []):  # in the midst and at the end
-        whole = [*COMMAS[:5], *lines, *rest]
-        assert "line 6" in refused_lines(tmp_path / "a", whole, name="r.csv")
+        assert "line 6" in refused_lines(tmp_path / "a", [*COMMAS[:5], *lines, *rest], name="r.csv")
 
 
 def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(tmp_path):
@@ -1610,16 +1598,16 @@ def flat_rows(**more):
 def test_a_flat_file_gives_items_what_is_theirs_alone(tmp_path, change, known):
     """No user, rating, time, review, nor what differs between rows of one item."""
     lines = flat_rows(**change)
-    for kind in ("flat", "other names", "one row an item", "one row, other names"):
-        name = {"other names": "who", "one row, other names": "reviewerID"}.get(kind, "user_id")
-        meta = [lines[0].replace("user_id", name), *lines[1:]]
-        meta = True if kind == "flat" else meta[:7] if "one row" in kind else meta
+    # the same file, one with another name for users, one row an item
+    for name, rows in (("user_id", None), ("who", None), ("user_id", 7), ("reviewerID", 7)):
+        meta = [lines[0].replace("user_id", name), *lines[1:]][:rows]
+        meta = True if meta == lines else meta
         _, items, _, out = prepared(tmp_path / "a", lines, meta=meta, name="r.csv")
         whole = json.dumps(items)
         for leak in ("u0", "u3", "u5 on", "15000", "note", "gift", "like", "4. "):
             assert leak not in whole
         assert "review_text" in out.split("counted from pairs")[1]
-        if "one row" not in kind:  # of one row nobody can say what is the item's
+        if rows is None:  # of one row nobody can say what is the item's
             assert [row["title"] for row in items[:2]] == known
             assert [row["text"] for row in items[:2]] == ["Kind 0", "Kind 1"]
         else:
@@ -1761,8 +1749,7 @@ def encoder(tiny_llm):
     torch.manual_seed(0)
     user, item = torch.randn(5, 6), torch.randn(7, 6)
     soft_tokens = llm_negatives.SoftTokens(user, item, 32, llm_negatives.embedding_norm(llm), 2)
-    prompt = llm_negatives.Prompt(tokenizer, 2)
-    return llm, prompt, soft_tokens, user, item
+    return llm, llm_negatives.Prompt(tokenizer, 2), soft_tokens, user, item
 
 
 USER_TEXTS = ["likes films", "", "likes long slow films about the sea", "x", "comedies"]
@@ -2236,15 +2223,15 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
 
 @pytest.mark.parametrize("sentence, fault", [
     ("A dark film about two old friends, for fans of slow drama.", ""), ("…", "empty"),
-    ("A board game of trading and building houses.", "prompt"),
+    ("A board game of trading and building houses.", "prompt"), ("Jaws is a Jaws.", "title"),
     ("Item: Jaws. A film about a shark.", "prompt"), ("", "empty"),
-    ("Liked items: - Fargo: A gritty one.", "prompt"),
-    ("Jaws is a Jaws.", "title"), ("A classic, a classic.", "loop"),
+    ("Liked items: - Fargo: A gritty one.", "prompt"), ("A classic, a classic.", "loop"),
     ("A group of old friends save a group of old friends.", "loop"),
     ("A film for those who love the", "cut"), ("A film for fans of Dr.", "cut")])
 def test_faults_of_profiles(sentence, fault):
     prompts = [text for pair in llm_negatives.ITEM_EXAMPLES for text in pair]
     assert llm_negatives.fault_of(sentence, "Jaws (1975)", prompts) == fault
+
 
 # ---- A run of every step: from a ratings file to the report --------------------------------------
 
@@ -2311,8 +2298,7 @@ def finished(raw, tiny_llm, tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "copy")
-    return tmp_path / "copy"
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 # ---- In two processes as in one ------------------------------------------------------------------
@@ -2693,12 +2679,10 @@ def test_readings_and_their_controls(copied, tiny_llm):
     assert [len(layers) for layers in made.values()] == [2, 3, 1, 2, 2, 1, 2, 1]  # 0 and 1 of two
     for name in ("two", "all", "words"):  # a layer is the same whatever else is asked
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made[name], oracle))
-
     # the same rows, of other items
-    def rows(text):
-        return sorted(tuple(row) for row in (1e4 * text).round().tolist())
-
-    assert rows(made["s"][0]) == rows(oracle[0]) != rows(made["r"][0])
+    shuffled, random, real = (torch.unique((1e4 * text).round(), dim=0)
+                              for text in (made["s"][0], made["r"][0], oracle[0]))
+    assert torch.equal(shuffled, real) and not torch.equal(random, real)
     assert not torch.allclose(made["s"][0], oracle[0], atol=1e-3)
     ids = [llm_negatives.text_ids(tokenizer, text) for text in texts]
     assert torch.equal(made["tfidf"][0], llm_negatives.tf_idf(ids))
@@ -3044,10 +3028,9 @@ def test_seconds_of_a_row_are_those_of_all_its_files_once(eval_run):
     # of a blend its own; data have none; model, judge, texts, cf
     assert list(found.values()) == [1.5, 0, 2, 2, 5, 2]
     # a person's own vectors, outside the run, have none
-    own = eval_run.parent / "own.safetensors"
+    own, path = eval_run.parent / "own.safetensors", eval_run / "model-own.safetensors"
     save_file({"text": torch.zeros(N_ITEMS, 2)}, own)
-    save_model(eval_run / "model-own.safetensors", 8, inputs=[str(own)])
-    path = eval_run / "model-own.safetensors"
+    save_model(path, 8, inputs=[str(own)])
     assert list(evaluation.seconds_behind(eval_run, path, {}).values()) == [2, 0]
 
 
@@ -3388,8 +3371,7 @@ FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 
 def readme(begin, end):
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    return text.split(begin, 1)[1].split(end, 1)[0]
+    return (HERE / "README.md").read_text(encoding="utf-8").split(begin, 1)[1].split(end, 1)[0]
 
 
 def code_block(text, kind=""):
@@ -3837,19 +3819,18 @@ BAD_FLAGS = {
     "backbones.py pretrain": [
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
         ("--backbone ease", "no vectors"), ("--topk 3", "lightgcn has no such constant"),
-        ("--cosine", "needs --loss"),
         ("--text-vectors none", "no such file"), ("--text-vectors x --backbone neumf", "not neumf"),
         ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "no int"),
         ("--lr nan", "--lr"), (f"--seed {2**64}", "--seed"), ("--epo 1", "--epo"),
         ("--device gpu", "give cpu"), ("--device cuda:99", "give cpu"),
         ("--backbone neumf --dim 33 --out x.safetensors", "--dim 33"),
-        ("--out x.jsonl", "ends in '.safetensors'"),
         ("--run nowhere", "nowhere/data.safetensors: no such file; make it with `python hnlm"),
         ("--out sft-x.safetensors", "sft names files of `python llm_negatives.py finetune`"),
         ("--out data.safetensors --force", OTHERS), ("--out=", "give a plain name"),
         ("--out model-hnlmrec.safetensors --force", OTHERS),
-        ("--out ../x.safetensors", "give a plain name"),
-        ("--out *.safetensors", "give a plain name"), ("--seed 1", "seed=0, now 1.* --force`")],
+        ("--out x.jsonl", "ends in '.safetensors'"), ("--seed 1", "seed=0, now 1.* --force`"),
+        ("--out ../x.safetensors", "give a plain name"), ("--cosine", "needs --loss"),
+        ("--out *.safetensors", "give a plain name")],
     "hnlmrec.py prepare": [
         ("", "--reviews: give"), ("--train-file x", "all of --train-file"),
         ("--reviews x --min-rating abc", "--min-rating"), ("--reviews x --min-rating nan", "nan"),
