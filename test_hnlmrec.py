@@ -24,6 +24,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import peft
@@ -558,10 +559,6 @@ def test_what_follows_from_the_size_of_the_data(n, n_items, given, expected):
     assert backbones.sized_to_data(data, **given) == expected
 
 
-def pretrain(run, *flags):
-    cli("backbones.py", "pretrain", "--run", run, "--dim", 8, "--epochs", 2, *flags)
-
-
 def test_a_world_size_without_torchrun_never_waits_and_a_signal_ends_a_wait(small_run, monkeypatch):
     words = [HERE / "backbones.py", "pretrain", "--run", small_run, "--epochs", "2"]
     torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost",
@@ -612,6 +609,7 @@ def test_line_search_ends_where_no_single_step_is_better():
 def test_closed_forms_and_softmax_by_command(small_run):
     """Each is saved and loaded as any model; a closed form reads no seed."""
     run, data = small_run, backbones.load_data(small_run)
+    pretrain = partial(cli, "backbones.py", "pretrain", "--run", run, "--dim", 8, "--epochs", 2)
     shape = (data["train"], N_USERS, N_ITEMS)
     direct = {"itemknn": backbones.item_knn(*shape, 5.0, 3), "ease": backbones.ease(*shape, 9.0),
               "rp3": backbones.rp3beta(*shape, 0.5, 0.2, 3), "pop": backbones.popularity(*shape)}
@@ -619,15 +617,15 @@ def test_closed_forms_and_softmax_by_command(small_run):
              "rp3": "--rp3-alpha 0.5 --rp3-beta 0.2 --topk 3"}
     for name, weight in direct.items():
         words = ["--backbone", name, *flags[name].split(), "--out", f"model-{name}.safetensors"]
-        pretrain(run, *words)
+        pretrain(*words)
         model, meta, _ = backbones.load_model(run / words[-1], data)
         assert torch.equal(model.weight.to_dense(), weight.to_dense())
         assert meta["history"][0]["valid_ndcg@20"] == backbones.validation(model, data)()
         before = (run / words[-1]).read_bytes()
-        pretrain(run, *words, "--lr", 1, "--seed", 8)
+        pretrain(*words, "--lr", 1, "--seed", 8)
         assert (run / words[-1]).read_bytes() == before
     # what is left out is chosen on validation: the file is that of the best choice tried
-    pretrain(run, "--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
+    pretrain("--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
     model, meta, _ = backbones.load_model(run / "model-best.safetensors", data)
     best = max(meta["history"], key=lambda row: row["valid_ndcg@20"])
     weight = backbones.rp3beta(*shape, best["rp3_alpha"], 0.2, best["topk"])
@@ -635,7 +633,7 @@ def test_closed_forms_and_softmax_by_command(small_run):
     assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")
     for name, *words in (["softmax"], ["alpharec", "--text-vectors", "own.safetensors"]):
-        pretrain(run, "--loss", "softmax", "--cosine", *words, "--out", f"model-{name}.safetensors")
+        pretrain("--loss", "softmax", "--cosine", *words, "--out", f"model-{name}.safetensors")
         model, meta, tensors = backbones.load_model(run / f"model-{name}.safetensors", data)
         for ours, end in zip(model(), ("user", "item")):
             assert torch.allclose(ours, tensors[end])
@@ -643,7 +641,7 @@ def test_closed_forms_and_softmax_by_command(small_run):
         best = max(row["valid_ndcg@20"] for row in meta["history"])
         assert backbones.validation(model, data)() == pytest.approx(best)
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")  # other texts
-    message = message_of(pretrain, run, "--loss", "softmax", "--cosine", *words, "--out",
+    message = message_of(pretrain, "--loss", "softmax", "--cosine", *words, "--out",
                          "model-alpharec.safetensors")
     assert re.search("own.safetensors.*--force", message)
 
@@ -1574,17 +1572,6 @@ def test_what_stands_far_out_is_named_and_moves_no_others(tmp_path, odd, said):
         assert {user for user, _ in was ^ now} <= {"u1", "bot"}
 
 
-def flat_rows(**more):
-    """One flat file: a row a pair, the item's title and category beside the review."""
-    rows = []
-    for u, i in itertools.product(range(6), range(6)):
-        row = {"user_id": f"u{u}", "product_id": f"p{i}", "rating": 4 + u % 2,
-               "timestamp": 1500000000 + 9 * u + i, "title": f"Lamp {i}",
-               "category": f"Kind {i % 2}", "review_text": f"u{u} on p{i}", "note": f"note {u}"}
-        rows.append(row | {name: value(u, i) for name, value in more.items()})
-    return [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-
-
 @pytest.mark.parametrize("change, known", [
     ({}, ["Lamp 0", "Lamp 1"]),
     # a note on one pair alone; titles of reviews; one title in two ways; one left out
@@ -1596,18 +1583,24 @@ def flat_rows(**more):
     ({"mean": lambda u, i: f"3.{i}", "best_review": lambda u, i: f"u5 on {i}"},
      ["Lamp 0", "Lamp 1"])])
 def test_a_flat_file_gives_items_what_is_theirs_alone(tmp_path, change, known):
-    """No user, rating, time, review, nor what differs between rows of one item."""
-    lines = flat_rows(**change)
+    """No user, rating, time, review, nor what differs between rows of one item; a row a pair."""
+    rows = []
+    for u, i in itertools.product(range(6), range(6)):
+        row = {"user_id": f"u{u}", "product_id": f"p{i}", "rating": 4 + u % 2,
+               "timestamp": 1500000000 + 9 * u + i, "title": f"Lamp {i}",
+               "category": f"Kind {i % 2}", "review_text": f"u{u} on p{i}", "note": f"note {u}"}
+        rows.append(row | {name: value(u, i) for name, value in change.items()})
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
     # the same file, one with another name for users, one row an item
-    for name, rows in (("user_id", None), ("who", None), ("user_id", 7), ("reviewerID", 7)):
-        meta = [lines[0].replace("user_id", name), *lines[1:]][:rows]
+    for name, count in (("user_id", None), ("who", None), ("user_id", 7), ("reviewerID", 7)):
+        meta = [lines[0].replace("user_id", name), *lines[1:]][:count]
         meta = True if meta == lines else meta
         _, items, _, out = prepared(tmp_path / "a", lines, meta=meta, name="r.csv")
         whole = json.dumps(items)
         for leak in ("u0", "u3", "u5 on", "15000", "note", "gift", "like", "4. "):
             assert leak not in whole
         assert "review_text" in out.split("counted from pairs")[1]
-        if rows is None:  # of one row nobody can say what is the item's
+        if count is None:  # of one row nobody can say what is the item's
             assert [row["title"] for row in items[:2]] == known
             assert [row["text"] for row in items[:2]] == ["Kind 0", "Kind 1"]
         else:
@@ -2208,13 +2201,12 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
 
 def test_no_two_tokens_are_written_twice_but_digits_are():
     """" X and X", and a pair that is there already; what is left when all have been written."""
-    class Words:
-        decode = staticmethod(lambda ids: [" drama", " and", " comedy", "0", ","][ids[0]])
+    words = Namespace(decode=lambda ids: [" drama", " and", " comedy", "0", ","][ids[0]])
 
     def chosen(ids, *order):
         scores = torch.full((1, 8), -9.0)
         scores[0, list(order)] = torch.arange(len(order), 0, -1.0)
-        return llm_negatives.best_new(scores, [ids], Words)[0]
+        return llm_negatives.best_new(scores, [ids], words)[0]
 
     assert chosen([], 0, 1) == 0 and chosen([0, 1], 0, 2) == 2 and chosen([0], 0, 1) == 1
     assert chosen([0, 1, 2, 0], 1, 2, 4) == 4 and chosen([0, 1, 2, 4, 2], 0, 1) == 0
@@ -2545,31 +2537,23 @@ def test_generation_may_be_bounded_and_not_fine_tuned(copied, tiny_llm):
     assert len(negatives(copied, "negatives-few")["pairs"]) == 4
     zero = llm_main(copied, tiny_llm, "generate --pairs 30 --no-finetune --out negatives-zero")
     assert "0 users without a pair" in zero
-    message = llm_refused(copied, tiny_llm, "generate --sft cf --out negatives-y")
-    assert "holds what `pretrain` writes" in message
 
 
 def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeypatch):
     """Trained in float32, run in the LLM's format. Before LoRA has learned, it is not run."""
-    seen, fit_head = [], llm_negatives.fit_head
-
-    def watched(task, head, hidden, rows, *args):
-        seen.append((task, hidden, rows))
-        return fit_head(task, head, hidden, rows, *args)
-
+    watched = Mock(wraps=llm_negatives.fit_head)
     monkeypatch.setattr(llm_negatives, "fit_head", watched)
     monkeypatch.setattr(llm_negatives, "PROFILE_DROPOUT", 0)
     tune(copied, tiny_llm, "sft-bf16", "--dtype", "bf16")
     adapter = load_file(copied / "adapter-bf16" / "adapter_model.safetensors")
     assert {value.dtype for value in adapter.values()} == {torch.float32}
-    task, _, rows = seen[0]
-    both = []
+    (task, _, hidden, rows, *_), both = watched.call_args_list[0].args, []
     for lora in (False, True):
         llm, prompt, soft_tokens, *_ = llm_negatives.load_sft(
             copied, "sft-bf16", tiny_llm, "cpu", lora)
         assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
         both.append(llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows))
-    assert F.cosine_similarity(both[0], seen[0][1]).min() > 0.999
+    assert F.cosine_similarity(both[0], hidden).min() > 0.999
     llm = llm.float()  # the oracle: the same adapter in float32
     with torch.no_grad():
         for name, p in llm.named_parameters():
@@ -2854,17 +2838,6 @@ def test_cross_fitting_reads_the_other_half_alone():
     assert fits[0][half & (x.abs() > 0.5) & (user % 7 > 0)].max() < chance < fits[1][half].mean()
 
 
-class Table(torch.nn.Module):
-    """A recommender whose scores (U, I) are given."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.table, (self.n_users, self.n_items) = table, table.shape
-
-    def scores(self, users):
-        return self.table[users].clone()
-
-
 def test_a_planted_judge_gains_what_it_knows_whatever_its_scale_and_offset():
     """Positives are drawn from log-odds -3.5 + activity + cf + 1.2 taste. A judge that knows the
     taste gains what the true log-odds say over P(y | cf), though each user's scores have a scale
@@ -2880,9 +2853,10 @@ def test_a_planted_judge_gains_what_it_knows_whatever_its_scale_and_offset():
     data = {"train": seen.nonzero(), "valid": y.nonzero(), "n_users": n, "n_items": n_items}
     scale = torch.rand(n, 1, generator=generator) * 2.7 + 0.3
     offset = 4 * torch.randn(n, 1, generator=generator) - 3 * count.log()
-    judges = {"bare": Table(taste), "judge": Table(scale * taste + offset),
-              "nothing": Table(scale * noise + offset), "CF": Table((scale * cf).exp() + offset)}
-    cf_models = {"cf": Table(cf)}
+    tables = {"cf": cf, "bare": taste, "judge": scale * taste + offset,
+              "nothing": scale * noise + offset, "CF": (scale * cf).exp() + offset}
+    judges = {name: rigged(torch.eye(n), table.T) for name, table in tables.items()}
+    cf_models = {"cf": judges.pop("cf")}
     pairs, positives, gains = evaluation.measure_judges(cf_models, judges, data, top=n_items)
     # the true gain: with the taste, and without it, by quadrature
     node, weight = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(40))
@@ -3870,7 +3844,9 @@ BAD_FLAGS = {
         ("--warmup-pairs 1 --force", "--warmup-pairs 1"), ("--tau-s 0", "--tau-s"),
         ("--mine-first 5 --mine-last 1 --force", "--mine-first 5"),
         ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no")],
-    "llm_negatives.py generate": [("--out *", "--out"), ("--out /x/negatives", "--out")],
+    "llm_negatives.py generate": [
+        ("--out *", "--out"), ("--out /x/negatives", "--out"),
+        ("--sft cf --out negatives-y", "holds what `pretrain` writes")],
     "llm_negatives.py read": [
         ("--layers 0,9 --out texts-x.safetensors", r"has layers 0 \(its token embeddings\) to 2"),
         ("--layers -1 --out texts-x.safetensors", "give numbers of layers"),
