@@ -1195,8 +1195,7 @@ def test_splits():
 
 @pytest.mark.parametrize("moments", [1000, 40])  # all different, and some twenty rows a moment
 def test_split_by_time_is_one_cut_for_all(moments):
-    rng = np.random.default_rng(0)
-    n = min(moments * 20, 1000)
+    rng, n = np.random.default_rng(0), min(moments * 20, 1000)
     seconds = rng.permutation(np.arange(n) % moments).astype(float)
     user, item = rng.integers(0, 50, n), np.arange(n)
     part = hnlmrec.split_pairs(user, item, seconds, "time", 0)
@@ -2267,11 +2266,9 @@ def steps_of(llm, raw):
         "model-judged": [*train, *BUDGET, *BARE, "--lambda-f", 1],
         "model-rns": [*pretrain, *BUDGET], "model-rp3": [*pretrain, "--backbone", "rp3"],
         "model-ease": [*pretrain, "--backbone", "ease"],
-        "model-full": ["hnlmrec.py", "blend", "--parts", PARTS]}
-    for name in list(steps):
-        if "model" in name:
-            steps[name] += ["--out", f"{name}.safetensors"]
-    return steps | {"report": ["eval.py", "report"]}
+        "model-full": ["hnlmrec.py", "blend", "--parts", PARTS], "report": ["eval.py", "report"]}
+    return {name: words + ["--out", f"{name}.safetensors"] * ("model" in name)
+            for name, words in steps.items()}
 
 
 def run_step(run, words, *more):
@@ -3289,14 +3286,12 @@ def test_what_is_known_before_the_first_trial_decides_what_is_tried(tuning):
 def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
     space = {"lr": ["1", "2", "3", "4"], "m": ["5", "6"], "k": ["7"]}
     before = [{"words": [], "valid": 0.1}, {"words": ["--lr", "2", "--k", "7"], "valid": 0.3}]
-    rng, seen = np.random.default_rng(0), Counter()
-    for _ in range(300):
-        seen[" ".join(evaluation.next_point("RNS", space, before, rng))] += 1
+    rng = np.random.default_rng(0)
+    seen = Counter(" ".join(evaluation.next_point("RNS", space, before, rng)) for _ in range(300))
     assert set(seen) == {"--lr 1 --k 7", "--lr 3 --k 7", "--lr 2 --k 7 --m 5", "--lr 2 --k 7 --m 6"}
     assert min(seen.values()) > 50  # a default that is not known goes to any value
-    before[0]["defaults"], moves = {"--m": "6"}, set()
-    for _ in range(100):
-        moves.add(" ".join(evaluation.next_point("RNS", space, before, rng)))
+    before[0]["defaults"] = {"--m": "6"}
+    moves = {" ".join(evaluation.next_point("RNS", space, before, rng)) for _ in range(100)}
     assert moves == {"--lr 1 --k 7", "--lr 3 --k 7", "--lr 2 --k 7 --m 5"}
     # before that, defaults and wide vectors, where a search may have these
     for widest, words in ((64, None), (128, ["--dim", "128", "--reg", "0.01"])):
