@@ -1814,17 +1814,21 @@ def test_other_families_of_llms(family, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("special", [{}, {"bos_token": "#"}])
 def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path):
-    """Several layers in one pass, against each text run alone. BOS stands in front and does not
-    count; without one the first token counts in layer 0 alone."""
+    """Several layers in one pass, against each text run alone and its layers called one by one. BOS
+    stands in front and does not count; without one the first token counts in layer 0 alone."""
     llm = encoder[0]
     byte_tokenizer(tmp_path, **special)
     tokenizer = llm_negatives.load_tokenizer(tmp_path)
     ours = llm_negatives.read_layers(llm, tokenizer, ITEM_TEXTS, [0, 1, 2], batch=3)
     for row, text in enumerate(ITEM_TEXTS):
         ids = tokenizer(special.get("bos_token", "") + text, add_special_tokens=False).input_ids
-        states = llm(torch.tensor([ids]), output_hidden_states=True).hidden_states
-        assert len(states) == 3
-        for layer, hidden in enumerate(states):
+        ids, states = torch.tensor([ids]), []
+        hook = llm.layers[1].register_forward_pre_hook(
+            lambda module, inputs, named: states.append((inputs or named.values())[0]),
+            with_kwargs=True)
+        last = llm(ids).last_hidden_state
+        hook.remove()
+        for layer, hidden in enumerate((llm.get_input_embeddings()(ids), states[0], last)):
             first = 1 if special or (layer and len(text) > 1) else 0
             assert alike(ours[layer][row], hidden[0, first:].mean(0))
 
