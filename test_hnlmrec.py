@@ -2503,8 +2503,7 @@ def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, mon
     assert "1 of 3 shards to make" in llm_main(copied, tiny_llm, again)
     assert [backbones.read_meta(path)["digest"] for path in shards] == whole
     assert re.search("seed=0, now 1.*--force", llm_refused(copied, tiny_llm, again, "--seed", 1))
-    data = backbones.load_data(copied)
-    load = partial(backbones.load_negatives, copied, "negatives-x", data)
+    load = partial(negatives, copied, "negatives-x")
     joined = load()
     assert torch.equal(joined["pairs"], torch.cat([load_file(path)["pairs"] for path in shards]))
     assert joined["cf"] == "cf.safetensors"
@@ -3703,7 +3702,7 @@ def follow(run, steps, file):
 
 
 def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, raw):
-    """After `prepare --force` nothing of the former split is used: its profiles quote test pairs."""
+    """`prepare --force` makes all former files stale: profiles quote what are test pairs now."""
     steps = steps_of(tiny_llm, raw)
     steps["data"] += ["--seed", 3]
     run_step(copied, steps["data"], "--force")
