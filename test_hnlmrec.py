@@ -1337,9 +1337,9 @@ def prepared(folder, lines, *flags, meta=None, name="r.tsv"):
     return backbones.load_data(folder / "run"), *rows, out
 
 
-def raw_pairs(data, items, users, *_):
-    """The pairs of all parts as (raw user, raw item)."""
-    pairs = torch.cat([data[name] for name in ("train", "valid", "test")]).tolist()
+def raw_pairs(data, items, users, _, parts=("train", "valid", "test")):
+    """The pairs of the parts as (raw user, raw item)."""
+    pairs = torch.cat([data[name] for name in parts]).tolist()
     return {(users[u]["raw"], items[i]["raw"]) for u, i in pairs}
 
 
@@ -1559,12 +1559,11 @@ def test_what_stands_far_out_is_named_and_moves_no_others(tmp_path, odd, said):
     lines = [HEAD, *(f"u{u}\ti{(u + k) % 40}\t5\t{1456790401 + k}\tx" for u in range(40)
                      for k in range(8))]
     more = sorted({odd.format(n) for n in range(40)})
-    (plain, items, users, out), odd = (
-        prepared(tmp_path / "a", rows, "--split", "last") for rows in (lines, lines + more))
-    assert said in odd[3] and said not in out
+    plain, odd = (prepared(tmp_path / "a", rows, "--split", "last")
+                  for rows in (lines, lines + more))
+    assert said in odd[3] and said not in plain[3]
     for part in ("valid", "test"):  # of all users but the odd one
-        was = {(users[u]["raw"], items[i]["raw"]) for u, i in plain[part].tolist()}
-        now = {(odd[2][u]["raw"], odd[1][i]["raw"]) for u, i in odd[0][part].tolist()}
+        was, now = (raw_pairs(*done, parts=[part]) for done in (plain, odd))
         assert {user for user, _ in was ^ now} <= {"u1", "bot"}
 
 
