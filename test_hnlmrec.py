@@ -128,8 +128,6 @@ refusal = partial(refused, "hnlmrec.py", "prepare")
 
 
 # ---- backbones.py: ranking and metrics -----------------------------------------------------------
-
-
 def test_metrics_hand_worked():
     hits, relevant = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]]).bool(), torch.tensor([3, 1])
     for name, values in (("recall", [2 / 3, 0]), ("precision", [0.5, 0]), ("hit_rate", [1, 0]),
@@ -207,8 +205,6 @@ def test_mined_negatives_are_the_band_which_is_a_share_of_the_catalogue(n_items,
 
 
 # ---- Backbones -----------------------------------------------------------------------------------
-
-
 def dense_adjacency(pairs):
     a = torch.zeros(N_USERS + N_ITEMS, N_USERS + N_ITEMS)
     for u, i in pairs.tolist():
@@ -300,8 +296,6 @@ def test_scores_are_those_of_pairs_propagated_once_in_eval_mode_and_never_stale(
 
 
 # ---- Closed forms --------------------------------------------------------------------------------
-
-
 def dense_item_knn(x, shrink):
     norm = np.sqrt(np.outer(x.sum(0), x.sum(0))) + shrink
     return x.T @ x / np.where(norm > 0, norm, 1) * (1 - np.eye(N_ITEMS))
@@ -363,8 +357,6 @@ def test_ease_bears_a_small_ridge_or_names_it_and_large_tables_are_refused():
 
 
 # ---- Samplers, losses and steps ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("beta", [None, 0.0, 0.75, 3.0])
 def test_samplers_are_exact(beta):
     """UnseenSampler is uniform, PopularitySampler goes by (count + 1) ** beta, also for a user who
@@ -502,8 +494,6 @@ def test_softmax_step_against_loops(name, cosine):
 
 
 # ---- The training loop ---------------------------------------------------------------------------
-
-
 def fit_mf(model, step, validate, n_rows=4, **more):
     settings = {"epochs": 3, "batch_size": 2, "lr": 0.1, "eval_every": 1, "patience": 9, "seed": 0}
     return backbones.fit({"m": model}, step, n_rows, validate, **settings | more)
@@ -579,8 +569,6 @@ def test_a_world_size_without_torchrun_never_waits_and_a_signal_ends_a_wait(smal
 
 
 # ---- Files of a run: nothing stale, damaged or of another kind is used or overwritten ------------
-
-
 @pytest.fixture
 def small_run(tmp_path):
     """A run folder with data.safetensors alone."""
@@ -721,8 +709,6 @@ def test_progress_says_rate_and_time_left(monkeypatch, capsys):
 
 
 # ---- hnlmrec.py, the method: e⁻ and its losses, the texts, the judge, the blend ------------------
-
-
 def test_projector_attends_over_the_set():
     """Slot 0 asks and all K answer, as PyTorch's own attention has it; the others are a set."""
     torch.manual_seed(0)
@@ -1168,7 +1154,6 @@ def test_blend_weights_are_a_maximum_and_drop_noise():
 
 
 # ---- prepare: from raw files to data.safetensors, items.jsonl, users.jsonl -----------------------
-
 def test_k_core_against_naive_removal():
     pairs = left = np.unique(np.random.default_rng(0).integers(0, [40, 60], (400, 2)), axis=0)
     for _ in pairs:  # as often as could be needed
@@ -1695,8 +1680,6 @@ def test_contents_decide_whether_prepare_is_up_to_date(tmp_path):
 
 
 # ---- llm_negatives.py, on a tiny random Llama ----------------------------------------------------
-
-
 def byte_tokenizer(folder, **special):
     """Save a tokenizer of one token a byte."""
     vocab = {c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -2223,8 +2206,6 @@ def test_faults_of_profiles(sentence, fault):
 
 
 # ---- A run of every step: from a ratings file to the report --------------------------------------
-
-
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
     """Ratings and items: two groups of users, each with its own half of the items."""
@@ -2289,8 +2270,6 @@ def copied(finished, tmp_path):
 
 
 # ---- In two processes as in one ------------------------------------------------------------------
-
-
 def fit_a_line(validate):
     """A line through eight points of a parabola; the bias is reached by process 0 alone."""
     torch.manual_seed(0)
@@ -2388,8 +2367,6 @@ def test_two_processes_train_hnlmrec(twice):
 
 
 # ---- The programs of llm_negatives.py ------------------------------------------------------------
-
-
 def llm_main(run, llm, words, *more):
     llm = ["--llm", llm] if llm else []
     return cli("llm_negatives.py", *words.split(), "--run", run, *llm, *more)
@@ -2687,8 +2664,6 @@ def test_paper_is_a_preset_and_flags_beside_it_win(program, command, trainer, ra
 
 
 # ---- eval.py: metrics, false hard negatives, nats ------------------------------------------------
-
-
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_evaluate_and_list_statistics_against_loops(split):
     data, (model, scores) = split_data(), rigged_scores()
@@ -2891,8 +2866,6 @@ def test_cf_candidates_against_loops(labels, top):
 
 
 # ---- eval.py: report, compare, tune, recommend ---------------------------------------------------
-
-
 def save_model(path, seed, command="pretrain", valid=0.1, inputs=(), **more):
     """A file as `pretrain` writes it, of random vectors."""
     table = torch.randn(N_USERS + N_ITEMS, 4, generator=seeded(seed))
@@ -3328,7 +3301,6 @@ def test_a_chart_shows_its_numbers_where_they_are():
 # ---- The README ----------------------------------------------------------------------------------
 # Its first snippet, each piece of "Copy this piece" pasted into an empty file, flags; and run.sh,
 # as far as it needs no network
-
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 
@@ -3520,8 +3492,6 @@ def test_run_sh_is_bash_3_2():
 
 
 # ---- The real programs, from a ratings file to the report ----------------------------------------
-
-
 def test_pipeline_makes_every_file(finished, tiny_llm, raw):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics["methods"]) == {"hnlmrec", "judged", "rns", "rp3", "ease", "full"}
@@ -3677,8 +3647,6 @@ def test_the_best_epoch_is_what_train_writes(copied, monkeypatch):
 
 
 # ---- Lineage: no result of parts that do not belong together; every message's fix works ----------
-
-
 def follow(run, steps, file):
     """Make a file, doing what each refusal's message says -> the files that were made again."""
     made, force = [], []
