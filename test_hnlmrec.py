@@ -703,9 +703,8 @@ def test_progress_says_rate_and_time_left(monkeypatch, capsys):
     progress = backbones.Progress("train", 10, "epochs")
     for done in (2, 3, 6, 10):  # the first says nothing about speed, the second is too soon
         progress.update(done, "loss 1")
-    assert capsys.readouterr().out.splitlines() == [
-        "train 6/10 epochs  0.2/s  20 s left  loss 1",
-        "train 10/10 epochs  0.3/s  0 s left  loss 1"]
+    assert capsys.readouterr().out.splitlines() == ["train 6/10 epochs  0.2/s  20 s left  loss 1",
+                                                    "train 10/10 epochs  0.3/s  0 s left  loss 1"]
 
 
 # ---- hnlmrec.py, the method: e⁻ and its losses, the texts, the judge, the blend ------------------
@@ -825,11 +824,9 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
     texts = method.semantic(some_users, some_items)
     semantic = sum(hnlmrec.semantic_alignment(v, t, 0.2)
                    for v, t in zip((users[some_users], items[some_items]), texts))
-    total = bpr + 0.01 * l2 + 0.7 * align + 0.5 * semantic
-    total = total + 2 * (above + 0.3 * below + 0.01 * l2_false)
-    assert logs == pytest.approx({
-        "bpr": bpr.item(), "align": align.item(), "semantic": semantic.item(),
-        "false": (above + 0.3 * below).item()}, rel=1e-5)
+    terms = {"bpr": bpr, "align": align, "semantic": semantic, "false": above + 0.3 * below}
+    assert logs == pytest.approx({name: term.item() for name, term in terms.items()}, rel=1e-5)
+    total = bpr + 0.01 * l2 + 0.7 * align + 0.5 * semantic + 2 * (terms["false"] + 0.01 * l2_false)
     assert_same_loss(loss, total, [*method.parameters()], rtol=1e-3, atol=1e-5)
 
 
@@ -1083,9 +1080,9 @@ def test_train_judge_keeps_the_better_dropout_and_stops_one_that_is_behind(monke
 
 def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
     """… unless no other candidate is there; the same of any pairs that are to be kept clear."""
-    likely = hnlmrec.LikelyFalse(
-        torch.tensor([[3, 5, 7], [1, 2, -1], [-1, -1, -1]], dtype=torch.int32),
-        torch.tensor([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), 8)
+    items = torch.tensor([[3, 5, 7], [1, 2, -1], [-1, -1, -1]], dtype=torch.int32)
+    share = torch.tensor([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    likely = hnlmrec.LikelyFalse(items, share, 8)
     drawn = likely(torch.zeros(20_000, dtype=torch.long), seeded())
     for item, share in ((3, 0.5), (5, 0.3), (7, 0.2)):
         assert float((drawn == item).float().mean()) == pytest.approx(share, abs=0.02)
@@ -1603,8 +1600,7 @@ def test_reviews_are_those_of_train_pairs_alone_and_of_the_rating_that_counts(tm
     """Whole, but for 200 characters, halves of characters and odd line ends."""
     odd = "caf\u00e9 \ud83d \u2028 <b>x</b> \U0001f600\x1b" + "x" * 999
     rows = [{"reviewerID": f"u{u}", "asin": f"i{i}", "overall": 5.0, "unixReviewTime": i,
-             "reviewText": f"u{u} on i{i} {odd}"}
-            for u, i in itertools.product(range(6), range(10))]
+             "reviewText": f"u{u} on i{i} {odd}"} for u in range(6) for i in range(10)]
     rows += [{**row, "unixReviewTime": -1, "reviewText": "earlier"} for row in rows]
     flags = ["--reviews-per-user", 99, "--since", "1960-01-01"]
     data, _, users, out = prepared(tmp_path / "a", rows, *flags, name="r.json")
@@ -1801,9 +1797,8 @@ def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path
     for row, text in enumerate(ITEM_TEXTS):
         ids = tokenizer(special.get("bos_token", "") + text, add_special_tokens=False).input_ids
         ids, states = torch.tensor([ids]), []
-        hook = llm.layers[1].register_forward_pre_hook(
-            lambda module, inputs, named: states.append((inputs or named.values())[0]),
-            with_kwargs=True)
+        hook = llm.layers[1].register_forward_pre_hook(lambda module, inputs, named: states.append(
+            (inputs or named.values())[0]), with_kwargs=True)
         last = llm(ids).last_hidden_state
         hook.remove()
         for layer, hidden in enumerate((llm.get_input_embeddings()(ids), states[0], last)):
