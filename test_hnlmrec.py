@@ -235,8 +235,8 @@ def test_ngcf_against_dense_oracle():
     a, x = dense_adjacency(pairs), model.embedding
     hops = [x]
     for w1, w2 in zip(model.w1, model.w2):  # NGCF eq. 3-4, summed over all pairs of nodes
-        own, alike = x @ w1.weight.T, (x[:, None] * x) @ w2.weight.T  # alike: (to, from, width)
-        messages = (a[..., None] * (own + alike)).sum(1)
+        own, affinity = x @ w1.weight.T, (x[:, None] * x) @ w2.weight.T  # (n, d), (to, from, d)
+        messages = (a[..., None] * (own + affinity)).sum(1)
         x = F.leaky_relu(own + w1.bias + w2.bias + messages, 0.2)
         hops.append(F.normalize(x, dim=1))
     assert torch.allclose(torch.cat([*model()]), torch.cat(hops, 1), atol=1e-5)
