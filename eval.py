@@ -1059,7 +1059,8 @@ def recommend(args):
     """Print one user's best unseen items, and those nearest to the LLM's negatives for them."""
     run, data = Path(args.run), load_data(args.run)
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
-    row = row_of(users, args.user, "--user", run / "users.jsonl")
+    user = users[0]["raw"] if args.user is None else args.user
+    row = row_of(users, user, "--user", run / "users.jsonl")
     titles = [item["title"] for item in items]
     if args.k > len(items):
         fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
@@ -1067,10 +1068,9 @@ def recommend(args):
     # what the user liked, and the best of the rest; a user may have fewer than k unseen items
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
     more = f"; … ({len(liked)} items)" if len(liked) > 8 else ""  # eight fit on two lines
-    print(f"user {args.user} liked: {'; '.join(titles[n] for n in liked[:8])}{more}")
-    user = torch.tensor([row])
-    best, = rank_unseen(model, user, seen_before(data, "test"), args.k)
-    scores, = model.scores(user)
+    print(f"user {user} liked: {'; '.join(titles[n] for n in liked[:8])}{more}")
+    best, = rank_unseen(model, torch.tensor([row]), seen_before(data, "test"), args.k)
+    scores, = model.scores(torch.tensor([row]))
     print("recommended:")
     for rank, item in enumerate(best[best >= 0].tolist(), 1):
         print(f"  {rank:>3}  {scores[item]:8.4f}  {titles[item]}")
@@ -1189,7 +1189,7 @@ def main(argv=None):
         p.add_argument(f"--{name}", type=number(int, 0), default=default, help=text)
     p.add_argument("--fast", action="store_true", help="with FAST=1")
     p = commands.choices["recommend"]
-    p.add_argument("--user", required=True, metavar="ID", help="as in the ratings file")
+    p.add_argument("--user", metavar="ID", help="as in the ratings file; default: the first user")
     p.add_argument("--k", type=number(int, 1), default=10, help="items to show")
     p.add_argument("--model", default="model-hnlmrec.safetensors",
                    help="model, judge or blend inside the run folder")

@@ -964,27 +964,28 @@ def trace(args):
     generated = bb.load_negatives(run, s.negatives, data)
     cf_model, _, cf = bb.load_model(run / generated["cf"], data)
 
-    # 1: the pair; without --item the user's first with a generated vector of its own
+    # 1: the pair; without --user and --item the first with a generated vector of its own
     users, items = bb.read_jsonl(run / "users.jsonl"), bb.read_jsonl(run / "items.jsonl")
     titles, train = [item["title"] for item in items], data["train"]
-    u = bb.row_of(users, args.user, "--user", run / "users.jsonl")
+    user = users[generated["pairs"][0, 0]]["raw"] if args.user is None else args.user
+    u = bb.row_of(users, user, "--user", run / "users.jsonl")
     of_user = train[train[:, 0] == u, 1].tolist()
     first = generated["pairs"][generated["pairs"][:, 0] == u, 1].tolist() + of_user
     if not of_user:  # after a split by time, or one's own
-        fail(f"--user {args.user}: has no train pair to follow; give another user")
+        fail(f"--user {user}: has no train pair to follow; give another user")
     i = first[0]
     if args.item is not None:
         i = bb.row_of(items, args.item, "--item", run / "items.jsonl")
     if i not in of_user:
-        fail(f"--item {args.item}: user {args.user} has no train pair with it "
+        fail(f"--item {args.item}: user {user} has no train pair with it "
              f"(for example {', '.join(items[n]['raw'] for n in of_user[:5])})")
     row = int((train == torch.tensor([u, i])).all(1).nonzero())
-    print(f"1. data       user {args.user} -> row {u}, item {items[i]['raw']} -> row {i}: "
+    print(f"1. data       user {user} -> row {u}, item {items[i]['raw']} -> row {i}: "
           f"{titles[i]}; train pair {row} of {len(train)}")
 
     # 2 to 5: into the LLM; 6 and 7: out of it; 8 and 9: the step that trains with it
     scores = cf_model.scores(torch.tensor([u]))[0]
-    trace_prompt(run, s, users[u]["raw"], items[i]["raw"], u, i, titles, method.mined, cf, scores)
+    trace_prompt(run, s, user, items[i]["raw"], u, i, titles, method.mined, cf, scores)
     trace_negative(generated, method, row, titles, cf, user_rows(train, data["n_users"]))
     trace_step(method, row)
 
@@ -1878,7 +1879,8 @@ def main(argv=None):
         "trace", help="follow one (user, item) pair through a finished run",
         epilog="example: python hnlmrec.py trace --run runs/demo --user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder of a finished run.sh")
-    p.add_argument("--user", required=True, metavar="ID", help="the user's id in the ratings file")
+    p.add_argument("--user", metavar="ID", help="the user's id in the ratings file; default: "
+                   "the first with a generated negative")
     p.add_argument("--item", metavar="ID", help="a train item of that user (left out: the first)")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file of `train`")
     args = parser.parse_args(argv)

@@ -153,9 +153,9 @@ if [[ -z ${DATA:-} ]]; then
 fi
 [[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
-  PROFILE+=" --llm-rows 16" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
-  FINETUNE="--llm-layers 4 --warmup-pairs 512 --steps 8" GENERATE="--pairs-per-user 2 --pairs 2000"
-  SIZE="--llm-rows 16 --fast"
+  PROFILE+=" --llm-rows 8" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
+  FINETUNE="--llm-layers 4 --warmup-pairs 512 --steps 8" GENERATE="--pairs-per-user 1 --pairs 2000"
+  SIZE="--llm-rows 8 --fast"
   TRAIN+=" --epochs 20 --eval-every 5" TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi
 TUNE=${TUNE:-$TRIALS}
@@ -271,17 +271,11 @@ fi
 FORCE= step eval.py report --run "$OUT" > /dev/null
 
 # ---- what came of it ----------------------------------------------------------------------------
-# the first user with a generated negative, whom trace can follow
-first_id='import shlex, sys
-from backbones import load_data, load_negatives, read_jsonl
-row = int(load_negatives(sys.argv[1], "negatives", load_data(sys.argv[1]))["pairs"][0, 0])
-print(shlex.quote(read_jsonl(sys.argv[1] + "/users.jsonl")[row]["raw"]))'
-user=$("$PY" -c "$first_id" "$OUT")
 echo; echo "done in $((SECONDS - start)) s: $OUT/report.md"; echo
 # its first table
 awk '/^\|/ { print; table = 1; next } table { exit }' < "$OUT/report.md" || true
 echo; awk -F'\t' '{ printf "%s %s s   ", $1, $2 } END { print "" }' < "$OUT/steps.tsv"
-echo; echo "next: follow one pair through all steps, and see what a user gets"
+echo; echo "next: follow one pair through all steps, and see what a user gets (--user: another one)"
 for command in "hnlmrec.py trace" "eval.py recommend"; do
-  printf '  %s %s --run %q --user %s\n' "$PY" "$command" "$OUT" "$user"
+  printf '  %s %s --run %q\n' "$PY" "$command" "$OUT"
 done

@@ -2976,7 +2976,9 @@ def test_recommend_shows_the_best_and_the_items_nearest_to_z(eval_run):
         lines = out.split("recommended:\n")[1].split("\nhard negatives")[0].splitlines()
         assert [line.split(None, 2)[2] for line in lines] == [f"Film [{i}]" for i in best]
         assert float(lines[0].split()[1]) == pytest.approx(float(scores[best[0]]), abs=1e-4)
-    assert eval_main(*flags, "u0", "--k", 2).split("vector):\n")[1].count(" -> ") == 2
+    first = eval_main(*flags, "u0", "--k", 2)
+    assert first.split("vector):\n")[1].count(" -> ") == 2
+    assert eval_main(*flags[:-1], "--k", 2) == first  # without --user
 
 
 @pytest.fixture
@@ -3517,6 +3519,8 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     # without --item, the user's first pair with a generated vector of its own
     first = int(shard["pairs"][shard["pairs"][:, 0] == u][0, 1])
     out = cli("hnlmrec.py", *trace, users[u]["raw"])
+    start = shard["pairs"][0, 0]  # and without --user, the first pair of all
+    assert cli("hnlmrec.py", *trace[:-1]) == cli("hnlmrec.py", *trace, users[start]["raw"])
     assert f"item {items[first]['raw']} -> row {first}:" in out
     held = items[data["test"][data["test"][:, 0] == u][0, 1]]["raw"]
     assert "no train pair" in refused("hnlmrec.py", *trace, users[u]["raw"], "--item", held)
