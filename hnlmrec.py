@@ -1064,9 +1064,9 @@ def vector_text(vector):
 
 # ---- prepare: raw ratings and item metadata -> data.safetensors, items.jsonl, users.jsonl --------
 PARTS = ("train", "valid", "test")
-# user and item as codes; rating, and seconds since 1970 (NaN: none); the row's number in its file
+# user and item as codes; rating, and seconds since 1970 (NaN: none); where the row stands
 PAIR = np.dtype([("user", "i4"), ("item", "i4"), ("rating", "f8"), ("seconds", "f8"),
-                 ("row", "i8"), ("part", "i1")])
+                 ("line", "i8"), ("part", "i1")])
 
 
 def prepare(args):
@@ -1095,8 +1095,8 @@ def prepare(args):
             fail(f"{source}: --split {s.split} leaves {name} empty; use --split random")
     # texts: of the items, and of the train pairs' reviews alone
     items = read_items(files.get("meta"), format_of(s.format, source), items, counts)
-    user_of_row = dict(zip(rows["row"][part == 0].tolist(), user[part == 0].tolist()))
-    reviews = read_reviews(source, s.format, user_of_row, s.reviews_per_user, counts)
+    user_of_line = dict(zip(rows["line"][part == 0].tolist(), user[part == 0].tolist()))
+    reviews = read_reviews(source, s.format, user_of_line, s.reviews_per_user, counts)
     users = [{"raw": raw, "reviews": reviews[n]} for n, raw in enumerate(users)]
     # write, the data last: it names the rest. Killed between the files, nothing is taken for whole
     out.unlink(missing_ok=True)
@@ -1148,7 +1148,7 @@ def filter_pairs(rows, users, path, s, counts):
     """The rating filter, then the core. PAIR (N,), one row per pair -> PAIR (P,), in order
     of first appearance."""
     # in the order of the file, whatever order `latest` left
-    rows = rows[np.argsort(rows["row"])]
+    rows = rows[np.argsort(rows["line"])]
     if s.min_rating != "none":
         low = rows["rating"] < s.min_rating
         counts[f"pairs below --min-rating {s.min_rating:g}"] += int(low.sum())
@@ -1226,16 +1226,16 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
 def read_pairs(files, s, counts):
     """Stream the interactions -> PAIR (N,), raw users, raw items; no text is held. Raises
     SystemExit2 for a row that a filter cannot judge."""
-    # users and items are numbered as they first appear; part_of finds a pair that is in two parts
-    own, users, items, part_of, rated = s.split == "own", Ids(), Ids(), {}, False
+    own, by_day, by_rating = s.split == "own", s.since or s.until, s.min_rating != "none"
     since, until = iso_seconds(s.since or "1000-01-01"), iso_seconds(s.until or "3000-01-01")
+    # users and items are numbered as they first appear; part_of finds a pair that is in two parts
+    users, items, part_of, parts = {}, {}, {}, []
 
     def rows(path, part):
-        nonlocal rated
-        by_day, by_rating, row = s.since or s.until, s.min_rating != "none", 0
-        for row, (n, user, item, stars, moment, _) in enumerate(interactions(path, s.format), 1):
-            if row % 1_000_000 == 0:
-                print(f"  read {row:,} rows", flush=True)
+        for n, user, item, stars, moment, _ in interactions(path, s.format):
+            counts["rows"] += 1
+            if counts["rows"] % 1_000_000 == 0:
+                print(f"  read {counts['rows']:,} rows", flush=True)
             # a filter that cannot judge a row must not let it pass; x != x is NaN
             if by_day and moment != moment:
                 fail(f"{path}: line {n}: no timestamp, as --since and --until need; fix that line")
@@ -1244,58 +1244,40 @@ def read_pairs(files, s, counts):
                 continue
             if by_rating and stars != stars:
                 fail(f"{path}: line {n}: no rating; fix such lines, or give --min-rating none")
-            # numbers alone are kept: a code for an id, as it first appears
-            try:
-                pair = users[user], items[item]
-            except (ValueError, TypeError):  # a list cannot be looked up
-                bad = quote(user if id_text(user) is None else item)
-                fail(f"{path}: line {n}: {bad} is no id (empty, null, in quotes, rounded, too long "
-                     "or with unseen characters); fix that line")
-            if own:  # taken as it is, but for rows that come twice
-                rated, stars, moment = rated or stars == stars, math.nan, math.nan
-                if part_of.setdefault(pair, part) != part:
-                    fail(f"{path}: line {n}: {quote(user)}, {quote(item)} is in another part too")
-            yield *pair, stars, moment, row, part
-        counts["rows"] += row
+            pair = users.setdefault(user, len(users)), items.setdefault(item, len(items))
+            if own and part_of.setdefault(pair, part) != part:
+                fail(f"{path}: line {n}: {quote(user)}, {quote(item)} is in another part too")
+            yield *pair, stars, moment, n, part
 
-    parts = []  # one file that is split here, or three that are split already
+    # one file that is split here, or three that are split already
     for part, path in enumerate(path for role, path in files.items() if role != "meta"):
         parts.append(np.fromiter(rows(path, part), PAIR))
-        if not len(parts[-1]) and not counts["rows outside --since and --until"]:
+        if not len(parts[-1]) and not by_day:
             fail(f"{path}: no pairs; is --format {s.format} right?")
+    pairs = np.concatenate(parts)
     # one id written in two ways would be two: 1 and 1.0; é as one character and as two
     for ids in (users, items):
         written = {}
-        for name in ids.codes:
+        for name in ids:
             other = written.setdefault(unicodedata.normalize("NFC", name).removesuffix(".0"), name)
             if other != name:
                 fail(f"{path}: ids {ascii(other)[:60]} and {ascii(name)[:60]} both occur; unify")
-    if rated:
+    if own and not np.isnan(pairs["rating"]).all():
         print("  the ratings are not used: all pairs of your own split count")
-    return np.concatenate(parts), [*users.codes], [*items.codes]
-
-
-class Ids(dict):
-    """Raw id -> code 0, 1, 2 … in order of first appearance. codes: those of the ids as text."""
-    def __init__(self):
-        self.codes = {}
-
-    def __missing__(self, raw):  # once for each distinct id; ValueError for what is none
-        if id_text(raw) is None:
-            raise ValueError(raw)
-        self[raw] = self.codes.setdefault(id_text(raw), len(self.codes))
-        return self[raw]
+    if own:  # taken as it is, but for rows that come twice
+        pairs["rating"] = pairs["seconds"] = np.nan
+    return pairs, [*users], [*items]
 
 
 def id_text(raw):
     """An id as text, without spaces around it; None when it is none."""
-    if raw is None or isinstance(raw, (bool, dict, list)) or raw != raw:  # NaN
+    if isinstance(raw, (bool, dict, list)):
         return None
     name = str(int(raw) if isinstance(raw, float) and raw.is_integer() else raw).strip()
     return name if 0 < len(name) <= 200 and not NO_ID.search(name) else None
 
 
-# what other programs write where there is none; in quotes; rounded by a spreadsheet; a control,
+# what programs write where there is none; in quotes; rounded by a spreadsheet; a control,
 # zero-width or direction character, or half of a character
 NO_ID = re.compile(r"^(?:null|none|nan|<na>|([\"']).*\1|\d[.,]\d+e\+\d\d)$|[\x00-\x1f\x7f-\x9f\xad"
                    r"\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
@@ -1305,8 +1287,8 @@ def renumber(codes, names):
     """Codes (N,) of the kept rows -> 0 … n-1 in the order of the raw ids, the n raw ids."""
     def key(code):  # whole numbers first, by value; 1, 01 and 001 are three ids, in one order
         name = names[code]
-        digits = name.lstrip("0") if name.isascii() and name.isdecimal() else None
-        return (1, 0, name, name) if digits is None else (0, len(digits), digits, name)
+        whole = name.isascii() and name.isdecimal()
+        return not whole, int(name) if whole else 0, name
 
     # the order of the ids, so that the order of the file decides nothing
     kept = sorted(np.unique(codes).tolist(), key=key)
@@ -1320,33 +1302,37 @@ def interactions(path, fmt):
     seconds, milli-, micro- or nanoseconds since 1970, one unit a file, or ISO dates."""
     form, unit = format_of(fmt, path), 0  # unit of the times: not known yet
 
-    def refuse(what):
-        given = quote(row.get(form.timestamp))
-        fail(f"{path}: line {n}: {form.timestamp or 'time'} {given} is {what}")
+    def refuse(name, what):
+        fail(f"{path}: line {n}: {name} {quote(row.get(name))} is {what}")
 
     for n, row in form.rows(path):
         # in each row, as the objects of a JSON file differ
+        pair = []
         for name in (form.user, form.item):
             if name not in row:
                 fail(f"{path}: line {n} has no column {name!r} (found: {quote(', '.join(row))})")
+            pair.append(id_text(row[name]))
+            if pair[-1] is None:
+                refuse(name, "no id (empty, null, in quotes, rounded, too long or with unseen "
+                       "characters); fix that line")
         # a number, or nothing; never something else that is taken for nothing
         try:
             rating = parse_number(row.get(form.rating))
             moment = parse_number(row.get(form.timestamp), dates=True)
         except (ValueError, TypeError):
-            refuse(f"no time, or {form.rating} {quote(row.get(form.rating))} no number; write a "
-                   "rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds since 1970")
+            refuse(form.timestamp, f"no time, or {form.rating} {quote(row.get(form.rating))} no "
+                   "number; write a rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds")
         # the unit of the times follows from the first of them, and all others have to agree
         if moment and moment == moment:
             size = abs(moment)
-            if not unit:  # 7.3e9 seconds: the year 2200
-                unit = next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
-                # as seconds, 20160301 would be a day of August 1970
-                if CALENDAR.fullmatch(f"{size:.0f}"):
-                    refuse("a day of the calendar, not seconds; write it as 2016-03-01")
+            # as seconds, 20160301 would be a day of August 1970
+            if not unit and CALENDAR.fullmatch(f"{size:.0f}"):
+                refuse(form.timestamp, "a day, not seconds; write it as 2016-03-01")
+            # 7.3e9 seconds: the year 2200
+            unit = unit or next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
             if size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
-                refuse("no time in the unit of the rows before; write seconds since 1970")
-        yield n, row[form.user], row[form.item], rating, moment / (unit or 1), row.get(form.text)
+                refuse(form.timestamp, "not in the unit of the rows before; use seconds since 1970")
+        yield n, *pair, rating, moment / (unit or 1), row.get(form.text)
 
 
 CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?")
@@ -1482,23 +1468,22 @@ def item_fields(row, form):
     return fields
 
 
-def read_reviews(path, fmt, user_of_row, per_user, counts, limit=200):
+def read_reviews(path, fmt, user_of_line, per_user, counts, limit=200):
     """A second pass, for up to `per_user` review texts of each user -> {user id: [text]}.
-    user_of_row: {number of a row: user id} of train pairs, so that no other reaches a profile."""
+    user_of_line: {line: user id} of train pairs, so that no other reaches a profile."""
     # without a column of texts the file is not read again
     texts = defaultdict(list)
     if not per_user or not format_of(fmt, path).text:
         return texts
-    # rows are counted as read_pairs counts them
-    for row, (n, *_, text) in enumerate(interactions(path, fmt), 1):
-        if not text or row not in user_of_row or len(texts[user_of_row[row]]) == per_user:
+    for n, *_, text in interactions(path, fmt):
+        if not text or n not in user_of_line or len(texts[user_of_line[n]]) == per_user:
             continue
         if not isinstance(text, str):
             fail(f"{path}: line {n}: {quote(text)} is no text; fix that line")
         counts["reviews with half of a character (replaced)"] += bool(HALF.search(text))
         text = clean(HALF.sub("\ufffd", text), counts)
         counts[f"reviews cut to {limit} characters"] += len(text) > limit
-        texts[user_of_row[row]] += [text[:limit].rstrip()] if text else []
+        texts[user_of_line[n]] += [text[:limit].rstrip()] if text else []
     return texts
 
 
