@@ -21,7 +21,7 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta i
 import ast, csv, gzip, html.entities, json, math, re, time, unicodedata, zlib
 from argparse import Namespace
 from collections import Counter, defaultdict, namedtuple
-from contextlib import contextmanager
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import partial
 from itertools import chain, product
@@ -1077,12 +1077,10 @@ def prepare(args):
         return
     own, source = s.split == "own", next(iter(files.values()))
     # interactions: one row per pair, the latest, since a withdrawn rating is no positive
-    rows, users, items = read_pairs(files, s, counts)
-    ranges = value_ranges(rows)  # before the filters, which may hide outliers
-    keep = latest(*(rows[name] for name in ("user", "item", "rating", "seconds")))
-    counts["earlier rows of a repeated pair"] += len(rows) - len(keep)
-    rows = rows[keep]
-    rows = rows if own else filter_pairs(rows, users, source, s, counts)
+    read, users, items = read_pairs(files, s, counts)
+    keep = latest(*(read[name] for name in ("user", "item", "rating", "seconds")))
+    counts["earlier rows of a repeated pair"] += len(read) - len(keep)
+    rows = read[keep] if own else filter_pairs(read[keep], users, source, s, counts)
     # contiguous ids, in order of the raw id; train, valid, test
     user, users = renumber(rows["user"], users)
     item, items = renumber(rows["item"], items)
@@ -1111,7 +1109,7 @@ def prepare(args):
     print("".join(f"  {n:,} {what}\n" for what, n in counts.items() if n), end="")
     if published:
         print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*published))
-    print("\n".join(ranges + summarize(parts, users, items)))
+    print_summary(read, parts, users, items)
     print(f"wrote {out}, items.jsonl, users.jsonl")
 
 
@@ -1145,8 +1143,7 @@ def prepare_settings(args):
 
 
 def filter_pairs(rows, users, path, s, counts):
-    """The rating filter, then the core. PAIR (N,), one row per pair -> PAIR (P,), in order
-    of first appearance."""
+    """Rating filter, then core. PAIR (N,), one row a pair -> PAIR (P,), by first appearance."""
     # in the order of the file, whatever order `latest` left
     rows = rows[np.argsort(rows["line"])]
     if s.min_rating != "none":
@@ -1156,8 +1153,8 @@ def filter_pairs(rows, users, path, s, counts):
     core = k_core(rows["user"], rows["item"], s.k_core)
     counts[f"pairs outside the {s.k_core}-core"] += int((~core).sum())
     if not core.any():
-        why = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-        fail(f"{path}: nothing is left ({why}); lower --k-core or --min-rating, or widen the days")
+        fail(f"{path}: nothing is left ({dict(counts)}); lower --k-core or --min-rating, or widen "
+             "the days")
     # the split draws its random numbers in this order: with another one, all splits would change
     first = [np.unique(rows[name], return_index=True, return_inverse=True)[1:]
              for name in ("item", "user")]
@@ -1166,13 +1163,11 @@ def filter_pairs(rows, users, path, s, counts):
     # a split that the rows do not allow is refused
     none, count = np.isnan(rows["seconds"]).sum(), np.bincount(rows["user"])
     few = np.flatnonzero((count > 0) & (count < 3))
-    if s.split == "time" and len(rows) < 3:
-        fail(f"{path}: --split time needs three pairs, {len(rows)} are left; lower --k-core")
     if s.split != "random" and none:
         fail(f"{path}: --split {s.split} needs times, {none:,} rows have none; use --split random")
-    if s.split != "time" and len(few):
+    if len(few) and (s.split != "time" or len(rows) < 3):
         fail(f"{path}: user {quote(users[few[0]])} has fewer than 3 interactions after filtering "
-             f"({len(few):,} users have), and a split needs 3; use --k-core 3 or more")
+             f"({len(few):,} users have), and a split needs 3; use another --k-core")
     return rows
 
 
@@ -1262,9 +1257,9 @@ def read_pairs(files, s, counts):
             other = written.setdefault(unicodedata.normalize("NFC", name).removesuffix(".0"), name)
             if other != name:
                 fail(f"{path}: ids {ascii(other)[:60]} and {ascii(name)[:60]} both occur; unify")
-    if own and not np.isnan(pairs["rating"]).all():
-        print("  the ratings are not used: all pairs of your own split count")
     if own:  # taken as it is, but for rows that come twice
+        if not np.isnan(pairs["rating"]).all():
+            print("  the ratings are not used: all pairs of your own split count")
         pairs["rating"] = pairs["seconds"] = np.nan
     return pairs, [*users], [*items]
 
@@ -1285,16 +1280,13 @@ NO_ID = re.compile(r"^(?:null|none|nan|<na>|([\"']).*\1|\d[.,]\d+e\+\d\d)$|[\x00
 
 def renumber(codes, names):
     """Codes (N,) of the kept rows -> 0 … n-1 in the order of the raw ids, the n raw ids."""
-    def key(code):  # whole numbers first, by value; 1, 01 and 001 are three ids, in one order
-        name = names[code]
-        whole = name.isascii() and name.isdecimal()
-        return not whole, int(name) if whole else 0, name
-
-    # the order of the ids, so that the order of the file decides nothing
-    kept = sorted(np.unique(codes).tolist(), key=key)
-    new = np.full(len(names), -1)
-    new[kept] = np.arange(len(kept))
-    return new[codes], [names[code] for code in kept]
+    kept, codes = np.unique(codes, return_inverse=True)
+    kept = [names[code] for code in kept]
+    # the order of the file decides nothing: whole numbers first, by value, then by their zeros
+    keys = [(0, int(name), name) if name.isascii() and name.isdecimal() else (1, 0, name)
+            for name in kept]
+    order = np.array(sorted(range(len(kept)), key=keys.__getitem__))
+    return order.argsort()[codes], [kept[n] for n in order]
 
 
 def interactions(path, fmt):
@@ -1303,38 +1295,37 @@ def interactions(path, fmt):
     form, unit = format_of(fmt, path), 0  # unit of the times: not known yet
 
     def refuse(name, what):
-        fail(f"{path}: line {n}: {name} {quote(row.get(name))} is {what}")
+        fail(f"{path}: line {n}: {name or 'time'} {quote(row.get(name))} is {what}")
 
     for n, row in form.rows(path):
-        # in each row, as the objects of a JSON file differ
         pair = []
         for name in (form.user, form.item):
-            if name not in row:
-                fail(f"{path}: line {n} has no column {name!r} (found: {quote(', '.join(row))})")
-            pair.append(id_text(row[name]))
+            pair.append(id_text(row.get(name)))
             if pair[-1] is None:
-                refuse(name, "no id (empty, null, in quotes, rounded, too long or with unseen "
-                       "characters); fix that line")
+                refuse(name, "no id (no such column, empty, null, in quotes, rounded, too long or "
+                       f"with unseen characters); fix that line (columns: {quote([*row])})")
         # a number, or nothing; never something else that is taken for nothing
         try:
             rating = parse_number(row.get(form.rating))
             moment = parse_number(row.get(form.timestamp), dates=True)
-        except (ValueError, TypeError):
+        except ValueError:
             refuse(form.timestamp, f"no time, or {form.rating} {quote(row.get(form.rating))} no "
                    "number; write a rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds")
         # the unit of the times follows from the first of them, and all others have to agree
         if moment and moment == moment:
             size = abs(moment)
             # as seconds, 20160301 would be a day of August 1970
-            if not unit and CALENDAR.fullmatch(f"{size:.0f}"):
-                refuse(form.timestamp, "a day, not seconds; write it as 2016-03-01")
+            day = not unit and CALENDAR.fullmatch(f"{size:.0f}")
             # 7.3e9 seconds: the year 2200
             unit = unit or next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
-            if size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
-                refuse(form.timestamp, "not in the unit of the rows before; use seconds since 1970")
+            if day or size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
+                refuse(form.timestamp, "a day, or not in the unit of the rows before; write it as "
+                       "2016-03-01, or all in seconds since 1970")
         yield n, *pair, rating, moment / (unit or 1), row.get(form.text)
 
 
+# float() would also take 1_0, inf and true
+NUMBER = re.compile(r"\s*(?:nan|[-+]?[\d.]{1,99}(?:e[-+]?\d\d?)?)\s*", re.I)
 CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?")
 
 
@@ -1342,14 +1333,9 @@ def parse_number(value, dates=False):
     """A number, with `dates` also an ISO date; NaN where it is empty; ValueError for all else."""
     if value is None or value == "":
         return math.nan
-    try:
-        parsed = float(value)
-    except ValueError:
-        return iso_seconds(value if dates else "")
-    # what Python alone reads as a number: 1_0 and true
-    if math.isinf(parsed) or isinstance(value, bool) or "_" in str(value):
-        raise ValueError(value)
-    return parsed
+    if NUMBER.fullmatch(str(value)):
+        return float(value)
+    return iso_seconds(str(value) if dates else "")
 
 
 def iso_seconds(text):
@@ -1358,113 +1344,101 @@ def iso_seconds(text):
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 # ---- prepare: texts of items and reviews ---------------------------------------------------------
-REPEATED = "repeated metadata rows (the fullest counts)"
 OF_PAIRS, LETTER = re.compile("rating|review|score|comment", re.I), re.compile(r"[^\W\d_]")
 
 
-def read_items(path, form, raw_items, counts, limits=(200, 400)):
+def read_items(path, form, raw_items, counts):
     """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
     repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
-    # ids: which of the wanted ones each column holds; flat: one file of pairs and metadata
-    found, wanted, ids, flat, title = {}, set(raw_items), defaultdict(set), False, "title"
-    repeated, two_titles, differ = set(), set(), set()
-
-    # the fields of each item that is wanted; the rest of the file is passed over
+    # found {id: {column: text}}; seen: rows of each; held: the wanted ids in each column; differ:
+    # those whose rows differ in it; flat: one file of pairs and metadata, in which a row is a pair
+    found, seen, wanted, flat, title = {}, Counter(), set(raw_items), False, "title"
+    held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
-        for name, value in row.items() if n < 10_000 else ():  # which column has the ids?
-            ids[name] |= wanted & {str(value).strip()}
+        for name, value in row.items() if n < 10_000 else ():
+            held[name] |= wanted & {str(value).strip()}
         raw = id_text(row.get(form.key))
         if raw not in wanted:
             continue
         try:
             fields = {name: clean(value, counts) for name, value in item_fields(row, form).items()}
-        except (KeyError, ValueError) as error:
-            said = f"no column {error} (found: {quote(', '.join(row))})"
-            fail(f"{path}: line {n}: {said if isinstance(error, KeyError) else error}; fix that")
+        except ValueError as error:
+            fail(f"{path}: line {n}: {error}; fix that")
         flat, title, old = flat or form.user in row, next(iter(fields)), found.get(raw, fields)
         found[raw] = max(old, fields, key=fullness)
-        if old is not fields:
-            repeated.add(raw)
-            counts[REPEATED] += 1
-            other = {name for name in fields if fields[name].casefold() != old[name].casefold()}
-            two_titles |= {raw} if title in other and fields[title] and old[title] else set()
-            differ |= other - {title}
+        seen[raw] += 1
+        for name in fields:  # a title that one row alone has is no second title
+            other = fields[name].casefold() != old[name].casefold()
+            if other and (name != title or fields[name] and old[name]):
+                differ[name].add(raw)
     # ids under another column, or of another data set: nobody wants items without their texts
     if path and len(found) < len(wanted) / 2:
-        best = max(ids, key=lambda name: len(ids[name]), default=form.key)
-        more = f"column {quote(best)} has more: rename it to {form.key!r}, or give another --format"
-        if len(ids[best]) <= len(ids[form.key]):
-            more = f"no column has more (such as {quote(min(wanted))}); is --meta the right file?"
-        more = f"column {form.key!r} has {len(found):,} of the {len(wanted):,} items; {more}"
-        print(f"  WARNING: {path}: {more}") if found else fail(f"{path}: {more}")
+        best = max(held, key=lambda name: len(held[name]), default=form.key)
+        said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items, as "
+                f"{quote(min(wanted))}; the best column, {quote(best)}, has {len(held[best]):,}: "
+                f"rename it to {form.key!r}, or give another --meta or --format")
+        print(f"  WARNING: {said}") if found else fail(said)
 
-    # a flat file, in which a row stands for a pair
     columns = next(iter(found.values()), {title: ""}).keys()
-    flat = flat or len(repeated) > len(found) / 2 or any(is_called(n, "user") for n in columns)
+    repeated = sum(n > 1 for n in seen.values())
+    flat = flat or repeated > len(found) / 2 or any(is_called(name, "user") for name in columns)
+    more = 0 if flat else seen.total() - len(found)
+    counts["repeated metadata rows (the fullest counts)"] += more
     left_out = columns & set(form[:5]) - {title}
-    if flat:
-        left_out |= columns_about_pairs(found, columns, title, repeated, differ, two_titles)
-        counts.pop(REPEATED, None)
+    for name in columns if flat else ():
+        # left out is what differs between rows of one item, or stands under a name that columns of
+        # pairs have; and numbers, which may be made of the item's pairs, such as a mean rating
+        about = (differ[name] or OF_PAIRS.search(name) or any(is_called(name, r) for r in ROLES)
+                 or not any(LETTER.search(fields[name]) for fields in found.values()))
+        # two ways to write a title are no reason, unless of a fifth of the items: so are reviews'
+        if name == title:
+            about = len(differ[name]) > repeated / 5
+        left_out |= {name} if about or not repeated else set()
     if left_out:
         print("  left out of the items' texts, as about a pair, or counted from pairs (give what "
               "is the item's in a file of one row per item): " + ", ".join(sorted(left_out)))
     # a row for every item, found or not; cut, since an LLM's prompt has to hold several of them
     items = []
     for raw in raw_items:
-        fields = found.get(raw, {title: ""})
-        known, *texts = ("" if name in left_out else fields[name] for name in fields)
-        text = ". ".join(filter(None, texts))
-        for name, whole, limit in zip(("titles", "texts"), (known, text), limits):
-            counts[f"{name} cut to {limit} characters"] += len(whole) > limit
-        items.append({"raw": raw, "title": known[:limits[0]].rstrip() or f"Item {raw}",
-                      "text": text[:limits[1]].rstrip(), "known": bool(known)})
+        *_, known, text = fullness(found.get(raw, {title: ""}), left_out)
+        counts["titles cut to 200 characters"] += len(known) > 200
+        counts["texts cut to 400 characters"] += len(text) > 400
+        items.append({"raw": raw, "title": known[:200].rstrip() or f"Item {raw}",
+                      "text": text[:400].rstrip(), "known": bool(known)})
     return items
 
 
-def columns_about_pairs(found, columns, title, repeated, differ, two_titles):
-    """Which columns of a flat file are not about an item: found {id: {column: text}}; repeated,
-    two_titles: ids in several rows, and those whose titles differ; differ: columns that do."""
-    # what differs between rows of one item, or stands under a name that columns of pairs have; and
-    # numbers, which may be made of the item's pairs, such as a mean rating
-    about = set(differ) if repeated else set(columns)
-    for name in columns - {title}:
-        named = OF_PAIRS.search(name) or any(is_called(name, role) for role in ROLES)
-        if named or not any(LETTER.search(fields[name]) for fields in found.values()):
-            about.add(name)
-    # a title may be written in two ways, but not of a fifth of the items: reviews have titles too
-    if len(two_titles) > len(repeated) / 5:
-        about.add(title)
-    return about
-
-
-def fullness(fields):
-    """Sort key of an item's fields: with a title first, then the longer; no ties but equals."""
-    title, *texts = fields.values()
+def fullness(fields, left_out=()):
+    """Sort key of an item's fields, without the columns left out: (whether there is a title, length
+    of all, title, the other texts as one). No ties but equals."""
+    title, *texts = ("" if name in left_out else text for name, text in fields.items())
     text = ". ".join(filter(None, texts))
     return bool(title), len(title) + len(text), title, text
 
 
 def item_fields(row, form):
-    """A metadata row -> {column: raw value}, the title first. Raises KeyError when a table has no
-    title, ValueError for a category that is none."""
-    # a person's own table: the title under any usual name, all other columns are text
-    title, year = form.title, row.get(form.year)
-    if form.texts == ("*",):
+    """A metadata row -> {column: raw value}, the title first. Raises ValueError for a table without
+    a title, and a category that is none."""
+    # in a person's own table the title has any usual name, and all other columns are text
+    own, title, year = form.texts == ("*",), form.title, row.get(form.year)
+    if own:
         title = column_of(row, "title", "the metadata") or title
-        fields = {title: f"{row[title]} ({year})" if year else row[title]}
+    if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
+        raise ValueError(f"no column {title!r}, only {quote([*row])}")
+    fields = {title: f"{row[title]} ({year})" if year else row.get(title)}
+    if own:
         used = ("", form.key, form.year, title)
         return fields | {name: value for name, value in row.items() if name not in used}
-    # a known format: JSON objects may lack a field, a table's column must be there
-    fields = {title: row.get(title) if form.meta is json_rows else row[title]}
     for name in form.texts:
-        value = next((row[part] for part in name.split("|") if row.get(part)), "")
+        value = row.get(name) or ""
         if "categor" in name and not isinstance(value, str):
             if not isinstance(value, list):
                 raise ValueError(f"the category {quote(value)} is neither a text nor a list")
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
-        # MovieLens writes Action|Drama
-        fields[name] = value.replace("|", ", ") if name == "genres" else value
+        if name == "genres":  # MovieLens writes Action|Drama; 100K has a 0/1 column for each
+            value = value.split("|") if value else [one for one in GENRES if row.get(one) == "1"]
+        fields[name] = value
     return fields
 
 
@@ -1540,108 +1514,96 @@ def quote(value):
 # ---- prepare -------------------------------------------------------------------------------------
 # Readers, which yield (line, {column: value}) and hold nothing; formats; summary; flags
 
-@contextmanager
-def open_text(path, encoding="utf-8-sig"):  # -sig: without the mark that some programs put first
-    """A text file, gzip-compressed when it begins as one. Raises SystemExit2 for anything else."""
+def text_lines(path, encoding="utf-8-sig"):  # -sig: without the mark that some programs put first
+    """The lines of a text file, plain or in gzip. Raises SystemExit2 for anything else."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     try:
         with opener(path, "rt", encoding=encoding, newline="") as file:  # csv wants its line ends
-            yield file
+            yield from file
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read to its end, is not UTF-8 text or gzip: unpack or export it, "
              f"or download it again ({error})")
 
 
-def table_rows(path, sep=None, columns=None, encoding="utf-8-sig"):
-    """The rows of a delimited file; sep, columns: left out, those of its first line. Raises
+def table_rows(path, columns=None):
+    """The rows of a delimited file; columns: left out, those of its first line. Raises
     SystemExit2 for a header or row that is none, and a quote that is not closed in its row."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
-    is_number, names, end = re.compile(r"-?[\d.]+").fullmatch, columns, 0
-    with open_text(path, encoding) as file:
-        # the first line says what separates the fields, and what cannot be a table
-        first = next(file, "")
-        if first.startswith(("{", "[")):
-            fail(f"{path}: holds JSON, not a table; give the --format that reads it")
-        if re.fullmatch(r"\d+( \d+)+\s*", first):
-            fail(f"{path}: line 1 is {quote(first)}: looks like a user with a list of items; one "
-                 "pair a row is read, with a tab or comma between, under the header user, item")
-        sep, lines = sep or max("\t,;|", key=first.count), chain([first] if first else [], file)
-        if len(sep) > 1:  # MovieLens 1M's "::": csv takes one character
-            sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
-        # comma and semicolon go with the csv rules of quoting, the others with none
-        quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
-        reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
-        try:
-            # a row may span lines: from `line` to `end`
-            for row in reader:
-                line, end = end + 1, reader.line_num
-                if names is None:  # without RecBole's types, user_id:token, and pandas' index
-                    names = [re.sub(r"Unnamed: .*|:.*", "", name).strip() for name in row]
-                    if not any(names) or max(names.count(name) for name in names if name) > 1:
-                        fail(f"{path}: line 1 is empty or names a column twice: {quote(first)}")
-                elif row and len(row) != len(names):
-                    fail(f"{path}: line {line} has {len(row)} fields, the header {len(names)}")
-                elif row:
-                    # of a text of several lines, those as wide as a row, with numbers where it has
-                    lines_of = [y.split("\n")[1:] for y in row] if end > line else ()
-                    for inside in (x.rstrip("\r").split(sep) for y in lines_of for x in y):
-                        if len(inside) == len(row) and len(inside[0].split()) == 1 and all(
-                                is_number(b) for a, b in zip(row, inside) if is_number(a)):
-                            fail(f"{path}: line {line}: its quote has whole rows inside; close it")
-                    yield line, dict(zip(names, row))
-        except csv.Error as error:
-            fail(f"{path}: line {end + 1}: {error}: a quote is not closed, or not doubled; fix it")
+    # without a header: MovieLens, which is in Latin-1
+    lines, end = text_lines(path, "latin-1" if columns else "utf-8-sig"), 0
+    is_number = re.compile(r"-?[\d.]+").fullmatch
+    # the first line says what separates the fields, and what cannot be a table
+    first = next(lines, "")
+    if re.match(r"[{[]|\d+( \d+)+\s*$", first):
+        fail(f"{path}: line 1 is {quote(first)}: looks like a user with a list of items, or JSON; "
+             "one pair a row is read, under the header user, item; for JSON give its --format")
+    sep, lines = max("\t,;|", key=first.count), chain([first], lines)
+    if "::" in first:  # MovieLens 1M's: csv takes one character
+        sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
+    # comma and semicolon go with the csv rules of quoting, the others with none
+    quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
+    try:
+        if columns is None:  # without RecBole's types, user_id:token, and pandas' index
+            columns = [re.sub(r"Unnamed: .*|:.*", "", name).strip() for name in next(reader)]
+            if not any(columns) or max(columns.count(name) for name in columns if name) > 1:
+                fail(f"{path}: line 1 is empty or names a column twice: {quote(first)}")
+        end = reader.line_num
+        for row in reader:  # a row may span lines: from `line` to `end`
+            line, end = end + 1, reader.line_num
+            if row and len(row) != len(columns):
+                fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
+            # of a text of several lines, those as wide as a row, with numbers where it has
+            inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
+            for inside in (x.rstrip("\r").split(sep) for x in inner):
+                if len(inside) == len(row) and len(inside[0].split()) == 1 and all(
+                        is_number(b) for a, b in zip(row, inside) if is_number(a)):
+                    fail(f"{path}: line {line}: its quote has whole rows inside; close it")
+            if row:
+                yield line, dict(zip(columns, row))
+    except csv.Error as error:
+        fail(f"{path}: line {end + 1}: {error}: a quote is not closed, or not doubled; fix it")
 
 
 def json_rows(path):
     """The objects of a JSON-lines file. Raises SystemExit2 for any other line."""
-    with open_text(path) as file:
-        for n, line in ((n, line.strip()) for n, line in enumerate(file, 1) if line.strip()):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                try:  # Amazon 2014's metadata are Python literals; this evaluates no code
-                    row = ast.literal_eval(line)
-                except (ValueError, SyntaxError, RecursionError, MemoryError):
-                    row = None
-            if not isinstance(row, dict):
-                fail(f"{path}: line {n} is no JSON object ({quote(line[:70])}); one object per "
-                     "line is read (`jq -c .[] FILE` makes them of an array)")
-            yield n, row
-
-
-def ml_100k_items(path):
-    """MovieLens 100K's u.item: bars, Latin-1, a 0/1 column per genre, which become one column."""
-    genres = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama "
-              "Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War "
-              "Western").split()
-    columns = ["item", "title", "date", "video", "url", *genres]
-    for n, row in table_rows(path, "|", columns, "latin-1"):
-        yield n, row | {"genres": "|".join(name for name in genres if row[name] == "1")}
+    for n, line in enumerate(text_lines(path), 1):
+        if not line.strip():
+            continue
+        # Amazon 2014's metadata are Python literals; literal_eval runs no code
+        row = None
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                row = parse(line)
+                break
+        if not isinstance(row, dict):
+            fail(f"{path}: line {n} is no JSON object ({quote(line.strip()[:70])}); one object per "
+                 "line is read (`jq -c .[] FILE` makes them of an array)")
+        yield n, row
 
 
 ROLES = ("user", "item", "rating", "timestamp", "text")
-tabs, commas = partial(table_rows, sep="\t"), partial(table_rows, sep=",")
-colons = partial(table_rows, sep="::", encoding="latin-1")
-# name: reader and columns of the interactions (user item rating timestamp text, -: none), reader
-# and columns of the metadata (id title texts; of texts a|b: the first there is; *: all others;
-# +: a year that is put behind the title)
+# name: reader, columns of the interactions (user item rating timestamp, and text where there is
+# one), columns of the metadata (id title texts; *: all others; +: a year that is put behind the
+# title)
 FORMATS = {
-    "table": (table_rows, "user item rating timestamp text", table_rows, "item title *"),
-    "recbole": (tabs, "user_id item_id rating timestamp -", tabs, "item_id title+release_year *"),
-    "ml-100k": (partial(tabs, columns=ROLES[:4]), "user item rating timestamp -",
-                ml_100k_items, "item title genres"),
-    "ml-1m": (partial(colons, columns=ROLES[:4]), "user item rating timestamp -",
-              partial(colons, columns=["item", "title", "genres"]), "item title genres"),
-    "ml-latest": (commas, "userId movieId rating timestamp -", commas, "movieId title genres"),
-    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText",  # and 2014
-                   json_rows, "asin title brand category|categories description"),
+    "table": (table_rows, "user item rating timestamp text", "item title *"),
+    "recbole": (table_rows, "user_id item_id rating timestamp", "item_id title+release_year *"),
+    "ml-100k": (table_rows, "user item rating timestamp", "item title genres"),
+    "ml-1m": (table_rows, "user item rating timestamp", "item title genres"),
+    "ml-latest": (table_rows, "userId movieId rating timestamp", "movieId title genres"),
+    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText",
+                   "asin title brand category categories description"),  # categories: in 2014
     "amazon2023": (json_rows, "user_id parent_asin rating timestamp text",  # variants share one id
-                   json_rows, "parent_asin title store categories description"),
-    "yelp": (json_rows, "user_id business_id stars date text",
-             json_rows, "business_id name city categories"),
+                   "parent_asin title store categories description"),
+    "yelp": (json_rows, "user_id business_id stars date text", "business_id name city categories"),
 }
+GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+          "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
+# columns of the two files that have no header
+UNNAMED = {"ml-100k": (ROLES[:4], ["item", "title", "date", "video", "url", *GENRES]),
+           "ml-1m": (ROLES[:4], ["item", "title", "genres"])}
 # the paper's filters: format, --min-rating, --since, --until, --k-core; users, items, pairs as the
 # paper prints them
 PRESETS = {
@@ -1663,13 +1625,15 @@ Format = namedtuple("Format", [*ROLES, "rows", "meta", "key", "title", "texts", 
 
 def format_of(name, path):
     """The Format of this name; a table's columns are found in the header of its interactions."""
-    # the strings of FORMATS as fields
-    rows, columns, meta, metadata = FORMATS[name]
-    columns = [None if column == "-" else column for column in columns.split()]
+    reader, columns, metadata = FORMATS[name]
+    rows = meta = reader
+    if name in UNNAMED:
+        rows, meta = (partial(reader, columns=names) for names in UNNAMED[name])
+    columns = [*columns.split(), None][:5]  # None: there are no texts
     key, title, *texts = metadata.split()
     title, _, year = title.partition("+")
     if name == "table":
-        # without a row there is no header either: read_pairs says so
+        # without a row its header is not seen: read_pairs says so
         header = next(table_rows(path), (1, {}))[1]
         columns = [column_of(header, role, path) for role in ROLES]
         columns[:2] = columns[0] or "user", columns[1] or "item"
@@ -1690,63 +1654,55 @@ def column_of(names, role, path):
     return next(iter(found), None)
 
 
-def summarize(parts, users, items):
-    """What is in the split, lines to print. parts: {name: pairs (N, 2)}; users, items: rows."""
-    # sizes of all and of the parts
-    n_users, n_items, pairs = len(users), len(items), np.concatenate(list(parts.values()))
-    sizes = "   ".join(f"{name} {len(part):,}" for name, part in parts.items())
-    # how many, how dense, how long the tails
-    lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   "
-             f"density {len(pairs) / n_users / n_items:.3%}   {sizes}"]
-    # without a train pair nothing can be learnt; such pairs stay in valid and test
-    cold = []
-    for axis, (name, rows, others) in enumerate((("user", users, items), ("item", items, users))):
-        count = np.bincount(pairs[:, axis], minlength=len(rows))
-        q = np.quantile(count, [0, 0.25, 0.5, 0.75, 1])
-        lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} "
-                     f"{q[3]:.0f}, max {q[4]:.0f}")
-        # a crawler, or an item in every basket, says nothing, and distorts the rest
-        if q[4] >= max(0.8 * len(others), 3 * q[2]):
-            lines.append(f"  note: {name} {rows[count.argmax()]['raw']} has pairs with "
-                         f"{q[4] / len(others):.0%} of all {'users' if axis else 'items'}")
-        cold.append(np.bincount(parts["train"][:, axis], minlength=len(rows)) == 0)
-    if cold[0].any() or cold[1].any():
-        of = ", ".join(f"{(cold[0][p[:, 0]] | cold[1][p[:, 1]]).sum():,} of {len(p):,} {name}"
-                       for name, p in parts.items() if name != "train")
-        lines.append(f"  cold: {cold[0].sum():,} users and {cold[1].sum():,} items have no train "
-                     f"pair; {of} pairs are theirs (kept)")
-    if min(n_users, n_items) < 50:
-        lines.append("  note: fewer than 50 users or items: too few to compare methods")
-    # the texts, which an LLM is to read
-    titles, texts = ({row[name] for row in items} for name in ("title", "text"))
-    known, text = (np.mean([bool(row[name]) for row in items]) for name in ("known", "text"))
-    lines.append(f"  items with a title {known:.1%}, with further text {text:.1%}; such as:")
-    lines += [f"    {row['raw']}: {row['title']} | {row['text'][:90]}"
-              for row in items[:: max(1, n_items // 3)][:3]]
-    alike = f"all {n_items:,} items have the title {quote(min(titles))}"
-    if not known or len(titles) == 1 < n_items:
-        lines.append(f"  WARNING: {alike if known else 'no item has a title'}"
-                     f"{' and no text tells them apart' * (len(texts) == 1)}; see --meta")
-    return lines
-
-
-def value_ranges(rows):
-    """Ranges of ratings and times, lines to print, which name what no filter sees: a rating of 1e9,
-    a time of 1970. PAIR (N,)."""
-    lines = []
+def print_summary(rows, parts, users, items):
+    """Print what was read, PAIR (N,), and its split, {name: pairs (N, 2)}; users, items: rows."""
+    # ranges, of what no filter sees too: a rating of 1e9, a time of 1970
     for name, write in (("rating", "{:g}".format),
                         ("seconds", lambda x: str(np.datetime64(int(x), "s"))[:10])):
         values = rows[name][~np.isnan(rows[name])]
-        middle = np.median(values) if len(values) else 0
+        low, middle, high = np.quantile(values, [0, 0.5, 1]) if len(values) else [0] * 3
         far = 100 * max(abs(middle), 1)
         # 20 years; positions in a history, small numbers, are no dates
         if name == "seconds":
             far = 20 * 365.25 * 86400 if middle > 1e8 else np.inf
-        odd = values[np.abs(values - middle) > far]
+        odd = (np.abs(values - middle) > far).sum()
+        note = f"; NOTE: {odd:,} far from the median, {write(middle)}" if odd else ""
         if len(values):
-            lines.append(f"  {name} from {write(values.min())} to {write(values.max())}" + (
-                f"; NOTE: {len(odd):,} far from the median, {write(middle)}" * (len(odd) > 0)))
-    return lines
+            print(f"  {name} from {write(low)} to {write(high)}{note}")
+    # how many, how dense, how long the tails
+    n_users, n_items, pairs = len(users), len(items), np.concatenate(list(parts.values()))
+    sizes = "   ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    print(f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   "
+          f"density {len(pairs) / n_users / n_items:.3%}   {sizes}")
+    cold = []
+    for axis, (name, ids, others) in enumerate((("user", users, items), ("item", items, users))):
+        count = np.bincount(pairs[:, axis], minlength=len(ids))
+        q = np.quantile(count, [0, 0.25, 0.5, 0.75, 1])
+        print(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} {q[3]:.0f}, "
+              f"max {q[4]:.0f}")
+        # a crawler, or an item in every basket, says nothing, and distorts the rest
+        if q[4] >= max(0.8 * len(others), 3 * q[2]):
+            print(f"  note: {name} {ids[count.argmax()]['raw']} has pairs with "
+                  f"{q[4] / len(others):.0%} of all {'users' if axis else 'items'}")
+        cold.append(np.bincount(parts["train"][:, axis], minlength=len(ids)) == 0)
+    # without a train pair nothing can be learnt; such pairs stay in valid and test
+    if cold[0].any() or cold[1].any():
+        of = ", ".join(f"{(cold[0][p[:, 0]] | cold[1][p[:, 1]]).sum():,} of {len(p):,} {name}"
+                       for name, p in parts.items() if name != "train")
+        print(f"  cold: {cold[0].sum():,} users and {cold[1].sum():,} items have no train pair; "
+              f"{of} pairs are theirs (kept)")
+    if min(n_users, n_items) < 50:
+        print("  note: fewer than 50 users or items: too few to compare methods")
+    # the texts, which an LLM is to read
+    known, text = (np.mean([bool(row[name]) for row in items]) for name in ("known", "text"))
+    print(f"  items with a title {known:.1%}, with further text {text:.1%}; such as:")
+    for row in items[:: max(1, n_items // 3)][:3]:
+        print(f"    {row['raw']}: {row['title']} | {row['text'][:90]}")
+    titles, texts = ({row[name] for row in items} for name in ("title", "text"))
+    if not known or len(titles) == 1 < n_items:
+        alike = f"all {n_items:,} items have the title {quote(min(titles))}"
+        print(f"  WARNING: {alike if known else 'no item has a title'}"
+              f"{' and no text tells them apart' * (len(texts) == 1)}; see --meta")
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):

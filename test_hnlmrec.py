@@ -1556,7 +1556,7 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
 @pytest.mark.parametrize("row, message", [
     ("[1, 2]", "line 3"), ("null", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"),
     ("[" * 100000, "line 3"), (json.dumps([{"asin": "x"}] * 999), "one object per line is read"),
-    (json.dumps(dict.fromkeys(map(str, range(999)))), "no column 'reviewerID' (found: '0, 1, 2"),
+    (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
     ('{"reviewerID": null, "asin": "i1", "overall": 5}', "None is no id"),
     ('{"reviewerID": ["u"], "asin": "i1", "overall": 5}', "['u'] is no id"),
     ('{"reviewerID": true, "asin": "i1", "overall": 5}', "True is no id"),
@@ -1598,20 +1598,20 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     (["user\tuser\titem\trating\ttext", *GRID], None, "line 1 is empty or names a column twice"),
     (["user_id\tuserId\titem\trating\ttext", *GRID], None, "could each be the user"),
     (["who\titem\trating\ttimestamp\ttext", *GRID], None,
-     "no column 'user' (found: 'who, item, rating"),
+     "(columns: ['who', 'item', 'rating'"),
     (["\t".join(f"c{n}" for n in range(5)) + "x" * 999, *GRID], None, "xxx …)"),
-    (['{"user": 1, "item": 2}', *GRID], None, "holds JSON"),
-    (["0 1 2", "1 5"], None, "looks like a user with a list of items; one pair a row is read"),
+    (['{"user": 1, "item": 2}', *GRID], None, "or JSON"),
+    (["0 1 2", "1 5"], None, "looks like a user with a list of items"),
     # too few pairs
     ([HEAD], None, "no pairs"), (["user\titem", "a\tx"], None, "--min-rating none"),
     (["user\titem\trating", *(f"a\t{i}\t5" for i in range(5)), "b\t1\t5"], None,
      "user 'b' has fewer than 3 interactions after filtering (1 users have), and a split needs 3"),
     # metadata of no item, and such as is no text
-    ([HEAD, *GRID], ["id\ttitle", *ITEMS[1:]], "column 'id' has more: rename it to 'item'"),
+    ([HEAD, *GRID], ["id\ttitle", *ITEMS[1:]], "'id', has 6: rename it to 'item'"),
     ([HEAD, *GRID], [line.replace("i", "z") for line in ITEMS], "column 'item' has 0"),
-    ([HEAD, *GRID], ["item\ttitle", "z1\tFilm"], "no column has more (such as 'i0')"),
+    ([HEAD, *GRID], ["item\ttitle", "z1\tFilm"], "as 'i0'; the best column, 'item', has 0"),
     ([HEAD, *GRID], ITEMS[:1], "has 0 of the 6 items"),
-    ([HEAD, *GRID], ["item\tkind", *ITEMS[1:]], "no column 'title' (found: 'item, kind')"),
+    ([HEAD, *GRID], ["item\tkind", *ITEMS[1:]], "no column 'title', only ['item', 'kind']"),
     (json_grid(), ["[1]"], "line 1"),
     (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is no text"),
     (json_grid(), [{"asin": "i1", "title": "bad \ud83d emoji"}], "half of a character"),
@@ -1623,7 +1623,7 @@ def test_files_that_are_refused(tmp_path, lines, meta, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("gone", None, "no such file"), ("a.gz", gzip.compress(b""), "no pairs"),
+    ("gone", None, "no such file"), ("a.gz", gzip.compress(b""), "is empty"),
     ("a.zip", b"PK\3\4\xff\xfe\0" * 9, "unpack or export it"),
     ("a.bz2", bz2.compress(b"user\titem"), "is not UTF-8 text or gzip"),
     ("a.parquet", b"PAR1\x15\x04\x15\xb8", "is not UTF-8"),
@@ -1745,7 +1745,7 @@ def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path):
     meta = ["item\ttitle\trating\tother", "i0\tFilm 0\t3.9\tx",
             *(f"old{i}\tFilm\t4\ti{i}" for i in range(6))]
     _, items, _, out = prepared(tmp_path / "a", [HEAD, *GRID], meta=meta)
-    assert "WARNING" in out and "'item' has 1 of the 6 items; column 'other' has more" in out
+    assert "WARNING" in out and "'item' has 1 of the 6 items" in out and "'other', has 6" in out
     assert items[0]["title"] == "Film 0" and items[1]["title"] == "Item i1"
     assert items[0]["text"] == "x" and "row per item): rating" in out  # which is read of pairs
     meta = ["item\ttitle", *(f"i{i}\t?" for i in range(6))]
