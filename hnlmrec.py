@@ -26,6 +26,7 @@ from datetime import datetime, timezone
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
+from reprlib import repr as quote  # a value in a message: escaped, and cut
 
 import numpy as np
 import torch
@@ -1104,7 +1105,6 @@ def prepare(args):
     bb.save_tensors(out, {name: torch.from_numpy(pairs) for name, pairs in parts.items()},
                  {"settings": vars(s), "n_users": len(users), "n_items": len(items),
                   "seed": s.seed, "beside": bb.digests(run, "items.jsonl", "users.jsonl")})
-    # say what was read, left out and repaired
     print(f"prepare: {counts.pop('rows'):,} rows read")
     print("".join(f"  {n:,} {what}\n" for what, n in counts.items() if n), end="")
     if published:
@@ -1211,10 +1211,8 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
     order = np.lexsort((item, key, user))  # the item breaks ties in time the same way each run
     place = np.empty(len(user), np.int64)
     place[order] = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
-    n_test = n_valid = 1
-    if how == "random":
-        n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user]
-                           for share in (test, valid))
+    shares = (test, valid) if how == "random" else (0, 0)  # and one at least
+    n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user] for share in shares)
     return np.where(place < n_test, 2, np.where(place < n_test + n_valid, 1, 0))
 
 
@@ -1325,7 +1323,7 @@ def interactions(path, fmt):
 
 
 # float() would also take 1_0, inf and true
-NUMBER = re.compile(r"\s*(?:nan|[-+]?[\d.]{1,99}(?:e[-+]?\d\d?)?)\s*", re.I)
+NUMBER = re.compile(r"nan|[-+]?[\d.]{1,99}(?:e[-+]?\d\d?)?", re.I)
 CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?")
 
 
@@ -1333,7 +1331,7 @@ def parse_number(value, dates=False):
     """A number, with `dates` also an ISO date; NaN where it is empty; ValueError for all else."""
     if value is None or value == "":
         return math.nan
-    if NUMBER.fullmatch(str(value)):
+    if NUMBER.fullmatch(str(value).strip()):
         return float(value)
     return iso_seconds(str(value) if dates else "")
 
@@ -1374,9 +1372,9 @@ def read_items(path, form, raw_items, counts):
     # ids under another column, or of another data set: nobody wants items without their texts
     if path and len(found) < len(wanted) / 2:
         best = max(held, key=lambda name: len(held[name]), default=form.key)
-        said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items, as "
-                f"{quote(min(wanted))}; the best column, {quote(best)}, has {len(held[best]):,}: "
-                f"rename it to {form.key!r}, or give another --meta or --format")
+        said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items "
+                f"(such as {quote(min(wanted))}); the best column, {quote(best)}, has "
+                f"{len(held[best]):,}: rename it to {form.key!r}, or give another --meta or --format")
         print(f"  WARNING: {said}") if found else fail(said)
 
     columns = next(iter(found.values()), {title: ""}).keys()
@@ -1506,11 +1504,6 @@ def clean(value, counts):
         return ""
     return " ".join(CONTROL.sub(" ", plain).split())
 
-
-def quote(value):
-    """A value as a message quotes it: escaped, and cut."""
-    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]} …"
-
 # ---- prepare -------------------------------------------------------------------------------------
 # Readers, which yield (line, {column: value}) and hold nothing; formats; summary; flags
 
@@ -1532,7 +1525,6 @@ def table_rows(path, columns=None):
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     # without a header: MovieLens, which is in Latin-1
     lines, end = text_lines(path, "latin-1" if columns else "utf-8-sig"), 0
-    is_number = re.compile(r"-?[\d.]+").fullmatch
     # the first line says what separates the fields, and what cannot be a table
     first = next(lines, "")
     if re.match(r"[{[]|\d+( \d+)+\s*$", first):
@@ -1545,10 +1537,10 @@ def table_rows(path, columns=None):
     quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
     reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
     try:
-        if columns is None:  # without RecBole's types, user_id:token, and pandas' index
-            columns = [re.sub(r"Unnamed: .*|:.*", "", name).strip() for name in next(reader)]
-            if not any(columns) or max(columns.count(name) for name in columns if name) > 1:
-                fail(f"{path}: line 1 is empty or names a column twice: {quote(first)}")
+        # without RecBole's types, user_id:token, and pandas' index
+        columns = columns or [re.sub(r"Unnamed: .*|:.*", "", x).strip() for x in next(reader)]
+        if not any(columns) or max(columns.count(name) for name in columns if name) > 1:
+            fail(f"{path}: line 1 is empty or names a column twice: {quote(first)}")
         end = reader.line_num
         for row in reader:  # a row may span lines: from `line` to `end`
             line, end = end + 1, reader.line_num
@@ -1558,7 +1550,7 @@ def table_rows(path, columns=None):
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
                 if len(inside) == len(row) and len(inside[0].split()) == 1 and all(
-                        is_number(b) for a, b in zip(row, inside) if is_number(a)):
+                        NUMBER.fullmatch(b) for a, b in zip(row, inside) if NUMBER.fullmatch(a)):
                     fail(f"{path}: line {line}: its quote has whole rows inside; close it")
             if row:
                 yield line, dict(zip(columns, row))
@@ -1578,8 +1570,8 @@ def json_rows(path):
                 row = parse(line)
                 break
         if not isinstance(row, dict):
-            fail(f"{path}: line {n} is no JSON object ({quote(line.strip()[:70])}); one object per "
-                 "line is read (`jq -c .[] FILE` makes them of an array)")
+            fail(f"{path}: line {n} is no JSON object ({quote(line.strip())}); one object per line "
+                 "is read (`jq -c .[] FILE` makes them of an array)")
         yield n, row
 
 
@@ -1650,7 +1642,7 @@ def column_of(names, role, path):
     """The column that plays a role: the one of that name, else the only one of a usual name."""
     found = [role] if role in names else [name for name in names if is_called(name, role)]
     if len(found) > 1:
-        fail(f"{path}: columns {quote(' and '.join(found))} could each be the {role}; rename one")
+        fail(f"{path}: columns {quote(found)} could each be the {role}; rename one")
     return next(iter(found), None)
 
 
@@ -1660,16 +1652,16 @@ def print_summary(rows, parts, users, items):
     for name, write in (("rating", "{:g}".format),
                         ("seconds", lambda x: str(np.datetime64(int(x), "s"))[:10])):
         values = rows[name][~np.isnan(rows[name])]
-        low, middle, high = np.quantile(values, [0, 0.5, 1]) if len(values) else [0] * 3
+        if not len(values):
+            continue
+        low, middle, high = np.quantile(values, [0, 0.5, 1])
         far = 100 * max(abs(middle), 1)
         # 20 years; positions in a history, small numbers, are no dates
         if name == "seconds":
             far = 20 * 365.25 * 86400 if middle > 1e8 else np.inf
         odd = (np.abs(values - middle) > far).sum()
         note = f"; NOTE: {odd:,} far from the median, {write(middle)}" if odd else ""
-        if len(values):
-            print(f"  {name} from {write(low)} to {write(high)}{note}")
-    # how many, how dense, how long the tails
+        print(f"  {name} from {write(low)} to {write(high)}{note}")
     n_users, n_items, pairs = len(users), len(items), np.concatenate(list(parts.values()))
     sizes = "   ".join(f"{name} {len(part):,}" for name, part in parts.items())
     print(f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   "
