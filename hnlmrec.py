@@ -1374,7 +1374,7 @@ def read_items(path, form, raw_items, counts):
         best = max(held, key=lambda name: len(held[name]), default=form.key)
         said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items "
                 f"(such as {quote(min(wanted))}); the best column, {quote(best)}, has "
-                f"{len(held[best]):,}: rename it to {form.key!r}, or give another --meta or --format")
+                f"{len(held[best]):,}: rename it to {form.key!r}, or give another file or --format")
         print(f"  WARNING: {said}") if found else fail(said)
 
     columns = next(iter(found.values()), {title: ""}).keys()
@@ -1435,7 +1435,7 @@ def item_fields(row, form):
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
         if name == "genres":  # MovieLens writes Action|Drama; 100K has a 0/1 column for each
-            value = value.split("|") if value else [one for one in GENRES if row.get(one) == "1"]
+            value = value.replace("|", ", ") or [one for one in GENRES if row.get(one) == "1"]
         fields[name] = value
     return fields
 
@@ -1519,8 +1519,8 @@ def text_lines(path, encoding="utf-8-sig"):  # -sig: without the mark that some 
              f"or download it again ({error})")
 
 
-def table_rows(path, columns=None):
-    """The rows of a delimited file; columns: left out, those of its first line. Raises
+def table_rows(path, columns=None, sep=None):
+    """The rows of a delimited file; columns, sep: None, those of its first line. Raises
     SystemExit2 for a header or row that is none, and a quote that is not closed in its row."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     # without a header: MovieLens, which is in Latin-1
@@ -1530,8 +1530,8 @@ def table_rows(path, columns=None):
     if re.match(r"[{[]|\d+( \d+)+\s*$", first):
         fail(f"{path}: line 1 is {quote(first)}: looks like a user with a list of items, or JSON; "
              "one pair a row is read, under the header user, item; for JSON give its --format")
-    sep, lines = max("\t,;|", key=first.count), chain([first], lines)
-    if "::" in first:  # MovieLens 1M's: csv takes one character
+    sep, lines = sep or max("\t,;|", key=first.count), chain([first], lines)
+    if sep == "::":  # MovieLens 1M's: csv takes one character
         sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
     # comma and semicolon go with the csv rules of quoting, the others with none
     quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
@@ -1566,7 +1566,7 @@ def json_rows(path):
         # Amazon 2014's metadata are Python literals; literal_eval runs no code
         row = None
         for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 row = parse(line)
                 break
         if not isinstance(row, dict):
@@ -1593,9 +1593,9 @@ FORMATS = {
 }
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-# columns of the two files that have no header
-UNNAMED = {"ml-100k": (ROLES[:4], ["item", "title", "date", "video", "url", *GENRES]),
-           "ml-1m": (ROLES[:4], ["item", "title", "genres"])}
+# the files without a header: their separators, and columns of the metadata
+UNNAMED = {"ml-100k": ("\t", "|", ["item", "title", "date", "video", "url", *GENRES]),
+           "ml-1m": ("::", "::", ["item", "title", "genres"])}
 # the paper's filters: format, --min-rating, --since, --until, --k-core; users, items, pairs as the
 # paper prints them
 PRESETS = {
@@ -1620,7 +1620,9 @@ def format_of(name, path):
     reader, columns, metadata = FORMATS[name]
     rows = meta = reader
     if name in UNNAMED:
-        rows, meta = (partial(reader, columns=names) for names in UNNAMED[name])
+        one, other, names = UNNAMED[name]
+        rows = partial(reader, columns=ROLES[:4], sep=one)
+        meta = partial(reader, columns=names, sep=other)
     columns = [*columns.split(), None][:5]  # None: there are no texts
     key, title, *texts = metadata.split()
     title, _, year = title.partition("+")
