@@ -1280,7 +1280,7 @@ def renumber(codes, names):
     """Codes (N,) of the kept rows -> 0 … n-1 in the order of the raw ids, the n raw ids."""
     kept, codes = np.unique(codes, return_inverse=True)
     kept = [names[code] for code in kept]
-    # the order of the file decides nothing: whole numbers first, by value, then by their zeros
+    # so that the order of the file decides nothing; numbers by value, of which 1 and 01 are two
     keys = [(0, int(name), name) if name.isascii() and name.isdecimal() else (1, 0, name)
             for name in kept]
     order = np.array(sorted(range(len(kept)), key=keys.__getitem__))
@@ -1296,12 +1296,10 @@ def interactions(path, fmt):
         fail(f"{path}: line {n}: {name or 'time'} {quote(row.get(name))} is {what}")
 
     for n, row in form.rows(path):
-        pair = []
-        for name in (form.user, form.item):
-            pair.append(id_text(row.get(name)))
-            if pair[-1] is None:
-                refuse(name, "no id (no such column, empty, null, in quotes, rounded, too long or "
-                       f"with unseen characters); fix that line (columns: {quote([*row])})")
+        pair = [id_text(row.get(name)) for name in (form.user, form.item)]
+        if None in pair:
+            refuse(form[pair.index(None)], "no id (no such column, empty, null, quoted, rounded, too "
+                   f"long or with unseen characters); fix that line (columns: {quote([*row])})")
         # a number, or nothing; never something else that is taken for nothing
         try:
             rating = parse_number(row.get(form.rating))
@@ -1349,7 +1347,7 @@ def read_items(path, form, raw_items, counts):
     """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
     repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
     # found {id: {column: text}}; seen: rows of each; held: the wanted ids in each column; differ:
-    # those whose rows differ in it; flat: one file of pairs and metadata, in which a row is a pair
+    # those whose rows differ in it; flat: one file of pairs and metadata, a row for a pair
     found, seen, wanted, flat, title = {}, Counter(), set(raw_items), False, "title"
     held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
@@ -1361,7 +1359,7 @@ def read_items(path, form, raw_items, counts):
         try:
             fields = {name: clean(value, counts) for name, value in item_fields(row, form).items()}
         except ValueError as error:
-            fail(f"{path}: line {n}: {error}; fix that")
+            fail(f"{path}: line {n}: {error}; fix that line")
         flat, title, old = flat or form.user in row, next(iter(fields)), found.get(raw, fields)
         found[raw] = max(old, fields, key=fullness)
         seen[raw] += 1
@@ -1388,7 +1386,7 @@ def read_items(path, form, raw_items, counts):
         # pairs have; and numbers, which may be made of the item's pairs, such as a mean rating
         about = (differ[name] or OF_PAIRS.search(name) or any(is_called(name, r) for r in ROLES)
                  or not any(LETTER.search(fields[name]) for fields in found.values()))
-        # two ways to write a title are no reason, unless of a fifth of the items: so are reviews'
+        # a title may be written in two ways, but not of a fifth of the items: a review has one too
         if name == title:
             about = len(differ[name]) > repeated / 5
         left_out |= {name} if about or not repeated else set()
