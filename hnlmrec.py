@@ -1298,8 +1298,8 @@ def interactions(path, fmt):
     for n, row in form.rows(path):
         pair = [id_text(row.get(name)) for name in (form.user, form.item)]
         if None in pair:
-            refuse(form[pair.index(None)], "no id (no such column, empty, null, quoted, rounded, too "
-                   f"long or with unseen characters); fix that line (columns: {quote([*row])})")
+            refuse(form[pair.index(None)], "no id (no such column, empty, null, quoted, rounded, "
+                   f"too long or with unseen characters); fix that line (columns: {quote([*row])})")
         # a number, or nothing; never something else that is taken for nothing
         try:
             rating = parse_number(row.get(form.rating))
