@@ -21,11 +21,12 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta i
 import ast, csv, gzip, html.entities, json, math, re, time, unicodedata, zlib
 from argparse import Namespace
 from collections import Counter, defaultdict, namedtuple
-from contextlib import contextmanager
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
+from reprlib import repr as quote  # a value in a message: escaped, and cut
 
 import numpy as np
 import torch
@@ -1065,9 +1066,9 @@ def vector_text(vector):
 
 # ---- prepare: raw ratings and item metadata -> data.safetensors, items.jsonl, users.jsonl --------
 PARTS = ("train", "valid", "test")
-# user and item as codes; rating, and seconds since 1970 (NaN: none); the row's number in its file
+# user and item as codes; rating, and seconds since 1970 (NaN: none); where the row stands
 PAIR = np.dtype([("user", "i4"), ("item", "i4"), ("rating", "f8"), ("seconds", "f8"),
-                 ("row", "i8"), ("part", "i1")])
+                 ("line", "i8"), ("part", "i1")])
 
 
 def prepare(args):
@@ -1078,12 +1079,10 @@ def prepare(args):
         return
     own, source = s.split == "own", next(iter(files.values()))
     # interactions: one row per pair, the latest, since a withdrawn rating is no positive
-    rows, users, items = read_pairs(files, s, counts)
-    ranges = value_ranges(rows)  # before the filters, which may hide outliers
-    keep = latest(*(rows[name] for name in ("user", "item", "rating", "seconds")))
-    counts["earlier rows of a repeated pair"] += len(rows) - len(keep)
-    rows = rows[keep]
-    rows = rows if own else filter_pairs(rows, users, source, s, counts)
+    read, users, items = read_pairs(files, s, counts)
+    keep = latest(*(read[name] for name in ("user", "item", "rating", "seconds")))
+    counts["earlier rows of a repeated pair"] += len(read) - len(keep)
+    rows = read[keep] if own else filter_pairs(read[keep], users, source, s, counts)
     # contiguous ids, in order of the raw id; train, valid, test
     user, users = renumber(rows["user"], users)
     item, items = renumber(rows["item"], items)
@@ -1096,8 +1095,8 @@ def prepare(args):
             fail(f"{source}: --split {s.split} leaves {name} empty; use --split random")
     # texts: of the items, and of the train pairs' reviews alone
     items = read_items(files.get("meta"), format_of(s.format, source), items, counts)
-    user_of_row = dict(zip(rows["row"][part == 0].tolist(), user[part == 0].tolist()))
-    reviews = read_reviews(source, s.format, user_of_row, s.reviews_per_user, counts)
+    user_of_line = dict(zip(rows["line"][part == 0].tolist(), user[part == 0].tolist()))
+    reviews = read_reviews(source, s.format, user_of_line, s.reviews_per_user, counts)
     users = [{"raw": raw, "reviews": reviews[n]} for n, raw in enumerate(users)]
     # write, the data last: it names the rest. Killed between the files, nothing is taken for whole
     out.unlink(missing_ok=True)
@@ -1107,12 +1106,11 @@ def prepare(args):
     bb.save_tensors(out, {name: torch.from_numpy(pairs) for name, pairs in parts.items()},
                  {"settings": vars(s), "n_users": len(users), "n_items": len(items),
                   "seed": s.seed, "beside": bb.digests(run, "items.jsonl", "users.jsonl")})
-    # say what was read, left out and repaired
     print(f"prepare: {counts.pop('rows'):,} rows read")
     print("".join(f"  {n:,} {what}\n" for what, n in counts.items() if n), end="")
     if published:
         print("  the paper prints: users {:,}   items {:,}   pairs {:,}".format(*published))
-    print("\n".join(ranges + summarize(parts, users, items)))
+    print_summary(read, parts, users, items)
     print(f"wrote {out}, items.jsonl, users.jsonl")
 
 
@@ -1146,10 +1144,9 @@ def prepare_settings(args):
 
 
 def filter_pairs(rows, users, path, s, counts):
-    """The rating filter, then the core. PAIR (N,), one row per pair -> PAIR (P,), in order
-    of first appearance."""
+    """Rating filter, then core. PAIR (N,), one row a pair -> PAIR (P,), by first appearance."""
     # in the order of the file, whatever order `latest` left
-    rows = rows[np.argsort(rows["row"])]
+    rows = rows[np.argsort(rows["line"])]
     if s.min_rating != "none":
         low = rows["rating"] < s.min_rating
         counts[f"pairs below --min-rating {s.min_rating:g}"] += int(low.sum())
@@ -1157,8 +1154,8 @@ def filter_pairs(rows, users, path, s, counts):
     core = k_core(rows["user"], rows["item"], s.k_core)
     counts[f"pairs outside the {s.k_core}-core"] += int((~core).sum())
     if not core.any():
-        why = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-        fail(f"{path}: nothing is left ({why}); lower --k-core or --min-rating, or widen the days")
+        fail(f"{path}: nothing is left ({dict(counts)}); lower --k-core or --min-rating, or widen "
+             "the days")
     # the split draws its random numbers in this order: with another one, all splits would change
     first = [np.unique(rows[name], return_index=True, return_inverse=True)[1:]
              for name in ("item", "user")]
@@ -1167,13 +1164,11 @@ def filter_pairs(rows, users, path, s, counts):
     # a split that the rows do not allow is refused
     none, count = np.isnan(rows["seconds"]).sum(), np.bincount(rows["user"])
     few = np.flatnonzero((count > 0) & (count < 3))
-    if s.split == "time" and len(rows) < 3:
-        fail(f"{path}: --split time needs three pairs, {len(rows)} are left; lower --k-core")
     if s.split != "random" and none:
         fail(f"{path}: --split {s.split} needs times, {none:,} rows have none; use --split random")
-    if s.split != "time" and len(few):
+    if len(few) and (s.split != "time" or len(rows) < 3):
         fail(f"{path}: user {quote(users[few[0]])} has fewer than 3 interactions after filtering "
-             f"({len(few):,} users have), and a split needs 3; use --k-core 3 or more")
+             f"({len(few):,} users have), and a split needs 3; use another --k-core")
     return rows
 
 
@@ -1217,26 +1212,24 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
     order = np.lexsort((item, key, user))  # the item breaks ties in time the same way each run
     place = np.empty(len(user), np.int64)
     place[order] = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
-    n_test = n_valid = 1
-    if how == "random":
-        n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user]
-                           for share in (test, valid))
+    shares = (test, valid) if how == "random" else (0, 0)  # and one at least
+    n_test, n_valid = (np.maximum(1, (count * share).astype(int))[user] for share in shares)
     return np.where(place < n_test, 2, np.where(place < n_test + n_valid, 1, 0))
 
 
 def read_pairs(files, s, counts):
     """Stream the interactions -> PAIR (N,), raw users, raw items; no text is held. Raises
     SystemExit2 for a row that a filter cannot judge."""
-    # users and items are numbered as they first appear; part_of finds a pair that is in two parts
-    own, users, items, part_of, rated = s.split == "own", Ids(), Ids(), {}, False
+    own, by_day, by_rating = s.split == "own", s.since or s.until, s.min_rating != "none"
     since, until = iso_seconds(s.since or "1000-01-01"), iso_seconds(s.until or "3000-01-01")
+    # users and items are numbered as they first appear; part_of finds a pair that is in two parts
+    users, items, part_of, parts = {}, {}, {}, []
 
     def rows(path, part):
-        nonlocal rated
-        by_day, by_rating, row = s.since or s.until, s.min_rating != "none", 0
-        for row, (n, user, item, stars, moment, _) in enumerate(interactions(path, s.format), 1):
-            if row % 1_000_000 == 0:
-                print(f"  read {row:,} rows", flush=True)
+        for n, user, item, stars, moment, _ in interactions(path, s.format):
+            counts["rows"] += 1
+            if counts["rows"] % 1_000_000 == 0:
+                print(f"  read {counts['rows']:,} rows", flush=True)
             # a filter that cannot judge a row must not let it pass; x != x is NaN
             if by_day and moment != moment:
                 fail(f"{path}: line {n}: no timestamp, as --since and --until need; fix that line")
@@ -1245,58 +1238,40 @@ def read_pairs(files, s, counts):
                 continue
             if by_rating and stars != stars:
                 fail(f"{path}: line {n}: no rating; fix such lines, or give --min-rating none")
-            # numbers alone are kept: a code for an id, as it first appears
-            try:
-                pair = users[user], items[item]
-            except (ValueError, TypeError):  # a list cannot be looked up
-                bad = quote(user if id_text(user) is None else item)
-                fail(f"{path}: line {n}: {bad} is no id (empty, null, in quotes, rounded, too long "
-                     "or with unseen characters); fix that line")
-            if own:  # taken as it is, but for rows that come twice
-                rated, stars, moment = rated or stars == stars, math.nan, math.nan
-                if part_of.setdefault(pair, part) != part:
-                    fail(f"{path}: line {n}: {quote(user)}, {quote(item)} is in another part too")
-            yield *pair, stars, moment, row, part
-        counts["rows"] += row
+            pair = users.setdefault(user, len(users)), items.setdefault(item, len(items))
+            if own and part_of.setdefault(pair, part) != part:
+                fail(f"{path}: line {n}: {quote(user)}, {quote(item)} is in another part too")
+            yield *pair, stars, moment, n, part
 
-    parts = []  # one file that is split here, or three that are split already
+    # one file that is split here, or three that are split already
     for part, path in enumerate(path for role, path in files.items() if role != "meta"):
         parts.append(np.fromiter(rows(path, part), PAIR))
-        if not len(parts[-1]) and not counts["rows outside --since and --until"]:
+        if not len(parts[-1]) and not by_day:
             fail(f"{path}: no pairs; is --format {s.format} right?")
+    pairs = np.concatenate(parts)
     # one id written in two ways would be two: 1 and 1.0; é as one character and as two
     for ids in (users, items):
         written = {}
-        for name in ids.codes:
+        for name in ids:
             other = written.setdefault(unicodedata.normalize("NFC", name).removesuffix(".0"), name)
             if other != name:
                 fail(f"{path}: ids {ascii(other)[:60]} and {ascii(name)[:60]} both occur; unify")
-    if rated:
-        print("  the ratings are not used: all pairs of your own split count")
-    return np.concatenate(parts), [*users.codes], [*items.codes]
-
-
-class Ids(dict):
-    """Raw id -> code 0, 1, 2 … in order of first appearance. codes: those of the ids as text."""
-    def __init__(self):
-        self.codes = {}
-
-    def __missing__(self, raw):  # once for each distinct id; ValueError for what is none
-        if id_text(raw) is None:
-            raise ValueError(raw)
-        self[raw] = self.codes.setdefault(id_text(raw), len(self.codes))
-        return self[raw]
+    if own:  # taken as it is, but for rows that come twice
+        if not np.isnan(pairs["rating"]).all():
+            print("  the ratings are not used: all pairs of your own split count")
+        pairs["rating"] = pairs["seconds"] = np.nan
+    return pairs, [*users], [*items]
 
 
 def id_text(raw):
     """An id as text, without spaces around it; None when it is none."""
-    if raw is None or isinstance(raw, (bool, dict, list)) or raw != raw:  # NaN
+    if isinstance(raw, (bool, dict, list)):
         return None
     name = str(int(raw) if isinstance(raw, float) and raw.is_integer() else raw).strip()
     return name if 0 < len(name) <= 200 and not NO_ID.search(name) else None
 
 
-# what other programs write where there is none; in quotes; rounded by a spreadsheet; a control,
+# what programs write where there is none; in quotes; rounded by a spreadsheet; a control,
 # zero-width or direction character, or half of a character
 NO_ID = re.compile(r"^(?:null|none|nan|<na>|([\"']).*\1|\d[.,]\d+e\+\d\d)$|[\x00-\x1f\x7f-\x9f\xad"
                    r"\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
@@ -1304,16 +1279,13 @@ NO_ID = re.compile(r"^(?:null|none|nan|<na>|([\"']).*\1|\d[.,]\d+e\+\d\d)$|[\x00
 
 def renumber(codes, names):
     """Codes (N,) of the kept rows -> 0 … n-1 in the order of the raw ids, the n raw ids."""
-    def key(code):  # whole numbers first, by value; 1, 01 and 001 are three ids, in one order
-        name = names[code]
-        digits = name.lstrip("0") if name.isascii() and name.isdecimal() else None
-        return (1, 0, name, name) if digits is None else (0, len(digits), digits, name)
-
-    # the order of the ids, so that the order of the file decides nothing
-    kept = sorted(np.unique(codes).tolist(), key=key)
-    new = np.full(len(names), -1)
-    new[kept] = np.arange(len(kept))
-    return new[codes], [names[code] for code in kept]
+    kept, codes = np.unique(codes, return_inverse=True)
+    kept = [names[code] for code in kept]
+    # so that the order of the file decides nothing; numbers by value, of which 1 and 01 are two
+    keys = [(0, int(name), name) if name.isascii() and name.isdecimal() else (1, 0, name)
+            for name in kept]
+    order = np.array(sorted(range(len(kept)), key=keys.__getitem__))
+    return order.argsort()[codes], [kept[n] for n in order]
 
 
 def interactions(path, fmt):
@@ -1321,35 +1293,36 @@ def interactions(path, fmt):
     seconds, milli-, micro- or nanoseconds since 1970, one unit a file, or ISO dates."""
     form, unit = format_of(fmt, path), 0  # unit of the times: not known yet
 
-    def refuse(what):
-        given = quote(row.get(form.timestamp))
-        fail(f"{path}: line {n}: {form.timestamp or 'time'} {given} is {what}")
+    def refuse(name, what):
+        fail(f"{path}: line {n}: {name or 'time'} {quote(row.get(name))} is {what}")
 
     for n, row in form.rows(path):
-        # in each row, as the objects of a JSON file differ
-        for name in (form.user, form.item):
-            if name not in row:
-                fail(f"{path}: line {n} has no column {name!r} (found: {quote(', '.join(row))})")
+        pair = [id_text(row.get(name)) for name in (form.user, form.item)]
+        if None in pair:
+            refuse(form[pair.index(None)], "no id (no such column, empty, null, quoted, rounded, "
+                   f"too long or with unseen characters); fix that line (columns: {quote([*row])})")
         # a number, or nothing; never something else that is taken for nothing
         try:
             rating = parse_number(row.get(form.rating))
             moment = parse_number(row.get(form.timestamp), dates=True)
-        except (ValueError, TypeError):
-            refuse(f"no time, or {form.rating} {quote(row.get(form.rating))} no number; write a "
-                   "rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds since 1970")
+        except ValueError:
+            refuse(form.timestamp, f"no time, or {form.rating} {quote(row.get(form.rating))} no "
+                   "number; write a rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds")
         # the unit of the times follows from the first of them, and all others have to agree
         if moment and moment == moment:
             size = abs(moment)
-            if not unit:  # 7.3e9 seconds: the year 2200
-                unit = next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
-                # as seconds, 20160301 would be a day of August 1970
-                if CALENDAR.fullmatch(f"{size:.0f}"):
-                    refuse("a day of the calendar, not seconds; write it as 2016-03-01")
-            if size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
-                refuse("no time in the unit of the rows before; write seconds since 1970")
-        yield n, row[form.user], row[form.item], rating, moment / (unit or 1), row.get(form.text)
+            # as seconds, 20160301 would be a day of August 1970
+            day = not unit and CALENDAR.fullmatch(f"{size:.0f}")
+            # 7.3e9 seconds: the year 2200
+            unit = unit or next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
+            if day or size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
+                refuse(form.timestamp, "a day, or not in the unit of the rows before; write it as "
+                       "2016-03-01, or all in seconds since 1970")
+        yield n, *pair, rating, moment / (unit or 1), row.get(form.text)
 
 
+# float() would also take 1_0, inf and true
+NUMBER = re.compile(r"nan|[-+]?[\d.]{1,99}(?:e[-+]?\d\d?)?", re.I)
 CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?")
 
 
@@ -1357,14 +1330,9 @@ def parse_number(value, dates=False):
     """A number, with `dates` also an ISO date; NaN where it is empty; ValueError for all else."""
     if value is None or value == "":
         return math.nan
-    try:
-        parsed = float(value)
-    except ValueError:
-        return iso_seconds(value if dates else "")
-    # what Python alone reads as a number: 1_0 and true
-    if math.isinf(parsed) or isinstance(value, bool) or "_" in str(value):
-        raise ValueError(value)
-    return parsed
+    if NUMBER.fullmatch(str(value).strip()):
+        return float(value)
+    return iso_seconds(str(value) if dates else "")
 
 
 def iso_seconds(text):
@@ -1373,133 +1341,120 @@ def iso_seconds(text):
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 # ---- prepare: texts of items and reviews ---------------------------------------------------------
-REPEATED = "repeated metadata rows (the fullest counts)"
 OF_PAIRS, LETTER = re.compile("rating|review|score|comment", re.I), re.compile(r"[^\W\d_]")
 
 
-def read_items(path, form, raw_items, counts, limits=(200, 400)):
+def read_items(path, form, raw_items, counts):
     """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
     repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
-    # ids: which of the wanted ones each column holds; flat: one file of pairs and metadata
-    found, wanted, ids, flat, title = {}, set(raw_items), defaultdict(set), False, "title"
-    repeated, two_titles, differ = set(), set(), set()
-
-    # the fields of each item that is wanted; the rest of the file is passed over
+    # found {id: {column: text}}; seen: rows of each; held: the wanted ids in each column; differ:
+    # those whose rows differ in it; flat: one file of pairs and metadata, a row for a pair
+    found, seen, wanted, flat, title = {}, Counter(), set(raw_items), False, "title"
+    held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
-        for name, value in row.items() if n < 10_000 else ():  # which column has the ids?
-            ids[name] |= wanted & {str(value).strip()}
+        for name, value in row.items() if n < 10_000 else ():
+            held[name] |= wanted & {str(value).strip()}
         raw = id_text(row.get(form.key))
         if raw not in wanted:
             continue
         try:
             fields = {name: clean(value, counts) for name, value in item_fields(row, form).items()}
-        except (KeyError, ValueError) as error:
-            said = f"no column {error} (found: {quote(', '.join(row))})"
-            fail(f"{path}: line {n}: {said if isinstance(error, KeyError) else error}; fix that")
+        except ValueError as error:
+            fail(f"{path}: line {n}: {error}; fix that line")
         flat, title, old = flat or form.user in row, next(iter(fields)), found.get(raw, fields)
         found[raw] = max(old, fields, key=fullness)
-        if old is not fields:
-            repeated.add(raw)
-            counts[REPEATED] += 1
-            other = {name for name in fields if fields[name].casefold() != old[name].casefold()}
-            two_titles |= {raw} if title in other and fields[title] and old[title] else set()
-            differ |= other - {title}
+        seen[raw] += 1
+        for name in fields:  # a title that one row alone has is no second title
+            other = fields[name].casefold() != old[name].casefold()
+            if other and (name != title or fields[name] and old[name]):
+                differ[name].add(raw)
     # ids under another column, or of another data set: nobody wants items without their texts
     if path and len(found) < len(wanted) / 2:
-        best = max(ids, key=lambda name: len(ids[name]), default=form.key)
-        more = f"column {quote(best)} has more: rename it to {form.key!r}, or give another --format"
-        if len(ids[best]) <= len(ids[form.key]):
-            more = f"no column has more (such as {quote(min(wanted))}); is --meta the right file?"
-        more = f"column {form.key!r} has {len(found):,} of the {len(wanted):,} items; {more}"
-        print(f"  WARNING: {path}: {more}") if found else fail(f"{path}: {more}")
+        best = max(held, key=lambda name: len(held[name]), default=form.key)
+        said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items "
+                f"(such as {quote(min(wanted))}); the best column, {quote(best)}, has "
+                f"{len(held[best]):,}: rename it to {form.key!r}, or give another file or --format")
+        print(f"  WARNING: {said}") if found else fail(said)
 
-    # a flat file, in which a row stands for a pair
     columns = next(iter(found.values()), {title: ""}).keys()
-    flat = flat or len(repeated) > len(found) / 2 or any(is_called(n, "user") for n in columns)
+    repeated = sum(n > 1 for n in seen.values())
+    flat = flat or repeated > len(found) / 2 or any(is_called(name, "user") for name in columns)
+    more = 0 if flat else seen.total() - len(found)
+    counts["repeated metadata rows (the fullest counts)"] += more
     left_out = columns & set(form[:5]) - {title}
-    if flat:
-        left_out |= columns_about_pairs(found, columns, title, repeated, differ, two_titles)
-        counts.pop(REPEATED, None)
+    for name in columns if flat else ():
+        # left out is what differs between rows of one item, or stands under a name that columns of
+        # pairs have; and numbers, which may be made of the item's pairs, such as a mean rating
+        about = (differ[name] or OF_PAIRS.search(name) or any(is_called(name, r) for r in ROLES)
+                 or not any(LETTER.search(fields[name]) for fields in found.values()))
+        # a title may be written in two ways, but not of a fifth of the items: a review has one too
+        if name == title:
+            about = len(differ[name]) > repeated / 5
+        left_out |= {name} if about or not repeated else set()
     if left_out:
         print("  left out of the items' texts, as about a pair, or counted from pairs (give what "
               "is the item's in a file of one row per item): " + ", ".join(sorted(left_out)))
     # a row for every item, found or not; cut, since an LLM's prompt has to hold several of them
     items = []
     for raw in raw_items:
-        fields = found.get(raw, {title: ""})
-        known, *texts = ("" if name in left_out else fields[name] for name in fields)
-        text = ". ".join(filter(None, texts))
-        for name, whole, limit in zip(("titles", "texts"), (known, text), limits):
-            counts[f"{name} cut to {limit} characters"] += len(whole) > limit
-        items.append({"raw": raw, "title": known[:limits[0]].rstrip() or f"Item {raw}",
-                      "text": text[:limits[1]].rstrip(), "known": bool(known)})
+        *_, known, text = fullness(found.get(raw, {title: ""}), left_out)
+        counts["titles cut to 200 characters"] += len(known) > 200
+        counts["texts cut to 400 characters"] += len(text) > 400
+        items.append({"raw": raw, "title": known[:200].rstrip() or f"Item {raw}",
+                      "text": text[:400].rstrip(), "known": bool(known)})
     return items
 
 
-def columns_about_pairs(found, columns, title, repeated, differ, two_titles):
-    """Which columns of a flat file are not about an item: found {id: {column: text}}; repeated,
-    two_titles: ids in several rows, and those whose titles differ; differ: columns that do."""
-    # what differs between rows of one item, or stands under a name that columns of pairs have; and
-    # numbers, which may be made of the item's pairs, such as a mean rating
-    about = set(differ) if repeated else set(columns)
-    for name in columns - {title}:
-        named = OF_PAIRS.search(name) or any(is_called(name, role) for role in ROLES)
-        if named or not any(LETTER.search(fields[name]) for fields in found.values()):
-            about.add(name)
-    # a title may be written in two ways, but not of a fifth of the items: reviews have titles too
-    if len(two_titles) > len(repeated) / 5:
-        about.add(title)
-    return about
-
-
-def fullness(fields):
-    """Sort key of an item's fields: with a title first, then the longer; no ties but equals."""
-    title, *texts = fields.values()
+def fullness(fields, left_out=()):
+    """Sort key of an item's fields, without the columns left out: (whether there is a title, length
+    of all, title, the other texts as one). No ties but equals."""
+    title, *texts = ("" if name in left_out else text for name, text in fields.items())
     text = ". ".join(filter(None, texts))
     return bool(title), len(title) + len(text), title, text
 
 
 def item_fields(row, form):
-    """A metadata row -> {column: raw value}, the title first. Raises KeyError when a table has no
-    title, ValueError for a category that is none."""
-    # a person's own table: the title under any usual name, all other columns are text
-    title, year = form.title, row.get(form.year)
-    if form.texts == ("*",):
+    """A metadata row -> {column: raw value}, the title first. Raises ValueError for a table without
+    a title, and a category that is none."""
+    # in a person's own table the title has any usual name, and all other columns are text
+    own, title, year = form.texts == ("*",), form.title, row.get(form.year)
+    if own:
         title = column_of(row, "title", "the metadata") or title
-        fields = {title: f"{row[title]} ({year})" if year else row[title]}
+    if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
+        raise ValueError(f"no column {title!r}, only {quote([*row])}")
+    fields = {title: f"{row[title]} ({year})" if year else row.get(title)}
+    if own:
         used = ("", form.key, form.year, title)
         return fields | {name: value for name, value in row.items() if name not in used}
-    # a known format: JSON objects may lack a field, a table's column must be there
-    fields = {title: row.get(title) if form.meta is json_rows else row[title]}
     for name in form.texts:
-        value = next((row[part] for part in name.split("|") if row.get(part)), "")
+        value = row.get(name) or ""
         if "categor" in name and not isinstance(value, str):
             if not isinstance(value, list):
                 raise ValueError(f"the category {quote(value)} is neither a text nor a list")
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
-        # MovieLens writes Action|Drama
-        fields[name] = value.replace("|", ", ") if name == "genres" else value
+        if name == "genres":  # MovieLens writes Action|Drama; 100K has a 0/1 column for each
+            value = value.replace("|", ", ") or [one for one in GENRES if row.get(one) == "1"]
+        fields[name] = value
     return fields
 
 
-def read_reviews(path, fmt, user_of_row, per_user, counts, limit=200):
+def read_reviews(path, fmt, user_of_line, per_user, counts, limit=200):
     """A second pass, for up to `per_user` review texts of each user -> {user id: [text]}.
-    user_of_row: {number of a row: user id} of train pairs, so that no other reaches a profile."""
+    user_of_line: {line: user id} of train pairs, so that no other reaches a profile."""
     # without a column of texts the file is not read again
     texts = defaultdict(list)
     if not per_user or not format_of(fmt, path).text:
         return texts
-    # rows are counted as read_pairs counts them
-    for row, (n, *_, text) in enumerate(interactions(path, fmt), 1):
-        if not text or row not in user_of_row or len(texts[user_of_row[row]]) == per_user:
+    for n, *_, text in interactions(path, fmt):
+        if not text or n not in user_of_line or len(texts[user_of_line[n]]) == per_user:
             continue
         if not isinstance(text, str):
             fail(f"{path}: line {n}: {quote(text)} is no text; fix that line")
         counts["reviews with half of a character (replaced)"] += bool(HALF.search(text))
         text = clean(HALF.sub("\ufffd", text), counts)
         counts[f"reviews cut to {limit} characters"] += len(text) > limit
-        texts[user_of_row[row]] += [text[:limit].rstrip()] if text else []
+        texts[user_of_line[n]] += [text[:limit].rstrip()] if text else []
     return texts
 
 
@@ -1548,116 +1503,98 @@ def clean(value, counts):
         return ""
     return " ".join(CONTROL.sub(" ", plain).split())
 
-
-def quote(value):
-    """A value as a message quotes it: escaped, and cut."""
-    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]} …"
-
 # ---- prepare -------------------------------------------------------------------------------------
 # Readers, which yield (line, {column: value}) and hold nothing; formats; summary; flags
 
-@contextmanager
-def open_text(path, encoding="utf-8-sig"):  # -sig: without the mark that some programs put first
-    """A text file, gzip-compressed when it begins as one. Raises SystemExit2 for anything else."""
+def text_lines(path, encoding="utf-8-sig"):  # -sig: without the mark that some programs put first
+    """The lines of a text file, plain or in gzip. Raises SystemExit2 for anything else."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     try:
         with opener(path, "rt", encoding=encoding, newline="") as file:  # csv wants its line ends
-            yield file
+            yield from file
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read to its end, is not UTF-8 text or gzip: unpack or export it, "
              f"or download it again ({error})")
 
 
-def table_rows(path, sep=None, columns=None, encoding="utf-8-sig"):
-    """The rows of a delimited file; sep, columns: left out, those of its first line. Raises
+def table_rows(path, columns=None, sep=None):
+    """The rows of a delimited file; columns, sep: None, those of its first line. Raises
     SystemExit2 for a header or row that is none, and a quote that is not closed in its row."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
-    is_number, names, end = re.compile(r"-?[\d.]+").fullmatch, columns, 0
-    with open_text(path, encoding) as file:
-        # the first line says what separates the fields, and what cannot be a table
-        first = next(file, "")
-        if first.startswith(("{", "[")):
-            fail(f"{path}: holds JSON, not a table; give the --format that reads it")
-        if re.fullmatch(r"\d+( \d+)+\s*", first):
-            fail(f"{path}: line 1 is {quote(first)}: looks like a user with a list of items; one "
-                 "pair a row is read, with a tab or comma between, under the header user, item")
-        sep, lines = sep or max("\t,;|", key=first.count), chain([first] if first else [], file)
-        if len(sep) > 1:  # MovieLens 1M's "::": csv takes one character
-            sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
-        # comma and semicolon go with the csv rules of quoting, the others with none
-        quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
-        reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
-        try:
-            # a row may span lines: from `line` to `end`
-            for row in reader:
-                line, end = end + 1, reader.line_num
-                if names is None:  # without RecBole's types, user_id:token, and pandas' index
-                    names = [re.sub(r"Unnamed: .*|:.*", "", name).strip() for name in row]
-                    if not any(names) or max(names.count(name) for name in names if name) > 1:
-                        fail(f"{path}: line 1 is empty or names a column twice: {quote(first)}")
-                elif row and len(row) != len(names):
-                    fail(f"{path}: line {line} has {len(row)} fields, the header {len(names)}")
-                elif row:
-                    # of a text of several lines, those as wide as a row, with numbers where it has
-                    lines_of = [y.split("\n")[1:] for y in row] if end > line else ()
-                    for inside in (x.rstrip("\r").split(sep) for y in lines_of for x in y):
-                        if len(inside) == len(row) and len(inside[0].split()) == 1 and all(
-                                is_number(b) for a, b in zip(row, inside) if is_number(a)):
-                            fail(f"{path}: line {line}: its quote has whole rows inside; close it")
-                    yield line, dict(zip(names, row))
-        except csv.Error as error:
-            fail(f"{path}: line {end + 1}: {error}: a quote is not closed, or not doubled; fix it")
+    # without a header: MovieLens, which is in Latin-1
+    lines, end = text_lines(path, "latin-1" if columns else "utf-8-sig"), 0
+    # the first line says what separates the fields, and what cannot be a table
+    first = next(lines, "")
+    if re.match(r"[{[]|\d+( \d+)+\s*$", first):
+        fail(f"{path}: line 1 is {quote(first)}: looks like a user with a list of items, or JSON; "
+             "one pair a row is read, under the header user, item; for JSON give its --format")
+    sep, lines = sep or max("\t,;|", key=first.count), chain([first], lines)
+    if sep == "::":  # MovieLens 1M's: csv takes one character
+        sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
+    # comma and semicolon go with the csv rules of quoting, the others with none
+    quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
+    try:
+        # without RecBole's types, user_id:token, and pandas' index
+        columns = columns or [re.sub(r"Unnamed: .*|:.*", "", x).strip() for x in next(reader)]
+        if not any(columns) or max(columns.count(name) for name in columns if name) > 1:
+            fail(f"{path}: line 1 is empty or names a column twice: {quote(first)}")
+        end = reader.line_num
+        for row in reader:  # a row may span lines: from `line` to `end`
+            line, end = end + 1, reader.line_num
+            if row and len(row) != len(columns):
+                fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
+            # of a text of several lines, those as wide as a row, with numbers where it has
+            inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
+            for inside in (x.rstrip("\r").split(sep) for x in inner):
+                if len(inside) == len(row) and len(inside[0].split()) == 1 and all(
+                        NUMBER.fullmatch(b) for a, b in zip(row, inside) if NUMBER.fullmatch(a)):
+                    fail(f"{path}: line {line}: its quote has whole rows inside; close it")
+            if row:
+                yield line, dict(zip(columns, row))
+    except csv.Error as error:
+        fail(f"{path}: line {end + 1}: {error}: a quote is not closed, or not doubled; fix it")
 
 
 def json_rows(path):
     """The objects of a JSON-lines file. Raises SystemExit2 for any other line."""
-    with open_text(path) as file:
-        for n, line in ((n, line.strip()) for n, line in enumerate(file, 1) if line.strip()):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                try:  # Amazon 2014's metadata are Python literals; this evaluates no code
-                    row = ast.literal_eval(line)
-                except (ValueError, SyntaxError, RecursionError, MemoryError):
-                    row = None
-            if not isinstance(row, dict):
-                fail(f"{path}: line {n} is no JSON object ({quote(line[:70])}); one object per "
-                     "line is read (`jq -c .[] FILE` makes them of an array)")
-            yield n, row
-
-
-def ml_100k_items(path):
-    """MovieLens 100K's u.item: bars, Latin-1, a 0/1 column per genre, which become one column."""
-    genres = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama "
-              "Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War "
-              "Western").split()
-    columns = ["item", "title", "date", "video", "url", *genres]
-    for n, row in table_rows(path, "|", columns, "latin-1"):
-        yield n, row | {"genres": "|".join(name for name in genres if row[name] == "1")}
+    for n, line in enumerate(text_lines(path), 1):
+        if not line.strip():
+            continue
+        # Amazon 2014's metadata are Python literals; literal_eval runs no code
+        row = None
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                row = parse(line)
+                break
+        if not isinstance(row, dict):
+            fail(f"{path}: line {n} is no JSON object ({quote(line.strip())}); one object per line "
+                 "is read (`jq -c .[] FILE` makes them of an array)")
+        yield n, row
 
 
 ROLES = ("user", "item", "rating", "timestamp", "text")
-tabs, commas = partial(table_rows, sep="\t"), partial(table_rows, sep=",")
-colons = partial(table_rows, sep="::", encoding="latin-1")
-# name: reader and columns of the interactions (user item rating timestamp text, -: none), reader
-# and columns of the metadata (id title texts; of texts a|b: the first there is; *: all others;
-# +: a year that is put behind the title)
+# name: reader, columns of the interactions (user item rating timestamp, and text where there is
+# one), columns of the metadata (id title texts; *: all others; +: a year that is put behind the
+# title)
 FORMATS = {
-    "table": (table_rows, "user item rating timestamp text", table_rows, "item title *"),
-    "recbole": (tabs, "user_id item_id rating timestamp -", tabs, "item_id title+release_year *"),
-    "ml-100k": (partial(tabs, columns=ROLES[:4]), "user item rating timestamp -",
-                ml_100k_items, "item title genres"),
-    "ml-1m": (partial(colons, columns=ROLES[:4]), "user item rating timestamp -",
-              partial(colons, columns=["item", "title", "genres"]), "item title genres"),
-    "ml-latest": (commas, "userId movieId rating timestamp -", commas, "movieId title genres"),
-    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText",  # and 2014
-                   json_rows, "asin title brand category|categories description"),
+    "table": (table_rows, "user item rating timestamp text", "item title *"),
+    "recbole": (table_rows, "user_id item_id rating timestamp", "item_id title+release_year *"),
+    "ml-100k": (table_rows, "user item rating timestamp", "item title genres"),
+    "ml-1m": (table_rows, "user item rating timestamp", "item title genres"),
+    "ml-latest": (table_rows, "userId movieId rating timestamp", "movieId title genres"),
+    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText",
+                   "asin title brand category categories description"),  # categories: in 2014
     "amazon2023": (json_rows, "user_id parent_asin rating timestamp text",  # variants share one id
-                   json_rows, "parent_asin title store categories description"),
-    "yelp": (json_rows, "user_id business_id stars date text",
-             json_rows, "business_id name city categories"),
+                   "parent_asin title store categories description"),
+    "yelp": (json_rows, "user_id business_id stars date text", "business_id name city categories"),
 }
+GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+          "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
+# the files without a header: their separators, and columns of the metadata
+UNNAMED = {"ml-100k": ("\t", "|", ["item", "title", "date", "video", "url", *GENRES]),
+           "ml-1m": ("::", "::", ["item", "title", "genres"])}
 # the paper's filters: format, --min-rating, --since, --until, --k-core; users, items, pairs as the
 # paper prints them
 PRESETS = {
@@ -1679,13 +1616,17 @@ Format = namedtuple("Format", [*ROLES, "rows", "meta", "key", "title", "texts", 
 
 def format_of(name, path):
     """The Format of this name; a table's columns are found in the header of its interactions."""
-    # the strings of FORMATS as fields
-    rows, columns, meta, metadata = FORMATS[name]
-    columns = [None if column == "-" else column for column in columns.split()]
+    reader, columns, metadata = FORMATS[name]
+    rows = meta = reader
+    if name in UNNAMED:
+        one, other, names = UNNAMED[name]
+        rows = partial(reader, columns=ROLES[:4], sep=one)
+        meta = partial(reader, columns=names, sep=other)
+    columns = [*columns.split(), None][:5]  # None: there are no texts
     key, title, *texts = metadata.split()
     title, _, year = title.partition("+")
     if name == "table":
-        # without a row there is no header either: read_pairs says so
+        # without a row its header is not seen: read_pairs says so
         header = next(table_rows(path), (1, {}))[1]
         columns = [column_of(header, role, path) for role in ROLES]
         columns[:2] = columns[0] or "user", columns[1] or "item"
@@ -1702,67 +1643,59 @@ def column_of(names, role, path):
     """The column that plays a role: the one of that name, else the only one of a usual name."""
     found = [role] if role in names else [name for name in names if is_called(name, role)]
     if len(found) > 1:
-        fail(f"{path}: columns {quote(' and '.join(found))} could each be the {role}; rename one")
+        fail(f"{path}: columns {quote(found)} could each be the {role}; rename one")
     return next(iter(found), None)
 
 
-def summarize(parts, users, items):
-    """What is in the split, lines to print. parts: {name: pairs (N, 2)}; users, items: rows."""
-    # sizes of all and of the parts
-    n_users, n_items, pairs = len(users), len(items), np.concatenate(list(parts.values()))
-    sizes = "   ".join(f"{name} {len(part):,}" for name, part in parts.items())
-    # how many, how dense, how long the tails
-    lines = [f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   "
-             f"density {len(pairs) / n_users / n_items:.3%}   {sizes}"]
-    # without a train pair nothing can be learnt; such pairs stay in valid and test
-    cold = []
-    for axis, (name, rows, others) in enumerate((("user", users, items), ("item", items, users))):
-        count = np.bincount(pairs[:, axis], minlength=len(rows))
-        q = np.quantile(count, [0, 0.25, 0.5, 0.75, 1])
-        lines.append(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} "
-                     f"{q[3]:.0f}, max {q[4]:.0f}")
-        # a crawler, or an item in every basket, says nothing, and distorts the rest
-        if q[4] >= max(0.8 * len(others), 3 * q[2]):
-            lines.append(f"  note: {name} {rows[count.argmax()]['raw']} has pairs with "
-                         f"{q[4] / len(others):.0%} of all {'users' if axis else 'items'}")
-        cold.append(np.bincount(parts["train"][:, axis], minlength=len(rows)) == 0)
-    if cold[0].any() or cold[1].any():
-        of = ", ".join(f"{(cold[0][p[:, 0]] | cold[1][p[:, 1]]).sum():,} of {len(p):,} {name}"
-                       for name, p in parts.items() if name != "train")
-        lines.append(f"  cold: {cold[0].sum():,} users and {cold[1].sum():,} items have no train "
-                     f"pair; {of} pairs are theirs (kept)")
-    if min(n_users, n_items) < 50:
-        lines.append("  note: fewer than 50 users or items: too few to compare methods")
-    # the texts, which an LLM is to read
-    titles, texts = ({row[name] for row in items} for name in ("title", "text"))
-    known, text = (np.mean([bool(row[name]) for row in items]) for name in ("known", "text"))
-    lines.append(f"  items with a title {known:.1%}, with further text {text:.1%}; such as:")
-    lines += [f"    {row['raw']}: {row['title']} | {row['text'][:90]}"
-              for row in items[:: max(1, n_items // 3)][:3]]
-    alike = f"all {n_items:,} items have the title {quote(min(titles))}"
-    if not known or len(titles) == 1 < n_items:
-        lines.append(f"  WARNING: {alike if known else 'no item has a title'}"
-                     f"{' and no text tells them apart' * (len(texts) == 1)}; see --meta")
-    return lines
-
-
-def value_ranges(rows):
-    """Ranges of ratings and times, lines to print, which name what no filter sees: a rating of 1e9,
-    a time of 1970. PAIR (N,)."""
-    lines = []
+def print_summary(rows, parts, users, items):
+    """Print what was read, PAIR (N,), and its split, {name: pairs (N, 2)}; users, items: rows."""
+    # ranges, of what no filter sees too: a rating of 1e9, a time of 1970
     for name, write in (("rating", "{:g}".format),
                         ("seconds", lambda x: str(np.datetime64(int(x), "s"))[:10])):
         values = rows[name][~np.isnan(rows[name])]
-        middle = np.median(values) if len(values) else 0
+        if not len(values):
+            continue
+        low, middle, high = np.quantile(values, [0, 0.5, 1])
         far = 100 * max(abs(middle), 1)
         # 20 years; positions in a history, small numbers, are no dates
         if name == "seconds":
             far = 20 * 365.25 * 86400 if middle > 1e8 else np.inf
-        odd = values[np.abs(values - middle) > far]
-        if len(values):
-            lines.append(f"  {name} from {write(values.min())} to {write(values.max())}" + (
-                f"; NOTE: {len(odd):,} far from the median, {write(middle)}" * (len(odd) > 0)))
-    return lines
+        odd = (np.abs(values - middle) > far).sum()
+        note = f"; NOTE: {odd:,} far from the median, {write(middle)}" if odd else ""
+        print(f"  {name} from {write(low)} to {write(high)}{note}")
+    n_users, n_items, pairs = len(users), len(items), np.concatenate(list(parts.values()))
+    sizes = "   ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    print(f"  users {n_users:,}   items {n_items:,}   pairs {len(pairs):,}   "
+          f"density {len(pairs) / n_users / n_items:.3%}   {sizes}")
+    cold = []
+    for axis, (name, ids, others) in enumerate((("user", users, items), ("item", items, users))):
+        count = np.bincount(pairs[:, axis], minlength=len(ids))
+        q = np.quantile(count, [0, 0.25, 0.5, 0.75, 1])
+        print(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} {q[3]:.0f}, "
+              f"max {q[4]:.0f}")
+        # a crawler, or an item in every basket, says nothing, and distorts the rest
+        if q[4] >= max(0.8 * len(others), 3 * q[2]):
+            print(f"  note: {name} {ids[count.argmax()]['raw']} has pairs with "
+                  f"{q[4] / len(others):.0%} of all {'users' if axis else 'items'}")
+        cold.append(np.bincount(parts["train"][:, axis], minlength=len(ids)) == 0)
+    # without a train pair nothing can be learnt; such pairs stay in valid and test
+    if cold[0].any() or cold[1].any():
+        of = ", ".join(f"{(cold[0][p[:, 0]] | cold[1][p[:, 1]]).sum():,} of {len(p):,} {name}"
+                       for name, p in parts.items() if name != "train")
+        print(f"  cold: {cold[0].sum():,} users and {cold[1].sum():,} items have no train pair; "
+              f"{of} pairs are theirs (kept)")
+    if min(n_users, n_items) < 50:
+        print("  note: fewer than 50 users or items: too few to compare methods")
+    # the texts, which an LLM is to read
+    known, text = (np.mean([bool(row[name]) for row in items]) for name in ("known", "text"))
+    print(f"  items with a title {known:.1%}, with further text {text:.1%}; such as:")
+    for row in items[:: max(1, n_items // 3)][:3]:
+        print(f"    {row['raw']}: {row['title']} | {row['text'][:90]}")
+    titles, texts = ({row[name] for row in items} for name in ("title", "text"))
+    if not known or len(titles) == 1 < n_items:
+        alike = f"all {n_items:,} items have the title {quote(min(titles))}"
+        print(f"  WARNING: {alike if known else 'no item has a title'}"
+              f"{' and no text tells them apart' * (len(texts) == 1)}; see --meta")
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):

@@ -1429,10 +1429,11 @@ def test_a_day_is_not_seconds(tmp_path, time, refused):
     ({"timestamp": ""}, ("--split", "time"), "1 rows have none"),
     ({}, ("--since", "2018-01-01", "--until", "2015-01-01"), "nothing is left"),
     ({}, ("--min-rating", "6"), "nothing is left"), ({"user": "null"}, (), "'null' is no id"),
-    ({"user": ""}, (), "line 6: '' is no id"), ({"item": "i\0"}, (), r"'i\x00' is no id"),
-    ({"item": "\u200bi5"}, (), r"line 6: '\u200bi5' is no id"), ({"item": '"i5"'}, (), "is no id"),
-    ({"item": "1.23E+05"}, (), "line 6: '1.23E+05' is no id"), ({"user": "'u0'"}, (), "is no id"),
-    ({"item": "9" * 5000}, (), "999 … is no id"), ("u0\ti5", (), "line 6 has 2 fields"),
+    ({"user": ""}, (), "line 6: user '' is no id"), ({"item": "i\0"}, (), r"'i\x00' is no id"),
+    ({"item": "\u200bi5"}, (), r"line 6: item '\u200bi5' is no id"),
+    ({"item": "1.23E+05"}, (), "line 6: item '1.23E+05' is no id"),
+    ({"item": '"i5"'}, (), "is no id"), ({"user": "'u0'"}, (), "is no id"),
+    ({"item": "9" * 5000}, (), "999' is no id"), ("u0\ti5", (), "line 6 has 2 fields"),
     ({"text": "x\tmore"}, (), "line 6 has 6 fields, the header 5")])
 def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message):
     fields = dict(zip(HEAD.split("\t"), GRID[4].split("\t")))
@@ -1444,7 +1445,7 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
 @pytest.mark.parametrize("row, message", [  # a dict: in place of some of the row's
     ("[1, 2]", "line 3"), ("null", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"),
     ("[" * 100000, "line 3"), (json.dumps([{"asin": "x"}] * 999), "one object per line is read"),
-    (json.dumps(dict.fromkeys(map(str, range(999)))), "no column 'reviewerID' (found: '0, 1, 2"),
+    (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
     ({"reviewerID": None}, "None is no id"), ({"reviewerID": ["u"]}, "['u'] is no id"),
     ({"reviewerID": True}, "True is no id"), ({"reviewerID": "\ud800"}, "is no id"),
     ({"overall": [5]}, "overall [5] no number"), ({"overall": True}, "overall True no number"),
@@ -1480,19 +1481,19 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     # headers
     (["user\tuser\titem\trating\ttext", *GRID], None, "line 1 is empty or names a column twice"),
     (["user_id\tuserId\titem\trating\ttext", *GRID], None, "could each be the user"),
-    (["who" + HEAD[4:], *GRID], None, "no column 'user' (found: 'who, item, rating"),
-    (["\t".join(f"c{n}" for n in range(5)) + "x" * 999, *GRID], None, "xxx …)"),
-    (['{"user": 1, "item": 2}', *GRID], None, "holds JSON"),
-    (["0 1 2", "1 5"], None, "looks like a user with a list of items; one pair a row is read"),
+    (["who" + HEAD[4:], *GRID], None, "(columns: ['who', 'item', 'rating'"),
+    (["\t".join(f"c{n}" for n in range(5)) + "x" * 999, *GRID], None, "xxx'"),
+    (['{"user": 1, "item": 2}', *GRID], None, "or JSON"),
+    (["0 1 2", "1 5"], None, "looks like a user with a list of items"),
     # too few pairs
     ([HEAD], None, "no pairs"), (["user\titem", "a\tx"], None, "--min-rating none"),
     (["user\titem\trating", *(f"a\t{i}\t5" for i in range(5)), "b\t1\t5"], None,
      "user 'b' has fewer than 3 interactions after filtering (1 users have), and a split needs 3"),
     # metadata of no item, and such as is no text
-    (TABLE, ["id\ttitle", *ITEMS[1:]], "column 'id' has more: rename it to 'item'"),
+    (TABLE, ["id\ttitle", *ITEMS[1:]], "'id', has 6: rename it to 'item'"),
     (TABLE, [line.replace("i", "z") for line in ITEMS], "column 'item' has 0"),
-    (TABLE, ["item\ttitle", "z1\tFilm"], "no column has more (such as 'i0')"),
-    (TABLE, ["item\tkind", *ITEMS[1:]], "no column 'title' (found: 'item, kind')"),
+    (TABLE, ["item\ttitle", "z1\tFilm"], "(such as 'i0'); the best column, 'item', has 0"),
+    (TABLE, ["item\tkind", *ITEMS[1:]], "no column 'title', only ['item', 'kind']"),
     (TABLE, ITEMS[:1], "has 0 of the 6 items"), (json_grid(), ["[1]"], "line 1"),
     (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is no text"),
     (json_grid(), [{"asin": "i1", "title": "bad \ud83d emoji"}], "half of a character"),
@@ -1504,7 +1505,7 @@ def test_files_that_are_refused(tmp_path, lines, meta, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("gone", None, "no such file"), ("a.gz", gzip.compress(b""), "no pairs"),
+    ("gone", None, "no such file"), ("a.gz", gzip.compress(b""), "is empty"),
     ("a.zip", b"PK\3\4\xff\xfe\0" * 9, "unpack or export it"),
     ("a.bz2", bz2.compress(b"user\titem"), "is not UTF-8 text or gzip"),
     ("a.parquet", b"PAR1\x15\x04\x15\xb8", "is not UTF-8"),
@@ -1615,7 +1616,7 @@ def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path):
     meta = ["item\ttitle\trating\tother", "i0\tFilm 0\t3.9\tx",
             *(f"old{i}\tFilm\t4\ti{i}" for i in range(6))]
     _, items, _, out = prepared(tmp_path / "a", TABLE, meta=meta)
-    assert "WARNING" in out and "'item' has 1 of the 6 items; column 'other' has more" in out
+    assert "WARNING" in out and "'item' has 1 of the 6 items" in out and "'other', has 6" in out
     assert items[0]["title"] == "Film 0" and items[1]["title"] == "Item i1"
     assert items[0]["text"] == "x" and "row per item): rating" in out  # which is read of pairs
     meta = ["item\ttitle", *(f"i{i}\t?" for i in range(6))]
