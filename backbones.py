@@ -834,8 +834,8 @@ def pretrain(args):
     out = run / output_name("--out", args.out, "backbones.py pretrain", ".safetensors")
     args.batch_size, args.lr, args.epochs, args.m = sized_to_data(
         data, args.batch_size, args.lr, args.epochs, args.m)
-    if args.n > args.m:
-        fail(f"--n {args.n}: dns draws from the n best of m, m is {args.m}; lower --n or raise --m")
+    if args.n > (args.m if args.sampler == "dns" and args.loss == "bpr" else 1):
+        fail(f"--n {args.n}: is read by --sampler dns alone, and m is {args.m}; lower --n")
     # what the file depends on: made with these settings from these inputs, it is there already
     closed, text, inputs = args.backbone in CLOSED_FORMS, None, ["data.safetensors"]
     settings = settings_of(args)
@@ -1069,9 +1069,9 @@ def digests(run, *names):
     for name in names:
         path = Path(run) / name
         if name.startswith("negatives") and path.suffix not in (".safetensors", ".jsonl"):
-            there = Path(run).glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors")
-            parts = sorted(part.name for part in there) or shards(name, 1)
-            found[name] = json_digest(digests(run, *parts))
+            first = shards(name, 1)  # refuses what is no plain name
+            there = Path(run).glob(f"{name}-{'[0-9]' * 5}.safetensors")
+            found[name] = json_digest(digests(run, *(sorted(part.name for part in there) or first)))
         elif path.is_file():
             found[name] = read_header(path).get("digest") or file_digest(path)
         else:
@@ -1147,11 +1147,11 @@ def file_digest(path):
 
 
 def check_finite(path, tensors, remedy):
-    """Raise SystemExit2, naming file, tensor and row, when a value is NaN or infinite."""
+    """Raise SystemExit2, naming file, tensor and place, when a value is NaN or infinite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            row = int((~torch.isfinite(tensor)).nonzero()[0, 0]) if tensor.dim() else 0
-            fail(f"{path}: {name} has a NaN or infinity in row {row}; {remedy}")
+        bad = (~torch.isfinite(tensor)).nonzero()
+        if len(bad):
+            fail(f"{path}: {name}{bad[0].tolist()} is NaN or infinite; {remedy}")
 
 
 # the first word of a file's name -> the command that writes it; other files are pretrain's
@@ -1234,8 +1234,9 @@ def write_atomic(path, data):
 class SystemExit2(SystemExit):
     """A SystemExit with status 2 that keeps its one-line message, so that tests can read it."""
     def __init__(self, message):
-        super().__init__(2)
         self.message = " ".join(str(message).split())
+        super().__init__(self.message)
+        self.code = 2
 
 
 def fail(message):
@@ -1469,8 +1470,6 @@ def main(argv=None):
     for flag in set().union(*CLOSED_FORMS.values()) - {*CLOSED_FORMS.get(args.backbone, ())}:
         if flag in args:
             fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant; leave it out")
-    if args.n > 1 and (args.sampler != "dns" or args.loss != "bpr"):
-        fail(f"--n {args.n}: is read by --sampler dns alone; leave it out")
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
     pretrain(args)
