@@ -13,7 +13,6 @@ import argparse, ctypes, functools, hashlib, io, json, math, os, re, shlex, shut
 import time, warnings
 from collections import namedtuple
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -835,15 +834,14 @@ def pretrain(args):
     out = run / output_name("--out", args.out, "backbones.py pretrain", ".safetensors")
     args.batch_size, args.lr, args.epochs, args.m = sized_to_data(
         data, args.batch_size, args.lr, args.epochs, args.m)
-    if args.n > args.m:
-        fail(f"--n {args.n}: dns draws from the n best of m, m is {args.m}; lower --n or raise --m")
+    if args.n > (args.m if args.sampler == "dns" and args.loss == "bpr" else 1):
+        fail(f"--n {args.n}: is read by --sampler dns alone, and m is {args.m}; lower --n")
     # what the file depends on: made with these settings from these inputs, it is there already
-    closed, text = args.backbone in CLOSED_FORMS, None
-    settings = settings_of(args, *chain(*CLOSED_FORMS.values()))
+    closed, text, inputs = args.backbone in CLOSED_FORMS, None, ["data.safetensors"]
+    settings = settings_of(args)
     if closed:  # no seed, no training: it reads its own constants alone
-        settings = {"command": "pretrain", "backbone": args.backbone, "seed": None}
-        settings |= {name: getattr(args, name) for name in CLOSED_FORMS[args.backbone]}
-    inputs = ["data.safetensors"]
+        names = ("command", "backbone", *CLOSED_FORMS[args.backbone])
+        settings = {name: settings.get(name) for name in names} | {"seed": None}
     if args.text_vectors:
         readings = load_texts(run, args.text_vectors, data["n_items"])
         text = readings[len(readings) // 2]  # the middle layer's: most of the meaning
@@ -873,11 +871,10 @@ def train_baseline(args, data, text):
         step = make_softmax_step(model, train, reg=args.reg, n=args.shared, tau=args.tau)
     else:
         step = make_step(model, loss, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
-    names = ("epochs", "batch_size", "lr", "eval_every", "patience", "seed")
-    budget = {name: getattr(args, name) for name in names}
-    validate = validation(model, data, users=args.eval_users)
-    state, history = fit({"backbone": model}, step, len(train), validate, **budget,
-                         label=f"{args.backbone} {loss}")
+    state, history = fit(
+        {"backbone": model}, step, len(train), validation(model, data, users=args.eval_users),
+        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every,
+        patience=args.patience, seed=args.seed, label=f"{args.backbone} {loss}")
     with torch.no_grad():
         users, items = model.eval()()
     if text is not None:  # AlphaRec's vectors alone, which load_model makes an MF of
@@ -889,37 +886,31 @@ def train_baseline(args, data, text):
 def compute_closed_form(args, data, _):
     """A closed form for `pretrain`, from data of load_data; constants that were not given are
     chosen by validation -> tensors of its file, history: a row for each choice tried."""
-    start, name, shape = time.time(), args.backbone, (data["train"], data["n_users"])
+    start, name, history = time.time(), args.backbone, []
+    shape = (data["train"], data["n_users"], data["n_items"])
     form = {"pop": popularity, "itemknn": item_knn, "rp3": rp3beta, "ease": ease}[name]
-    history = []
-
-    @functools.lru_cache(maxsize=1)  # the last table alone, since all of them would not fit
-    def weight_of(*constants):
-        return form(*shape, data["n_items"], *constants)
+    form = functools.lru_cache(maxsize=1)(form)  # the last table alone: all would not fit
 
     def score_of(constants):
-        score = validation(ItemWeights(weight_of(*constants.values()), *shape), data)()
+        score = validation(ItemWeights(form(*shape, *constants.values()), *shape[:2]), data)()
         # epoch 0, so that reports read it as any model's
         history.append({"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start,
                         **constants})
         return score
 
     # what was given stays; the rest is searched. A trial takes a second, unlike one of `tune`
-    grid = {}
-    for flag, values in CLOSED_FORMS[name].items():
-        given = getattr(args, flag)
-        grid[flag] = values if given is None else (given,)
-    constants, score = line_search(score_of, grid)
+    constants, score = line_search(score_of, {
+        flag: [vars(args)[flag]] if flag in args else values
+        for flag, values in CLOSED_FORMS[name].items()})
     words = "".join(f", --{flag.replace('_', '-')} {value:g}" for flag, value in constants.items())
     print(f"{name}: valid NDCG@20 {score:.4f}{words}; {len(history)} tried, "
           f"{time.time() - start:.0f} s")
-    weight = weight_of(*constants.values())
-    tensors = {"weight": weight}
+    weight = form(*shape, *constants.values())
+    if weight.layout is torch.strided:
+        return {"weight": weight}, history
     # a file holds dense tensors: the three parts of a CSR
-    if weight.layout is not torch.strided:
-        tensors = {"indptr": weight.crow_indices(), "column": weight.col_indices(),
-                   "value": weight.values()}
-    return tensors, history
+    return {"indptr": weight.crow_indices(), "column": weight.col_indices(),
+            "value": weight.values()}, history
 
 
 def line_search(score_of, grid, point=None):
@@ -972,13 +963,12 @@ def load_model(path, data):
 def load_texts(run, name, n_items):
     """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own, a tensor per
     layer -> list of (I, H) float32, by name. Raises SystemExit2 for a bad shape or NaN."""
-    path = Path(run) / name if (Path(run) / name).exists() else Path(name)
-    if not path.is_file():
-        fail(f"--text-vectors {name}: no such file; make it with `python llm_negatives.py read`")
+    path = Path(run) / text_input(run, name)
     try:  # readings of another catalogue, and damaged ones, are refused
         tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
     except (SafetensorError, OSError) as error:
-        fail(f"{path}: cannot be read as safetensors ({error}); name another file")
+        fail(f"--text-vectors {path}: cannot be read as safetensors ({error}); name another file, "
+             "or make one with `python llm_negatives.py read`")
     for key, text in tensors.items():
         if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
             fail(f"--text-vectors {path}: {key} is {tuple(text.shape)}, not ({n_items}, width)")
@@ -1079,9 +1069,9 @@ def digests(run, *names):
     for name in names:
         path = Path(run) / name
         if name.startswith("negatives") and path.suffix not in (".safetensors", ".jsonl"):
-            there = Path(run).glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors")
-            parts = sorted(part.name for part in there) or shards(name, 1)
-            found[name] = json_digest(digests(run, *parts))
+            first = shards(name, 1)  # refuses what is no plain name
+            there = Path(run).glob(f"{name}-{'[0-9]' * 5}.safetensors")
+            found[name] = json_digest(digests(run, *(sorted(part.name for part in there) or first)))
         elif path.is_file():
             found[name] = read_header(path).get("digest") or file_digest(path)
         else:
@@ -1110,19 +1100,18 @@ def skip(path, settings, force=False):
     old = meta["settings"]
     if old.get("command") != new.get("command"):
         fail(f"{path}: holds what `{old.get('command')}` writes; choose another name")
-    # an input that has changed has a message of its own, in load_tensors
-    differ = [f"{key}={old.get(key)}, now {new.get(key)}" for key in sorted({**old, **new})
-              if key != "inputs" and old.get(key) != new.get(key)]
-    was, now = (", ".join(sorted(each.get("inputs", {}))) for each in (old, new))
-    if was != now:
-        differ.append(f"inputs {was}, now {now}")
-    if differ and not force:
-        fail(f"{path}: made with {'; '.join(differ)}; run `{writer_of(path)} --force` to remake it")
-    gone = [name for name in meta.get("beside", {}) if not (path.parent / name).exists()]
-    if gone and not force:
-        print(f"{path.parent / gone[0]} is gone: making it and {path.name} again")
-    if gone or force:
+    if force:
         return False
+    # of the inputs the names alone: one that has changed has a message of its own, in load_tensors
+    old, new = ({**each, "inputs": sorted(each.get("inputs", {}))} for each in (old, new))
+    differ = [f"{key}={old.get(key)}, now {new.get(key)}" for key in sorted({**old, **new})
+              if old.get(key) != new.get(key)]
+    if differ:
+        fail(f"{path}: made with {'; '.join(differ)}; run `{writer_of(path)} --force` to remake it")
+    for name in meta.get("beside", {}):
+        if not (path.parent / name).exists():
+            print(f"{path.parent / name} is gone: making it and {path.name} again")
+            return False
     load_tensors(path)  # that its inputs are still the same, and its own bytes
     print(f"skip: {path} is up to date")
     return True
@@ -1158,11 +1147,11 @@ def file_digest(path):
 
 
 def check_finite(path, tensors, remedy):
-    """Raise SystemExit2, naming file, tensor and row, when a value is NaN or infinite."""
+    """Raise SystemExit2, naming file, tensor and place, when a value is NaN or infinite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            row = int((~torch.isfinite(tensor)).nonzero()[0, 0]) if tensor.dim() else 0
-            fail(f"{path}: {name} has a NaN or infinity in row {row}; {remedy}")
+        bad = (~torch.isfinite(tensor)).nonzero()
+        if len(bad):
+            fail(f"{path}: {name}{bad[0].tolist()} is NaN or infinite; {remedy}")
 
 
 # the first word of a file's name -> the command that writes it; other files are pretrain's
@@ -1186,14 +1175,12 @@ def writer_of(path):
         guess = "blend" if "full" in stem else "train" if re.search("hnlmrec|judged", stem) else ""
         made = read_header(path).get("settings", {}).get("command", guess)
         command = f"hnlmrec.py {made}" if made in ("train", "blend") else "backbones.py pretrain"
-    flags = f"--out {stem if first == 'negatives' else name}"
+    flags = f" --out {stem if first == 'negatives' else name}"
     if first in ("sft", "adapter"):
-        flags = f"--name sft{stem.removeprefix(first)}"
+        flags = f" --name sft{stem.removeprefix(first)}"
     elif command.split()[1] in ("prepare", "report", "compare", "tune"):
-        flags = "…"
-    elif first in ("cf", "model") or Path(path).exists():
-        flags = f"… {flags}"
-    return f"python {command} --run {shlex.quote(str(run))} {flags}"
+        flags = ""
+    return f"python {command} --run {shlex.quote(str(run))} …{flags}"
 
 
 def output_name(flag, name, command, suffix="", word=""):
@@ -1325,10 +1312,9 @@ class Progress:
         line = f"{self.label} {done}/{self.total} {self.unit}  {rate:.1f}/s  "
         line += f"{(self.total - done) / max(rate, 1e-9):.0f} s left  {extra}".rstrip()
         # a line wider than the terminal would not be rewritten
-        if self.tty:
-            width = max(10, shutil.get_terminal_size().columns - 1)
-            line = "\r" + line[:width].ljust(width)
-        print(line, end="\n" if not self.tty or done >= self.total else "", flush=True)
+        width = max(10, shutil.get_terminal_size().columns - 1)
+        print(f"\r{line[:width]:{width}}" if self.tty else line, flush=True,
+              end="\n" if not self.tty or done >= self.total else "")
 
 # ---- Processes of torchrun -----------------------------------------------------------------------
 def start_processes(device):
@@ -1398,15 +1384,6 @@ def number(kind, low, high=None, open_low=False):
     return parse
 
 
-def device_name(text):
-    """An argparse type: cpu, cuda or cuda:N, where this machine has it."""
-    found, n_gpus = re.fullmatch(r"cpu|cuda(:(\d+))?", text), torch.cuda.device_count()
-    if not found or (text != "cpu" and int(found[2] or 0) >= n_gpus):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: give cpu, cuda or cuda:N, of the {n_gpus} GPUs that PyTorch sees")
-    return text
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, one line and status 2 on a bad flag."""
     def __init__(self, **kwargs):
@@ -1426,8 +1403,10 @@ def add_numbers(parser, *rows):
 def add_run_flags(parser):
     """The flags of every step that makes a file of a run, on a device."""
     parser.add_argument("--run", required=True, metavar="DIR", help="folder, of hnlmrec.py prepare")
-    parser.add_argument("--device", type=device_name, help="cpu, cuda or cuda:N",
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    gpus = ["cuda", *gpus] if gpus else []
+    parser.add_argument("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
+                        help="where to compute, of what PyTorch sees")
     parser.add_argument("--force", action="store_true", help="remake what other settings made")
 
 
@@ -1474,24 +1453,23 @@ def main(argv=None):
         ("--beta", number(float, 0), 0.75, "popularity exponent of pns"),
         ("--shared", number(int, 1), 256, "softmax's negatives, the same for all of a batch"),
         ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
+    unset = argparse.SUPPRESS  # not among the args, so not among the settings either
     add_numbers(
         p.add_argument_group("closed forms (pop, itemknn, rp3, ease), which read no other flag; "
                              "what is left out is chosen by validation"),
-        ("--shrink", number(float, 0), None, "itemknn: added to the cosine's denominator, users"),
-        ("--rp3-alpha", number(float, 0), None, "rp3: exponent of the transition probabilities"),
-        ("--rp3-beta", number(float, 0), None, "rp3: exponent of the popularity taken out"),
-        ("--topk", number(int, 0), None, "itemknn, rp3: neighbours kept of each item; 0: all"),
-        ("--ridge", number(float, 0, open_low=True), None, "ease: weight of its L2 term, lambda"))
+        ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),
+        ("--rp3-alpha", number(float, 0), unset, "rp3: exponent of the transition probabilities"),
+        ("--rp3-beta", number(float, 0), unset, "rp3: exponent of the popularity taken out"),
+        ("--topk", number(int, 0), unset, "itemknn, rp3: neighbours kept of each item; 0: all"),
+        ("--ridge", number(float, 0, open_low=True), unset, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
     if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")
     if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
         fail("--cosine: needs --loss softmax, and mf, lightgcn or ngcf, whose scores are products")
-    for flag in {*chain(*CLOSED_FORMS.values())} - {*CLOSED_FORMS.get(args.backbone, ())}:
-        if getattr(args, flag) is not None:
+    for flag in set().union(*CLOSED_FORMS.values()) - {*CLOSED_FORMS.get(args.backbone, ())}:
+        if flag in args:
             fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant; leave it out")
-    if args.n > 1 and (args.sampler != "dns" or args.loss != "bpr"):
-        fail(f"--n {args.n}: is read by --sampler dns alone; leave it out")
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
     pretrain(args)

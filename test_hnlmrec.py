@@ -649,7 +649,8 @@ def test_texts_of_ones_own_are_checked(tmp_path):
     path, hole = tmp_path / "texts.safetensors", torch.zeros(N_ITEMS, 3)
     hole[7, 1] = math.nan
     for tensors, message in (({"a": torch.zeros(29, 3)}, "a is (29, 3), not (30, width)"),
-                             ({"a": hole}, "row 7; fix that row"), ({}, "holds no tensor")):
+                             ({"a": hole}, "a[7, 1] is NaN or infinite; fix that row"),
+                             ({}, "holds no tensor")):
         save_file(tensors, path)
         assert message in message_of(backbones.load_texts, tmp_path, path.name, N_ITEMS)
     path.write_bytes(b"no")
@@ -659,10 +660,10 @@ def test_texts_of_ones_own_are_checked(tmp_path):
 def test_messages_name_the_command_that_makes_a_file(tmp_path):
     for name, command in (
             ("items.jsonl", "hnlmrec.py prepare --run R …"),
-            ("adapter-2/adapter_config.json", "llm_negatives.py finetune --run R --name sft-2"),
+            ("adapter-2/adapter_config.json", "llm_negatives.py finetune --run R … --name sft-2"),
             ("compare/HNLMRec.safetensors", "eval.py compare --run R …"),
             ("model-full.safetensors", "hnlmrec.py blend --run R … --out model-full.safetensors"),
-            ("negatives-00003.safetensors", "llm_negatives.py generate --run R --out negatives")):
+            ("negatives-00003.safetensors", "llm_negatives.py generate --run R … --out negatives")):
         assert backbones.writer_of(Path("R") / name) == f"python {command}"
     # a model of a name of one's own says itself who wrote it
     backbones.save_tensors(tmp_path / "model-mine.safetensors", {"a": torch.zeros(1)},
@@ -2483,7 +2484,7 @@ def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, mon
     shutil.copy(copied / "sft.safetensors", copied / "sft-x.safetensors")
     shutil.copytree(copied / "adapter", copied / "adapter-x")
     message = llm_refused(copied, tiny_llm, again, "--sft", "sft-x")
-    assert re.search(r"inputs .*sft\.safe.*, now .*sft-x\.safe.*--force", message)
+    assert re.search(r"inputs=.*sft\.safe.*, now .*sft-x\.safe.*--force", message)
     tensors, meta = backbones.load_tensors(shards[1])
     meta["settings"]["seed"] = 1
     backbones.save_tensors(shards[1], tensors, meta)
@@ -3730,7 +3731,7 @@ def test_damaged_files_are_named_by_whoever_reads_them(copied, name, tiny_llm):
         tensors, meta = backbones.load_tensors(path)
         tensors["item"][7, 2] = math.nan
         backbones.save_tensors(path, tensors, meta)
-        assert "item has a NaN or infinity in row 7" in refused(script, *words, "--run", copied)
+        assert "item[7, 2] is NaN or infinite" in refused(script, *words, "--run", copied)
 
 
 OTHERS = "writes|names files of|by `"  # --force overwrites no file of another command's either
@@ -3739,10 +3740,10 @@ BAD_FLAGS = {
     "backbones.py pretrain": [
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
         ("--backbone ease", "no vectors"), ("--topk 3", "lightgcn has no such constant"),
-        ("--text-vectors none", "no such file"), ("--text-vectors x --backbone neumf", "not neumf"),
+        ("--text-vectors none", "No such file"), ("--text-vectors x --backbone neumf", "not neumf"),
         ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "no int"),
         ("--lr nan", "--lr"), (f"--seed {2**64}", "--seed"), ("--epo 1", "--epo"),
-        ("--device gpu", "give cpu"), ("--device cuda:99", "give cpu"),
+        ("--device gpu", "'gpu' .*'cpu'"), ("--device cuda:99", "'cuda:99' .*'cpu'"),
         ("--backbone neumf --dim 33 --out x.safetensors", "--dim 33"),
         ("--run nowhere", "nowhere/data.safetensors: no such file; make it with `python hnlm"),
         ("--out sft-x.safetensors", "sft names files of `python llm_negatives.py finetune`"),
