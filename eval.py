@@ -1069,8 +1069,9 @@ def recommend(args):
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
     more = f"; … ({len(liked)} items)" if len(liked) > 8 else ""  # eight fit on two lines
     print(f"user {user} liked: {'; '.join(titles[n] for n in liked[:8])}{more}")
-    best, = rank_unseen(model, torch.tensor([row]), seen_before(data, "test"), args.k)
-    scores, = model.scores(torch.tensor([row]))
+    one = torch.tensor([row])
+    best, = rank_unseen(model, one, seen_before(data, "test"), args.k)
+    scores, = model.scores(one)
     print("recommended:")
     for rank, item in enumerate(best[best >= 0].tolist(), 1):
         print(f"  {rank:>3}  {scores[item]:8.4f}  {titles[item]}")

@@ -36,8 +36,8 @@ from transformers.pytorch_utils import Conv1D
 from backbones import (
     SHARD_USERS, Parser, Progress, add_band_flags, add_run_flags, check_finite, check_inputs,
     digests, fail, load_data, load_model, load_tensors, mine_hard_negatives, mining_band, mixgcf,
-    number, output_name, rank, read_jsonl, restore, run_cli, save_tensors, settings_of, shards,
-    skip, start_processes, sum_over, user_rows, world, write_atomic)
+    number, output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
+    start_processes, sum_over, user_rows, world, write_atomic)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
 # Four pieces, so that what is shared is computed once:
@@ -964,8 +964,7 @@ def save_tuned(out, llm, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
     # nothing is written of a fine-tuning that went wrong
     adapter = out.parent / adapter_folder(out.stem)
-    tensors = {f"soft.{name}": value for name, value in soft_tokens.state_dict().items()}
-    tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    tensors = nn.ModuleDict({"soft": soft_tokens, "head": head}).state_dict()
     check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
     # in a temporary folder, so that nobody sees an adapter half-written
     temporary = adapter.with_name(f".{adapter.name}.tmp")
@@ -1006,7 +1005,7 @@ def load_sft(run, name, llm, device, lora=True):
     some = torch.zeros(2, meta["dim"])
     model, prompt, soft_tokens, head = load_encoder(
         llm, s, {"user": some, "item": some}, device, meta["frame"])
-    restore({"soft": soft_tokens, "head": head}, tensors)
+    nn.ModuleDict({"soft": soft_tokens, "head": head}).load_state_dict(tensors)
     if lora:
         from peft import PeftModel  # here, since it takes two seconds to import
         try:  # in the LLM's number format, so that nothing is converted in each layer
