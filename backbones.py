@@ -1319,7 +1319,7 @@ class Progress:
 # ---- Processes of torchrun -----------------------------------------------------------------------
 def start_processes(device):
     """-> the device of this process: `device`, or under torchrun a GPU of its own."""
-    if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
+    if os.environ.get("WORLD_SIZE", "") in ("", "0", "1") or world() > 1:  # alone, or started
         return device
     # without torchrun nobody else would come, and the wait would have no end
     numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
@@ -1443,7 +1443,7 @@ def main(argv=None):
     parser = Parser(prog="backbones.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     p = commands.add_parser("pretrain", help="train a backbone, or compute a closed form")
-    add_training_flags(p, CLOSED_FORMS)
+    add_training_flags(p, (*CLOSED_FORMS, "closed"))
     p.add_argument("--loss", choices=["bpr", "softmax"], default="bpr", help="softmax: no sampler")
     p.add_argument("--cosine", action="store_true", help="softmax of cosines: vectors of norm 1")
     p.add_argument("--text-vectors", metavar="FILE", help="AlphaRec: texts.safetensors or your own")
@@ -1455,14 +1455,17 @@ def main(argv=None):
         ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
     unset = argparse.SUPPRESS  # not among the args, so not among the settings either
     add_numbers(
-        p.add_argument_group("closed forms (pop, itemknn, rp3, ease), which read no other flag; "
-                             "what is left out is chosen by validation"),
+        p.add_argument_group("closed forms (pop, itemknn, rp3, ease; closed: all four), which read "
+                             "no other flag; what is left out is chosen by validation"),
         ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),
         ("--rp3-alpha", number(float, 0), unset, "rp3: exponent of the transition probabilities"),
         ("--rp3-beta", number(float, 0), unset, "rp3: exponent of the popularity taken out"),
         ("--topk", number(int, 0), unset, "itemknn, rp3: neighbours kept of each item; 0: all"),
         ("--ridge", number(float, 0, open_low=True), unset, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
+    closed = args.backbone == "closed"
+    if closed and args.out != "cf.safetensors":
+        fail(f"--out {args.out}: the closed forms go to model-NAME.safetensors; leave it out")
     if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")
     if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
@@ -1472,7 +1475,12 @@ def main(argv=None):
             fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant; leave it out")
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
-    pretrain(args)
+    # all four in one start of Python; ease, which refuses a large catalogue, is the last
+    for name in CLOSED_FORMS if closed else ():
+        own = {"backbone": name, "out": f"model-{name}.safetensors"}
+        pretrain(argparse.Namespace(**vars(args) | own))
+    if not closed:
+        pretrain(args)
 
 
 if __name__ == "__main__":

@@ -618,6 +618,13 @@ def test_closed_forms_and_softmax_by_command(small_run):
     weight = backbones.rp3beta(*shape, best["rp3_alpha"], 0.2, best["topk"])
     assert torch.equal(model.weight.to_dense(), weight.to_dense())
     assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
+    pretrain("--backbone", "closed", "--force")  # all four, each as by itself
+    for name in backbones.CLOSED_FORMS:
+        tensors, meta = backbones.load_tensors(run / f"model-{name}.safetensors")
+        pretrain("--backbone", name, "--out", "model-one.safetensors", "--force")
+        one, meta_one = backbones.load_tensors(run / "model-one.safetensors")
+        assert meta["settings"] == meta_one["settings"] and one.keys() == tensors.keys()
+        assert all(torch.equal(one[key], tensors[key]) for key in one)
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")
     for name, *words in (["softmax"], ["alpharec", "--text-vectors", "own.safetensors"]):
         pretrain("--loss", "softmax", "--cosine", *words, "--out", f"model-{name}.safetensors")
@@ -3739,7 +3746,8 @@ OTHERS = "writes|names files of|by `"  # --force overwrites no file of another c
 BAD_FLAGS = {
     "backbones.py pretrain": [
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
-        ("--backbone ease", "no vectors"), ("--topk 3", "lightgcn has no such constant"),
+        ("--backbone ease", "no vectors"), ("--backbone closed --out x.safetensors", "go to model"),
+        ("--backbone closed --topk 3", "closed has no such"), ("--topk 3", "lightgcn has no such"),
         ("--text-vectors none", "No such file"), ("--text-vectors x --backbone neumf", "not neumf"),
         ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "no int"),
         ("--lr nan", "--lr"), (f"--seed {2**64}", "--seed"), ("--epo 1", "--epo"),
