@@ -36,8 +36,8 @@ from transformers.pytorch_utils import Conv1D
 from backbones import (
     SHARD_USERS, Parser, Progress, add_band_flags, add_run_flags, check_finite, check_inputs,
     digests, fail, load_data, load_model, load_tensors, mine_hard_negatives, mining_band, mixgcf,
-    number, output_name, rank, read_jsonl, restore, run_cli, save_tensors, settings_of, shards,
-    skip, start_processes, sum_over, user_rows, world, write_atomic)
+    number, output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
+    start_processes, sum_over, user_rows, world, write_atomic)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
 # Four pieces, so that what is shared is computed once:
@@ -687,11 +687,11 @@ def end_tokens(model, tokenizer):
     # Llama-3-8B-Instruct as published in April 2024 names its end of a turn in neither, so what the
     # chat template puts right after a turn is one too
     turns = [{"role": role, "content": PLACE} for role in ("user", "assistant")]
-    for some in (turns[:1], turns) if tokenizer.chat_template else ():
+    if tokenizer.chat_template:
         with contextlib.suppress(Exception):  # a template may want other turns
-            after = tokenizer.apply_chat_template(some, tokenize=False).split(PLACE)[-1]
-            if control_tokens(tokenizer).match(after):
-                ends.update(frame_ids(tokenizer, after)[:1])
+            for after in tokenizer.apply_chat_template(turns, tokenize=False).split(PLACE)[1:]:
+                if control_tokens(tokenizer).match(after):
+                    ends.update(frame_ids(tokenizer, after)[:1])
     return ends
 
 
@@ -788,7 +788,7 @@ def load_encoder(llm, s, cf, device, frame=None):
     """The encoder before fine-tuning -> (llm, prompt, soft_tokens, head). llm: folder or id; s: the
     settings of `finetune`; cf: {"user" (U, d), "item" (I, d)}; frame: as Prompt's."""
     model, tokenizer = load_llm(llm, AutoModel, s.dtype, device, s.llm_layers), load_tokenizer(llm)
-    frame = from_all(frame or chat_frame(tokenizer, INSTRUCTION))[0]
+    frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]  # of a file: the same for all
     prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, frame)
     check_pieces(llm, model, tokenizer, prompt.shared + prompt.ask)
     # into the LLM and out of it: R^d -> R^H, R^H -> R^d
@@ -811,8 +811,7 @@ def prepare_training(args, cf, frame):
     llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, LORA_DROPOUT)
     # two groups, since tune() gives LoRA a rate of its own
     lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
-    maps = {f"soft.{name}": p for name, p in soft_tokens.named_parameters()}
-    maps |= {f"head.{name}": p for name, p in head.named_parameters()}
+    maps = dict(nn.ModuleDict({"soft": soft_tokens, "head": head}).named_parameters())
     optimizer = torch.optim.AdamW([{"params": [*lora.values()]}, {"params": [*maps.values()]}])
     # beside the parameters, what the warm-up standardises by, and Adam's moments, which Adam itself
     # would make in its first step; its count of steps belongs on the CPU
@@ -943,8 +942,7 @@ def save_tuned(out, llm, prompt, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
     # nothing is written of a fine-tuning that went wrong
     adapter = out.parent / adapter_folder(out.stem)
-    tensors = {f"soft.{name}": value for name, value in soft_tokens.state_dict().items()}
-    tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    tensors = nn.ModuleDict({"soft": soft_tokens, "head": head}).state_dict()
     check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
     # peft holds a set: sorted, two runs give one file
     config = llm.peft_config["default"]
@@ -985,7 +983,7 @@ def load_sft(run, name, llm, device, lora=True):
     some = torch.zeros(2, meta["dim"])
     model, prompt, soft_tokens, head = load_encoder(
         llm, s, {"user": some, "item": some}, device, meta["frame"])
-    restore({"soft": soft_tokens, "head": head}, tensors)
+    nn.ModuleDict({"soft": soft_tokens, "head": head}).load_state_dict(tensors)
     if lora:  # in the LLM's number format, so that nothing is converted in each layer
         from peft import PeftModel  # here, since it takes two seconds to import
         model = PeftModel.from_pretrained(model, path.parent / adapter_folder(name))
@@ -1071,7 +1069,7 @@ def read(args):
         texts = [texts[n] for n in torch.randperm(len(texts)).tolist()]
     if args.control == "tfidf":
         readings = [tf_idf([text_ids(tokenizer, text) for text in texts])]
-    else:  # the words of all items, the layers of the most popular ones: layers are what takes time
+    else:
         try:
             # one more than are read: behind the last there is the final norm
             llm = load_llm(args.llm, AutoModel, args.dtype, args.device, min(layers[-1] + 1, depth))
@@ -1080,14 +1078,14 @@ def read(args):
         if args.control == "random":  # the same architecture, that has read nothing yet
             llm = AutoModel.from_config(llm.config).to(args.device, llm.dtype).eval()
         check_tokens(args.llm, llm, tokenizer, [tokenizer.bos_token_id or 0])
+        # the words of all items, the layers of the most popular ones: layers are what takes time
+        readings = [] if layers[0] else read_layers(llm, tokenizer, texts, [0])
         popular = busiest(data["train"][:, 1], len(texts), args.most)
-        readings = []
-        for reading in read_layers(llm, tokenizer, [texts[n] for n in popular], layers):
+        some, deep = [texts[n] for n in popular], [layer for layer in layers if layer]
+        for reading in read_layers(llm, tokenizer, some, deep) if deep else ():
             readings.append(reading.mean(0).repeat(len(texts), 1))  # (I, H), for those not read
             readings[-1][popular] = reading
         if len(popular) < len(texts):
-            if not layers[0]:
-                readings[0] = read_layers(llm, tokenizer, texts, [0])[0]
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
                   "the others have their words and the mean of the layers")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}

@@ -2197,8 +2197,7 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
     ("A group of old friends save a group of old friends.", "loop"),
     ("A film for those who love the", "cut"), ("A film for fans of Dr.", "cut")])
 def test_faults_of_profiles(sentence, fault):
-    prompts = [text for pair in llm_negatives.ITEM_EXAMPLES for text in pair]
-    assert llm_negatives.fault_of(sentence, "Jaws (1975)", prompts) == fault
+    assert llm_negatives.fault_of(sentence, "Jaws (1975)") == fault
 
 
 # ---- A run of every step: from a ratings file to the report --------------------------------------
@@ -2441,10 +2440,10 @@ def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
     _, prompt, *_, meta = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
     assert list(prompt.frame) == meta["frame"] and llm_negatives.INSTRUCTION in prompt.frame[0]
     header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
-    file = llm_negatives.Profiles(finished / "profiles.jsonl", header["settings"], False)
+    args = Namespace(llm=tiny_llm, dtype="float32", device="cpu", force=False)
+    file = llm_negatives.Profiles(args, finished / "profiles.jsonl", header["settings"])
+    file.load_llm()
     assert set(file.frames) == {"item", "user"} and len(file.made) == 70
-    args = Namespace(llm=tiny_llm, new_tokens=3, batch_size=2)
-    llm_negatives.Writer(args, torch.float32, "cpu", file.frames)
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
@@ -2528,9 +2527,9 @@ def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeyp
 
 
 def test_fine_tuning_resumes_where_it_was_killed(copied, tiny_llm, monkeypatch):
-    whole, save = tuned(copied, "sft"), partial(killed_after, llm_negatives.save_partial)
+    whole, save = tuned(copied, "sft"), partial(killed_after, llm_negatives.save_tensors)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(llm_negatives, "save_partial", save)
+        patch.setattr(llm_negatives, "save_tensors", save)
         tune(copied, tiny_llm, "sft-cut")
     # another number format is another result
     message = message_of(tune, copied, tiny_llm, "sft-cut", "--dtype", "bf16")
