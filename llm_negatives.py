@@ -788,7 +788,8 @@ def load_encoder(llm, s, cf, device, frame=None):
     """The encoder before fine-tuning -> (llm, prompt, soft_tokens, head). llm: folder or id; s: the
     settings of `finetune`; cf: {"user" (U, d), "item" (I, d)}; frame: as Prompt's."""
     model, tokenizer = load_llm(llm, AutoModel, s.dtype, device, s.llm_layers), load_tokenizer(llm)
-    frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]  # of a file: the same for all
+    # process 0's for all, unless it comes from a file: then not all may be here
+    frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]
     prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, frame)
     check_pieces(llm, model, tokenizer, prompt.shared + prompt.ask)
     # into the LLM and out of it: R^d -> R^H, R^H -> R^d
@@ -807,7 +808,7 @@ def prepare_training(args, cf, frame):
     # on a CPU the backward pass of the fused attention makes a step a third longer
     if args.device == "cpu":
         llm.set_attn_implementation("eager")
-    targets = [name.strip() for name in args.lora_targets.split(",")]
+    targets = args.lora_targets.replace(" ", "").split(",")
     llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, LORA_DROPOUT)
     # two groups, since tune() gives LoRA a rate of its own
     lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
@@ -941,7 +942,7 @@ def finetune(args):
 def save_tuned(out, llm, prompt, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
     # nothing is written of a fine-tuning that went wrong
-    adapter = out.parent / adapter_folder(out.stem)
+    adapter = out.with_name("adapter" + out.stem.removeprefix("sft"))
     tensors = nn.ModuleDict({"soft": soft_tokens, "head": head}).state_dict()
     check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
     # peft holds a set: sorted, two runs give one file
@@ -965,11 +966,6 @@ def save_tuned(out, llm, prompt, soft_tokens, head, meta):
     print(f"wrote {adapter} and {out}, {meta['seconds']:.0f} s")
 
 
-def adapter_folder(name):
-    """sft -> adapter, sft-template -> adapter-template: LoRA's folder beside NAME.safetensors."""
-    return "adapter" + name.removeprefix("sft")
-
-
 def load_sft(run, name, llm, device, lora=True):
     """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). lora:
     False leaves the LLM as it came. Raises SystemExit2 for another LLM or adapter."""
@@ -986,7 +982,8 @@ def load_sft(run, name, llm, device, lora=True):
     nn.ModuleDict({"soft": soft_tokens, "head": head}).load_state_dict(tensors)
     if lora:  # in the LLM's number format, so that nothing is converted in each layer
         from peft import PeftModel  # here, since it takes two seconds to import
-        model = PeftModel.from_pretrained(model, path.parent / adapter_folder(name))
+        model = PeftModel.from_pretrained(
+            model, path.with_name("adapter" + name.removeprefix("sft")))
         model = model.to(model.dtype).eval()
     return model, prompt, soft_tokens.eval(), head.eval(), meta
 
@@ -1020,7 +1017,7 @@ def generate(args):
                                                      args.finetune)
         cf, _ = load_tensors(run / tuned["cf"], args.device)
         texts = load_profiles(run, tuned["profiles"])
-    # the zero-shot ablation: maps and head are untrained too
+        # the zero-shot ablation: maps and head are untrained too
         if not args.finetune:
             torch.manual_seed(args.seed)
             for module in (*soft_tokens.maps, head.linear):
@@ -1102,7 +1099,7 @@ def busiest(column, count, most):
 
 def read_profiles(path):
     """profiles.jsonl -> (its settings, the chat template's frames, {(kind, raw id): profile})."""
-    head, *rows = read_jsonl(path, growing=True) or [{}]  # growing: a kill leaves half a line
+    head, *rows = read_jsonl(path) or [{}]
     with contextlib.suppress(KeyError, TypeError):  # rows of another shape
         made = {(row["kind"], row["raw"]): row["profile"] for row in rows}
         settings = head["settings"]
@@ -1186,17 +1183,14 @@ class Profiles:
         past = run_piece(self.model.base_model, [frame_ids(self.tokenizer, head)])[2]
         # similar lengths together, so that little is padding
         order, size = sorted(ids, key=lambda n: len(ids[n])), self.args.batch_size
-        batches = [order[at:at + size] for at in range(0, len(order), size)]
         # each process writes a batch, and all get all: users' prompts quote items' profiles
-        for at in range(0, len(batches), world()):
-            parts, texts = batches[at:at + world()], []
-            if rank() < len(parts):
-                texts = write_texts(self.model, self.tokenizer, past,
-                                    [ids[n] for n in parts[rank()]], self.args.new_tokens,
-                                    self.ends)
-            for numbers, texts in zip(parts, from_all(texts)):
-                for n, text in zip(numbers, texts):
-                    yield n, f"{BEGINNING[kind]} {text}".strip() if text else ""
+        for at in range(0, len(order), size * world()):
+            numbers, texts = order[at:at + size * world()], []
+            if mine := numbers[size * rank():][:size]:
+                texts = write_texts(self.model, self.tokenizer, past, [ids[n] for n in mine],
+                                    self.args.new_tokens, self.ends)
+            for n, text in zip(numbers, sum(from_all(texts), [])):
+                yield n, f"{BEGINNING[kind]} {text}".strip() if text else ""
 
 
 def profile(args):
@@ -1219,8 +1213,8 @@ def profile(args):
     active, popular = [], []
     if by_llm:
         file.load_llm()
-        active, popular = (busiest(data["train"][:, column], count, args.llm_rows)
-                           for column, count in enumerate((len(users), len(items))))
+        popular = busiest(data["train"][:, 1], len(items), args.llm_rows)
+        active = busiest(data["train"][:, 0], len(users), args.llm_rows)
     # items, by their metadata
     titles, texts = [row["title"] for row in items], [row["text"] for row in items]
     requests = {n: f"Item: {titles[n]}. {texts[n]}".strip() for n in popular}

@@ -2377,8 +2377,8 @@ llm_refused = partial(message_of, llm_main)
 
 def tuned(run, name):
     """All that fine-tuning learned: the tensors of NAME.safetensors and of its adapter."""
-    adapter = load_file(run / llm_negatives.adapter_folder(name) / "adapter_model.safetensors")
-    return {**backbones.load_tensors(run / f"{name}.safetensors")[0], **adapter}
+    adapter = run / name.replace("sft", "adapter") / "adapter_model.safetensors"
+    return {**backbones.load_tensors(run / f"{name}.safetensors")[0], **load_file(adapter)}
 
 
 def tune(run, llm, name, *flags):
@@ -2418,13 +2418,19 @@ def test_profiles_are_the_llms_for_the_busiest_and_faults_become_metadata(
     rows = backbones.read_jsonl(finished / "users.jsonl")
     reviewed = sum(bool(rows[u]["reviews"]) for u in busiest.tolist())
     assert sum("They wrote: fine" in text for text in users) == reviewed > 0
-    # a kill in the middle of a line: the rest is made again, and no more
-    path = copied / "profiles-x.jsonl"
-    whole = path.read_text().splitlines()
-    path.write_text("\n".join(whole[:38]) + '\n{"kind": "it')
-    llm_main(copied, tiny_llm, PROFILE, "--out", "profiles-x.jsonl", "--batch-size", 4)
-    again = path.read_text().splitlines()
-    assert again[:38] == whole[:38] and len(again) == 71
+    # killed in the third batch: of what each minute saves nothing is made again
+    path, written[:] = copied / "profiles-y.jsonl", []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        clock = itertools.count(step=61)
+        patch.setattr(llm_negatives, "time", Namespace(time=lambda: next(clock)))
+        patch.setattr(llm_negatives, "write_texts", lambda *args: (
+            write(*args) if len(written) < 8 else killed_after(list)))
+        llm_main(copied, tiny_llm, PROFILE, "--out", path.name, "--batch-size", 4)
+    saved = path.read_text()
+    assert len(saved.splitlines()) == 39
+    llm_main(copied, tiny_llm, PROFILE, "--out", path.name, "--batch-size", 4)
+    assert path.read_text() == (copied / "profiles-x.jsonl").read_text()
+    assert path.read_text().startswith(saved) and len(written) == 20
     assert "skip:" in llm_main(copied, tiny_llm, PROFILE, "--out", "profiles-x.jsonl")
     assert "made with seed=0, now 1" in llm_refused(copied, tiny_llm, PROFILE, "--seed", 1)
     llm_main(copied, None, "profile --profiles template --out profiles-t.jsonl")
