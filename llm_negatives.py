@@ -1099,7 +1099,8 @@ def busiest(column, count, most):
 
 def read_profiles(path):
     """profiles.jsonl -> (its settings, the chat template's frames, {(kind, raw id): profile})."""
-    head, *rows = read_jsonl(path) or [{}]
+    # growing: killed programs of an earlier version have left half a line
+    head, *rows = read_jsonl(path, growing=True) or [{}]
     with contextlib.suppress(KeyError, TypeError):  # rows of another shape
         made = {(row["kind"], row["raw"]): row["profile"] for row in rows}
         settings = head["settings"]
