@@ -37,7 +37,7 @@ from backbones import (
     SHARD_USERS, Parser, Progress, add_band_flags, add_run_flags, check_finite, check_inputs,
     digests, fail, load_data, load_model, load_tensors, mine_hard_negatives, mining_band, mixgcf,
     number, output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
-    start_processes, sum_over, user_rows, world, write_atomic)
+    start_processes, sum_over, user_rows, world, write_atomic, writer_of)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
 # Four pieces, so that what is shared is computed once:
@@ -587,32 +587,21 @@ def tf_idf(id_lists, width=512):
 # prefix is run once, so they cost nothing, and a small LLM then writes about the item instead of "A
 # classic, a classic." Of the examples tried, these had the fewest words copied into its answers.
 
-ITEM_SYSTEM = "You describe, in one short sentence, what an item is like and who would enjoy it."
-ITEM_EXAMPLES = (
+SYSTEM = {
+    "item": "You describe, in one short sentence, what an item is like and who would enjoy it.",
+    "user": "You describe, in one short sentence, the taste of a person from the items they liked."}
+EXAMPLES = {"item": (
     ("Item: Settlers of Catan. Board game Strategy",
      "A board game of trading and building settlements, for players who like to plan."),
     ("Item: Abbey Road. Vinyl Rock",
-     "A rock album of rich harmonies, for listeners who enjoy melodic guitar music."))
-USER_SYSTEM = ("You describe, in one short sentence, the taste of a person from the items they "
-               "liked.")
-USER_EXAMPLES = (
+     "A rock album of rich harmonies, for listeners who enjoy melodic guitar music.")), "user": (
     ("Liked: Settlers of Catan (A board game of trading and building) Ticket to Ride (A game of "
      "railways)", "Enjoys clever games with friends, of planning, trading and building."),
     ("Liked: Abbey Road (A classic rock album) Kind of Blue (A calm jazz record)",
-     "Enjoys melodic records, rich harmonies and calm solos."))
-USER_BEGINNING = "Enjoys"  # each answer begins so: a small LLM would begin by copying the list
-
-
-def item_request(item):
-    """The user's turn for a row of items.jsonl."""
-    return f"Item: {item['title']}. {item['text']}".strip()
-
-
-def user_request(history, reviews):
-    """The user's turn for one user: history, a list of (title, profile); reviews, the user's."""
-    # a profile's first clause says what the item is; "for readers who …" would be copied
-    liked = [f"{title} ({re.split('[,;，；]', text)[0].rstrip('. ')})" for title, text in history]
-    return " ".join(["Liked:", *liked, *(f"They wrote: {text}" for text in reviews)])
+     "Enjoys melodic records, rich harmonies and calm solos."))}
+# how each answer begins: about a user a small LLM would begin by copying the list
+BEGINNING = {"item": "", "user": "Enjoys"}
+WITHOUT_LLM = {"item": "{}", "user": "Likes {}."}  # of an item's text, of a user's titles
 
 
 # words whose stop ends no sentence
@@ -665,26 +654,29 @@ def answer(text, tokenizer):
     return re.sub(r"^[^\n]{,80}:\s*\n", "", said).lstrip()  # without "Here is the sentence:"
 
 
-def fault_of(sentence, title, prompts):
-    """Why a sentence is no profile -> "empty", "prompt" (it repeats a text of `prompts`), "title"
-    (and no more), "loop" (it repeats itself), "cut" (it has no end), or "" for a good one."""
-    words = re.findall(r"\w+", sentence.lower())
+def words_of(text):
+    return re.findall(r"\w+", text.lower())
 
-    def runs(words, n):
-        return Counter(tuple(words[k:k + n]) for k in range(len(words) - n + 1))
 
-    if not words:
-        return "empty"
+def runs_of(words, n):
+    """Each n words in a row, with how often they come."""
+    return Counter(tuple(words[k:k + n]) for k in range(len(words) - n + 1))
+
+
+def fault_of(sentence, title):
+    """Why a sentence is no profile -> "empty", "prompt" (it repeats a text of the prompt), "loop"
+    (it repeats itself), "title" (and no more), "cut" (it has no end), or "" for a good one."""
+    words = words_of(sentence)
     # seven words in a row are no coincidence; a small LLM's own phrases share five or six
-    if any(runs(words, 7) & runs(re.findall(r"\w+", text.lower()), 7) for text in prompts):
-        return "prompt"
-    if words[0] in ("item", "liked") or sentence.count(": ") > 1:  # the request's own form
-        return "prompt"
-    if max(runs(words, 4).values(), default=0) > 1 or len(set(words)) < 0.6 * len(words):
-        return "loop"
-    if len(set(words) - set(re.findall(r"\w+", title.lower())) - {"a", "an", "the", "is"}) < 3:
-        return "title"
-    return "" if sentence_ends(sentence)[-1:] == [len(sentence)] else "cut"
+    shown = sum((*EXAMPLES["item"], *EXAMPLES["user"]), tuple(SYSTEM.values()))
+    copied = any(runs_of(words, 7) & runs_of(words_of(text), 7) for text in shown)
+    request = words[:1] in (["item"], ["liked"]) or sentence.count(": ") > 1  # its own form
+    again = max(runs_of(words, 4).values(), default=0) > 1
+    new = set(words) - {*words_of(title), "a", "an", "the", "is"}
+    faults = {"empty": not words, "prompt": copied or request,
+              "loop": again or len(set(words)) < 0.6 * len(words), "title": len(new) < 3,
+              "cut": sentence_ends(sentence)[-1:] != [len(sentence)]}
+    return next((fault for fault, found in faults.items() if found), "")
 
 
 def end_tokens(model, tokenizer):
@@ -695,11 +687,11 @@ def end_tokens(model, tokenizer):
     # Llama-3-8B-Instruct as published in April 2024 names its end of a turn in neither, so what the
     # chat template puts right after a turn is one too
     turns = [{"role": role, "content": PLACE} for role in ("user", "assistant")]
-    for some in (turns[:1], turns) if tokenizer.chat_template else ():
+    if tokenizer.chat_template:
         with contextlib.suppress(Exception):  # a template may want other turns
-            after = tokenizer.apply_chat_template(some, tokenize=False).split(PLACE)[-1]
-            if control_tokens(tokenizer).match(after):
-                ends.update(frame_ids(tokenizer, after)[:1])
+            for after in tokenizer.apply_chat_template(turns, tokenize=False).split(PLACE)[1:]:
+                if control_tokens(tokenizer).match(after):
+                    ends.update(frame_ids(tokenizer, after)[:1])
     return ends
 
 
@@ -709,14 +701,15 @@ def best_new(logits, written, tokenizer):
     # small LLMs loop otherwise
     chosen = []
     for candidates, ids in zip(logits.topk(8).indices.tolist(), written):
-        pairs, choice = set(zip(ids, ids[1:])), candidates[0]
+        pairs = set(zip(ids, ids[1:]))
         for token in candidates:
             again = token in ids[-2:] or (*ids[-1:], token) in pairs
             # digits may repeat, as in 2000, and so may commas
             if not again or not re.search(r"[^\W\d]", tokenizer.decode([token])):
-                choice = token
                 break
-        chosen.append(choice)
+        else:
+            token = candidates[0]
+        chosen.append(token)
     return chosen
 
 
@@ -765,7 +758,6 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
 LORA_DROPOUT = 0.05  # the paper's
 PROFILE_DROPOUT = 0.2  # share of users without a profile: no reliance on a known user's text
 LR_MAPS = 3e-4  # of soft-token maps and head: below LoRA's default, as the head is fitted before
-MAKER = "python llm_negatives.py"
 ITEMS_PER_USER = 2  # pairs of a user in a step: the prefix is shared, and a batch has many users
 
 
@@ -781,14 +773,14 @@ def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
     """Print and return hit rates on both held-back sets: {label: {set: rate}}."""
     result = {}
     for drop in drops:
-        name, rates = f"{label}, without the {drop}" if drop else label, {}
+        name = f"{label}, without the {drop}" if drop else label
+        rates = result[name] = {}
         for held, rows in task.held.items():
             if len(rows):
                 hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop)
                 rates[held] = task.hit_rate(head(hidden), rows)
-        result[name] = rates
-        columns = [f"{held} {rate:.3f}   " for held, rate in rates.items()]
-        print(f"  hit rate {name:<45}" + "".join(columns))
+        columns = "".join(f"{held} {rate:.3f}   " for held, rate in rates.items())
+        print(f"  hit rate {name:<45}{columns}")
     return result
 
 
@@ -796,6 +788,7 @@ def load_encoder(llm, s, cf, device, frame=None):
     """The encoder before fine-tuning -> (llm, prompt, soft_tokens, head). llm: folder or id; s: the
     settings of `finetune`; cf: {"user" (U, d), "item" (I, d)}; frame: as Prompt's."""
     model, tokenizer = load_llm(llm, AutoModel, s.dtype, device, s.llm_layers), load_tokenizer(llm)
+    # process 0's for all, unless it comes from a file: then not all may be here
     frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]
     prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, frame)
     check_pieces(llm, model, tokenizer, prompt.shared + prompt.ask)
@@ -807,24 +800,29 @@ def load_encoder(llm, s, cf, device, frame=None):
     return model, prompt, soft_tokens, Head(hidden_size, cf["item"].shape[1]).to(device)
 
 
-def prepare_training(args, cf, device, frame):
+def prepare_training(args, cf, frame):
     """load_encoder and LoRA -> (encoder, optimizer, {name: tensor} that a saved state holds)."""
-    llm, prompt, soft_tokens, head = load_encoder(args.llm, args, cf, device, frame)
+    llm, prompt, soft_tokens, head = load_encoder(args.llm, args, cf, args.device, frame)
     if args.checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     # on a CPU the backward pass of the fused attention makes a step a third longer
-    if device == "cpu":
+    if args.device == "cpu":
         llm.set_attn_implementation("eager")
-    targets = [name.strip() for name in args.lora_targets.split(",")]
+    targets = args.lora_targets.replace(" ", "").split(",")
     llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, LORA_DROPOUT)
     # two groups, since tune() gives LoRA a rate of its own
     lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
-    maps = {f"soft.{name}": p for name, p in soft_tokens.named_parameters()}
-    maps |= {f"head.{name}": p for name, p in head.named_parameters()}
-    groups = [{"params": list(lora.values())}, {"params": list(maps.values())}]
-    # beside the parameters, what the warm-up standardises by
+    maps = dict(nn.ModuleDict({"soft": soft_tokens, "head": head}).named_parameters())
+    optimizer = torch.optim.AdamW([{"params": [*lora.values()]}, {"params": [*maps.values()]}])
+    # beside the parameters, what the warm-up standardises by, and Adam's moments, which Adam itself
+    # would make in its first step; its count of steps belongs on the CPU
     kept = lora | maps | {"head.mean": head.mean, "head.std": head.std}
-    return (llm, prompt, soft_tokens, head), torch.optim.AdamW(groups), kept
+    for name, p in (lora | maps).items():
+        state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                 "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = state
+        kept |= {f"adam.{moment}.{name}": value for moment, value in state.items()}
+    return (llm, prompt, soft_tokens, head), optimizer, kept
 
 
 def training_order(task, warmup_pairs, steps, size):
@@ -861,7 +859,7 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
 
 
 def tune(task, encoder, batches, args, optimizer, log, save):
-    """Train LoRA, maps and head on the batches the log lacks; save(step) every --save-every."""
+    """Train LoRA, maps and head on the batches the log lacks; save() every --save-every steps."""
     llm = encoder[0]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     steps, progress = len(batches), Progress("finetune", len(batches), "steps")
@@ -884,28 +882,8 @@ def tune(task, encoder, batches, args, optimizer, log, save):
         recent = log["steps"][-10:]
         progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}")
         if rank() == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
-            save(k + 1)
+            save()
     llm.eval()
-
-
-def save_partial(path, kept, optimizer, meta):
-    """Save what training needs to resume: weights, Adam's moments "adam.MOMENT.NAME", the log."""
-    tensors = dict(kept)
-    for name, p in kept.items():
-        for moment, value in optimizer.state.get(p, {}).items():
-            tensors[f"adam.{moment}.{name}"] = value
-    save_tensors(path, tensors, meta)
-
-
-def restore_partial(path, kept, optimizer):
-    """Put the weights and Adam's moments of save_partial back in their places."""
-    for key, value in load_tensors(path)[0].items():
-        if key in kept:
-            kept[key].data.copy_(value)
-        else:  # Adam's count of steps stays on the CPU
-            _, moment, name = key.split(".", 2)
-            p = kept[name]
-            optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
 
 
 def finetune(args):
@@ -918,17 +896,17 @@ def finetune(args):
     # settings hold the band itself, not the 0 that stands for it
     args.mine_first, args.mine_last = mining_band(data, args.mine_first, args.mine_last)
     # finished with these settings: nothing to do; half-finished: resume from there
-    device = start_processes(args.device)
-    args.dtype = pick_dtype(args.dtype, device)
+    args.dtype = pick_dtype(args.dtype, args.device)
     settings = settings_of(args, "name", "paper", "save_every", "checkpointing") | {
         "llm": llm_digest(args.llm),
         "inputs": digests(run, "data.safetensors", args.cf, args.profiles)}
     if skip(out, settings, args.force):
         return
     with contextlib.redirect_stdout(io.StringIO()):  # it is no "skip"
-        saved = load_tensors(partial)[1] if skip(partial, settings, args.force) else {}
+        resumed = skip(partial, settings, args.force)
+    state, saved = load_tensors(partial) if resumed else ({}, {})
     # the data: train pairs, what CF mined for their users, texts
-    data["train"] = data["train"].to(device)
+    data["train"] = data["train"].to(args.device)
     model, _, cf = load_model(run / args.cf, data)
     task = (MixedTask if args.mine == "mixgcf" else SftTask)(
         data, model, cf, load_profiles(run, args.profiles), args.mine_first, args.mine_last,
@@ -938,43 +916,43 @@ def finetune(args):
         steps = math.ceil(args.epochs * len(task.rows) / size)
     warm, batches = training_order(task, args.warmup_pairs, steps, size)
     # the encoder; a resumed run keeps the chat template's rendering, which may print the date
-    encoder, optimizer, kept = prepare_training(args, cf, device, saved.get("frame"))
-    llm, prompt, soft_tokens, head = encoder
+    encoder, optimizer, kept = prepare_training(args, cf, saved.get("frame"))
+    for name, value in state.items():
+        kept[name].data.copy_(value)
     # from the saved state, or with the head's warm-up
-    if saved:
-        restore_partial(partial, kept, optimizer)
-        print(f"finetune: resumes after step {saved['step']} of {steps}")
-    with llm.disable_adapter():  # LoRA begins at zero: it would cost a third and add nothing
+    with encoder[0].disable_adapter():  # LoRA begins at zero: it would cost a third and add nothing
         log = saved.get("log") or warm_up(task, *encoder, warm, args)
+    if saved:
+        print(f"finetune: resumes after step {len(log['steps'])} of {steps}")
     for value in kept.values() if world() > 1 else ():  # all start alike, to the last bit
-        dist.broadcast(value.data, 0)
-    meta = {"settings": settings, "frame": prompt.frame, "log": log}
+        if value.dim():  # Adam's counts, on the CPU, are alike
+            dist.broadcast(value.data, 0)
+    meta = {"settings": settings, "frame": encoder[1].frame, "log": log}
     tune(task, encoder, batches, args, optimizer, log,
-         lambda step: save_partial(partial, kept, optimizer, {**meta, "step": step}))
+         functools.partial(save_tensors, partial, kept, meta))
     # what was learned, and what it takes from each part of the prompt
     drops = ("", "user vector", "user profile", "item vector")
     log["hit_rates"] |= report_held(task, *encoder, "after", drops)
     if rank() == 0:
-        save_tuned(out, llm, soft_tokens, head, meta | {
-            "prompt": prompt.template, "dim": cf["item"].shape[1], "seconds": time.time() - start})
+        save_tuned(out, *encoder, meta | {"dim": cf["item"].shape[1],
+                                          "seconds": time.time() - start})
         partial.unlink(missing_ok=True)
 
 
-def save_tuned(out, llm, soft_tokens, head, meta):
+def save_tuned(out, llm, prompt, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
     # nothing is written of a fine-tuning that went wrong
-    adapter = out.parent / adapter_folder(out.stem)
+    adapter = out.with_name("adapter" + out.stem.removeprefix("sft"))
     tensors = nn.ModuleDict({"soft": soft_tokens, "head": head}).state_dict()
     check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
+    # peft holds a set: sorted, two runs give one file
+    config = llm.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)
     # in a temporary folder, so that nobody sees an adapter half-written
     temporary = adapter.with_name(f".{adapter.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         llm.save_pretrained(temporary)
-        # peft writes this list from a set: sorted, two runs give one file
-        config = json.loads((temporary / "adapter_config.json").read_text())
-        config["target_modules"].sort()
-        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(adapter, ignore_errors=True)
         os.replace(temporary, adapter)
     except (OSError, SafetensorError) as error:
@@ -983,24 +961,20 @@ def save_tuned(out, llm, soft_tokens, head, meta):
         shutil.rmtree(temporary, ignore_errors=True)
     # weights, and the config, which says how they are scaled
     beside = [f"{adapter.name}/adapter_model.safetensors", f"{adapter.name}/adapter_config.json"]
-    save_tensors(out, tensors, {**meta, "beside": digests(out.parent, *beside)})
+    save_tensors(out, tensors, {
+        **meta, "prompt": prompt.template, "beside": digests(out.parent, *beside)})
     print(f"wrote {adapter} and {out}, {meta['seconds']:.0f} s")
-
-
-def adapter_folder(name):
-    """sft -> adapter, sft-template -> adapter-template: LoRA's folder beside NAME.safetensors."""
-    return "adapter" + name.removeprefix("sft")
 
 
 def load_sft(run, name, llm, device, lora=True):
     """The fine-tuned encoder of NAME.safetensors -> (llm, prompt, soft_tokens, head, meta). lora:
     False leaves the LLM as it came. Raises SystemExit2 for another LLM or adapter."""
-    path, adapter = Path(run) / f"{name}.safetensors", Path(run) / adapter_folder(name)
+    path = Path(run) / f"{name}.safetensors"
     tensors, meta = load_tensors(path, device)
     s = Namespace(**meta["settings"])
-    again = f"run `{MAKER} finetune --run {run} --name {name} --force`"
     if s.llm != llm_digest(llm):
-        fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or {again}")
+        fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run "
+             f"`{writer_of(path)} --force`")
     # in the number format of fine-tuning; the numbers of maps and head come from the file
     some = torch.zeros(2, meta["dim"])
     model, prompt, soft_tokens, head = load_encoder(
@@ -1008,11 +982,12 @@ def load_sft(run, name, llm, device, lora=True):
     nn.ModuleDict({"soft": soft_tokens, "head": head}).load_state_dict(tensors)
     if lora:
         from peft import PeftModel  # here, since it takes two seconds to import
+        adapter = path.with_name("adapter" + name.removeprefix("sft"))
         try:  # in the LLM's number format, so that nothing is converted in each layer
             model = PeftModel.from_pretrained(model, adapter).to(model.dtype).eval()
         except Exception as error:  # noqa: BLE001 as in from_library
             fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: "
-                 f"{str(error)[:200]}); {again}")
+                 f"{str(error)[:200]}); run `{writer_of(path)} --force`")
     return model, prompt, soft_tokens.eval(), head.eval(), meta
 
 
@@ -1020,7 +995,6 @@ def generate(args):
     """Write negatives-*.safetensors, a shard for each block of users: pairs (n, 2), hidden f16
     (n, H) = h(u, i), vector f16 (n, d) = head(h)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
-    device = start_processes(args.device)
     output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
     # what the result depends on; CF vectors and profiles are those of fine-tuning
     sft = f"{args.sft}.safetensors"
@@ -1036,14 +1010,15 @@ def generate(args):
     todo = [k for k, path in enumerate(paths) if not skip(path, settings, args.force)]
     todo = from_all(todo)[0]  # one list for all: another process may write already
     rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.pairs, args.seed)
-    users, train = data["train"][rows, 0], data["train"].to(device)
+    users, train = data["train"][rows, 0], data["train"].to(args.device)
     print(f"generate: {len(rows)} pairs, {len(todo)} of {len(paths)} shards to make; "
           f"{data['n_users'] - len(users.unique())} users without a pair")
     # each process makes shards of its own; what that needs is loaded when there are some
     mine = todo[rank()::world()]
     if mine:
-        llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, device, args.finetune)
-        cf, _ = load_tensors(run / tuned["cf"], device)
+        llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, args.device,
+                                                     args.finetune)
+        cf, _ = load_tensors(run / tuned["cf"], args.device)
         texts = load_profiles(run, tuned["profiles"])
         # the zero-shot ablation: maps and head are untrained too
         if not args.finetune:
@@ -1094,7 +1069,7 @@ def read(args):
         texts = [texts[n] for n in torch.randperm(len(texts)).tolist()]
     if args.control == "tfidf":
         readings = [tf_idf([text_ids(tokenizer, text) for text in texts])]
-    else:  # the words of all items, the layers of the most popular ones: layers are what takes time
+    else:
         try:
             # one more than are read: behind the last there is the final norm
             llm = load_llm(args.llm, AutoModel, args.dtype, args.device, min(layers[-1] + 1, depth))
@@ -1103,15 +1078,14 @@ def read(args):
         if args.control == "random":  # the same architecture, that has read nothing yet
             llm = AutoModel.from_config(llm.config).to(args.device, llm.dtype).eval()
         check_tokens(args.llm, llm, tokenizer, [tokenizer.bos_token_id or 0])
-        popular = torch.bincount(data["train"][:, 1], minlength=len(texts))
-        popular = popular.argsort(descending=True, stable=True)[:args.most or None].tolist()
-        readings = []
-        for reading in read_layers(llm, tokenizer, [texts[n] for n in popular], layers):
+        # the words of all items, the layers of the most popular ones: layers are what takes time
+        readings = [] if layers[0] else read_layers(llm, tokenizer, texts, [0])
+        popular = busiest(data["train"][:, 1], len(texts), args.most)
+        some, deep = [texts[n] for n in popular], [layer for layer in layers if layer]
+        for reading in read_layers(llm, tokenizer, some, deep) if deep else ():
             readings.append(reading.mean(0).repeat(len(texts), 1))  # (I, H), for those not read
             readings[-1][popular] = reading
         if len(popular) < len(texts):
-            if not layers[0]:
-                readings[0] = read_layers(llm, tokenizer, texts, [0])[0]
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
                   "the others have their words and the mean of the layers")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
@@ -1120,100 +1094,106 @@ def read(args):
     print(f"wrote {out}: {len(texts)} texts, layers {layers}, {time.time() - start:.0f} s")
 
 
+def busiest(column, count, most):
+    """The `most` of `count` numbers that a column of pairs (N,) has most often; 0: all -> list."""
+    pairs = torch.bincount(column, minlength=count)
+    return pairs.argsort(descending=True, stable=True)[:most or None].tolist()
+
+
 def read_profiles(path):
     """profiles.jsonl -> (its settings, the chat template's frames, {(kind, raw id): profile})."""
-    head, *rows = read_jsonl(path, growing=True) or [{}]  # growing: a kill leaves half a line
+    # growing: killed programs of an earlier version have left half a line
+    head, *rows = read_jsonl(path, growing=True) or [{}]
     with contextlib.suppress(KeyError, TypeError):  # rows of another shape
         made = {(row["kind"], row["raw"]): row["profile"] for row in rows}
         settings = head["settings"]
         if settings["command"] == "profile" and settings["inputs"]:
             return settings, head["frames"], made
-    fail(f"{path}: is not what `profile` writes; delete it and run `{MAKER} profile --run "
-         f"{path.parent} --out {path.name}`, or name another file")
+    fail(f"{path}: is not what `profile` writes; delete it and run `{writer_of(path)}` again")
 
 
 class Profiles:
-    """profiles.jsonl while it grows. made: {(kind, raw id): text} so far, of an earlier start too.
-    Raises SystemExit2 when that had other settings, unless force."""
-    def __init__(self, path, settings, force):
-        self.path, self.settings, self.faults = path, settings, Counter()
-        self.frames, self.made, old = {}, {}, settings
-        if path.exists() and not force:
+    """profiles.jsonl in the making, and the LLM that writes it. made: {(kind, raw id): text} so
+    far, frames: {kind: (head, tail)}, both of an earlier start too. Raises SystemExit2 when that
+    had other settings, unless force."""
+    def __init__(self, args, path, settings):
+        self.args, self.path, self.settings = args, path, settings
+        self.frames, self.made, self.faults, old = {}, {}, Counter(), settings
+        if path.exists() and not args.force:
             old, self.frames, self.made = read_profiles(path)
         differ = [f"{name}={old.get(name)}, now {value}" for name, value in settings.items()
                   if old.get(name) != value]
         if differ:
-            fail(f"{path}: made with {'; '.join(differ)}; add --force to `{MAKER} profile` to "
-                 "remake it, or choose another --out")
+            fail(f"{path}: made with {'; '.join(differ)}; add --force to remake it, or choose "
+                 "another --out")
+        # one start for all: process 0 may write before another one reads
+        self.frames, self.made = from_all((self.frames, self.made))[0]
 
-    def start(self, total):
-        self.progress = Progress("profile", total, "profiles")
-        # all of an earlier start once more, as a kill may have left half a line
+    def load_llm(self):
+        args = self.args
+        self.model = load_llm(args.llm, AutoModelForCausalLM, args.dtype, args.device)
+        self.tokenizer = tokenizer = load_tokenizer(args.llm)
+        # rendered by the first start alone, since a template may print the date
+        frames = self.frames or {kind: chat_frame(tokenizer, SYSTEM[kind], EXAMPLES[kind])
+                                 for kind in SYSTEM}
+        self.frames = from_all(frames)[0]
+        ids = [frame_ids(tokenizer, part) for frame in self.frames.values() for part in frame]
+        check_pieces(args.llm, self.model.base_model, tokenizer, sum(ids, []))
+        self.ends = end_tokens(self.model, tokenizer)
+
+    def save(self):
         lines = [{"settings": self.settings, "frames": self.frames}]
         lines += [{"kind": kind, "raw": raw, "profile": text}
                   for (kind, raw), text in self.made.items()]
         if rank() == 0:
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.file = open(self.path if rank() == 0 else os.devnull, "a", encoding="utf-8")
 
-    def add(self, kind, raw, text):
-        # line by line, so that a kill loses a batch at most
-        self.made[kind, raw] = text
-        print(json.dumps({"kind": kind, "raw": raw, "profile": text}), file=self.file, flush=True)
-        self.progress.update(len(self.made))
-
-
-class Writer:
-    """The LLM that writes profiles. frames: {kind: (head, tail)}, filled in where it is empty."""
-    def __init__(self, args, dtype, device, frames):
-        self.model = load_llm(args.llm, AutoModelForCausalLM, dtype, device)
-        self.tokenizer = load_tokenizer(args.llm)
-        self.frames, self.args = frames, args
-        # rendered by the first start alone, since a template may print the date
-        if not frames:
-            frames["item"] = from_all(chat_frame(self.tokenizer, ITEM_SYSTEM, ITEM_EXAMPLES))[0]
-            frames["user"] = from_all(chat_frame(self.tokenizer, USER_SYSTEM, USER_EXAMPLES))[0]
-        ids = [frame_ids(self.tokenizer, part) for part in (*frames["item"], *frames["user"])]
-        check_pieces(args.llm, self.model.base_model, self.tokenizer, sum(ids, []))
-        self.ends = end_tokens(self.model, self.tokenizer)
+    def add(self, kind, rows, requests, titles, texts):
+        """Profiles of the items or users that are lacking: of the numbers in `requests` {number:
+        text} the LLM's sentence; of the others, and where it has a fault, what `texts` say."""
+        keys = [(kind, row["raw"]) for row in rows]
+        plain = [WITHOUT_LLM[kind].format(text) for text in texts]
+        todo, saved = [n for n, key in enumerate(keys) if key not in self.made], time.time()
+        self.made |= {keys[n]: plain[n] for n in todo if n not in requests}
+        asked = {n: requests[n] for n in todo if n in requests}
+        progress = Progress(f"profile {kind}s", len(asked), "written")
+        for count, (n, text) in enumerate(self.write(kind, asked) if asked else ()):
+            # each sentence is checked before anything else reads it
+            fault = fault_of(text, titles[n])
+            self.faults[fault] += 1
+            self.made[keys[n]] = plain[n] if fault else text
+            progress.update(count + 1)
+            if time.time() > saved + 60:  # so that a kill loses a minute at most
+                self.save()
+                saved = time.time()
+        self.save()
+        # how good they are, by counts that need no person
+        sentences, taken = {n: self.made[keys[n]] for n in requests}, 0
+        for n, sentence in sentences.items():
+            said = set(words_of(sentence))
+            taken += len(said & {*words_of(titles[n]), *words_of(texts[n])}) / max(1, len(said))
+        if requests:
+            distinct = len(set(sentences.values())) / len(requests)
+            print(f"profile: {len(requests)} {kind}s, {distinct:.1%} distinct, "
+                  f"{taken / len(requests):.0%} of the words from title or metadata")
 
     def write(self, kind, requests):
-        """Sentences for requests {number: text}: yields (number, sentence), batch by batch."""
+        """The LLM's sentences for requests {number: text}: yields (number, sentence)."""
         # the answer's beginning is given, as a part of the prompt
         head, tail = self.frames[kind]
-        beginning = USER_BEGINNING if kind == "user" else ""
-        tail = frame_ids(self.tokenizer, tail + beginning)
+        tail = frame_ids(self.tokenizer, tail + BEGINNING[kind])
         ids = {n: text_ids(self.tokenizer, text) + tail for n, text in requests.items()}
         past = run_piece(self.model.base_model, [frame_ids(self.tokenizer, head)])[2]
         # similar lengths together, so that little is padding
         order, size = sorted(ids, key=lambda n: len(ids[n])), self.args.batch_size
-        batches = [order[at:at + size] for at in range(0, len(order), size)]
         # each process writes a batch, and all get all: users' prompts quote items' profiles
-        for at in range(0, len(batches), world()):
-            parts, texts = batches[at:at + world()], []
-            if rank() < len(parts):
-                asked = [ids[n] for n in parts[rank()]]
-                texts = write_texts(self.model, self.tokenizer, past, asked, self.args.new_tokens,
-                                    self.ends)
-            for numbers, texts in zip(parts, from_all(texts)):
-                for n, text in zip(numbers, texts):
-                    yield n, f"{beginning} {text}".strip() if text else ""
-
-
-def add_profiles(kind, rows, requests, titles, metadata, file, writer):
-    """Profiles of the users or items that `file` lacks: of the numbers in `requests` {number: text}
-    the LLM's sentence; of the others, and where that sentence has a fault, `metadata`."""
-    todo = {n: row["raw"] for n, row in enumerate(rows) if (kind, row["raw"]) not in file.made}
-    for n, raw in todo.items():
-        if n not in requests:
-            file.add(kind, raw, metadata[n])
-    # each sentence is checked before anything else reads it
-    examples = sum(ITEM_EXAMPLES + USER_EXAMPLES, (ITEM_SYSTEM, USER_SYSTEM))
-    asked = {n: requests[n] for n in todo if n in requests}
-    for n, text in writer.write(kind, asked) if asked else ():
-        fault = fault_of(text, titles[n], examples)
-        file.faults[fault] += 1
-        file.add(kind, todo[n], metadata[n] if fault else text)
+        for at in range(0, len(order), size * world()):
+            numbers, texts = order[at:at + size * world()], []
+            if mine := numbers[size * rank():][:size]:
+                texts = write_texts(self.model, self.tokenizer, past, [ids[n] for n in mine],
+                                    self.args.new_tokens, self.ends)
+            for n, text in zip(numbers, sum(from_all(texts), [])):
+                yield n, f"{BEGINNING[kind]} {text}".strip() if text else ""
 
 
 def profile(args):
@@ -1222,66 +1202,49 @@ def profile(args):
     run, data, start = Path(args.run), load_data(args.run), time.time()
     items, users = read_jsonl(run / "items.jsonl"), read_jsonl(run / "users.jsonl")
     path = run / output_name("--out", args.out, "llm_negatives.py profile", ".jsonl", "profiles")
-    device = start_processes(args.device)
-    dtype, by_llm = pick_dtype(args.dtype, device), args.profiles == "llm"
-
     # what the profiles depend on, and which of them an earlier start has written
+    by_llm = args.profiles == "llm"
+    args.dtype = pick_dtype(args.dtype, args.device) if by_llm else ""
     settings = settings_of(args, "paper", "batch_size") | {
-        "inputs": digests(run, "data.safetensors"), "llm": llm_digest(args.llm) if by_llm else "",
-        "dtype": dtype if by_llm else ""}
-    file = Profiles(path, settings, args.force)
-    # one start for all: process 0 may write before another one reads
-    file.frames, file.made = from_all((file.frames, file.made))[0]
+        "inputs": digests(run, "data.safetensors"), "llm": llm_digest(args.llm) if by_llm else ""}
+    file = Profiles(args, path, settings)
     total, earlier = len(items) + len(users), len(file.made)
     if earlier == total:
         print(f"skip: {path} is up to date")
         return
-    writer = Writer(args, dtype, device, file.frames) if by_llm else None
-    file.start(total)
-
-    # whom the LLM writes for: the most popular items and the users with most pairs
-    limit, chosen = (args.llm_rows or total) if by_llm else 0, []
-    for column, count in ((1, len(items)), (0, len(users))):
-        pairs = torch.bincount(data["train"][:, column], minlength=count)
-        chosen.append(pairs.argsort(descending=True, stable=True)[:limit].tolist())
-
-    # items, by their metadata; users, by some of their train items and these items' profiles
-    known = [f"{row['title']} {row['text']}" for row in items]
-    requests = {n: item_request(items[n]) for n in chosen[0]}
-    add_profiles("item", items, requests, [row["title"] for row in items],
-                 [row["text"] for row in items], file, writer)
+    # the LLM writes for the most popular items and the users with most pairs
+    active, popular = [], []
+    if by_llm:
+        file.load_llm()
+        popular = busiest(data["train"][:, 1], len(items), args.llm_rows)
+        active = busiest(data["train"][:, 0], len(users), args.llm_rows)
+    # items, by their metadata
+    titles, texts = [row["title"] for row in items], [row["text"] for row in items]
+    requests = {n: f"Item: {titles[n]}. {texts[n]}".strip() for n in popular}
+    file.add("item", items, requests, titles, texts)
+    # users, by some of their train items and these items' profiles; drawn for all in order, so that
+    # a resumed run asks for the same
     (indptr, rows), histories = user_rows(data["train"], len(users)), []
     generator = torch.Generator().manual_seed(args.seed)
-    for u in range(len(users)):  # drawn for all in order, so that a resumed run asks for the same
-        of_user = rows[indptr[u]:indptr[u + 1]]
+    for of_user in rows.split(indptr.diff().tolist()):
         pick = torch.randperm(len(of_user), generator=generator)[:args.history]
         histories.append([items[i] for i in of_user[pick].tolist()])
     titles = ["; ".join(item["title"] for item in history) for history in histories]
     requests = {}
-    for n in chosen[1]:
-        liked = [(item["title"], file.made["item", item["raw"]]) for item in histories[n]]
-        requests[n] = user_request(liked, users[n].get("reviews", [])[:2])
-    add_profiles("user", users, requests, titles, [f"Likes {text}." for text in titles], file,
-                 writer)
-    # how good they are
-    describe(file, "item", [items[n]["raw"] for n in chosen[0]], [known[n] for n in chosen[0]])
-    describe(file, "user", [users[n]["raw"] for n in chosen[1]], [titles[n] for n in chosen[1]])
+    for n in active:
+        words = ["Liked:"]
+        for item in histories[n]:
+            # a profile's first clause says what the item is; "for readers who …" would be copied
+            clause = re.split("[,;，；]", file.made["item", item["raw"]])[0].rstrip(". ")
+            words.append(f"{item['title']} ({clause})")
+        words += [f"They wrote: {text}" for text in users[n].get("reviews", [])[:2]]
+        requests[n] = " ".join(words)
+    file.add("user", users, requests, titles, titles)
     good = file.faults.pop("", 0)
     faults = ", ".join(f"{fault} {count}" for fault, count in file.faults.items())
     print(f"profile: {good} written by the LLM, {total - earlier - good} from metadata, of which "
           f"{sum(file.faults.values())} replace a sentence with a fault ({faults or 'none'})")
     print(f"wrote {path}, {earlier} of an earlier start, {time.time() - start:.0f} s")
-
-
-def describe(file, kind, raws, known):
-    """Print how good profiles are, by counts that need no person. known: each one's metadata."""
-    if raws:
-        sentences, taken = [file.made[kind, raw] for raw in raws], 0
-        for sentence, text in zip(sentences, known):
-            said = set(re.findall(r"\w+", sentence.lower()))
-            taken += len(said & set(re.findall(r"\w+", text.lower()))) / max(1, len(said))
-        print(f"profile: {len(raws)} {kind}s, {len(set(sentences)) / len(raws):.1%} distinct, "
-              f"{taken / len(raws):.0%} of the words from title or metadata")
 
 
 def load_profiles(run, name="profiles.jsonl"):
@@ -1294,7 +1257,7 @@ def load_profiles(run, name="profiles.jsonl"):
         missing = [row["raw"] for row in group if (kind, row["raw"]) not in made]
         if missing:
             fail(f"{path}: {len(missing)} profiles are missing, the first for {missing[0]!r}; "
-                 f"run `{MAKER} profile --run {run} --out {name}` again")
+                 f"run `{writer_of(path)}` again")
         texts.append([(f"{row['title']}. " if kind == "item" else "") + made[kind, row["raw"]]
                       for row in group])
     return tuple(texts)
@@ -1503,6 +1466,7 @@ def main(argv=None):
         values = {name: value for name, value in PAPER.items() if name in vars(args)}
         commands.choices[args.command].set_defaults(**values)
         args = parser.parse_args(argv)
+    args.device = start_processes(args.device)
     programs = {"read": read, "profile": profile, "finetune": finetune, "generate": generate}
     programs[args.command](args)
 

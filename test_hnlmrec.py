@@ -2205,8 +2205,7 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
     ("A group of old friends save a group of old friends.", "loop"),
     ("A film for those who love the", "cut"), ("A film for fans of Dr.", "cut")])
 def test_faults_of_profiles(sentence, fault):
-    prompts = [text for pair in llm_negatives.ITEM_EXAMPLES for text in pair]
-    assert llm_negatives.fault_of(sentence, "Jaws (1975)", prompts) == fault
+    assert llm_negatives.fault_of(sentence, "Jaws (1975)") == fault
 
 
 # ---- A run of every step: from a ratings file to the report --------------------------------------
@@ -2386,8 +2385,8 @@ llm_refused = partial(message_of, llm_main)
 
 def tuned(run, name):
     """All that fine-tuning learned: the tensors of NAME.safetensors and of its adapter."""
-    adapter = load_file(run / llm_negatives.adapter_folder(name) / "adapter_model.safetensors")
-    return {**backbones.load_tensors(run / f"{name}.safetensors")[0], **adapter}
+    adapter = run / name.replace("sft", "adapter") / "adapter_model.safetensors"
+    return {**backbones.load_tensors(run / f"{name}.safetensors")[0], **load_file(adapter)}
 
 
 def tune(run, llm, name, *flags):
@@ -2427,13 +2426,20 @@ def test_profiles_are_the_llms_for_the_busiest_and_faults_become_metadata(
     rows = backbones.read_jsonl(finished / "users.jsonl")
     reviewed = sum(bool(rows[u]["reviews"]) for u in busiest.tolist())
     assert sum("They wrote: fine" in text for text in users) == reviewed > 0
-    # a kill in the middle of a line: the rest is made again, and no more
-    path = copied / "profiles-x.jsonl"
-    whole = path.read_text().splitlines()
-    path.write_text("\n".join(whole[:38]) + '\n{"kind": "it')
-    llm_main(copied, tiny_llm, PROFILE, "--out", "profiles-x.jsonl", "--batch-size", 4)
-    again = path.read_text().splitlines()
-    assert again[:38] == whole[:38] and len(again) == 71
+    # killed in the third batch: of what each minute saves nothing is made again
+    path, written[:] = copied / "profiles-y.jsonl", []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        clock = itertools.count(step=61)
+        patch.setattr(llm_negatives, "time", Namespace(time=lambda: next(clock)))
+        patch.setattr(llm_negatives, "write_texts", lambda *args: (
+            write(*args) if len(written) < 8 else killed_after(list)))
+        llm_main(copied, tiny_llm, PROFILE, "--out", path.name, "--batch-size", 4)
+    saved = path.read_text()
+    assert len(saved.splitlines()) == 39
+    path.write_text(saved + '{"kind": "it')  # as an earlier version was killed
+    llm_main(copied, tiny_llm, PROFILE, "--out", path.name, "--batch-size", 4)
+    assert path.read_text() == (copied / "profiles-x.jsonl").read_text()
+    assert path.read_text().startswith(saved) and len(written) == 20
     assert "skip:" in llm_main(copied, tiny_llm, PROFILE, "--out", "profiles-x.jsonl")
     assert "made with seed=0, now 1" in llm_refused(copied, tiny_llm, PROFILE, "--seed", 1)
     llm_main(copied, None, "profile --profiles template --out profiles-t.jsonl")
@@ -2449,10 +2455,10 @@ def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
     _, prompt, *_, meta = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
     assert list(prompt.frame) == meta["frame"] and llm_negatives.INSTRUCTION in prompt.frame[0]
     header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
-    file = llm_negatives.Profiles(finished / "profiles.jsonl", header["settings"], False)
+    args = Namespace(llm=tiny_llm, dtype="float32", device="cpu", force=False)
+    file = llm_negatives.Profiles(args, finished / "profiles.jsonl", header["settings"])
+    file.load_llm()
     assert set(file.frames) == {"item", "user"} and len(file.made) == 70
-    args = Namespace(llm=tiny_llm, new_tokens=3, batch_size=2)
-    llm_negatives.Writer(args, torch.float32, "cpu", file.frames)
 
 
 def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
@@ -2536,9 +2542,9 @@ def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeyp
 
 
 def test_fine_tuning_resumes_where_it_was_killed(copied, tiny_llm, monkeypatch):
-    whole, save = tuned(copied, "sft"), partial(killed_after, llm_negatives.save_partial)
+    whole, save = tuned(copied, "sft"), partial(killed_after, llm_negatives.save_tensors)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(llm_negatives, "save_partial", save)
+        patch.setattr(llm_negatives, "save_tensors", save)
         tune(copied, tiny_llm, "sft-cut")
     # another number format is another result
     message = message_of(tune, copied, tiny_llm, "sft-cut", "--dtype", "bf16")
