@@ -2866,7 +2866,7 @@ def save_model(path, seed, command="pretrain", valid=0.1, inputs=(), **more):
     """A file as `pretrain` writes it, of random vectors."""
     table = torch.randn(N_USERS + N_ITEMS, 4, generator=seeded(seed))
     run = path.parent.parent if path.parent.name == "compare" else path.parent
-    settings = {"command": command, "backbone": "mf", "layers": 1,
+    settings = {"command": command, "backbone": "mf", "layers": 1, "epochs": 200,
                 "inputs": backbones.digests(run, "data.safetensors", *inputs)}
     backbones.save_tensors(
         path, {"backbone.embedding": table, "item": table[N_USERS:].clone(), **more},
@@ -3120,8 +3120,9 @@ def test_rows_have_flags_of_their_programs_and_files_that_can_be_made():
     words = evaluation.training_of("judge's negatives, bag of words", {}, "mf", 3)
     assert words[-4:] == ["--lambda-f", "1", "--judge", "judge-words.safetensors"]
     # what a program says last is the error
-    message = message_of(evaluation.program, "backbones.py", "pretrain", "--run", "no such folder")
-    assert "no such folder" in message and "prepare" in message
+    for words, said in (([], "no such folder.*prepare"), (["--epochs", "x"], "--epochs: x is")):
+        words = ["pretrain", "--run", "no such folder", *words]
+        assert re.search(said, message_of(evaluation.program, "backbones.py", *words))
 
 
 @pytest.fixture
@@ -3229,7 +3230,8 @@ def test_a_short_run_that_stopped_by_itself_is_not_repeated(tmp_path, monkeypatc
         monkeypatch.setattr(evaluation, "read_meta", lambda path, h=history: {
             "history": h, "settings": {}})
         calls.clear()
-        found = evaluation.run_trial(tmp_path, "x", ["backbones.py"], False, 100, [])
+        before = [{"short": None, "defaults": {"--epochs": "100"}}]
+        found = evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)
         assert (len(calls), found["short"], found["valid"]) == (runs, 0.2, 0.2)
 
 
@@ -3806,9 +3808,8 @@ BAD_FLAGS = {
         ("--methods 'LLM not fine-tuned'", "generate --run"),
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
     "eval.py tune": [
-        ("--out report", "names files of"), ("--methods EASE", "pretrain` itself chooses"),
-        ("--methods 'text similarity'", "is none of RNS"),
-        ("--methods RNS --flags '--epochs x'", "needs a whole number")],
+        ("--out report", "names files of"), ("--methods EASE", "is none of RNS"),
+        ("--methods 'text similarity'", "is none of RNS")],
     "eval.py recommend": [
         ("--user u0 --k 41", "catalogue has 40"), ("--user x", "no such id"),
         ("--user u0 --model sft.safetensors", "not a trained recommender")],
