@@ -11,11 +11,13 @@ Metrics are over the full ranking of all items that a user has not interacted wi
 valid, when testing). Alone:  python eval.py report --run runs/NAME
 """
 
-import html, json, math, re, subprocess, sys, time
+import html, json, math, re, subprocess, sys
 from collections import namedtuple
+from contextlib import suppress
 from functools import cache
 from itertools import product
 from pathlib import Path
+from timeit import Timer
 
 import numpy as np
 import torch
@@ -385,26 +387,27 @@ def best_epoch(meta):
     return max(meta["history"], key=lambda row: row["valid_ndcg@20"])
 
 
-def seconds_behind(run, path, found):
-    """Puts the own seconds of a file, and of all that it was made from, into found {path: s}."""
-    meta = {} if path in found else bb.read_header(path)
-    if not meta:  # counted already, not there, or a person's own: no step of ours made it
-        return found
-    # a blend's seconds hold those of its parts, which are found by themselves
-    blend = meta["settings"].get("command") == "blend"
-    found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
-    for name in meta["settings"].get("inputs", {}):
-        for file in (run / name, *run.glob(f"{Path(name).stem}-[0-9][0-9][0-9][0-9][0-9].*")):
-            seconds_behind(run, file, found)
+def seconds_behind(run, path):
+    """{path: own seconds} of a file and of all that it was made from."""
+    meta, found = bb.read_header(path), {}
+    if meta:  # else not there, or a person's own: no step of ours made it
+        # a blend's seconds hold those of its parts, which are found by themselves
+        blend = meta["settings"].get("command") == "blend"
+        found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
+        for name in meta["settings"].get("inputs", {}):
+            for file in (run / name, *run.glob(f"{Path(name).stem}-[0-9][0-9][0-9][0-9][0-9].*")):
+                found |= seconds_behind(run, file)
     return found
 
 
 class Comparison:
     """Rows evaluated on one split, and what tables, tests and a picture say of them. cells {key:
-    {column: array}}: metrics by seed and user (S, n), by quarter (S, 4), the others (S,)."""
+    {column: array}}: metrics by seed and user (S, n), by quarter (S, 4), the others (S,). result:
+    what goes into the JSON file."""
     def __init__(self, run, rows, data, split="test"):
         self.run, self.rows, self.data, self.split = run, rows, data, split
         self.cells, self.with_z = {}, {}
+        self.result = {"data": data["digest"], "methods": {}, "tests": {}}
         for row in rows:
             by_seed = [self.evaluate_file(path, row.label) for path in row.paths]
             self.cells[row.key] = {column: np.stack([cell[column] for cell in by_seed])
@@ -420,8 +423,8 @@ class Comparison:
             self.with_z.setdefault(label, tensors)
         users, values, ranked = evaluate(model, self.data, self.split)
         activity = torch.bincount(self.data["train"][:, 0], minlength=model.n_users)
-        quarter, seconds, best = quartiles(activity)[users], {}, best_epoch(meta)
-        seconds_behind(self.run, path, seconds)
+        quarter, best = quartiles(activity)[users], best_epoch(meta)
+        seconds = seconds_behind(self.run, path)
         return {"users": users, **values, **list_statistics(users, ranked, self.data, self.split),
                 "user_ndcg": [float(values["NDCG@20"][quarter == q].mean()) for q in range(4)],
                 "valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"],
@@ -445,16 +448,16 @@ class Comparison:
         test = zip(("mean", "low", "high", "p"), paired_bootstrap(by_user.mean(0)))
         return {**dict(test), "by seed": by_user.mean(1).tolist()}
 
-    def claims(self, result):
-        """The declared claims in words, p corrected by Holm over them; also into
-        result["claims"]."""
-        lines, result["claims"] = [], []
+    def claims(self):
+        """The declared claims in words, p corrected by Holm over them; also into self.result."""
+        lines, self.result["claims"] = [], []
         found = [(row, rival, words) for name, wanted, words in CLAIMS
                  if (row := self.best((name,))) and (rival := self.best(wanted))]
         corrected = holm([self.difference(row, rival)["p"] for row, rival, _ in found])
         for (row, rival, words), p in zip(found, corrected):
             test = self.difference(row, rival)
-            result["claims"].append({"row": row.key, "against": rival.key, **test, "p by Holm": p})
+            self.result["claims"].append(
+                {"row": row.key, "against": rival.key, **test, "p by Holm": p})
             word = "level with" if p >= 0.05 else "above" if test["mean"] > 0 else "below"
             scores = [f"{self.mean(which, 'NDCG@20'):.4f}" for which in (row, rival)]
             p = "< .001" if p < 0.001 else f"{p:.3f}"
@@ -462,9 +465,8 @@ class Comparison:
                       f"NDCG@20 {' and '.join(scores)}, {interval(test)}, p {p}."]
         return lines
 
-    def sections(self, out, result):
-        """The lines of all tables, and the picture OUT.svg; figures go into result["methods"] and
-        result["tests"]."""
+    def sections(self, out):
+        """The lines of all tables, and the picture OUT.svg; figures go into self.result."""
         main, differences, groups, tests = [], [], [], {}
         for row in self.rows:
             cell = self.cells[row.key]
@@ -477,8 +479,8 @@ class Comparison:
             if row != self.rival:
                 test = tests[row.label] = self.difference(row, self.rival)
                 against = [interval(test), f"{sum(d > 0 for d in test['by seed'])}/{self.seeds}"]
-                result["tests"][row.key] = {"against": self.rival.key, **test}
-                del result["tests"][row.key]["p"]
+                self.result["tests"][row.key] = {"against": self.rival.key, **test}
+                del self.result["tests"][row.key]["p"]
             cost = [f"{self.mean(row, c):.0f}" for c in ("seconds", "seconds of all steps")]
             differences.append([row.label, *against, *cost])
             # sparse users, unpopular items, popularity bias
@@ -490,7 +492,7 @@ class Comparison:
                        if c not in ("users", "user_ndcg", "item_recall")}
             # JSON has no NaN, which a quarter without a pair has
             figures["item_recall"] = [None if math.isnan(x) else x for x in quarters[1]]
-            result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
+            self.result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
         lines = ["", f"{len(self.users):,} users with a {self.split} pair, "
                  f"{self.data['n_users'] - len(self.users):,} without.", "",
                  *markdown_table(["method", *COLUMNS, "valid NDCG@20"], main)]
@@ -521,26 +523,25 @@ def report(args):
     metrics.json."""
     run, data = Path(args.run), load_data(args.run)
     comparison = Comparison(run, rows_of_run(run), data)
-    result = {"data": data["digest"], "methods": {}, "tests": {}, "judges": {}}
     # a run may lack any of this and has a report all the same
     absent = [name for name in ("in full", JUDGED, "HNLMRec") if not comparison.best((name,))]
     absent += ["a baseline"] * (not comparison.best(BASELINES))
     absent += ["a second model"] * (len(comparison.rows) == 1)
     absent += [file for file in (TEXTS, JUDGE) if not (run / file).exists()]
     # first what a person wants to know: who is ahead, and how to read it
-    lines = [f"# Report: {markdown(run.name)}", *comparison.claims(result), "",
+    lines = [f"# Report: {markdown(run.name)}", *comparison.claims(), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
              "it. Each difference comes with its 95 % interval and p, corrected by Holm's method. "
              f"One seed: `python eval.py compare --run {run}` measures others."]
     lines += ["", f"Left out, since the run lacks it: {', '.join(absent)}."] if absent else []
-    lines += [*comparison.sections("report", result), *example_lines(comparison),
-              *fhns_lines(comparison, result),
-              *nats_lines(run, data, ("valid", "test"), result["judges"])]
+    comparison.result["judges"] = {}
+    lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison),
+              *nats_lines(run, data, ("valid", "test"), comparison.result["judges"])]
     # what the steps of run.sh took
     if (run / "steps.tsv").exists():
         steps = [line.split("\t") for line in (run / "steps.tsv").read_text("utf-8").splitlines()]
         lines += ["", "## Steps", "", *markdown_table(["step", "seconds"], steps)]
-    write_page(run / "report.md", lines, run / "metrics.json", result)
+    write_page(run / "report.md", lines, run / "metrics.json", comparison.result)
 
 
 def write_page(page, lines, file, result):
@@ -598,9 +599,9 @@ def nearest_to_z(tensors, data, user, k):
     return pairs, nearest_items(tensors["z"][mine], pairs[:, 0], tensors["item"], seen, k)
 
 
-def fhns_lines(comparison, result):
+def fhns_lines(comparison):
     """Lines on false hard negatives: of samplers beside the first model of one, of the run's
-    generated negatives, of projected z. Also into result["fhns"]."""
+    generated negatives, of projected z. Also into comparison.result."""
     run, data, fhns, likely = comparison.run, comparison.data, {}, None
     if (run / JUDGE).exists():
         likely = load_tensors(run / JUDGE)[0]["likely"]
@@ -618,7 +619,7 @@ def fhns_lines(comparison, result):
     for label, tensors in comparison.with_z.items():
         fhns[f"{label}, projected z"] = fhns_of_vectors(
             tensors["z_pairs"], tensors["z"], tensors["item"], data)
-    result["fhns"], columns = fhns, ("FHNS@1", "FHNS@10")
+    comparison.result["fhns"], columns = fhns, ("FHNS@1", "FHNS@10")
     table = [[name, *(f"{row[c]:.2%}" if c in row else "" for c in columns)]
              for name, row in fhns.items()]
     return ["", "## False hard negatives", "", "Share of negatives that are held-out positives of "
@@ -697,7 +698,6 @@ def compare(args):
     if not rows:
         fail(f"--methods: no row is left; left out: {'; '.join(left_out)}")
     # the page
-    result = {"data": data["digest"], "methods": {}, "tests": {}}
     comparison = Comparison(run, rows, data, split)
     lines = [f"# Comparison: {markdown(run.name)}", "",
              f"{data['n_users']:,} users, {data['n_items']:,} items, {len(data['train']):,} train "
@@ -706,11 +706,10 @@ def compare(args):
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
     if args.valid:
         rows.sort(key=comparison.mean, reverse=True)
-        lines += comparison.sections(out, result)
+        lines += comparison.sections(out)
     else:
-        lines += [*comparison.claims(result), *comparison.sections(out, result),
-                  *fhns_lines(comparison, result)]
-    write_page(page, lines, run / f"{out}.json", result)
+        lines += [*comparison.claims(), *comparison.sections(out), *fhns_lines(comparison)]
+    write_page(page, lines, run / f"{out}.json", comparison.result)
 
 
 def check_row(run, name, rows):
@@ -754,7 +753,7 @@ class Cells:
     """Makes the files of rows in compare/, each once. One that is there is reused, unless what it
     was made from has changed (an error) or --force is given."""
     def __init__(self, args, digest):
-        self.args, self.run, self.made, self.failed = args, Path(args.run), {}, {}
+        self.args, self.run, self.failed = args, Path(args.run), {}
         self.flags = words_of("--flags", args.flags)
         self.tuned = read_tuned(self.run / args.tuned, digest) if args.tuned else {}
         # more trials find more, so all have as many; one: there was nothing to search
@@ -788,20 +787,22 @@ class Cells:
         # other flags are another file; what has no seed is one file for all of them
         slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ("" if closed else seeded)
         out = f"compare/{slug}-{json_digest(command)[:6]}.safetensors"
-        if out in self.made:
-            return self.made[out]
-        self.made[out] = out
+        return self.make(name, out, *command)
+
+    @cache  # once, with --force too
+    def make(self, name, out, *command):
         if (self.run / out).exists() and not self.args.force:
             read_meta(self.run / out, check=True)
             return out
         try:
             program(*command, "--run", self.run, "--out", out, *["--force"] * self.args.force)
         except SystemExit2 as error:
-            if method.kind != "closed form":
+            if METHODS[name].kind != "closed form":
                 raise
             # such as EASE, whose items x items may not fit: rows do without it
-            self.made[out], self.failed[name] = "", error.message
-        return self.made[out]
+            self.failed[name] = error.message
+            return ""
+        return out
 
 
 def program(script, *words):
@@ -984,14 +985,12 @@ def tune(args):
 def read_tuned(path, digest):
     """The file of `tune` -> {backbone: {method: its best trial}}. Raises SystemExit2 when it is not
     there, not whole, or of another split."""
-    try:
+    with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
         tuned = json.loads(path.read_text())
         if tuned["data"] == digest:
             return tuned["methods"]
-        why = "was tuned on another data.safetensors"
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
-        why = "is not there, or not by `tune`"
-    fail(f"{path}: {why}; run `python eval.py tune --run {path.parent} --out {path.stem} --force`")
+    fail(f"{path}: is not there, not by `tune`, or was tuned on another data.safetensors; run "
+         f"`python eval.py tune --run {path.parent} --out {path.stem} --force`")
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
 # `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,
@@ -1017,12 +1016,10 @@ def estimate(args):
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
         parts |= {"LLM": 0.35 * llm, "judge": 0.15 * parts["judge"]}
-    # half a second of products is enough to tell one machine from another
-    matrix, done, start = torch.randn(768, 768), 0, time.time()
-    while time.time() - start < 0.5:
-        matrix @ matrix
-        done += 1
-    speed = 2 * 768**3 * done / (time.time() - start) / REFERENCE
+    # a fraction of a second of products is enough to tell one machine from another
+    matrix = torch.randn(768, 768)
+    done, seconds = Timer(lambda: matrix @ matrix).autorange()
+    speed = 2 * 768**3 * done / seconds / REFERENCE
     total = sum(parts.values()) / speed
     print(f"estimate: about {max(1, round(total / 60))} minutes ("
           + ", ".join(f"{name} {value / speed:.0f} s" for name, value in parts.items())
@@ -1123,15 +1120,10 @@ def svg_chart(title, labels, means, lows, highs):
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for program_of, text, more in (
-            (report, "evaluate all models of a run on its test pairs", ""),
-            (nats, "what the judges of a run know beyond CF, on validation", ""),
-            (compare, "train methods x seeds and test the differences",
-             ' --methods "DNS;HNLMRec --tau-c 0.1"'),
-            (tune, "choose each method's flags by trials on validation", ' --methods "DNS;MixGCF"'),
-            (estimate, "say what run.sh will take with this data", ""),
-            (recommend, "show one user's recommendations", " --user 196")):
-        name = program_of.__name__
+    for program_of, more in (
+            (report, ""), (nats, ""), (compare, ' --methods "DNS;HNLMRec --tau-c 0.1"'),
+            (tune, ' --methods "DNS;MixGCF"'), (estimate, ""), (recommend, " --user 196")):
+        name, text = program_of.__name__, " ".join(program_of.__doc__.split())
         p = commands.add_parser(name, help=text, description=text,
                                 epilog=f"example: python eval.py {name} --run runs/demo{more}")
         p.set_defaults(program=program_of)

@@ -2957,14 +2957,14 @@ def test_seconds_of_a_row_are_those_of_all_its_files_once(eval_run):
     parts = ["model-judged.safetensors", "judge.safetensors"]
     save_model(eval_run / parts[0], 8, inputs=["judge.safetensors", "cf.safetensors"])
     save_model(eval_run / "compare" / "full.safetensors", 9, "blend", inputs=parts)
-    found = evaluation.seconds_behind(eval_run, eval_run / "compare" / "full.safetensors", {})
+    found = evaluation.seconds_behind(eval_run, eval_run / "compare" / "full.safetensors")
     # of a blend its own; data have none; model, judge, texts, cf
     assert list(found.values()) == [1.5, 0, 2, 2, 5, 2]
     # a person's own vectors, outside the run, have none
     own, path = eval_run.parent / "own.safetensors", eval_run / "model-own.safetensors"
     save_file({"text": torch.zeros(N_ITEMS, 2)}, own)
     save_model(path, 8, inputs=[str(own)])
-    assert list(evaluation.seconds_behind(eval_run, path, {}).values()) == [2, 0]
+    assert list(evaluation.seconds_behind(eval_run, path).values()) == [2, 0]
 
 
 def test_recommend_shows_the_best_and_the_items_nearest_to_z(eval_run):
@@ -2990,8 +2990,9 @@ def no_test_pairs(monkeypatch):
 
 
 def test_the_estimate_adds_up_and_less_work_takes_less(eval_run, monkeypatch):
-    def seconds(*flags):  # a clock of its own: one product in each measurement
-        monkeypatch.setattr(evaluation.time, "time", itertools.count(0, 0.3).__next__)
+    monkeypatch.setattr(evaluation.Timer, "autorange", lambda _: (1, 0.3))  # any machine's speed
+
+    def seconds(*flags):
         out = eval_main("estimate", "--run", eval_run, *flags)
         parts = dict(re.findall(r"(\w[\w ]*?) (\d+) s", out))
         minutes = int(re.search(r"about (\d+) minutes", out)[1])
