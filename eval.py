@@ -335,9 +335,9 @@ for _name, _row in (("zeroshot", "LLM not fine-tuned"), ("nocf", "no CF tokens")
     METHODS[_row] = Method("control", f"--negatives {_file}", (_file, TEXTS), "HNLMRec")
 # judges of other texts
 for _name, _row, _flags in (
-        ("words", "bag of words", "--layers 0"), ("tfidf", "TF-IDF", "--control tfidf"),
+        ("words", "bag of words", "--layers 0"),
         ("shuffled", "shuffled texts", "--control shuffled"),
-        ("random", "random weights", "--control random"),
+        ("random", "random weights", "--control random"), ("tfidf", "TF-IDF", "--control tfidf"),
         ("profiles", "metadata and profiles", "--profiles profiles.jsonl")):
     _texts, _file = (f"{first}-{_name}.safetensors" for first in ("texts", "judge"))
     MAKING |= {_texts: _flags, _file: f"--text-vectors {_texts}"}
