@@ -899,13 +899,15 @@ def run_trial(run, out, command, before):
     if not before:  # it may not fail: no flag of ours is in it
         scores, settings = train()
         # its own first epochs stand for a short run
-        early = [score for epoch, score in scores.items() if epoch <= max(1, settings["epochs"] // 5)]
+        few = max(1, settings["epochs"] // 5)
+        early = [score for epoch, score in scores.items() if epoch <= few]
         # so that no later trial says a default again
         defaults = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in settings.items()
                     if isinstance(value, (int, float))}
         return {"short": max(early, default=None), "valid": max(scores.values()),
                 "defaults": defaults}
-    found, few = {"short": None, "valid": None}, max(1, int(float(before[0]["defaults"]["--epochs"])) // 5)
+    found, epochs = {"short": None, "valid": None}, float(before[0]["defaults"]["--epochs"])
+    few = max(1, int(epochs) // 5)
     try:
         scores, _ = train("--epochs", few)
         found["short"] = max(scores.values())
