@@ -2,7 +2,6 @@
 
 report     runs/NAME/model-*.safetensors, on the test pairs -> report.md, report.svg, metrics.json
 compare    methods x seeds, on the test pairs or --valid -> compare.md, compare.json, compare.svg
-nats       what judges know of validation positives beyond CF -> nats.md, nats.json
 tune       the same number of trials for each method, on validation -> tuned.json, tuned.md
 estimate   what run.sh will take
 recommend  one user's top items, and the items nearest to the LLM's negatives
@@ -11,10 +10,13 @@ Metrics are over the full ranking of all items that a user has not interacted wi
 valid, when testing). Alone:  python eval.py report --run runs/NAME
 """
 
-import html, json, math, re, subprocess, sys, time
+import html, json, math, re, subprocess, sys
 from collections import namedtuple
+from contextlib import suppress
+from functools import cache
 from itertools import product
 from pathlib import Path
+from timeit import Timer
 
 import numpy as np
 import torch
@@ -89,9 +91,8 @@ def paired_bootstrap(difference, draws=10_000, seed=0):
     for draw in range(draws):
         means[draw] = difference[rng.integers(0, n, n)].mean()
     # + 1: what was measured counts as one of the draws, so that no p is 0
-    below = (np.sum(means <= 0) + 1) / (draws + 1)
-    above = (np.sum(means >= 0) + 1) / (draws + 1)
-    return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * min(below, above))
+    tail = (min(np.sum(means <= 0), np.sum(means >= 0)) + 1) / (draws + 1)
+    return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * tail)
 
 
 def holm(p_values):
@@ -321,25 +322,27 @@ for _row, _flags in (
     METHODS[_row] = Method("control", _flags, ("negatives", TEXTS), "HNLMRec")
 METHODS["texts as a bag of words"] = Method("control", "--text-vectors texts-words.safetensors",
                                             ("negatives", "texts-words.safetensors"), "HNLMRec")
-# negatives-NAME: its row, the flags of `llm_negatives.py finetune` and `generate` that make it
-VARIANTS = {"zeroshot": ("LLM not fine-tuned", "", "--no-finetune"),
-            "nocf": ("no CF tokens", "--soft-tokens 0", "--sft sft-nocf"),
-            "mixgcf": ("targets mined by MixGCF", "--mine mixgcf", "--sft sft-mixgcf"),
-            "template": ("template profiles", "--profiles profiles-template.jsonl",
-                         "--sft sft-template")}
-for _name, (_row, *_) in VARIANTS.items():
-    _files = f"negatives-{_name}", TEXTS
-    METHODS[_row] = Method("control", f"--negatives {_files[0]}", _files, "HNLMRec")
-# judge-NAME, of other texts: its rows, the flags of `llm_negatives.py read` that make the texts
-OTHER_TEXTS = {"words": ("bag of words", "--layers 0"),
-               "shuffled": ("shuffled texts", "--control shuffled"),
-               "random": ("random weights", "--control random"),
-               "tfidf": ("TF-IDF", "--control tfidf"),
-               "profiles": ("metadata and profiles", "--profiles profiles.jsonl")}
-for _name, (_row, _) in OTHER_TEXTS.items():
-    _file, _by = f"judge-{_name}.safetensors", f"in full, by {'a ' * (_name == 'words')}{_row}"
+# a file that rows need -> flags of the command that makes it, which may name another such file
+MAKING = {TEXTS: "", JUDGE: f"--text-vectors {TEXTS}", "negatives": "",
+          "negatives-zeroshot": "--no-finetune", "sft-nocf": "--soft-tokens 0",
+          "sft-mixgcf": "--mine mixgcf", "sft-template": "--profiles profiles-template.jsonl",
+          "profiles-template.jsonl": "--profiles template"}
+for _name, _row in (("zeroshot", "LLM not fine-tuned"), ("nocf", "no CF tokens"),
+                    ("mixgcf", "targets mined by MixGCF"), ("template", "template profiles")):
+    _file = f"negatives-{_name}"
+    MAKING.setdefault(_file, f"--sft sft-{_name}")
+    METHODS[_row] = Method("control", f"--negatives {_file}", (_file, TEXTS), "HNLMRec")
+# judges of other texts
+for _name, _row, _flags in (
+        ("words", "bag of words", "--layers 0"),
+        ("shuffled", "shuffled texts", "--control shuffled"),
+        ("random", "random weights", "--control random"), ("tfidf", "TF-IDF", "--control tfidf"),
+        ("profiles", "metadata and profiles", "--profiles profiles.jsonl")):
+    _texts, _file = (f"{first}-{_name}.safetensors" for first in ("texts", "judge"))
+    MAKING |= {_texts: _flags, _file: f"--text-vectors {_texts}"}
     METHODS[f"{JUDGED}, {_row}"] = Method("control", f"--judge {_file}", (_file,), JUDGED)
-    METHODS[_by] = Method("control", parts=(f"{JUDGED}, {_row}|DNS", _file, *CLOSED))
+    METHODS[f"in full, by {'a ' * (_name == 'words')}{_row}"] = Method(
+        "control", parts=(f"{JUDGED}, {_row}|DNS", _file, *CLOSED))
 
 # the rows that `compare` has without --methods
 TABLE = ("ItemKNN", *CLOSED, "RNS", "DNS", "MixGCF", "AlphaRec", "RLMRec-Con",
@@ -366,20 +369,11 @@ def missing_file(run, name):
 
 
 def making_of(run, file):
-    """The commands that make a file of `needs`, for the end of a message."""
-    first, _, name = file.removesuffix(".safetensors").partition("-")
-    texts, profiles = file.replace("judge", "texts"), "profiles-template.jsonl"
-    # (file, flags) of each step; the LLM's need --llm as well
-    if first == "negatives":
-        _, tuning, generating = VARIANTS.get(name, ("", "", ""))
-        steps = [(profiles, "--llm … --profiles template")] if profiles in tuning else []
-        steps += [(f"sft-{name}.safetensors", f"--llm … {tuning}")] if tuning else []
-        steps.append((f"{file}.safetensors", f"--llm … {generating}"))
-    else:
-        steps = [(texts, f"--llm … {OTHER_TEXTS.get(name, ('', ''))[1]}")]
-        steps += [(file, f"--text-vectors {texts}")] if first == "judge" else []
-    commands = [f"{bb.writer_of(run / made)} {flags}".strip() for made, flags in steps]
-    return ", then ".join(f"`{command}`" for command in commands)
+    """The commands that make a file of MAKING, for the end of a message."""
+    flags, llm = MAKING[file], "" if file.startswith("judge") else "--llm … "
+    before = [making_of(run, word) for word in flags.split() if word in MAKING]
+    command = f"{bb.writer_of(run / file)} {llm}{flags}".strip()
+    return ", then ".join([*before, f"`{command}`"])
 
 # ---- 5. One writer of tables: a report is a comparison, one file per row -------------------------
 # what to evaluate: a row's key in the JSON file, its names in tables and in METHODS (or ""), its
@@ -392,44 +386,46 @@ def best_epoch(meta):
     return max(meta["history"], key=lambda row: row["valid_ndcg@20"])
 
 
-def seconds_behind(run, path, found):
-    """Puts the own seconds of a file, and of all that it was made from, into found {path: s}."""
-    meta = {} if path in found else bb.read_header(path)
-    if not meta:  # counted already, not there, or a person's own: no step of ours made it
-        return found
-    # a blend's seconds hold those of its parts, which are found by themselves
-    blend = meta["settings"].get("command") == "blend"
-    found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
-    for name in meta["settings"].get("inputs", {}):
-        for file in (run / name, *run.glob(f"{Path(name).stem}-[0-9][0-9][0-9][0-9][0-9].*")):
-            seconds_behind(run, file, found)
+def seconds_behind(run, path):
+    """{path: own seconds} of a file and of all that it was made from."""
+    meta, found = bb.read_header(path), {}
+    if meta:  # else not there, or a person's own: no step of ours made it
+        # a blend's seconds hold those of its parts, which are found by themselves
+        blend = meta["settings"].get("command") == "blend"
+        found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
+        for name in meta["settings"].get("inputs", {}):
+            for file in (run / name, *run.glob(f"{Path(name).stem}-[0-9][0-9][0-9][0-9][0-9].*")):
+                found |= seconds_behind(run, file)
     return found
 
 
 class Comparison:
     """Rows evaluated on one split, and what tables, tests and a picture say of them. cells {key:
-    {column: array}}: metrics by seed and user (S, n), item_recall (S, 4), the others (S,)."""
+    {column: array}}: metrics by seed and user (S, n), by quarter (S, 4), the others (S,). result:
+    what goes into the JSON file."""
     def __init__(self, run, rows, data, split="test"):
         self.run, self.rows, self.data, self.split = run, rows, data, split
-        self.cells, self.tested, self.with_z = {}, {}, {}
-        # each file once: a closed form serves all seeds
-        labels = {path: row.label for row in rows for path in row.paths}
-        files = {path: self.evaluate_file(path, label) for path, label in labels.items()}
+        self.cells, self.with_z = {}, {}
+        self.result = {"data": data["digest"], "methods": {}, "tests": {}}
         for row in rows:
-            by_seed = [files[path] for path in row.paths]
+            by_seed = [self.evaluate_file(path, row.label) for path in row.paths]
             self.cells[row.key] = {column: np.stack([cell[column] for cell in by_seed])
                                    for column in by_seed[0]}
         self.seeds, self.users = len(rows[0].paths), self.cells[rows[0].key]["users"][0]
         # without a baseline something has to stand in for one
         self.rival = self.best(BASELINES) or rows[0]
 
+    @cache  # each file once: a closed form serves all seeds
     def evaluate_file(self, path, label):
         model, meta, tensors = load_recommender(path, self.data)
         if "z" in tensors:  # projected generated negatives
             self.with_z.setdefault(label, tensors)
         users, values, ranked = evaluate(model, self.data, self.split)
-        seconds, best = seconds_behind(self.run, path, {}), best_epoch(meta)
+        activity = torch.bincount(self.data["train"][:, 0], minlength=model.n_users)
+        quarter, best = quartiles(activity)[users], best_epoch(meta)
+        seconds = seconds_behind(self.run, path)
         return {"users": users, **values, **list_statistics(users, ranked, self.data, self.split),
+                "user_ndcg": [float(values["NDCG@20"][quarter == q].mean()) for q in range(4)],
                 "valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"],
                 "seconds": seconds[path], "seconds of all steps": sum(seconds.values())}
 
@@ -442,27 +438,25 @@ class Comparison:
         rows = [row for row in self.rows if row.method in wanted or row.kind in wanted]
         return max(rows, key=self.mean, default=None)
 
+    @cache  # large data take seconds
     def difference(self, row, other):
         """NDCG@20 of one row minus another's, by users' means over seeds -> dict: mean, low and
-        high end of the 95 % interval, p; by seed. Kept: large data take seconds."""
-        if (row.key, other.key) not in self.tested:
-            by_user = self.cells[row.key]["NDCG@20"] - self.cells[other.key]["NDCG@20"]  # (S, n)
-            # over seeds first: a seed is no extra user
-            test = zip(("mean", "low", "high", "p"), map(float, paired_bootstrap(by_user.mean(0))))
-            self.tested[row.key, other.key] = {**dict(test), "by seed": by_user.mean(1).tolist()}
-        return self.tested[row.key, other.key]
+        high end of the 95 % interval, p; by seed."""
+        by_user = self.cells[row.key]["NDCG@20"] - self.cells[other.key]["NDCG@20"]  # (S, n)
+        # over seeds first: a seed is no extra user
+        test = zip(("mean", "low", "high", "p"), paired_bootstrap(by_user.mean(0)))
+        return {**dict(test), "by seed": by_user.mean(1).tolist()}
 
-    def claims(self, result):
-        """The declared claims in words, p corrected by Holm over them; also into
-        result["claims"]."""
-        found, lines, result["claims"] = [], [], []
-        for name, wanted, words in CLAIMS:
-            row, rival = self.best((name,)), self.best(wanted)
-            if row and rival:
-                found.append((row, rival, words, self.difference(row, rival)))
-        corrected = holm([test["p"] for *_, test in found])
-        for (row, rival, words, test), p in zip(found, corrected):
-            result["claims"].append({"row": row.key, "against": rival.key, **test, "p by Holm": p})
+    def claims(self):
+        """The declared claims in words, p corrected by Holm over them; also into self.result."""
+        lines, self.result["claims"] = [], []
+        found = [(row, rival, words) for name, wanted, words in CLAIMS
+                 if (row := self.best((name,))) and (rival := self.best(wanted))]
+        corrected = holm([self.difference(row, rival)["p"] for row, rival, _ in found])
+        for (row, rival, words), p in zip(found, corrected):
+            test = self.difference(row, rival)
+            self.result["claims"].append(
+                {"row": row.key, "against": rival.key, **test, "p by Holm": p})
             word = "level with" if p >= 0.05 else "above" if test["mean"] > 0 else "below"
             scores = [f"{self.mean(which, 'NDCG@20'):.4f}" for which in (row, rival)]
             p = "< .001" if p < 0.001 else f"{p:.3f}"
@@ -470,12 +464,9 @@ class Comparison:
                       f"NDCG@20 {' and '.join(scores)}, {interval(test)}, p {p}."]
         return lines
 
-    def sections(self, out, result):
-        """The lines of all tables, and the picture OUT.svg; figures go into result["methods"] and
-        result["tests"]."""
+    def sections(self, out):
+        """The lines of all tables, and the picture OUT.svg; figures go into self.result."""
         main, differences, groups, tests = [], [], [], {}
-        activity = torch.bincount(self.data["train"][:, 0], minlength=self.data["n_users"])
-        quarter = quartiles(activity).numpy()[self.users]
         for row in self.rows:
             cell = self.cells[row.key]
             scores = [cell[column].mean(1) for column in COLUMNS]  # (S,) each
@@ -487,21 +478,20 @@ class Comparison:
             if row != self.rival:
                 test = tests[row.label] = self.difference(row, self.rival)
                 against = [interval(test), f"{sum(d > 0 for d in test['by seed'])}/{self.seeds}"]
-                result["tests"][row.key] = {"against": self.rival.key, **test}
-                del result["tests"][row.key]["p"]
+                self.result["tests"][row.key] = {"against": self.rival.key, **test}
+                del self.result["tests"][row.key]["p"]
             cost = [f"{self.mean(row, c):.0f}" for c in ("seconds", "seconds of all steps")]
             differences.append([row.label, *against, *cost])
-            # sparse users, unpopular items, popularity bias; a quarter may have no pair
-            recalls = cell["item_recall"].mean(0).tolist()
-            of_users = [cell["NDCG@20"][:, quarter == q] for q in range(4)]
-            of_users = [x.mean() if x.size else math.nan for x in of_users]
-            groups.append([row.label, *(f"{x:.4f}" for x in (*of_users, *recalls)),
+            # sparse users, unpopular items, popularity bias
+            quarters = [cell[c].mean(0).tolist() for c in ("user_ndcg", "item_recall")]
+            groups.append([row.label, *(f"{x:.4f}" for x in sum(quarters, [])),
                            f"{self.mean(row, 'popularity'):.0f}",
                            f"{self.mean(row, 'coverage'):.1%}", f"{self.mean(row, 'gini'):.3f}"])
-            figures = {c: self.mean(row, c) for c in cell if c not in ("users", "item_recall")}
-            # JSON has no NaN
-            figures["item_recall"] = [None if math.isnan(x) else x for x in recalls]
-            result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
+            figures = {c: self.mean(row, c) for c in cell
+                       if c not in ("users", "user_ndcg", "item_recall")}
+            # JSON has no NaN, which a quarter without a pair has
+            figures["item_recall"] = [None if math.isnan(x) else x for x in quarters[1]]
+            self.result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
         lines = ["", f"{len(self.users):,} users with a {self.split} pair, "
                  f"{self.data['n_users'] - len(self.users):,} without.", "",
                  *markdown_table(["method", *COLUMNS, "valid NDCG@20"], main)]
@@ -526,33 +516,30 @@ class Comparison:
 def interval(test):
     return f"{test['mean']:+.4f} [{test['low']:+.4f}, {test['high']:+.4f}]"
 
-# ---- report, nats --------------------------------------------------------------------------------
+# ---- report -------------------------------------------------------------------------------------
 def report(args):
     """Evaluate every model-*.safetensors of the run on the test pairs -> report.md, report.svg,
     metrics.json."""
     run, data = Path(args.run), load_data(args.run)
     comparison = Comparison(run, rows_of_run(run), data)
-    result = {"data": data["digest"], "methods": {}, "tests": {}, "judges": {}}
     # a run may lack any of this and has a report all the same
-    there = [row.method for row in comparison.rows]
-    absent = [name for name in ("in full", JUDGED, "HNLMRec") if name not in there]
-    absent += ["a baseline"] * (comparison.best(BASELINES) is None)
-    absent += ["a second model"] * (len(there) == 1)
+    absent = [name for name in ("in full", JUDGED, "HNLMRec") if not comparison.best((name,))]
+    absent += ["a baseline"] * (not comparison.best(BASELINES))
+    absent += ["a second model"] * (len(comparison.rows) == 1)
     absent += [file for file in (TEXTS, JUDGE) if not (run / file).exists()]
     # first what a person wants to know: who is ahead, and how to read it
-    lines = [f"# Report: {markdown(run.name)}", *comparison.claims(result), "",
+    lines = [f"# Report: {markdown(run.name)}", *comparison.claims(), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
              "it. Each difference comes with its 95 % interval and p, corrected by Holm's method. "
              f"One seed: `python eval.py compare --run {run}` measures others."]
     lines += ["", f"Left out, since the run lacks it: {', '.join(absent)}."] if absent else []
-    lines += [*comparison.sections("report", result), *example_lines(comparison),
-              *fhns_lines(comparison, result),
-              *nats_lines(run, data, ("valid", "test"), result["judges"])]
+    lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison),
+              *nats_lines(comparison)]
     # what the steps of run.sh took
     if (run / "steps.tsv").exists():
         steps = [line.split("\t") for line in (run / "steps.tsv").read_text("utf-8").splitlines()]
         lines += ["", "## Steps", "", *markdown_table(["step", "seconds"], steps)]
-    write_page(run / "report.md", lines, run / "metrics.json", result)
+    write_page(run / "report.md", lines, run / "metrics.json", comparison.result)
 
 
 def write_page(page, lines, file, result):
@@ -568,12 +555,12 @@ def rows_of_run(run):
         fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or "
              "`python hnlmrec.py train`")
     paths = {path.stem.removeprefix("model-"): path for path in paths}
-    rows = [Row(method.stem, name, name, method.kind, [paths.pop(method.stem)])
+    rows = [Row(method.stem, name, name, method.kind, (paths.pop(method.stem),))
             for name, method in METHODS.items() if method.stem in paths]
     # what is left has names of a person's own: a rival, if it came by `pretrain`
     for stem, path in paths.items():
         command = read_meta(path)["settings"].get("command")
-        rows.append(Row(stem, stem, "", "baseline" if command == "pretrain" else "ours", [path]))
+        rows.append(Row(stem, stem, "", "baseline" if command == "pretrain" else "ours", (path,)))
     return rows
 
 
@@ -610,9 +597,9 @@ def nearest_to_z(tensors, data, user, k):
     return pairs, nearest_items(tensors["z"][mine], pairs[:, 0], tensors["item"], seen, k)
 
 
-def fhns_lines(comparison, result):
+def fhns_lines(comparison):
     """Lines on false hard negatives: of samplers beside the first model of one, of the run's
-    generated negatives, of projected z. Also into result["fhns"]."""
+    generated negatives, of projected z. Also into comparison.result."""
     run, data, fhns, likely = comparison.run, comparison.data, {}, None
     if (run / JUDGE).exists():
         likely = load_tensors(run / JUDGE)[0]["likely"]
@@ -622,16 +609,15 @@ def fhns_lines(comparison, result):
         fhns = fhns_of_samplers(model, data, sized_to_data(data)[3], likely=likely)
     for shard in sorted(run.glob("negatives*-00000.safetensors")):
         name = shard.name.removesuffix("-00000.safetensors")
-        generated = load_negatives(run, name, data)
+        made = load_negatives(run, name, data)
         # fine-tuning's head aims at centred item vectors
-        items = load_tensors(run / generated["cf"])[0]
-        centred = items["item"] - items["item"].mean(0)
+        items = load_tensors(run / made["cf"])[0]["item"]
         fhns[f"generated ({name})"] = fhns_of_vectors(
-            generated["pairs"], generated["vector"], centred, data)
+            made["pairs"], made["vector"], items - items.mean(0), data)
     for label, tensors in comparison.with_z.items():
         fhns[f"{label}, projected z"] = fhns_of_vectors(
             tensors["z_pairs"], tensors["z"], tensors["item"], data)
-    result["fhns"], columns = fhns, ("FHNS@1", "FHNS@10")
+    comparison.result["fhns"], columns = fhns, ("FHNS@1", "FHNS@10")
     table = [[name, *(f"{row[c]:.2%}" if c in row else "" for c in columns)]
              for name, row in fhns.items()]
     return ["", "## False hard negatives", "", "Share of negatives that are held-out positives of "
@@ -640,42 +626,30 @@ def fhns_lines(comparison, result):
             *markdown_table(["negatives", *columns], table)] if fhns else []
 
 
-def nats_lines(run, data, splits, result):
-    """Lines on what the run's judge*.safetensors know of the positives of `splits` beyond its CF
-    models; also into result[split]. None where the run lacks either."""
-    def load(*patterns):
-        paths = sorted(path for pattern in patterns for path in run.glob(f"{pattern}.safetensors"))
-        return {path.stem: load_recommender(path, data)[0] for path in paths}
-
-    cf, judges = load("cf", "model-rp3", "model-ease"), load("judge*")
+def nats_lines(comparison):
+    """Lines on what the run's judges know of held-out positives beyond its CF models; also into
+    comparison.result. None where the run lacks either."""
+    run, data, found = comparison.run, comparison.data, {}
+    paths = [run / f"{stem}.safetensors" for stem in ("cf", "model-rp3", "model-ease")]
+    cf, judges = ({path.stem: load_recommender(path, data)[0] for path in some if path.exists()}
+                  for some in (paths, sorted(run.glob("judge*.safetensors"))))
     if not cf or not judges:
         return []
     table, counts = [[name] for name in judges], []
-    for split in splits:
+    for split in ("valid", "test"):
         pairs, positives, gains = measure_judges(cf, judges, data, split)
-        result[split] = {"cf": list(cf), "positives": positives, "nats": gains}
+        found[split] = {"cf": list(cf), "positives": positives, "nats": gains}
         counts.append(f"{split}, {positives:,} positives among {pairs:,}")
         for cells in table:  # empty where all pairs are alike
             gain = gains.get(cells[0])
             cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain) if gain else "")
+    comparison.result["judges"] = found
     return ["", "## What the judges know beyond CF", "", "Gain in log-likelihood, in nats, with "
             "its 95 % interval by bootstrap over users, when the judge's score joins a logistic "
             f"regression on the scores of {', '.join(cf)}, popularity and the user's activity; "
             "scores standardised within the user, users cross-fitted in two halves. Pairs: the "
             f"{TOP} best unseen items of each user by each of these; {'; '.join(counts)}.", "",
-            *markdown_table(["judge", *splits], table)]
-
-
-def nats(args):
-    """Measure the run's judges on the validation pairs -> nats.md, nats.json."""
-    run, data, result = Path(args.run), load_data(args.run), {}
-    # judges are chosen by these figures, so that no test pair may be in them
-    del data["test"]
-    lines = nats_lines(run, data, ("valid",), result)
-    if not lines:
-        fail(f"{run}: has no judge, or no CF model beside it; make them with "
-             f"{making_of(run, JUDGE)} and `python backbones.py pretrain --run {run}`")
-    write_page(run / "nats.md", lines[1:], run / "nats.json", result | {"data": data["digest"]})
+            *markdown_table(["judge", *found], table)]
 
 # ---- 6. compare: a cell is one command, echoed, that trains one model or blends some -------------
 def compare(args):
@@ -695,21 +669,21 @@ def compare(args):
         name, mark, words = entry.partition(" --")
         if args.methods:
             check_row(run, name, METHODS)
-        if missing := missing_file(run, name):
+        elif missing := missing_file(run, name):
             left_out.append(f"{name} (no {missing})")
-        else:
-            entries[entry] = name, words_of(f"--methods {name}", mark.strip() + words)
+            continue
+        entries[entry] = name, words_of(f"--methods {name}", mark.strip() + words)
     # train everything before any evaluation, so that failures come early
     cells, rows = Cells(args, data["digest"]), []
     for entry, (name, words) in entries.items():
-        paths = [cells.path(name, words, seed) for seed in range(args.seeds)]
-        if None not in paths:
+        files = [cells.file(name, words, seed) for seed in range(args.seeds)]
+        if all(files):
+            paths = tuple(run / file for file in files)
             rows.append(Row(entry, entry, name, METHODS[name].kind, paths))
     left_out += [f"{name} ({message})" for name, message in cells.failed.items()]
     if not rows:
         fail(f"--methods: no row is left; left out: {'; '.join(left_out)}")
     # the page
-    result = {"data": data["digest"], "methods": {}, "tests": {}}
     comparison = Comparison(run, rows, data, split)
     lines = [f"# Comparison: {markdown(run.name)}", "",
              f"{data['n_users']:,} users, {data['n_items']:,} items, {len(data['train']):,} train "
@@ -718,19 +692,16 @@ def compare(args):
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
     if args.valid:
         rows.sort(key=comparison.mean, reverse=True)
-        lines += comparison.sections(out, result)
+        lines += comparison.sections(out)
     else:
-        lines += [*comparison.claims(result), *comparison.sections(out, result),
-                  *fhns_lines(comparison, result)]
-    write_page(page, lines, run / f"{out}.json", result)
+        lines += [*comparison.claims(), *comparison.sections(out), *fhns_lines(comparison)]
+    write_page(page, lines, run / f"{out}.json", comparison.result)
 
 
 def check_row(run, name, rows):
     """Raise SystemExit2 for a name that is none of `rows`, or whose files the run lacks."""
     if name not in rows:
-        closed = name in METHODS and METHODS[name].kind == "closed form"
-        fail(f"--methods {name}: " + ("has constants that `backbones.py pretrain` itself chooses "
-             "on validation; leave it out" if closed else f"is none of {'; '.join(rows)}"))
+        fail(f"--methods {name}: is none of {'; '.join(rows)}")
     if missing := missing_file(run, name):
         fail(f"--methods {name}: needs {missing}, which is not in {run}; make it with "
              f"{making_of(run, missing)}")
@@ -747,19 +718,20 @@ def words_of(flag, text):
 def training_of(name, tuned, backbone, seed, more=()):
     """The words of a row's training: those of the row that it is like, its own, each with its tuned
     ones (read_tuned's), then `more`."""
-    method, found, words = METHODS[name], tuned.get(backbone, {}), []
-    for row in (method.like, name):
-        if tuned and row in SPACES and row not in found:
-            fail(f"--tuned: {row} on {backbone} is not in it; run `python eval.py tune --methods "
-                 f'"{row}" --backbone {backbone}`')
+    method, words = METHODS[name], []
+    # in this order, since the last of a flag wins
+    for row in filter(None, (method.like, name)):
+        words += METHODS[row].flags.split()
+        if tuned and row in SPACES:
+            if row not in tuned.get(backbone, {}):
+                fail(f"--tuned: {row} on {backbone} is not in it; run `python eval.py tune "
+                     f'--methods "{row}" --backbone {backbone}`')
+            words += tuned[backbone][row]["words"]
     # RLMRec's loss is a term of ours, so that `train` makes it
     ours = method.kind not in BASELINES or "--negatives" in method.flags
     script = ["hnlmrec.py", "train"] if ours else ["backbones.py", "pretrain"]
     if method.kind != "closed form":
         script += ["--backbone", backbone, "--seed", str(seed)]
-    # in this order, since the last of a flag wins
-    for row in filter(None, (method.like, name)):
-        words += [*METHODS[row].flags.split(), *found.get(row, {"words": []})["words"]]
     return [*script, *words, *more]
 
 
@@ -767,7 +739,7 @@ class Cells:
     """Makes the files of rows in compare/, each once. One that is there is reused, unless what it
     was made from has changed (an error) or --force is given."""
     def __init__(self, args, digest):
-        self.args, self.run, self.made, self.failed = args, Path(args.run), {}, {}
+        self.args, self.run, self.failed = args, Path(args.run), {}
         self.flags = words_of("--flags", args.flags)
         self.tuned = read_tuned(self.run / args.tuned, digest) if args.tuned else {}
         # more trials find more, so all have as many; one: there was nothing to search
@@ -776,25 +748,24 @@ class Cells:
             fail(f"--tuned {args.tuned}: methods had {min(budgets)} to {max(budgets)} trials; run "
                  "`python eval.py tune` with one --budget for all")
 
-    def path(self, name, words, seed):
-        """The path of a row's file; None for a closed form that would not fit into memory. Raises
-        SystemExit2 for words, its further flags, that nothing in a blend takes."""
-        method, backbone, parts = METHODS[name], self.args.backbone, []
-        closed, seeded = method.kind == "closed form", f"-{backbone}-seed{seed}"
+    def file(self, name, words, seed):
+        """The name in the run of a row's file; "" for a closed form that would not fit into memory.
+        Raises SystemExit2 for words, its further flags, that nothing in a blend takes."""
+        if name not in METHODS:  # a part that is a file of the run
+            return name
+        method, seeded, parts = METHODS[name], f"-{self.args.backbone}-seed{seed}", []
         for part in method.parts:
             files = []
             for one in part.split("|"):
-                if one in METHODS:
-                    # a blend's flags are those of what is trained for it, of A|B those of A
-                    more = [] if files or METHODS[one].kind == "closed form" else words
-                    one = self.path(one, more, seed)
-                    one = one and str(one.relative_to(self.run))
-                files += [one] if one else []
-            parts += ["|".join(files)] if files else []
-        command = ["hnlmrec.py", "blend", "--parts", ",".join(parts)]
-        if not method.parts:
+                # a blend's flags are those of what is trained for it, of A|B those of A
+                plain = files or METHODS.get(one, method).kind == "closed form"
+                files.append(self.file(one, [] if plain else words, seed))
+            parts.append("|".join(files))
+        command = ["hnlmrec.py", "blend", "--parts", ",".join(filter(None, parts))]
+        closed = method.kind == "closed form"
+        if not parts:
             more = words if closed else [*self.flags, *words]
-            command = training_of(name, self.tuned, backbone, seed, more)
+            command = training_of(name, self.tuned, self.args.backbone, seed, more)
         elif seeded not in command[-1]:
             closed = True
             if words:
@@ -802,20 +773,22 @@ class Cells:
         # other flags are another file; what has no seed is one file for all of them
         slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ("" if closed else seeded)
         out = f"compare/{slug}-{json_digest(command)[:6]}.safetensors"
-        if out in self.made:
-            return self.made[out]
-        self.made[out] = self.run / out
+        return self.make(name, out, *command)
+
+    @cache  # once, with --force too
+    def make(self, name, out, *command):
         if (self.run / out).exists() and not self.args.force:
             read_meta(self.run / out, check=True)
-            return self.made[out]
+            return out
         try:
             program(*command, "--run", self.run, "--out", out, *["--force"] * self.args.force)
         except SystemExit2 as error:
-            if method.kind != "closed form":
+            if METHODS[name].kind != "closed form":
                 raise
             # such as EASE, whose items x items may not fit: rows do without it
-            self.made[out], self.failed[name] = None, error.message
-        return self.made[out]
+            self.failed[name] = error.message
+            return ""
+        return out
 
 
 def program(script, *words):
@@ -827,7 +800,7 @@ def program(script, *words):
                           capture_output=True, text=True, check=False)
     if done.returncode:
         message = (done.stderr.strip() or "no message").splitlines()[-1]
-        fail(f"{script} {' '.join(words[:3])} …: {message}")
+        fail(f"{script} {' '.join(words[:3])} …: {message.removeprefix('error: ')}")
 
 # ---- 7. tune -------------------------------------------------------------------------------------
 # As many trials for every method, on validation: random search (Bergstra and Bengio, JMLR 2012)
@@ -899,49 +872,42 @@ def best_trial(trials):
     return max((row for row in trials if row["valid"] is not None), key=lambda row: row["valid"])
 
 
-def run_trial(run, out, command, first, epochs, shorts):
-    """Train a trial of tune into `out`, trial 0 in full, the others a fifth of the epochs first ->
-    dict: "short", "valid": validation NDCG@20, None where it was not reached; "failed": why;
-    "defaults" of trial 0: {flag: value}. shorts: results of the method's short runs so far."""
-    found = {"short": None, "valid": None}
-
+def run_trial(run, out, command, before):
+    """Train a trial of tune into `out`, after those of its method `before`: the first in full, the
+    others a fifth of the epochs first -> dict: "short", "valid": validation NDCG@20, None where it
+    was not reached; "failed": why; "defaults" of the first: {flag: value}."""
     def train(*more):
         """-> {epoch: validation NDCG@20}, the settings of the model's file."""
         program(*command, *more, "--run", run, "--out", out, "--force")
         meta = read_meta(run / out)
         return {row["epoch"]: row["valid_ndcg@20"] for row in meta["history"]}, meta["settings"]
 
-    few, scores = max(1, epochs // 5), {}
+    if not before:  # it may not fail: no flag of ours is in it
+        scores, settings = train()
+        # its own first epochs stand for a short run
+        few = max(1, settings["epochs"] // 5)
+        early = [score for epoch, score in scores.items() if epoch <= few]
+        # so that no later trial says a default again
+        defaults = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in settings.items()
+                    if isinstance(value, (int, float))}
+        return {"short": max(early, default=None), "valid": max(scores.values()),
+                "defaults": defaults}
+    found, epochs = {"short": None, "valid": None}, float(before[0]["defaults"]["--epochs"])
+    few = max(1, int(epochs) // 5)
     try:
-        if not first:
-            scores, _ = train("--epochs", few)
-            found["short"] = max(scores.values())
+        scores, _ = train("--epochs", few)
+        found["short"] = max(scores.values())
         # successive halving (Jamieson and Talwalkar, AISTATS 2016): the better half goes on
-        if first or sum(other > found["short"] for other in shorts) < (len(shorts) + 1) / 2:
+        shorts = [row["short"] for row in before if row["short"] is not None]
+        if sum(other > found["short"] for other in shorts) < (len(shorts) + 1) / 2:
             # a short run that stopped by itself would stop there again
-            if first or max(scores) == few:
-                scores, settings = train()
+            if max(scores) == few:
+                scores, _ = train()
             found["valid"] = max(scores.values())
-        if first:  # its own first epochs stand for a short run
-            early = [score for epoch, score in scores.items() if epoch <= few]
-            found["short"] = max(early, default=None)
-            # so that no later trial says a default again
-            found["defaults"] = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in
-                                 settings.items() if isinstance(value, (int, float))}
     except SystemExit2 as error:
-        if first:  # of defaults: no flag of ours made it fail
-            raise
         print(f"failed: {error.message}")
         found["failed"] = error.message
     return found
-
-
-def epochs_of(flags, data):
-    """Epochs of a full trial: those of `flags`, a list of words, else those that fit the data."""
-    given = dict(zip(flags, [*flags[1:], ""])).get("--epochs", "0")
-    if not given.isdecimal():
-        fail(f"--flags {' '.join(flags)}: --epochs needs a whole number behind it")
-    return sized_to_data(data, epochs=int(given))[2]
 
 
 def tune(args):
@@ -954,7 +920,6 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES)
     flags = words_of("--flags", args.flags)
-    epochs = epochs_of(flags, data)
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
@@ -977,10 +942,9 @@ def tune(args):
                 "inputs": digests(run, *METHODS[name].needs)}
         row = done.get(json_digest(plan))
         if row is None:
-            shorts = [row["short"] for row in before if row["short"] is not None]
             out = f"compare/tune-{json_digest(plan)[:6]}.safetensors"
-            found = run_trial(run, out, command, not n, epochs, shorts)
-            row = {"method": name, "plan": plan, "words": words, "model": out, **found}
+            row = {"method": name, "plan": plan, "words": words, "model": out,
+                   **run_trial(run, out, command, before)}
             rows.append(row)
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
         before.append(row)
@@ -1009,14 +973,12 @@ def tune(args):
 def read_tuned(path, digest):
     """The file of `tune` -> {backbone: {method: its best trial}}. Raises SystemExit2 when it is not
     there, not whole, or of another split."""
-    try:
+    with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
         tuned = json.loads(path.read_text())
         if tuned["data"] == digest:
             return tuned["methods"]
-        why = "was tuned on another data.safetensors"
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
-        why = "is not there, or not by `tune`"
-    fail(f"{path}: {why}; run `python eval.py tune --run {path.parent} --out {path.stem} --force`")
+    fail(f"{path}: is not there, not by `tune`, or was tuned on another data.safetensors; run "
+         f"`python eval.py tune --run {path.parent} --out {path.stem} --force`")
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
 # `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,
@@ -1042,12 +1004,10 @@ def estimate(args):
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
         parts |= {"LLM": 0.35 * llm, "judge": 0.15 * parts["judge"]}
-    # half a second of products is enough to tell one machine from another
-    matrix, done, start = torch.randn(768, 768), 0, time.time()
-    while time.time() - start < 0.5:
-        matrix @ matrix
-        done += 1
-    speed = 2 * 768**3 * done / (time.time() - start) / REFERENCE
+    # a fraction of a second of products is enough to tell one machine from another
+    matrix = torch.randn(768, 768)
+    done, seconds = Timer(lambda: matrix @ matrix).autorange()
+    speed = 2 * 768**3 * done / seconds / REFERENCE
     total = sum(parts.values()) / speed
     print(f"estimate: about {max(1, round(total / 60))} minutes ("
           + ", ".join(f"{name} {value / speed:.0f} s" for name, value in parts.items())
@@ -1149,51 +1109,45 @@ def svg_chart(title, labels, means, lows, highs):
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for program_of, text, more in (
-            (report, "evaluate all models of a run on its test pairs", ""),
-            (nats, "what the judges of a run know beyond CF, on validation", ""),
-            (compare, "train methods x seeds and test the differences",
-             ' --methods "DNS;HNLMRec --tau-c 0.1"'),
-            (tune, "choose each method's flags by trials on validation", ' --methods "DNS;MixGCF"'),
-            (estimate, "say what run.sh will take with this data", ""),
-            (recommend, "show one user's recommendations", " --user 196")):
-        name = program_of.__name__
+    for program_of, more in (
+            (report, ""), (compare, ' --methods "DNS;HNLMRec --tau-c 0.1"'),
+            (tune, ' --methods "DNS;MixGCF"'), (estimate, ""), (recommend, " --user 196")):
+        name, text = program_of.__name__, " ".join(program_of.__doc__.split())
         p = commands.add_parser(name, help=text, description=text,
                                 epilog=f"example: python eval.py {name} --run runs/demo{more}")
         p.set_defaults(program=program_of)
         p.add_argument("--run", required=True, metavar="DIR", help="run folder")
+
+    def add(names, flag, text, **more):
+        for name in names.split():
+            commands.choices[name].add_argument(flag, help=text, **more)
+
     # what trains many models
     for name, rows, out in (("compare", METHODS, None), ("tune", SPACES, "tuned")):
-        p = commands.choices[name]
-        p.add_argument("--methods", default="", help="semicolon-separated; each of compare may "
-                       "have flags of its own, which in a blend go to all parts that are trained, "
-                       "but not to DNS where it is an alternative; left out: the rows of the "
-                       "large table that the run has files for, or all; " + "; ".join(rows))
-        p.add_argument("--backbone", default="lightgcn", help="of all that is trained")
-        p.add_argument("--flags", default="", help="of every training, in one string")
-        p.add_argument("--out", default=out, help="first part of the names of what is written")
-        p.add_argument("--force", action="store_true", help="make all trainings anew")
-    p = commands.choices["tune"]
-    p.add_argument("--budget", type=number(int, 1), default=20, help="trials per method")
-    p.add_argument("--widest", type=number(int, 64), default=512, help="--dim tried at most")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of trials and trainings")
-    p = commands.choices["compare"]
-    p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0 to N-1 of training")
-    p.add_argument("--tuned", nargs="?", const="tuned.json", metavar="FILE",
-                   help="take each method's flags from this file of `tune` (tuned.json)")
-    p.add_argument("--valid", action="store_true", help="rank on validation, read no test pair")
+        add(name, "--methods", "semicolon-separated; each of compare may have flags of its own, "
+            "which in a blend go to all parts that are trained, but not to DNS where it is an "
+            "alternative; left out: the rows of the large table that the run has files for, or "
+            "all; " + "; ".join(rows), default="")
+        add(name, "--out", "first part of the names of what is written", default=out)
+    add("compare tune", "--backbone", "of all that is trained", default="lightgcn")
+    add("compare tune", "--flags", "of every training, in one string", default="")
+    add("compare tune", "--force", "make all trainings anew", action="store_true")
+    add("tune", "--budget", "trials per method", type=number(int, 1), default=20)
+    add("tune", "--widest", "--dim tried at most", type=number(int, 64), default=512)
+    add("tune", "--seed", "of trials and trainings", type=number(int, 0), default=0)
+    add("compare", "--seeds", "seeds 0 to N-1 of training", type=number(int, 1), default=5)
+    add("compare", "--tuned", "take each method's flags from this file of `tune` (tuned.json)",
+        nargs="?", const="tuned.json", metavar="FILE")
+    add("compare", "--valid", "rank on validation, read no test pair", action="store_true")
     # what run.sh will do, as it calls this
-    p = commands.choices["estimate"]
-    for name, default, text in (
-            ("llm-rows", 0, "users and items each that the LLM writes of; 0: all"),
-            ("trials", 0, "trials of each of two methods")):
-        p.add_argument(f"--{name}", type=number(int, 0), default=default, help=text)
-    p.add_argument("--fast", action="store_true", help="with FAST=1")
-    p = commands.choices["recommend"]
-    p.add_argument("--user", metavar="ID", help="as in the ratings file; default: the first user")
-    p.add_argument("--k", type=number(int, 1), default=10, help="items to show")
-    p.add_argument("--model", default="model-hnlmrec.safetensors",
-                   help="model, judge or blend inside the run folder")
+    whole = {"type": number(int, 0), "default": 0}
+    add("estimate", "--llm-rows", "users and items each that the LLM writes of; 0: all", **whole)
+    add("estimate", "--trials", "trials of each of two methods", **whole)
+    add("estimate", "--fast", "with FAST=1", action="store_true")
+    add("recommend", "--user", "as in the ratings file; default: the first user", metavar="ID")
+    add("recommend", "--k", "items to show", type=number(int, 1), default=10)
+    add("recommend", "--model", "model, judge or blend inside the run folder",
+        default="model-hnlmrec.safetensors")
     args = parser.parse_args(argv)
     args.program(args)
 
