@@ -633,16 +633,16 @@ class Blend(nn.Module):
         return total
 
 
-# the weights tried for each part; the best part starts with weight 1. Factors of two, since NDCG
-# hardly changes within one
+# the weights tried for each part, which start at 1. Factors of two, since NDCG hardly changes
+# within one
 BLEND_GRID = (0, 0.125, 0.25, 0.5, 1, 2, 4)
 
 
 @torch.no_grad()
 def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
-    """The weights with the highest validation NDCG@20, by coordinate ascent: from the best part
-    alone, each weight in turn takes the value of the grid that is best beside the others, until
-    none improves. A part that does not help keeps weight 0.
+    """The weights with the highest validation NDCG@20, by coordinate ascent: from equal weights,
+    each in turn takes the value of the grid that is best beside the others, until none improves. A
+    part that does not help gets 0.
 
     parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 among them; cells: scores held
     -> (weights, each part's NDCG@20 alone)."""
@@ -668,12 +668,11 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
         ranked = top_k(leave_out(total, users, seen), 20)  # (n, 20)
         return float(ndcg(contains(keys, users[:, None], ranked, n_items), relevant, 20).mean())
 
-    # from the best part alone: one weight at a time, the others held, until none improves
-    units = [dict(enumerate(row)) for row in torch.eye(len(parts)).tolist()]
-    alone = [quality(unit) for unit in units]
-    first = units[alone.index(max(alone))]
-    # reversed, since line_search begins with the last name: the first part comes first
-    best, _ = line_search(quality, {k: grid for k in reversed(first)}, first)
+    alone = [quality({k: 1}) for k in range(len(parts))]
+    # not from the best part alone: where no single other part adds to it, although two would, the
+    # ascent would end there. reversed, since line_search begins with the last name
+    equal = dict.fromkeys(range(len(parts)), 1)
+    best, _ = line_search(quality, {k: grid for k in reversed(equal)}, equal)
     return [float(weight) for weight in best.values()], alone
 
 # ==== 4. The method ends here. What follows are programs ==========================================
