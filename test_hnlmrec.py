@@ -1158,6 +1158,20 @@ def test_blend_weights_are_a_maximum_and_drop_noise():
     assert some[0] and some[1]
 
 
+def test_blend_weights_are_no_worse_than_equal_ones():
+    """From the best part alone, the ascent would end at a lower maximum here."""
+    generator = seeded(1)
+    taste = torch.randn(30, 20, generator=generator)
+    parts = [rigged(torch.eye(30), (taste + noise * torch.randn(30, 20, generator=generator)).T)
+             for noise in (1, 1.5, 1.5)]
+    pairs = torch.stack([torch.arange(30)[:, None].expand(-1, 4), taste.topk(4).indices], -1)
+    data = {"train": pairs[:, ::2].reshape(-1, 2), "valid": pairs[:, 1::2].reshape(-1, 2)}
+    weights, _ = hnlmrec.blend_weights(parts, *data.values(), [0, 0.5, 1, 2])
+    ours, equal = (backbones.validation(hnlmrec.Blend(parts, row), data)()
+                   for row in (weights, [1, 1, 1]))
+    assert ours >= equal
+
+
 # ---- prepare: from raw files to data.safetensors, items.jsonl, users.jsonl -----------------------
 def test_k_core_against_naive_removal():
     pairs = left = np.unique(np.random.default_rng(0).integers(0, [40, 60], (400, 2)), axis=0)
