@@ -1157,16 +1157,18 @@ class Profiles:
         self.made |= {keys[n]: plain[n] for n in todo if n not in requests}
         asked = {n: requests[n] for n in todo if n in requests}
         progress = Progress(f"profile {kind}s", len(asked), "written")
-        for count, (n, text) in enumerate(self.write(kind, asked) if asked else ()):
-            # each sentence is checked before anything else reads it
-            fault = fault_of(text, titles[n])
-            self.faults[fault] += 1
-            self.made[keys[n]] = plain[n] if fault else text
-            progress.update(count + 1)
-            if time.time() > saved + 60:  # so that a kill loses a minute at most
-                self.save()
-                saved = time.time()
-        self.save()
+        try:
+            for count, (n, text) in enumerate(self.write(kind, asked) if asked else ()):
+                # each sentence is checked before anything else reads it
+                fault = fault_of(text, titles[n])
+                self.faults[fault] += 1
+                self.made[keys[n]] = plain[n] if fault else text
+                progress.update(count + 1)
+                if time.time() > saved + 60:  # a power cut loses a minute, Ctrl-C nothing
+                    self.save()
+                    saved = time.time()
+        finally:
+            self.save()
         # how good they are, by counts that need no person
         sentences, taken = {n: self.made[keys[n]] for n in requests}, 0
         for n, sentence in sentences.items():
