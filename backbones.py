@@ -278,16 +278,15 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
         layers = model.layers() if sampler == "mixgcf" else None
         all_users, all_items = map(model.pool, layers) if layers else model()
         users, positives, j = take(all_users, u), take(all_items, i), candidates[:, 0]
-        if layers:
-            negatives = mixgcf(users, layers[1], i, candidates, model.pool, generator)
-            return Sample(all_users, all_items, users, positives, negatives, j)
-        # the others choose one of the candidates: j (B,)
+        # all but MixGCF choose one of the candidates: j (B,)
         if sampler == "dns":
             taken_off = penalty and penalty(u, candidates)
             j = dns(model.score, users, all_items, candidates, n, generator, taken_off)
         elif sampler == "ahns":
             j = ahns(model.score, users, all_items, i, candidates)
-        return Sample(all_users, all_items, users, positives, take(all_items, j), j)
+        negatives = (mixgcf(users, layers[1], i, candidates, model.pool, generator) if layers
+                     else take(all_items, j))
+        return Sample(all_users, all_items, users, positives, negatives, j)
 
     return sample
 
@@ -392,7 +391,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     float, higher is better. Stops after `patience` validations without a new best. decay: the
     learning rate falls linearly from lr to 0. Returns (best state {name.parameter: tensor},
     history). Raises SystemExit2 when a loss or validation is not finite."""
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    modules = nn.ModuleDict(modules)
+    parameters = list(modules.parameters())
     # fused: one pass over each parameter instead of ten
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     device = parameters[0].device
@@ -404,8 +404,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     for epoch in range(1, epochs + 1):
         # every train row once, in random order
         logs = {}
-        for module in modules.values():
-            module.train()
+        modules.train()
         order = torch.randperm(n_rows, generator=generator, device=device)
         for rows in order.split(batch_size):
             loss, values = step(rows[rank()::world()] if len(rows) >= world() else rows, draws)
@@ -446,8 +445,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
 
 def state_of(modules):
     """{prefix: module} -> {prefix.name: tensor}, copies, since training changes them in place."""
-    return {f"{prefix}.{name}": value.clone() for prefix, module in modules.items()
-            for name, value in module.state_dict().items()}
+    return {name: value.clone() for name, value in nn.ModuleDict(modules).state_dict().items()}
 
 
 def restore(modules, state):
@@ -531,9 +529,8 @@ class NeuMF(Backbone):
     def __init__(self, n_users, n_items, dim):
         super().__init__(n_users, n_items, dim)
         half = dim // 2
-        hidden = nn.Linear(2 * half, half), nn.Linear(half, half)
-        self.mlp = nn.Sequential(hidden[0], nn.ReLU(), hidden[1], nn.ReLU())
-        self.out = nn.Linear(2 * half, 1, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
+        self.out = nn.Linear(dim, 1, bias=False)
         # start as MF plus a small MLP term
         nn.init.ones_(self.out.weight)
 
@@ -582,6 +579,7 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False,
         graph = normalized_adjacency(train, n_users, n_items), n_layers
     model = form(n_users, n_items, dim, *graph)
     if text is not None:
+        text = text.to(train.device)
         model.embedding, model.texts = None, TextVectors(text, train, n_users, dim)
     # inner products are cosines in training, ranking and file alike
     if cosine:
@@ -851,7 +849,6 @@ def pretrain(args):
         return
     device, start = start_processes(args.device), time.time()
     data |= {name: data[name].to(device) for name in ("train", "valid")}
-    text = None if text is None else text.to(device)
     tensors, history = (compute_closed_form if closed else train_baseline)(args, data, text)
     # several processes train together, and one writes
     if rank() == 0:
@@ -917,20 +914,14 @@ def line_search(score_of, grid, point=None):
     """Coordinate ascent: from `point`, else the middle of a grid {name: values in order}, the best
     value of one name at a time, until none gives a better one -> (point {name: value}, score)."""
     point = point or {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
-    scores = {}
-
-    def score(point):  # each once
-        key = tuple(point.values())
-        if key not in scores:
-            scores[key] = score_of(point)
-        return scores[key]
-
-    before = None
+    names, before = list(point), None
+    score = functools.cache(lambda *values: score_of(dict(zip(names, values))))  # each once
     while point != before:
         before = point
         for name in reversed(grid):  # topk first: without it the others find a poorer end
-            point = max((point | {name: value} for value in grid[name]), key=score)
-    return point, score(point)
+            point = max((point | {name: value} for value in grid[name]),
+                        key=lambda tried: score(*tried.values()))
+    return point, score(*point.values())
 
 # ---- The files of a run: data, models, texts, generated negatives --------------------------------
 def load_data(run):
@@ -1476,11 +1467,9 @@ def main(argv=None):
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
     # all four in one start of Python; ease, which refuses a large catalogue, is the last
-    for name in CLOSED_FORMS if closed else ():
-        own = {"backbone": name, "out": f"model-{name}.safetensors"}
-        pretrain(argparse.Namespace(**vars(args) | own))
-    if not closed:
-        pretrain(args)
+    for name in CLOSED_FORMS if closed else [args.backbone]:
+        out = f"model-{name}.safetensors" if closed else args.out
+        pretrain(argparse.Namespace(**vars(args) | {"backbone": name, "out": out}))
 
 
 if __name__ == "__main__":
