@@ -268,9 +268,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     function of users (B,) and candidates (B, M)."""
     if sampler not in SAMPLERS:
         fail(f"sampler {sampler!r}: is none of {', '.join(SAMPLERS)}")
-    draw = UnseenSampler(pairs, model.n_users, model.n_items)
-    if sampler == "pns":
-        draw = PopularitySampler(pairs, model.n_users, model.n_items, beta)
+    shape = pairs, model.n_users, model.n_items
+    draw = PopularitySampler(*shape, beta) if sampler == "pns" else UnseenSampler(*shape)
 
     def sample(u, i, generator):
         candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
@@ -730,17 +729,15 @@ def co_occurrence(pairs, user_weight, n_items):
 
 def nearest_neighbours(row, column, value, n_items, topk):
     """Item weights from their entries (n,): no diagonal, of each row the topk highest (0: all)."""
-    kept = row != column
-    row, column, value = row[kept], column[kept], value[kept]
+    kept = (row != column).nonzero()[:, 0]
     if topk:
         # by row, the highest first: two stable sorts, so that equal ones go by id
-        order = value.argsort(descending=True, stable=True)
-        order = order[row[order].argsort(stable=True)]
-        count = torch.bincount(row, minlength=n_items)
-        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row[order]]
-        order = order[place < topk]
-        row, column, value = row[order], column[order], value[order]
-    return sparse_csr(row, column, value, (n_items, n_items))
+        kept = kept[value[kept].argsort(descending=True, stable=True)]
+        kept = kept[row[kept].argsort(stable=True)]
+        count = torch.bincount(row[kept], minlength=n_items)
+        place = torch.arange(len(kept), device=row.device) - (count.cumsum(0) - count)[row[kept]]
+        kept = kept[place < topk]
+    return sparse_csr(row[kept], column[kept], value[kept], (n_items, n_items))
 
 
 def item_knn(pairs, n_users, n_items, shrink=20.0, topk=0):
@@ -1166,12 +1163,11 @@ def writer_of(path):
         guess = "blend" if "full" in stem else "train" if re.search("hnlmrec|judged", stem) else ""
         made = read_header(path).get("settings", {}).get("command", guess)
         command = f"hnlmrec.py {made}" if made in ("train", "blend") else "backbones.py pretrain"
-    flags = f" --out {stem if first == 'negatives' else name}"
-    if first in ("sft", "adapter"):
-        flags = f" --name sft{stem.removeprefix(first)}"
-    elif command.split()[1] in ("prepare", "report", "compare", "tune"):
-        flags = ""
-    return f"python {command} --run {shlex.quote(str(run))} …{flags}"
+    # how a command is told the name, where it is not by --out FILE
+    flags = {"finetune": f" --name sft{stem.removeprefix(first)}", "generate": f" --out {stem}",
+             "prepare": "", "report": "", "compare": "", "tune": ""}
+    flag = flags.get(command.split()[1], f" --out {name}")
+    return f"python {command} --run {shlex.quote(str(run))} …{flag}"
 
 
 def output_name(flag, name, command, suffix="", word=""):
