@@ -703,8 +703,7 @@ def sum_of_rows(weight, place, items, n):
     """The sum of some rows of weight (I, J), dense or CSR, by place: place, items (P,), as rows_of
     gives them, or the users and items of train pairs -> (n, J)."""
     one = torch.ones(len(items), device=items.device)
-    total = sparse_csr(place, items, one, (n, len(weight))) @ weight
-    return total if total.layout is torch.strided else total.to_dense()
+    return (sparse_csr(place, items, one, (n, len(weight))) @ weight).to_dense()
 
 
 def popularity(pairs, n_users, n_items):
@@ -957,14 +956,12 @@ def load_texts(run, name, n_items):
     except (SafetensorError, OSError) as error:
         fail(f"--text-vectors {path}: cannot be read as safetensors ({error}); name another file, "
              "or make one with `python llm_negatives.py read`")
-    for key, text in tensors.items():
-        if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
-            fail(f"--text-vectors {path}: {key} is {tuple(text.shape)}, not ({n_items}, width)")
+    wrong = [f"{key} is {tuple(text.shape)}" for key, text in tensors.items()
+             if text.ndim != 2 or len(text) != n_items or not text.shape[1]]
+    if wrong or not tensors:
+        fail(f"--text-vectors {path}: {[*wrong, 'holds no tensor'][0]}, not ({n_items}, width)")
     check_finite(path, tensors, "fix that row")
-    texts = [tensors[key].float() for key in sorted(tensors)]
-    if not texts:
-        fail(f"--text-vectors {path}: holds no tensor; give one (I, width)")
-    return texts
+    return [tensors[key].float() for key in sorted(tensors)]
 
 
 def text_input(run, name):
