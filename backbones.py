@@ -9,8 +9,8 @@ baselines, part 3 the program. Nothing here imports the other scripts: the file 
 Try:  python backbones.py pretrain --run runs/NAME --sampler dns --out model-dns.safetensors
 """
 
-import argparse, ctypes, functools, hashlib, io, json, math, os, re, shlex, shutil, signal, sys
-import time, warnings
+import argparse, contextlib, ctypes, functools, hashlib, io, json, math, os, re, shlex, shutil
+import signal, sys, time, warnings
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
@@ -1231,10 +1231,9 @@ def fail(message):
 class Output(io.FileIO):
     """Standard output's bytes: after a closed pipe or on a full disk the rest goes nowhere."""
     def write(self, data):
-        try:
+        with contextlib.suppress(OSError):
             return super().write(data)
-        except OSError:
-            return len(data)
+        return len(data)
 
 
 def run_cli(main):
@@ -1356,14 +1355,12 @@ def number(kind, low, high=None, open_low=False):
     high = (2**31 - 1 if kind is int else math.inf) if high is None else high
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (open_low and value == low) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(
-                f"{text} is outside {'[('[open_low]}{low}, {high}], or no {kind.__name__}")
-        return value
+            if low <= value <= high and math.isfinite(value) and (value > low or not open_low):
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text} is outside {'[('[open_low]}{low}, {high}], or no {kind.__name__}")
 
     return parse
 
