@@ -9,8 +9,8 @@ baselines, part 3 the program. Nothing here imports the other scripts: the file 
 Try:  python backbones.py pretrain --run runs/NAME --sampler dns --out model-dns.safetensors
 """
 
-import argparse, ctypes, functools, hashlib, io, json, math, os, re, shlex, shutil, signal, sys
-import time, warnings
+import argparse, contextlib, ctypes, functools, hashlib, io, json, math, os, re, shlex, shutil
+import signal, sys, time, warnings
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
@@ -268,9 +268,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     function of users (B,) and candidates (B, M)."""
     if sampler not in SAMPLERS:
         fail(f"sampler {sampler!r}: is none of {', '.join(SAMPLERS)}")
-    draw = UnseenSampler(pairs, model.n_users, model.n_items)
-    if sampler == "pns":
-        draw = PopularitySampler(pairs, model.n_users, model.n_items, beta)
+    shape = pairs, model.n_users, model.n_items
+    draw = PopularitySampler(*shape, beta) if sampler == "pns" else UnseenSampler(*shape)
 
     def sample(u, i, generator):
         candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
@@ -278,16 +277,15 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
         layers = model.layers() if sampler == "mixgcf" else None
         all_users, all_items = map(model.pool, layers) if layers else model()
         users, positives, j = take(all_users, u), take(all_items, i), candidates[:, 0]
-        if layers:
-            negatives = mixgcf(users, layers[1], i, candidates, model.pool, generator)
-            return Sample(all_users, all_items, users, positives, negatives, j)
-        # the others choose one of the candidates: j (B,)
+        # all but MixGCF choose one of the candidates: j (B,)
         if sampler == "dns":
             taken_off = penalty and penalty(u, candidates)
             j = dns(model.score, users, all_items, candidates, n, generator, taken_off)
         elif sampler == "ahns":
             j = ahns(model.score, users, all_items, i, candidates)
-        return Sample(all_users, all_items, users, positives, take(all_items, j), j)
+        negatives = (mixgcf(users, layers[1], i, candidates, model.pool, generator) if layers
+                     else take(all_items, j))
+        return Sample(all_users, all_items, users, positives, negatives, j)
 
     return sample
 
@@ -392,7 +390,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     float, higher is better. Stops after `patience` validations without a new best. decay: the
     learning rate falls linearly from lr to 0. Returns (best state {name.parameter: tensor},
     history). Raises SystemExit2 when a loss or validation is not finite."""
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    modules = nn.ModuleDict(modules)
+    parameters = list(modules.parameters())
     # fused: one pass over each parameter instead of ten
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     device = parameters[0].device
@@ -404,8 +403,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     for epoch in range(1, epochs + 1):
         # every train row once, in random order
         logs = {}
-        for module in modules.values():
-            module.train()
+        modules.train()
         order = torch.randperm(n_rows, generator=generator, device=device)
         for rows in order.split(batch_size):
             loss, values = step(rows[rank()::world()] if len(rows) >= world() else rows, draws)
@@ -446,8 +444,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
 
 def state_of(modules):
     """{prefix: module} -> {prefix.name: tensor}, copies, since training changes them in place."""
-    return {f"{prefix}.{name}": value.clone() for prefix, module in modules.items()
-            for name, value in module.state_dict().items()}
+    return {name: value.clone() for name, value in nn.ModuleDict(modules).state_dict().items()}
 
 
 def restore(modules, state):
@@ -531,9 +528,8 @@ class NeuMF(Backbone):
     def __init__(self, n_users, n_items, dim):
         super().__init__(n_users, n_items, dim)
         half = dim // 2
-        hidden = nn.Linear(2 * half, half), nn.Linear(half, half)
-        self.mlp = nn.Sequential(hidden[0], nn.ReLU(), hidden[1], nn.ReLU())
-        self.out = nn.Linear(2 * half, 1, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
+        self.out = nn.Linear(dim, 1, bias=False)
         # start as MF plus a small MLP term
         nn.init.ones_(self.out.weight)
 
@@ -582,6 +578,7 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False,
         graph = normalized_adjacency(train, n_users, n_items), n_layers
     model = form(n_users, n_items, dim, *graph)
     if text is not None:
+        text = text.to(train.device)
         model.embedding, model.texts = None, TextVectors(text, train, n_users, dim)
     # inner products are cosines in training, ranking and file alike
     if cosine:
@@ -706,8 +703,7 @@ def sum_of_rows(weight, place, items, n):
     """The sum of some rows of weight (I, J), dense or CSR, by place: place, items (P,), as rows_of
     gives them, or the users and items of train pairs -> (n, J)."""
     one = torch.ones(len(items), device=items.device)
-    total = sparse_csr(place, items, one, (n, len(weight))) @ weight
-    return total if total.layout is torch.strided else total.to_dense()
+    return (sparse_csr(place, items, one, (n, len(weight))) @ weight).to_dense()
 
 
 def popularity(pairs, n_users, n_items):
@@ -732,17 +728,15 @@ def co_occurrence(pairs, user_weight, n_items):
 
 def nearest_neighbours(row, column, value, n_items, topk):
     """Item weights from their entries (n,): no diagonal, of each row the topk highest (0: all)."""
-    kept = row != column
-    row, column, value = row[kept], column[kept], value[kept]
+    kept = (row != column).nonzero()[:, 0]
     if topk:
         # by row, the highest first: two stable sorts, so that equal ones go by id
-        order = value.argsort(descending=True, stable=True)
-        order = order[row[order].argsort(stable=True)]
-        count = torch.bincount(row, minlength=n_items)
-        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row[order]]
-        order = order[place < topk]
-        row, column, value = row[order], column[order], value[order]
-    return sparse_csr(row, column, value, (n_items, n_items))
+        kept = kept[value[kept].argsort(descending=True, stable=True)]
+        kept = kept[row[kept].argsort(stable=True)]
+        count = torch.bincount(row[kept], minlength=n_items)
+        place = torch.arange(len(kept), device=row.device) - (count.cumsum(0) - count)[row[kept]]
+        kept = kept[place < topk]
+    return sparse_csr(row[kept], column[kept], value[kept], (n_items, n_items))
 
 
 def item_knn(pairs, n_users, n_items, shrink=20.0, topk=0):
@@ -851,7 +845,6 @@ def pretrain(args):
         return
     device, start = start_processes(args.device), time.time()
     data |= {name: data[name].to(device) for name in ("train", "valid")}
-    text = None if text is None else text.to(device)
     tensors, history = (compute_closed_form if closed else train_baseline)(args, data, text)
     # several processes train together, and one writes
     if rank() == 0:
@@ -917,20 +910,14 @@ def line_search(score_of, grid, point=None):
     """Coordinate ascent: from `point`, else the middle of a grid {name: values in order}, the best
     value of one name at a time, until none gives a better one -> (point {name: value}, score)."""
     point = point or {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
-    scores = {}
-
-    def score(point):  # each once
-        key = tuple(point.values())
-        if key not in scores:
-            scores[key] = score_of(point)
-        return scores[key]
-
-    before = None
+    names, before = list(point), None
+    score = functools.cache(lambda *values: score_of(dict(zip(names, values))))  # each once
     while point != before:
         before = point
         for name in reversed(grid):  # topk first: without it the others find a poorer end
-            point = max((point | {name: value} for value in grid[name]), key=score)
-    return point, score(point)
+            point = max((point | {name: value} for value in grid[name]),
+                        key=lambda tried: score(*tried.values()))
+    return point, score(*point.values())
 
 # ---- The files of a run: data, models, texts, generated negatives --------------------------------
 def load_data(run):
@@ -969,14 +956,12 @@ def load_texts(run, name, n_items):
     except (SafetensorError, OSError) as error:
         fail(f"--text-vectors {path}: cannot be read as safetensors ({error}); name another file, "
              "or make one with `python llm_negatives.py read`")
-    for key, text in tensors.items():
-        if text.ndim != 2 or len(text) != n_items or not text.shape[1]:
-            fail(f"--text-vectors {path}: {key} is {tuple(text.shape)}, not ({n_items}, width)")
+    wrong = [f"{key} is {tuple(text.shape)}" for key, text in tensors.items()
+             if text.ndim != 2 or len(text) != n_items or not text.shape[1]]
+    if wrong or not tensors:
+        fail(f"--text-vectors {path}: {[*wrong, 'holds no tensor'][0]}, not ({n_items}, width)")
     check_finite(path, tensors, "fix that row")
-    texts = [tensors[key].float() for key in sorted(tensors)]
-    if not texts:
-        fail(f"--text-vectors {path}: holds no tensor; give one (I, width)")
-    return texts
+    return [tensors[key].float() for key in sorted(tensors)]
 
 
 def text_input(run, name):
@@ -1175,12 +1160,11 @@ def writer_of(path):
         guess = "blend" if "full" in stem else "train" if re.search("hnlmrec|judged", stem) else ""
         made = read_header(path).get("settings", {}).get("command", guess)
         command = f"hnlmrec.py {made}" if made in ("train", "blend") else "backbones.py pretrain"
-    flags = f" --out {stem if first == 'negatives' else name}"
-    if first in ("sft", "adapter"):
-        flags = f" --name sft{stem.removeprefix(first)}"
-    elif command.split()[1] in ("prepare", "report", "compare", "tune"):
-        flags = ""
-    return f"python {command} --run {shlex.quote(str(run))} …{flags}"
+    # how a command is told the name, where it is not by --out FILE
+    flags = {"finetune": f" --name sft{stem.removeprefix(first)}", "generate": f" --out {stem}",
+             "prepare": "", "report": "", "compare": "", "tune": ""}
+    flag = flags.get(command.split()[1], f" --out {name}")
+    return f"python {command} --run {shlex.quote(str(run))} …{flag}"
 
 
 def output_name(flag, name, command, suffix="", word=""):
@@ -1247,10 +1231,9 @@ def fail(message):
 class Output(io.FileIO):
     """Standard output's bytes: after a closed pipe or on a full disk the rest goes nowhere."""
     def write(self, data):
-        try:
+        with contextlib.suppress(OSError):
             return super().write(data)
-        except OSError:
-            return len(data)
+        return len(data)
 
 
 def run_cli(main):
@@ -1372,14 +1355,12 @@ def number(kind, low, high=None, open_low=False):
     high = (2**31 - 1 if kind is int else math.inf) if high is None else high
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (open_low and value == low) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(
-                f"{text} is outside {'[('[open_low]}{low}, {high}], or no {kind.__name__}")
-        return value
+            if low <= value <= high and math.isfinite(value) and (value > low or not open_low):
+                return value
+        raise argparse.ArgumentTypeError(
+            f"{text} is outside {'[('[open_low]}{low}, {high}], or no {kind.__name__}")
 
     return parse
 
@@ -1476,11 +1457,9 @@ def main(argv=None):
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
     # all four in one start of Python; ease, which refuses a large catalogue, is the last
-    for name in CLOSED_FORMS if closed else ():
-        own = {"backbone": name, "out": f"model-{name}.safetensors"}
-        pretrain(argparse.Namespace(**vars(args) | own))
-    if not closed:
-        pretrain(args)
+    for name in CLOSED_FORMS if closed else [args.backbone]:
+        out = f"model-{name}.safetensors" if closed else args.out
+        pretrain(argparse.Namespace(**vars(args) | {"backbone": name, "out": out}))
 
 
 if __name__ == "__main__":
