@@ -965,9 +965,14 @@ def load_texts(run, name, n_items):
 
 
 def text_input(run, name):
-    """A file of texts as named in settings["inputs"]: outside the run folder by its whole path."""
-    inside = (Path(run) / name).exists() or not Path(name).exists()
-    return name if inside else str(Path(name).resolve())
+    """A file of texts as named in settings["inputs"]: outside the run folder by its whole path.
+    Raises SystemExit2 when it is in neither place."""
+    if (Path(run) / name).exists():
+        return name
+    if not Path(name).exists():
+        fail(f"--text-vectors {name}: no such file, in {run} or here; give another, or make it "
+             f"with `{writer_of(Path(run) / 'texts.safetensors')}`")
+    return str(Path(name).resolve())
 
 
 SHARD_USERS = 1024  # of one shard of generated negatives: a killed run loses one at most
@@ -1422,7 +1427,7 @@ def add_band_flags(group):
 
 def main(argv=None):
     parser = Parser(prog="backbones.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pretrain", help="train a backbone, or compute a closed form")
     add_training_flags(p, (*CLOSED_FORMS, "closed"))
     p.add_argument("--loss", choices=["bpr", "softmax"], default="bpr", help="softmax: no sampler")

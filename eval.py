@@ -1108,7 +1108,7 @@ def svg_chart(title, labels, means, lows, highs):
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     for program_of, more in (
             (report, ""), (compare, ' --methods "DNS;HNLMRec --tau-c 0.1"'),
             (tune, ' --methods "DNS;MixGCF"'), (estimate, ""), (recommend, " --user 196")):

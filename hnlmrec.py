@@ -1699,7 +1699,7 @@ def print_summary(rows, parts, users, items):
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):
     parser = Parser(prog="hnlmrec.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
 
     def stars(text):
         return text if text == "none" else number(float, -1e9, 1e9)(text)

@@ -1395,7 +1395,7 @@ PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "dtype":
 
 def main(argv=None):
     parser = Parser(prog="llm_negatives.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     count, some, above = number(int, 0), number(int, 1), number(float, 0, open_low=True)
 
     def command(name, text, example):

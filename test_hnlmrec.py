@@ -3764,7 +3764,7 @@ BAD_FLAGS = {
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
         ("--backbone ease", "no vectors"), ("--backbone closed --out x.safetensors", "go to model"),
         ("--backbone closed --topk 3", "closed has no such"), ("--topk 3", "lightgcn has no such"),
-        ("--text-vectors none", "No such file"), ("--text-vectors x --backbone neumf", "not neumf"),
+        ("--text-vectors none", "read --run"), ("--text-vectors x --backbone neumf", "not neumf"),
         ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "no int"),
         ("--lr nan", "--lr"), (f"--seed {2**64}", "--seed"), ("--epo 1", "--epo"),
         ("--device gpu", "'gpu' .*'cpu'"), ("--device cuda:99", "'cuda:99' .*'cpu'"),
