@@ -754,21 +754,19 @@ WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if 
 
 def check_flags(args):
     """Raise SystemExit2 for flags of `train` that do not go together."""
-    if args.negatives == "none":
-        for name in ("alpha", "lambda1", "paper"):
-            if getattr(args, name):
-                fail(f"--negatives none: --{name} needs generated vectors; give it as 0, or run "
-                     "`python llm_negatives.py generate`")
-    for name in ("lambda_s", "lambda_f"):
-        if args.paper and getattr(args, name):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: the paper's form has no "
-                 "such term; leave it or --paper out")
-    for name in ("hinge", "train_projector"):
-        if getattr(args, name) and not args.paper:
-            fail(f"--{name.replace('_', '-')}: is part of the paper's form, so it needs --paper")
-    if args.keep_clear != "none" and args.sampler != "dns":
-        fail(f"--keep-clear {args.keep_clear}: only dns takes a penalty, so it needs "
-             f"--sampler dns, not {args.sampler}")
+    for names, wrong, why in (
+            ("alpha lambda1 paper", args.negatives == "none", "needs generated vectors, which "
+             "--negatives none has not; give it as 0, or run `python llm_negatives.py generate`"),
+            ("lambda_s lambda_f", args.paper, "the paper's form has no such term; leave it or "
+             "--paper out"),
+            ("hinge train_projector", not args.paper, "is part of the paper's form, so it needs "
+             "--paper"),
+            ("keep_clear", args.sampler != "dns", "only dns takes a penalty, so it needs "
+             "--sampler dns")):
+        for name in names.split():
+            value = getattr(args, name)
+            if wrong and value not in (0, "none"):
+                fail(f"--{name.replace('_', '-')} {value}: {why}")
 
 
 def train_hnlmrec(args):
@@ -961,103 +959,85 @@ def trace(args):
              "followed; give another")
     method = build(run, s, data)
     restore(dict(method.named_children()), tensors)
-    method.backbone.eval()
-    generated = bb.load_negatives(run, s.negatives, data)
-    cf_model, _, cf = bb.load_model(run / generated["cf"], data)
 
-    # 1: the pair; without --user and --item the first with a generated vector of its own
+    # the pair; without --user and --item the first with a generated vector of its own
     users, items = bb.read_jsonl(run / "users.jsonl"), bb.read_jsonl(run / "items.jsonl")
-    titles, train = [item["title"] for item in items], data["train"]
-    user = users[generated["pairs"][0, 0]]["raw"] if args.user is None else args.user
+    made, train = method.generated_pairs, data["train"]
+    user = users[made[0, 0]]["raw"] if args.user is None else args.user
     u = bb.row_of(users, user, "--user", run / "users.jsonl")
     of_user = train[train[:, 0] == u, 1].tolist()
-    first = generated["pairs"][generated["pairs"][:, 0] == u, 1].tolist() + of_user
     if not of_user:  # after a split by time, or one's own
         fail(f"--user {user}: has no train pair to follow; give another user")
-    i = first[0]
+    i = (made[made[:, 0] == u, 1].tolist() + of_user)[0]
     if args.item is not None:
         i = bb.row_of(items, args.item, "--item", run / "items.jsonl")
     if i not in of_user:
         fail(f"--item {args.item}: user {user} has no train pair with it "
              f"(for example {', '.join(items[n]['raw'] for n in of_user[:5])})")
     row = int((train == torch.tensor([u, i])).all(1).nonzero())
-    print(f"1. data       user {user} -> row {u}, item {items[i]['raw']} -> row {i}: "
-          f"{titles[i]}; train pair {row} of {len(train)}")
-
-    # 2 to 5: into the LLM; 6 and 7: out of it; 8 and 9: the step that trains with it
-    scores = cf_model.scores(torch.tensor([u]))[0]
-    trace_prompt(run, s, user, items[i]["raw"], u, i, titles, method.mined, cf, scores)
-    trace_negative(generated, method, row, titles, cf, user_rows(train, data["n_users"]))
-    trace_step(method, row)
+    steps = trace_steps(run, s, data, method.eval(), users, items, row)
+    for n, (title, text) in enumerate(steps, 1):
+        print(f"{n}. {title:11}" + text.replace("\n", "\n" + 14 * " "))
 
 
-def trace_prompt(run, s, raw_user, raw_item, u, i, titles, mined, cf, scores):
-    """Lines 2 to 5: profiles, CF vectors, mined items and the prompt of user row u, item row i."""
-    # a shard's header names its fine-tuning, and the header of that names the profiles
+def trace_steps(run, s, data, method, users, items, row):
+    """Yield (title, text) of each step on the way of train pair `row`. s: the model's settings."""
+    (u, i), titles = method.pairs[row].tolist(), [item["title"] for item in items]
+    user, item = users[u]["raw"], items[i]["raw"]
+    yield "data", (f"user {user} -> row {u}, item {item} -> row {i}: {titles[i]}; "
+                   f"train pair {row} of {len(method.pairs)}")
+
+    # into the LLM: a shard's header names its fine-tuning, and the header of that the profiles
     inputs = bb.read_meta(run / bb.shards(s.negatives, 1)[0])["settings"]["inputs"]
     sft = bb.read_meta(run / next(name for name in inputs if name.startswith("sft")))
-    rows = bb.read_jsonl(run / sft["settings"]["profiles"], growing=True)
-    profiles = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
-    of_user, of_item = profiles["user", raw_user], profiles["item", raw_item]
-    print(f"2. profiles   item: {of_item}\n              user: {of_user}")
-
-    # the CF model's vectors, and what it thinks of the pair
-    print(f"3. CF         e_u {vector_text(cf['user'][u])}\n"
-          f"              e_i {vector_text(cf['item'][i])}\n"
-          f"              score {scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of "
-          f"{len(scores)}")
-    print(f"4. mined      unseen ranks {s.mine_first}–{s.mine_last}: "
-          + "; ".join(titles[n] for n in mined[u, :5].tolist()) + "; …")
+    _, *rows = bb.read_jsonl(run / sft["settings"]["profiles"], growing=True)
+    profiles = {(one["kind"], one["raw"]): one["profile"] for one in rows}
+    of_user, of_item = profiles["user", user], profiles["item", item]
+    yield "profiles", f"item: {of_item}\nuser: {of_user}"
+    generated = bb.load_negatives(run, s.negatives, data)
+    cf_model, _, cf = bb.load_model(run / generated["cf"], data)
+    scores = cf_model.scores(torch.tensor([u]))[0]
+    yield "CF", (f"e_u {vector_text(cf['user'][u])}\ne_i {vector_text(cf['item'][i])}\nscore "
+                 f"{scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of {len(scores)}")
+    mined = "; ".join(titles[n] for n in method.mined[u, :5].tolist())
+    yield "mined", f"unseen ranks {s.mine_first}–{s.mine_last}: {mined}; …"
     prompt = sft["prompt"].replace("{user}", of_user)
-    prompt = prompt.replace("{item}", f"{titles[i]}. {of_item}")
-    print("5. prompt     " + prompt.replace("\n", "\n              "))
+    yield "prompt", prompt.replace("{item}", f"{titles[i]}. {of_item}")
 
-
-def trace_negative(generated, method, row, titles, cf, seen):
-    """Lines 6 and 7: the generated vector of train pair `row` (or, where it has none, of another
-    pair of the user), and z made of it."""
-    u, i = method.pairs[row].tolist()
-    # its own vector, or that of another of the user's pairs
+    # out of it: the pair's own vector, or where it has none that of another of the user's pairs
     at = int(method.table(torch.tensor([row]), 1)[0, 0])
     if at < 0:
-        fail(f"--user: user row {u} has no generated vector to follow; give another user")
+        fail(f"--user {user}: has no generated vector to follow; give another user")
     other = int(generated["pairs"][at, 1])
     note = "" if other == i else f" (it has none: this is of the pair with {titles[other]})"
-
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
-    centred = cf["item"] - cf["item"].mean(0)
-    vector = generated["vector"][at][None]
-    nearest = bb.nearest_items(vector, torch.tensor([u]), centred, seen, 5)[0]
+    centred, seen = cf["item"] - cf["item"].mean(0), user_rows(data["train"], data["n_users"])
+    nearest = bb.nearest_items(generated["vector"][at][None], torch.tensor([u]), centred, seen, 5)
     named = [titles[n] + (" (mined)" if n in method.mined[u] else "")
-             for n in nearest.tolist() if n >= 0]
-    print(f"6. generated  h {vector_text(generated['hidden'][at].float())}{note}\n"
-          f"              items nearest to head(h): {'; '.join(named)}")
-
-    # the projector's z, beside the trained backbone's vectors
-    rows = method.table(torch.tensor([row]), method.k, torch.Generator().manual_seed(0))
+             for n in nearest[0].tolist() if n >= 0]
+    yield "generated", (f"h {vector_text(generated['hidden'][at].float())}{note}\n"
+                        f"items nearest to head(h): {'; '.join(named)}")
+    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        z, (users, items) = method.projector(method.hidden[rows])[0], method.backbone()
-    cosines = [F.cosine_similarity(z, vector, 0) for vector in (users[u], items[i])]
-    print(f"7. projector  z {vector_text(z)}; cos(z, e_u) {cosines[0]:.3f}, "
-          f"cos(z, e_i) {cosines[1]:.3f}")
+        z = method.projector(method.hidden[method.table(torch.tensor([row]), method.k, draw)])[0]
+        vectors = [table[n] for table, n in zip(method.backbone(), (u, i))]
+    cosines = [F.cosine_similarity(z, vector, 0) for vector in vectors]
+    yield "projector", (f"z {vector_text(z)}; cos(z, e_u) {cosines[0]:.3f}, "
+                        f"cos(z, e_i) {cosines[1]:.3f}")
 
-
-def trace_step(method, row):
-    """Lines 8 and 9: one training step on train pair `row` alone, its losses and gradient."""
-    u, i = method.pairs[row].tolist()
+    # a step with this pair alone, in training mode: with dropout where the backbone has any
     score = float(method.backbone.scores(torch.tensor([u]))[0, i])
-    # the step in training mode, with dropout where the backbone has any
     method.backbone.train()
-    loss, logs = method.loss(torch.tensor([row]), torch.Generator().manual_seed(0))
+    loss, logs = method.loss(torch.tensor([row]), draw.manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-    print(f"8. step       score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
-          f"{terms} (a batch of one: align has the positive as its only negative)")
+    yield "step", (f"score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
+                   f"{terms} (a batch of one: align has the positive as its only negative)")
     norms = []
     for name in ("backbone", "projector"):
         gradients = [p.grad for p in getattr(method, name).parameters() if p.grad is not None]
         norms.append(f"{name} {float(nn.utils.get_total_norm(gradients)):.4f}")
-    print(f"9. gradient   norm: {', '.join(norms)}")
+    yield "gradient", f"norm: {', '.join(norms)}"
 
 
 def vector_text(vector):
