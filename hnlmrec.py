@@ -713,26 +713,24 @@ def fit_judge(args):
     settings["inputs"] = bb.digests(run, "data.safetensors",
                                     bb.text_input(run, args.text_vectors))
     if bb.skip(out, settings, args.force):
-        return None
+        return
     device = bb.start_processes(args.device)
     train, valid = data["train"].to(device), data["valid"].to(device)
     readings = [text.to(device) for text in readings]
     # nothing to learn from is no error: say so, leave the judge out, go on
-    why = ""
-    if (torch.bincount(train[:, 0]) < 2).all():
-        why = "no user has two train pairs"
-    elif all((text == text[0]).all() for text in readings):
-        why = f"{args.text_vectors} is alike for all items"
-    if why:
+    alike = all((text == text[0]).all() for text in readings)
+    if alike or (torch.bincount(train[:, 0]) < 2).all():
         out.unlink(missing_ok=True)  # with --force there may be a judge of an earlier start
-        return print(f"judge: left out, since {why}")
+        print("judge: left out, since " + (f"{args.text_vectors} is alike for all items" if alike
+                                           else "no user has two train pairs"))
+        return
 
     # once with each dropout: validation chooses
     maps, dropout, history = train_judge(
         readings, train, valid, data["n_users"], dropouts=args.dropout, epochs=args.epochs,
         lr=args.lr, seed=args.seed)
     if rank():
-        return None
+        return
 
     # its score, and whom it thinks would like what
     tensors = maps.tables()
@@ -1060,22 +1058,25 @@ def prepare(args):
     own, source = s.split == "own", next(iter(files.values()))
     # interactions: one row per pair, the latest, since a withdrawn rating is no positive
     read, users, items = read_pairs(files, s, counts)
-    keep = latest(*(read[name] for name in ("user", "item", "rating", "seconds")))
-    counts["earlier rows of a repeated pair"] += len(read) - len(keep)
-    rows = read[keep] if own else filter_pairs(read[keep], users, source, s, counts)
-    # contiguous ids, in order of the raw id; train, valid, test
-    user, users = renumber(rows["user"], users)
-    item, items = renumber(rows["item"], items)
-    part = rows["part"] if own else split_pairs(user, item, rows["seconds"], s.split, s.seed)
-    # sorted by user, then item
-    order, parts = np.lexsort((item, user)), {}
+    rows = read[latest(*(read[name] for name in ("user", "item", "rating", "seconds")))]
+    counts["earlier rows of a repeated pair"] += len(read) - len(rows)
+    if not own:
+        rows = filter_pairs(rows, users, source, s, counts)
+    # contiguous ids, in order of the raw id; train, valid, test, sorted by user, then item
+    rows["user"], users = renumber(rows["user"], users)
+    rows["item"], items = renumber(rows["item"], items)
+    if not own:
+        rows["part"] = split_pairs(*(rows[name] for name in ("user", "item", "seconds")),
+                                   s.split, s.seed)
+    rows, parts = rows[np.lexsort((rows["item"], rows["user"]))], {}
     for code, name in enumerate(PARTS):
-        parts[name] = np.stack([user, item], 1)[order][part[order] == code]
-        if not len(parts[name]):
+        of_part = rows[rows["part"] == code]
+        parts[name] = np.stack([of_part["user"], of_part["item"]], 1).astype(np.int64)
+        if not len(of_part):
             fail(f"{source}: --split {s.split} leaves {name} empty; use --split random")
     # texts: of the items, and of the train pairs' reviews alone
     items = read_items(files.get("meta"), format_of(s.format, source), items, counts)
-    user_of_line = dict(zip(rows["line"][part == 0].tolist(), user[part == 0].tolist()))
+    user_of_line = dict(rows[["line", "user"]][rows["part"] == 0].tolist())
     reviews = read_reviews(source, s.format, user_of_line, s.reviews_per_user, counts)
     users = [{"raw": raw, "reviews": reviews[n]} for n, raw in enumerate(users)]
     # write, the data last: it names the rest. Killed between the files, nothing is taken for whole
@@ -1328,8 +1329,8 @@ def read_items(path, form, raw_items, counts):
     """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
     repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
     # found {id: {column: text}}; seen: rows of each; held: the wanted ids in each column; differ:
-    # those whose rows differ in it; flat: one file of pairs and metadata, a row for a pair
-    found, seen, wanted, flat, title = {}, Counter(), set(raw_items), False, "title"
+    # those whose rows differ in it
+    found, seen, wanted, title = {}, Counter(), set(raw_items), "title"
     held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
         for name, value in row.items() if n < 10_000 else ():
@@ -1341,7 +1342,7 @@ def read_items(path, form, raw_items, counts):
             fields = {name: clean(value, counts) for name, value in item_fields(row, form).items()}
         except ValueError as error:
             fail(f"{path}: line {n}: {error}; fix that line")
-        flat, title, old = flat or form.user in row, next(iter(fields)), found.get(raw, fields)
+        title, old = next(iter(fields)), found.get(raw, fields)
         found[raw] = max(old, fields, key=fullness)
         seen[raw] += 1
         for name in fields:  # a title that one row alone has is no second title
@@ -1357,8 +1358,9 @@ def read_items(path, form, raw_items, counts):
         print(f"  WARNING: {said}") if found else fail(said)
 
     columns = next(iter(found.values()), {title: ""}).keys()
+    # flat: one file of pairs and metadata, a row for a pair
     repeated = sum(n > 1 for n in seen.values())
-    flat = flat or repeated > len(found) / 2 or any(is_called(name, "user") for name in columns)
+    flat = repeated > len(found) / 2 or any(is_called(name, "user") for name in held)
     more = 0 if flat else seen.total() - len(found)
     counts["repeated metadata rows (the fullest counts)"] += more
     left_out = columns & set(form[:5]) - {title}
@@ -1555,26 +1557,28 @@ def json_rows(path):
 
 
 ROLES = ("user", "item", "rating", "timestamp", "text")
-# name: reader, columns of the interactions (user item rating timestamp, and text where there is
-# one), columns of the metadata (id title texts; *: all others; +: a year that is put behind the
-# title)
-FORMATS = {
-    "table": (table_rows, "user item rating timestamp text", "item title *"),
-    "recbole": (table_rows, "user_id item_id rating timestamp", "item_id title+release_year *"),
-    "ml-100k": (table_rows, "user item rating timestamp", "item title genres"),
-    "ml-1m": (table_rows, "user item rating timestamp", "item title genres"),
-    "ml-latest": (table_rows, "userId movieId rating timestamp", "movieId title genres"),
-    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText",
-                   "asin title brand category categories description"),  # categories: in 2014
-    "amazon2023": (json_rows, "user_id parent_asin rating timestamp text",  # variants share one id
-                   "parent_asin title store categories description"),
-    "yelp": (json_rows, "user_id business_id stars date text", "business_id name city categories"),
-}
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-# the files without a header: their separators, and columns of the metadata
-UNNAMED = {"ml-100k": ("\t", "|", ["item", "title", "date", "video", "url", *GENRES]),
-           "ml-1m": ("::", "::", ["item", "title", "genres"])}
+# reader and columns of the interactions, in the order of ROLES, the last of which may lack; of the
+# metadata: id, title, texts (*: all others; +: a year that is put behind the title)
+FORMATS = {
+    "table": (table_rows, "user item rating timestamp text", table_rows, "item title *"),
+    "recbole": (table_rows, "user_id item_id rating timestamp",
+                table_rows, "item_id title+release_year *"),
+    # without a header
+    "ml-100k": (partial(table_rows, columns=ROLES[:4], sep="\t"), "user item rating timestamp", partial(
+        table_rows, ["item", "title", "date", "video", "url", *GENRES], "|"), "item title genres"),
+    "ml-1m": (partial(table_rows, ROLES[:4], "::"), "user item rating timestamp",
+              partial(table_rows, ["item", "title", "genres"], "::"), "item title genres"),
+    "ml-latest": (table_rows, "userId movieId rating timestamp",
+                  table_rows, "movieId title genres"),
+    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText", json_rows,
+                   "asin title brand category categories description"),  # categories: in 2014
+    "amazon2023": (json_rows, "user_id parent_asin rating timestamp text",  # variants share one id
+                   json_rows, "parent_asin title store categories description"),
+    "yelp": (json_rows, "user_id business_id stars date text",
+             json_rows, "business_id name city categories"),
+}
 # the paper's filters: format, --min-rating, --since, --until, --k-core; users, items, pairs as the
 # paper prints them
 PRESETS = {
@@ -1596,12 +1600,7 @@ Format = namedtuple("Format", [*ROLES, "rows", "meta", "key", "title", "texts", 
 
 def format_of(name, path):
     """The Format of this name; a table's columns are found in the header of its interactions."""
-    reader, columns, metadata = FORMATS[name]
-    rows = meta = reader
-    if name in UNNAMED:
-        one, other, names = UNNAMED[name]
-        rows = partial(reader, columns=ROLES[:4], sep=one)
-        meta = partial(reader, columns=names, sep=other)
+    rows, columns, meta, metadata = FORMATS[name]
     columns = [*columns.split(), None][:5]  # None: there are no texts
     key, title, *texts = metadata.split()
     title, _, year = title.partition("+")
