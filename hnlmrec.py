@@ -912,13 +912,8 @@ def blend(args):
     out = run / bb.output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
     choices = [re.findall("[^|]+", part) for part in re.findall("[^,]+", args.parts)]
     names = list(chain(*choices))
-    for name in names:
-        if names.count(name) > 1:
-            fail(f"--parts {name}: is there twice; name it once")
-        if name == args.out:
-            fail(f"--out {name}: is one of the parts; choose another name")
-    if not names:
-        fail("--parts: names no file; give some, comma-separated")
+    if not names or len(set(names)) < len(names) or args.out in names:
+        fail(f"--parts {args.parts}: name one file or more, each once, and not --out {args.out}")
     # the parts' digests are among the settings: a part made anew makes the blend anew
     settings = bb.settings_of(args) | {"inputs": bb.digests(run, "data.safetensors", *names)}
     if bb.skip(out, settings, args.force):
@@ -1204,9 +1199,10 @@ def read_pairs(files, s, counts):
     own, by_day, by_rating = s.split == "own", s.since or s.until, s.min_rating != "none"
     since, until = iso_seconds(s.since or "1000-01-01"), iso_seconds(s.until or "3000-01-01")
     # users and items are numbered as they first appear; part_of finds a pair that is in two parts
-    users, items, part_of, parts = {}, {}, {}, []
+    users, items, part_of = {}, {}, {}
 
     def rows(path, part):
+        before = counts["rows"]
         for n, user, item, stars, moment, _ in interactions(path, s.format):
             counts["rows"] += 1
             if counts["rows"] % 1_000_000 == 0:
@@ -1223,20 +1219,19 @@ def read_pairs(files, s, counts):
             if own and part_of.setdefault(pair, part) != part:
                 fail(f"{path}: line {n}: {quote(user)}, {quote(item)} is in another part too")
             yield *pair, stars, moment, n, part
+        if counts["rows"] == before:
+            fail(f"{path}: no pairs; is --format {s.format} right?")
 
     # one file that is split here, or three that are split already
-    for part, path in enumerate(path for role, path in files.items() if role != "meta"):
-        parts.append(np.fromiter(rows(path, part), PAIR))
-        if not len(parts[-1]) and not by_day:
-            fail(f"{path}: no pairs; is --format {s.format} right?")
-    pairs = np.concatenate(parts)
+    paths = [path for role, path in files.items() if role != "meta"]
+    pairs = np.fromiter(chain(*map(rows, paths, range(3))), PAIR)
     # one id written in two ways would be two: 1 and 1.0; é as one character and as two
     for ids in (users, items):
         written = {}
         for name in ids:
             other = written.setdefault(unicodedata.normalize("NFC", name).removesuffix(".0"), name)
             if other != name:
-                fail(f"{path}: ids {ascii(other)[:60]} and {ascii(name)[:60]} both occur; unify")
+                fail(f"{paths[0]}: ids {ascii(other)[:60]}, {ascii(name)[:60]} both occur; unify")
     if own:  # taken as it is, but for rows that come twice
         if not np.isnan(pairs["rating"]).all():
             print("  the ratings are not used: all pairs of your own split count")
@@ -1405,17 +1400,15 @@ def item_fields(row, form):
     if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
         raise ValueError(f"no column {title!r}, only {quote([*row])}")
     fields = {title: f"{row[title]} ({year})" if year else row.get(title)}
-    if own:
-        used = ("", form.key, form.year, title)
-        return fields | {name: value for name, value in row.items() if name not in used}
-    for name in form.texts:
+    used = ("", form.key, form.year, title)
+    for name in [name for name in row if name not in used] if own else form.texts:
         value = row.get(name) or ""
         if "categor" in name and not isinstance(value, str):
             if not isinstance(value, list):
                 raise ValueError(f"the category {quote(value)} is neither a text nor a list")
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
-        if name == "genres":  # MovieLens writes Action|Drama; 100K has a 0/1 column for each
+        if name == "genres" and not own:  # Action|Drama, or a 0/1 column for each
             value = value.replace("|", ", ") or [one for one in GENRES if row.get(one) == "1"]
         fields[name] = value
     return fields
@@ -1566,10 +1559,12 @@ FORMATS = {
     "recbole": (table_rows, "user_id item_id rating timestamp",
                 table_rows, "item_id title+release_year *"),
     # without a header
-    "ml-100k": (partial(table_rows, columns=ROLES[:4], sep="\t"), "user item rating timestamp", partial(
-        table_rows, ["item", "title", "date", "video", "url", *GENRES], "|"), "item title genres"),
-    "ml-1m": (partial(table_rows, ROLES[:4], "::"), "user item rating timestamp",
-              partial(table_rows, ["item", "title", "genres"], "::"), "item title genres"),
+    "ml-100k": (partial(table_rows, columns=ROLES[:4], sep="\t"), "user item rating timestamp",
+                partial(table_rows, columns="item title date video url".split() + GENRES, sep="|"),
+                "item title genres"),
+    "ml-1m": (partial(table_rows, columns=ROLES[:4], sep="::"), "user item rating timestamp",
+              partial(table_rows, columns=["item", "title", "genres"], sep="::"),
+              "item title genres"),
     "ml-latest": (table_rows, "userId movieId rating timestamp",
                   table_rows, "movieId title genres"),
     "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText", json_rows,
@@ -1695,18 +1690,17 @@ def main(argv=None):
                    "then rows separated by tabs, commas, semicolons or bars)")
     p.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
     p.add_argument("--meta", metavar="FILE", help="item metadata; without it items have no text")
-    p.add_argument("--reviews-per-user", type=number(int, 0), default=2, metavar="N",
-                   help="review texts kept for a user's profile, of train pairs alone")
+    bb.add_numbers(
+        p, ("--reviews-per-user", number(int, 0), 2, "texts kept for a profile, of train pairs"),
+        ("--k-core", number(int, 1), None, "interactions each user and item must have (preset's, "
+         "else 5)"), ("--seed", number(int, 0), 0, "decides the random split"))
     p.add_argument("--preset", choices=list(PRESETS), help="its format and filters; flags win")
     p.add_argument("--min-rating", type=stars, help="keep ratings of so many stars or more; "
                    "`none`: all (preset's, else 4); of a repeated pair the latest counts")
     p.add_argument("--since", type=date, help="keep pairs from this day on: 2015-01-01, UTC")
     p.add_argument("--until", type=date, help="keep pairs before this day")
-    p.add_argument("--k-core", type=number(int, 1), metavar="N",
-                   help="interactions each user and item must have (preset's, else 5)")
     p.add_argument("--split", choices=["random", "last", "time"], help="80/10/10 a user (left out: "
                    "this), each user's last two in time, or 80/10/10 by one cut in time for all")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="decides the random split")
     for name in PARTS:
         p.add_argument(f"--{name}-file", metavar="FILE", help="your own split: give all three")
     p.add_argument("--force", action="store_true", help="remake what was made with other settings")
@@ -1717,15 +1711,14 @@ def main(argv=None):
     bb.add_run_flags(p)
     p.add_argument("--text-vectors", default="texts.safetensors", metavar="FILE",
                    help="what `llm_negatives.py read` wrote, or your own item vectors (I, H)")
-    p.add_argument("--likely", type=number(int, 1), default=20,
-                   help="likely false negatives listed of each user")
+    bb.add_numbers(
+        p, ("--likely", number(int, 1), 20, "likely false negatives listed of each user"),
+        ("--epochs", number(int, 1), 8, "passes over the users"),
+        ("--lr", number(float, 0, open_low=True), 1e-3, "of the first step; it falls to 0"),
+        ("--seed", number(int, 0), 0, "decides draws and dropout"))
     p.add_argument("--dropout", nargs="+", type=number(float, 0, 0.95), default=[0.0, 0.5],
                    help="shares of the texts' numbers left out while it learns, each tried; "
                         "validation chooses")
-    p.add_argument("--epochs", type=number(int, 1), default=8, help="passes over the users")
-    p.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3,
-                   help="learning rate of the first step; it falls to 0")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="decides draws and dropout")
     p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
     p = commands.add_parser(
@@ -1745,19 +1738,16 @@ def main(argv=None):
     g.add_argument("--hinge", type=number(float, 0), default=0.0, metavar="MARGIN",
                    help="a hinge in place of BPR, as in the published code with 0.3; 0: BPR")
     g = p.add_argument_group("the negative e⁻ and the losses")
-    for name, default, text in (
-            ("alpha", 0.02, "share of z in the negative e⁻, at most 1"),
-            ("lambda1", 1.0, "weight of the alignment loss of z"),
-            ("lambda-s", 0.01, "weight of the semantic alignment (e_u, e_i; the items' texts)"),
-            ("lambda-f", 0.0, "weight of L_false: likely false items above e⁻, below positives"),
-            ("gamma", 0.2, "within L_false, weight of the positive above the likely false one"),
-            ("text-init", 1.0, "share of the items' texts in the initial vectors, at most 1")):
-        most = 1 if name in ("alpha", "text-init") else None
-        g.add_argument(f"--{name}", type=number(float, 0, most), default=default, help=text)
-    g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2,
-                   help="temperature of the alignment losses")
-    g.add_argument("--k", type=number(int, 1, 2**16), default=4,
-                   help="generated vectors of the user that the self-attention sees")
+    share, weight = number(float, 0, 1), number(float, 0)
+    bb.add_numbers(
+        g, ("--alpha", share, 0.02, "share of z in the negative e⁻, at most 1"),
+        ("--lambda1", weight, 1.0, "weight of the alignment loss of z"),
+        ("--lambda-s", weight, 0.01, "weight of the semantic alignment (e_u, e_i; items' texts)"),
+        ("--lambda-f", weight, 0.0, "of L_false: likely false items above e⁻, below positives"),
+        ("--gamma", weight, 0.2, "within L_false, of the positive above the likely false one"),
+        ("--text-init", share, 1.0, "share of the items' texts in the initial vectors, at most 1"),
+        ("--tau-c", number(float, 0, open_low=True), 0.2, "temperature of the alignment losses"),
+        ("--k", number(int, 1, 2**16), 4, "generated vectors that the self-attention sees"))
     g.add_argument("--no-attention", dest="attention", action="store_false",
                    help="ablation: projector without self-attention")
     g.add_argument("--keep-clear", choices=["none", "judge", "valid"], default="none",

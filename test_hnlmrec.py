@@ -3791,9 +3791,9 @@ BAD_FLAGS = {
         ("--likely 0", r"0 is outside \[1,"), ("--dropout 0 1", r"1 is outside \[0, 0.95\]"),
         ("--out model-judged.safetensors --force", "--out"), ("--lr 0.1", "now 0.1.* --force`")],
     "hnlmrec.py blend": [
-        ("", "required: --parts"), ("--parts ,|,", "--parts: names no file"),
-        ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "is there twice"),
-        ("--parts x.safetensors --out x.safetensors", "is one of the parts"),
+        ("", "required: --parts"), ("--parts ,|,", "--parts ,.,: name one file or more"),
+        ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "name one file or more, each once"),
+        ("--parts x.safetensors --out x.safetensors", "not --out x.safetensors"),
         ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
         ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
         ("--parts cf.safetensors", "parts=.*, now .* --force`")],
