@@ -576,8 +576,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
     taught = (torch.bincount(train[:, 0], minlength=n_users) > 1).nonzero()[:, 0]
     # every epoch is validated, by 5,000 users: their NDCG's standard error is about .003. The rate
     # falls to 0 over all epochs, so that only the loser is cut short
-    best, run = None, {"epochs": epochs, "lr": lr, "decay": True, "eval_every": 1,
-                       "patience": epochs, "seed": seed}
+    best = None
     for dropout in dropouts:
         maps = JudgeMaps(readings, train).to(train.device)
         step = make_judge_step(maps, train, n_users, dropout=dropout)
@@ -595,8 +594,9 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
         try:
             _, history = fit(
                 {"maps": maps}, lambda rows, generator: step(taught[rows], generator), len(taught),
-                validate, batch_size=max(2, pairs * n_users // len(train)),
-                label=f"judge, dropout {dropout:g}", **run)
+                validate, epochs=epochs, batch_size=max(2, pairs * n_users // len(train)), lr=lr,
+                eval_every=1, patience=epochs, seed=seed, label=f"judge, dropout {dropout:g}",
+                decay=True)
         except Behind:
             print(f"judge, dropout {dropout:g}: behind at epoch {len(scores)} with valid NDCG@20 "
                   f"{scores[-1]:.4f}, stopped", flush=True)
@@ -708,10 +708,9 @@ def fit_judge(args):
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py judge", ".safetensors", "judge")
     # made with these settings from these inputs, it is there already
-    settings = bb.settings_of(args)
     readings = bb.load_texts(run, args.text_vectors, data["n_items"])
-    settings["inputs"] = bb.digests(run, "data.safetensors",
-                                    bb.text_input(run, args.text_vectors))
+    settings = bb.settings_of(args) | {"inputs": bb.digests(
+        run, "data.safetensors", bb.text_input(run, args.text_vectors))}
     if bb.skip(out, settings, args.force):
         return
     device = bb.start_processes(args.device)
@@ -725,7 +724,6 @@ def fit_judge(args):
                                            else "no user has two train pairs"))
         return
 
-    # once with each dropout: validation chooses
     maps, dropout, history = train_judge(
         readings, train, valid, data["n_users"], dropouts=args.dropout, epochs=args.epochs,
         lr=args.lr, seed=args.seed)
@@ -827,11 +825,11 @@ def build(run, args, data):
     """What trains, from the run's files and the flags of `train` (a Namespace) -> HNLMRec, or
     PaperHNLMRec with --paper. data of load_data. Seeds torch's global generator."""
     train, n_users, n_items = data["train"], data["n_users"], data["n_items"]
-    likely, penalty = load_penalty(run, args, data)
     torch.manual_seed(args.seed)
 
     # texts and generated vectors, or what a control puts in their place
-    text, generated, control = None, None, torch.Generator().manual_seed(args.seed)
+    text, generated, parts = None, None, {}
+    control = torch.Generator().manual_seed(args.seed)
     if args.negatives != "none":
         generated = bb.load_negatives(run, args.negatives, data)
         if len(generated["hidden"]) < 2:
@@ -846,10 +844,9 @@ def build(run, args, data):
                  "nothing; give --lambda-s 0 --text-init 0")
         text = controlled(text, args.control, control).to(train.device)
 
-    # the backbone, which may start from the texts, and the sampler of e_j
+    # the backbone, which may start from the texts
     backbone = bb.build_backbone(args.backbone, n_users, n_items, args.dim, train, args.layers)
     width = backbone()[0].shape[1]  # D, which with ngcf is not --dim
-    parts = {}
     if generated:
         parts["projector"] = Projector(hidden, width, attention=args.attention).to(train.device)
     if text is not None:
@@ -857,6 +854,18 @@ def build(run, args, data):
     if args.text_init:
         start = text_start(text, train, n_users, backbone.embedding.shape[1], backbone.std)
         backbone.embedding.data.lerp_(start, args.text_init)
+
+    # the sampler of e_j. With L_false, dns takes none of the items that L_false keeps above e⁻ while
+    # another candidate is there; or no validation positive, an oracle: what better ones could gain
+    penalty = None
+    if args.lambda_f or args.keep_clear == "judge":
+        tensors, _ = bb.load_tensors(run / args.judge, train.device)
+        if "likely" not in tensors:
+            fail(f"--judge {args.judge}: is not a judge; name judge.safetensors or another")
+        parts["likely"] = LikelyFalse(tensors["likely"], tensors["share"], n_items)
+        penalty = parts["likely"].penalty
+    if args.keep_clear == "valid":
+        penalty = keep_clear(pair_keys(data["valid"], n_items), n_items)
     draw = bb.make_sampler(backbone, args.sampler, train, m=args.m, penalty=penalty)
 
     # the generated vectors, and the hard negatives that the CF model mines, which z is to lie near
@@ -869,29 +878,9 @@ def build(run, args, data):
     if args.paper:
         parts |= {"hinge": args.hinge, "train_projector": args.train_projector}
     form = PaperHNLMRec if args.paper else HNLMRec
-    method = form(backbone, draw, train, likely=likely, **parts)
+    method = form(backbone, draw, train, **parts)
     method.generated_pairs = generated and generated["pairs"]
     return method
-
-
-def load_penalty(run, args, data):
-    """The judge's likely false negatives for L_false (None: none), and the penalty that keeps the
-    sampler of e_j clear of them, or of the validation positives (an oracle: what any better choice
-    of negatives could gain)."""
-    # with L_false, dns takes none of the items that L_false keeps above e⁻ while another candidate
-    # is there; other samplers do not look
-    likely = penalty = None
-    device, n_items = data["train"].device, data["n_items"]
-    if args.lambda_f or args.keep_clear == "judge":
-        tensors, meta = bb.load_tensors(run / args.judge, device)
-        if "likely" not in tensors:
-            fail(f"{run / args.judge}: holds what `{meta['settings'].get('command')}` writes, not "
-                 "a judge; name judge.safetensors or another with --judge")
-        likely = LikelyFalse(tensors["likely"], tensors["share"], n_items)
-        penalty = likely.penalty
-    if args.keep_clear == "valid":
-        penalty = keep_clear(pair_keys(data["valid"], n_items), n_items)
-    return likely, penalty
 
 
 def controlled(vectors, control, generator):
