@@ -750,6 +750,7 @@ WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if 
 
 def check_flags(args):
     """Raise SystemExit2 for flags of `train` that do not go together."""
+    # which flags; whether they have to be left out; why
     for names, wrong, why in (
             ("alpha lambda1 paper", args.negatives == "none", "needs generated vectors, which "
              "--negatives none has not; give it as 0, or run `python llm_negatives.py generate`"),
@@ -855,8 +856,9 @@ def build(run, args, data):
         start = text_start(text, train, n_users, backbone.embedding.shape[1], backbone.std)
         backbone.embedding.data.lerp_(start, args.text_init)
 
-    # the sampler of e_j. With L_false, dns takes none of the items that L_false keeps above e⁻ while
-    # another candidate is there; or no validation positive, an oracle: what better ones could gain
+    # the sampler of e_j. dns (others do not look) takes none of the items that L_false keeps above
+    # e⁻ while another candidate is there; or no validation positive, an oracle: what any better
+    # choice of negatives could gain
     penalty = None
     if args.lambda_f or args.keep_clear == "judge":
         tensors, _ = bb.load_tensors(run / args.judge, train.device)
@@ -877,8 +879,7 @@ def build(run, args, data):
     parts |= {name: getattr(args, name) for name in WEIGHTS}
     if args.paper:
         parts |= {"hinge": args.hinge, "train_projector": args.train_projector}
-    form = PaperHNLMRec if args.paper else HNLMRec
-    method = form(backbone, draw, train, **parts)
+    method = (PaperHNLMRec if args.paper else HNLMRec)(backbone, draw, train, **parts)
     method.generated_pairs = generated and generated["pairs"]
     return method
 
