@@ -1681,7 +1681,7 @@ def main(argv=None):
     p.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
     p.add_argument("--meta", metavar="FILE", help="item metadata; without it items have no text")
     bb.add_numbers(
-        p, ("--reviews-per-user", number(int, 0), 2, "texts kept for a profile, of train pairs"),
+        p, ("--reviews-per-user", number(int, 0), 2, "review texts of a profile, of train pairs"),
         ("--k-core", number(int, 1), None, "interactions each user and item must have (preset's, "
          "else 5)"), ("--seed", number(int, 0), 0, "decides the random split"))
     p.add_argument("--preset", choices=list(PRESETS), help="its format and filters; flags win")
@@ -1733,7 +1733,7 @@ def main(argv=None):
         g, ("--alpha", share, 0.02, "share of z in the negative e⁻, at most 1"),
         ("--lambda1", weight, 1.0, "weight of the alignment loss of z"),
         ("--lambda-s", weight, 0.01, "weight of the semantic alignment (e_u, e_i; items' texts)"),
-        ("--lambda-f", weight, 0.0, "of L_false: likely false items above e⁻, below positives"),
+        ("--lambda-f", weight, 0.0, "weight of L_false: likely false items between e⁻ and positives"),
         ("--gamma", weight, 0.2, "within L_false, of the positive above the likely false one"),
         ("--text-init", share, 1.0, "share of the items' texts in the initial vectors, at most 1"),
         ("--tau-c", number(float, 0, open_low=True), 0.2, "temperature of the alignment losses"),

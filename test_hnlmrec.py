@@ -1424,6 +1424,8 @@ def test_a_day_is_not_seconds(tmp_path, time, refused):
         prepared(tmp_path / "a", lines, "--since", "1970-01-01")
         message = refused_lines(tmp_path / "b", lines, "--split", "time")
         assert "empty; use --split random" in message
+        message = refused_lines(tmp_path / "b", lines[:1], "--since", "1970-01-01")
+        assert "no pairs" in message  # rather than that the days leave nothing
 
 
 @pytest.mark.parametrize("row, flags, message", [  # a dict: in place of some of the row's
@@ -1618,6 +1620,12 @@ def test_reviews_are_those_of_train_pairs_alone_and_of_the_rating_that_counts(tm
         whole = [f"{user['raw']} on i{i} café \ufffd x \U0001f600 " + "x" * 200 for i in own]
         assert len(own) == 8 and sorted(user["reviews"]) == [text[:200] for text in whole]
     assert "48 reviews with half of a character" in out
+
+
+def test_a_column_of_users_makes_a_json_file_one_of_pairs_too(tmp_path):
+    meta = [{"asin": f"i{i}", "title": f"Love {i}", "userId": "u0"} for i in range(6)]
+    _, items, _, out = prepared(tmp_path / "a", json_grid(), meta=meta, name="r.json")
+    assert "Love" not in json.dumps(items) and "no item has a title" in out
 
 
 def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path):
@@ -3792,7 +3800,7 @@ BAD_FLAGS = {
         ("--out model-judged.safetensors --force", "--out"), ("--lr 0.1", "now 0.1.* --force`")],
     "hnlmrec.py blend": [
         ("", "required: --parts"), ("--parts ,|,", "--parts ,.,: name one file or more"),
-        ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "name one file or more, each once"),
+        ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "file or more, each once"),
         ("--parts x.safetensors --out x.safetensors", "not --out x.safetensors"),
         ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
         ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
