@@ -1733,7 +1733,7 @@ def main(argv=None):
         g, ("--alpha", share, 0.02, "share of z in the negative e⁻, at most 1"),
         ("--lambda1", weight, 1.0, "weight of the alignment loss of z"),
         ("--lambda-s", weight, 0.01, "weight of the semantic alignment (e_u, e_i; items' texts)"),
-        ("--lambda-f", weight, 0.0, "weight of L_false: e⁻ below likely false items below positives"),
+        ("--lambda-f", weight, 0.0, "weight of L_false: e⁻ < likely false items < positives"),
         ("--gamma", weight, 0.2, "within L_false, of the positive above the likely false one"),
         ("--text-init", share, 1.0, "share of the items' texts in the initial vectors, at most 1"),
         ("--tau-c", number(float, 0, open_low=True), 0.2, "temperature of the alignment losses"),
