@@ -576,8 +576,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
     taught = (torch.bincount(train[:, 0], minlength=n_users) > 1).nonzero()[:, 0]
     # every epoch is validated, by 5,000 users: their NDCG's standard error is about .003. The rate
     # falls to 0 over all epochs, so that only the loser is cut short
-    best, run = None, {"epochs": epochs, "lr": lr, "decay": True, "eval_every": 1,
-                       "patience": epochs, "seed": seed}
+    best = None
     for dropout in dropouts:
         maps = JudgeMaps(readings, train).to(train.device)
         step = make_judge_step(maps, train, n_users, dropout=dropout)
@@ -595,8 +594,9 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
         try:
             _, history = fit(
                 {"maps": maps}, lambda rows, generator: step(taught[rows], generator), len(taught),
-                validate, batch_size=max(2, pairs * n_users // len(train)),
-                label=f"judge, dropout {dropout:g}", **run)
+                validate, epochs=epochs, batch_size=max(2, pairs * n_users // len(train)), lr=lr,
+                eval_every=1, patience=epochs, seed=seed, label=f"judge, dropout {dropout:g}",
+                decay=True)
         except Behind:
             print(f"judge, dropout {dropout:g}: behind at epoch {len(scores)} with valid NDCG@20 "
                   f"{scores[-1]:.4f}, stopped", flush=True)
@@ -707,31 +707,27 @@ def fit_judge(args):
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py judge", ".safetensors", "judge")
     # made with these settings from these inputs, it is there already
-    settings = bb.settings_of(args)
     readings = bb.load_texts(run, args.text_vectors, data["n_items"])
-    settings["inputs"] = bb.digests(run, "data.safetensors",
-                                    bb.text_input(run, args.text_vectors))
+    settings = bb.settings_of(args) | {"inputs": bb.digests(
+        run, "data.safetensors", bb.text_input(run, args.text_vectors))}
     if bb.skip(out, settings, args.force):
-        return None
+        return
     device = bb.start_processes(args.device)
     train, valid = data["train"].to(device), data["valid"].to(device)
     readings = [text.to(device) for text in readings]
     # nothing to learn from is no error: say so, leave the judge out, go on
-    why = ""
-    if (torch.bincount(train[:, 0]) < 2).all():
-        why = "no user has two train pairs"
-    elif all((text == text[0]).all() for text in readings):
-        why = f"{args.text_vectors} is alike for all items"
-    if why:
+    alike = all((text == text[0]).all() for text in readings)
+    if alike or (torch.bincount(train[:, 0]) < 2).all():
         out.unlink(missing_ok=True)  # with --force there may be a judge of an earlier start
-        return print(f"judge: left out, since {why}")
+        print("judge: left out, since " + (f"{args.text_vectors} is alike for all items" if alike
+                                           else "no user has two train pairs"))
+        return
 
-    # once with each dropout: validation chooses
     maps, dropout, history = train_judge(
         readings, train, valid, data["n_users"], dropouts=args.dropout, epochs=args.epochs,
         lr=args.lr, seed=args.seed)
     if rank():
-        return None
+        return
 
     # its score, and whom it thinks would like what
     tensors = maps.tables()
@@ -753,21 +749,20 @@ WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if 
 
 def check_flags(args):
     """Raise SystemExit2 for flags of `train` that do not go together."""
-    if args.negatives == "none":
-        for name in ("alpha", "lambda1", "paper"):
-            if getattr(args, name):
-                fail(f"--negatives none: --{name} needs generated vectors; give it as 0, or run "
-                     "`python llm_negatives.py generate`")
-    for name in ("lambda_s", "lambda_f"):
-        if args.paper and getattr(args, name):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: the paper's form has no "
-                 "such term; leave it or --paper out")
-    for name in ("hinge", "train_projector"):
-        if getattr(args, name) and not args.paper:
-            fail(f"--{name.replace('_', '-')}: is part of the paper's form, so it needs --paper")
-    if args.keep_clear != "none" and args.sampler != "dns":
-        fail(f"--keep-clear {args.keep_clear}: only dns takes a penalty, so it needs "
-             f"--sampler dns, not {args.sampler}")
+    # which flags; whether they have to be left out; why
+    for names, wrong, why in (
+            ("alpha lambda1 paper", args.negatives == "none", "needs generated vectors, which "
+             "--negatives none has not; give it as 0, or run `python llm_negatives.py generate`"),
+            ("lambda_s lambda_f", args.paper, "the paper's form has no such term; leave it or "
+             "--paper out"),
+            ("hinge train_projector", not args.paper, "is part of the paper's form, so it needs "
+             "--paper"),
+            ("keep_clear", args.sampler != "dns", "only dns takes a penalty, so it needs "
+             "--sampler dns")):
+        for name in names.split():
+            value = getattr(args, name)
+            if wrong and value not in (0, "none"):
+                fail(f"--{name.replace('_', '-')} {value}: {why}")
 
 
 def train_hnlmrec(args):
@@ -830,11 +825,11 @@ def build(run, args, data):
     """What trains, from the run's files and the flags of `train` (a Namespace) -> HNLMRec, or
     PaperHNLMRec with --paper. data of load_data. Seeds torch's global generator."""
     train, n_users, n_items = data["train"], data["n_users"], data["n_items"]
-    likely, penalty = load_penalty(run, args, data)
     torch.manual_seed(args.seed)
 
     # texts and generated vectors, or what a control puts in their place
-    text, generated, control = None, None, torch.Generator().manual_seed(args.seed)
+    text, generated, parts = None, None, {}
+    control = torch.Generator().manual_seed(args.seed)
     if args.negatives != "none":
         generated = bb.load_negatives(run, args.negatives, data)
         if len(generated["hidden"]) < 2:
@@ -849,10 +844,9 @@ def build(run, args, data):
                  "nothing; give --lambda-s 0 --text-init 0")
         text = controlled(text, args.control, control).to(train.device)
 
-    # the backbone, which may start from the texts, and the sampler of e_j
+    # the backbone, which may start from the texts
     backbone = bb.build_backbone(args.backbone, n_users, n_items, args.dim, train, args.layers)
     width = backbone()[0].shape[1]  # D, which with ngcf is not --dim
-    parts = {}
     if generated:
         parts["projector"] = Projector(hidden, width, attention=args.attention).to(train.device)
     if text is not None:
@@ -860,6 +854,19 @@ def build(run, args, data):
     if args.text_init:
         start = text_start(text, train, n_users, backbone.embedding.shape[1], backbone.std)
         backbone.embedding.data.lerp_(start, args.text_init)
+
+    # the sampler of e_j. dns (others do not look) takes none of the items that L_false keeps above
+    # e⁻ while another candidate is there; or no validation positive, an oracle: what any better
+    # choice of negatives could gain
+    penalty = None
+    if args.lambda_f or args.keep_clear == "judge":
+        tensors, _ = bb.load_tensors(run / args.judge, train.device)
+        if "likely" not in tensors:
+            fail(f"--judge {args.judge}: is not a judge; name judge.safetensors or another")
+        parts["likely"] = LikelyFalse(tensors["likely"], tensors["share"], n_items)
+        penalty = parts["likely"].penalty
+    if args.keep_clear == "valid":
+        penalty = keep_clear(pair_keys(data["valid"], n_items), n_items)
     draw = bb.make_sampler(backbone, args.sampler, train, m=args.m, penalty=penalty)
 
     # the generated vectors, and the hard negatives that the CF model mines, which z is to lie near
@@ -871,30 +878,9 @@ def build(run, args, data):
     parts |= {name: getattr(args, name) for name in WEIGHTS}
     if args.paper:
         parts |= {"hinge": args.hinge, "train_projector": args.train_projector}
-    form = PaperHNLMRec if args.paper else HNLMRec
-    method = form(backbone, draw, train, likely=likely, **parts)
+    method = (PaperHNLMRec if args.paper else HNLMRec)(backbone, draw, train, **parts)
     method.generated_pairs = generated and generated["pairs"]
     return method
-
-
-def load_penalty(run, args, data):
-    """The judge's likely false negatives for L_false (None: none), and the penalty that keeps the
-    sampler of e_j clear of them, or of the validation positives (an oracle: what any better choice
-    of negatives could gain)."""
-    # with L_false, dns takes none of the items that L_false keeps above e⁻ while another candidate
-    # is there; other samplers do not look
-    likely = penalty = None
-    device, n_items = data["train"].device, data["n_items"]
-    if args.lambda_f or args.keep_clear == "judge":
-        tensors, meta = bb.load_tensors(run / args.judge, device)
-        if "likely" not in tensors:
-            fail(f"{run / args.judge}: holds what `{meta['settings'].get('command')}` writes, not "
-                 "a judge; name judge.safetensors or another with --judge")
-        likely = LikelyFalse(tensors["likely"], tensors["share"], n_items)
-        penalty = likely.penalty
-    if args.keep_clear == "valid":
-        penalty = keep_clear(pair_keys(data["valid"], n_items), n_items)
-    return likely, penalty
 
 
 def controlled(vectors, control, generator):
@@ -915,13 +901,8 @@ def blend(args):
     out = run / bb.output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
     choices = [re.findall("[^|]+", part) for part in re.findall("[^,]+", args.parts)]
     names = list(chain(*choices))
-    for name in names:
-        if names.count(name) > 1:
-            fail(f"--parts {name}: is there twice; name it once")
-        if name == args.out:
-            fail(f"--out {name}: is one of the parts; choose another name")
-    if not names:
-        fail("--parts: names no file; give some, comma-separated")
+    if not names or len(set(names)) < len(names) or args.out in names:
+        fail(f"--parts {args.parts}: name one file or more, each once, and not --out {args.out}")
     # the parts' digests are among the settings: a part made anew makes the blend anew
     settings = bb.settings_of(args) | {"inputs": bb.digests(run, "data.safetensors", *names)}
     if bb.skip(out, settings, args.force):
@@ -960,103 +941,85 @@ def trace(args):
              "followed; give another")
     method = build(run, s, data)
     restore(dict(method.named_children()), tensors)
-    method.backbone.eval()
-    generated = bb.load_negatives(run, s.negatives, data)
-    cf_model, _, cf = bb.load_model(run / generated["cf"], data)
 
-    # 1: the pair; without --user and --item the first with a generated vector of its own
+    # the pair; without --user and --item the first with a generated vector of its own
     users, items = bb.read_jsonl(run / "users.jsonl"), bb.read_jsonl(run / "items.jsonl")
-    titles, train = [item["title"] for item in items], data["train"]
-    user = users[generated["pairs"][0, 0]]["raw"] if args.user is None else args.user
+    made, train = method.generated_pairs, data["train"]
+    user = users[made[0, 0]]["raw"] if args.user is None else args.user
     u = bb.row_of(users, user, "--user", run / "users.jsonl")
     of_user = train[train[:, 0] == u, 1].tolist()
-    first = generated["pairs"][generated["pairs"][:, 0] == u, 1].tolist() + of_user
     if not of_user:  # after a split by time, or one's own
         fail(f"--user {user}: has no train pair to follow; give another user")
-    i = first[0]
+    i = (made[made[:, 0] == u, 1].tolist() + of_user)[0]
     if args.item is not None:
         i = bb.row_of(items, args.item, "--item", run / "items.jsonl")
     if i not in of_user:
         fail(f"--item {args.item}: user {user} has no train pair with it "
              f"(for example {', '.join(items[n]['raw'] for n in of_user[:5])})")
     row = int((train == torch.tensor([u, i])).all(1).nonzero())
-    print(f"1. data       user {user} -> row {u}, item {items[i]['raw']} -> row {i}: "
-          f"{titles[i]}; train pair {row} of {len(train)}")
-
-    # 2 to 5: into the LLM; 6 and 7: out of it; 8 and 9: the step that trains with it
-    scores = cf_model.scores(torch.tensor([u]))[0]
-    trace_prompt(run, s, user, items[i]["raw"], u, i, titles, method.mined, cf, scores)
-    trace_negative(generated, method, row, titles, cf, user_rows(train, data["n_users"]))
-    trace_step(method, row)
+    steps = trace_steps(run, s, data, method.eval(), users, items, row)
+    for n, (title, text) in enumerate(steps, 1):
+        print(f"{n}. {title:11}" + text.replace("\n", "\n" + 14 * " "))
 
 
-def trace_prompt(run, s, raw_user, raw_item, u, i, titles, mined, cf, scores):
-    """Lines 2 to 5: profiles, CF vectors, mined items and the prompt of user row u, item row i."""
-    # a shard's header names its fine-tuning, and the header of that names the profiles
+def trace_steps(run, s, data, method, users, items, row):
+    """Yield (title, text) of each step on the way of train pair `row`. s: the model's settings."""
+    (u, i), titles = method.pairs[row].tolist(), [item["title"] for item in items]
+    user, item = users[u]["raw"], items[i]["raw"]
+    yield "data", (f"user {user} -> row {u}, item {item} -> row {i}: {titles[i]}; "
+                   f"train pair {row} of {len(method.pairs)}")
+
+    # into the LLM: a shard's header names its fine-tuning, and the header of that the profiles
     inputs = bb.read_meta(run / bb.shards(s.negatives, 1)[0])["settings"]["inputs"]
     sft = bb.read_meta(run / next(name for name in inputs if name.startswith("sft")))
-    rows = bb.read_jsonl(run / sft["settings"]["profiles"], growing=True)
-    profiles = {(row["kind"], row["raw"]): row["profile"] for row in rows[1:]}
-    of_user, of_item = profiles["user", raw_user], profiles["item", raw_item]
-    print(f"2. profiles   item: {of_item}\n              user: {of_user}")
-
-    # the CF model's vectors, and what it thinks of the pair
-    print(f"3. CF         e_u {vector_text(cf['user'][u])}\n"
-          f"              e_i {vector_text(cf['item'][i])}\n"
-          f"              score {scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of "
-          f"{len(scores)}")
-    print(f"4. mined      unseen ranks {s.mine_first}–{s.mine_last}: "
-          + "; ".join(titles[n] for n in mined[u, :5].tolist()) + "; …")
+    _, *rows = bb.read_jsonl(run / sft["settings"]["profiles"], growing=True)
+    profiles = {(one["kind"], one["raw"]): one["profile"] for one in rows}
+    of_user, of_item = profiles["user", user], profiles["item", item]
+    yield "profiles", f"item: {of_item}\nuser: {of_user}"
+    generated = bb.load_negatives(run, s.negatives, data)
+    cf_model, _, cf = bb.load_model(run / generated["cf"], data)
+    scores = cf_model.scores(torch.tensor([u]))[0]
+    yield "CF", (f"e_u {vector_text(cf['user'][u])}\ne_i {vector_text(cf['item'][i])}\nscore "
+                 f"{scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of {len(scores)}")
+    mined = "; ".join(titles[n] for n in method.mined[u, :5].tolist())
+    yield "mined", f"unseen ranks {s.mine_first}–{s.mine_last}: {mined}; …"
     prompt = sft["prompt"].replace("{user}", of_user)
-    prompt = prompt.replace("{item}", f"{titles[i]}. {of_item}")
-    print("5. prompt     " + prompt.replace("\n", "\n              "))
+    yield "prompt", prompt.replace("{item}", f"{titles[i]}. {of_item}")
 
-
-def trace_negative(generated, method, row, titles, cf, seen):
-    """Lines 6 and 7: the generated vector of train pair `row` (or, where it has none, of another
-    pair of the user), and z made of it."""
-    u, i = method.pairs[row].tolist()
-    # its own vector, or that of another of the user's pairs
+    # out of it: the pair's own vector, or where it has none that of another of the user's pairs
     at = int(method.table(torch.tensor([row]), 1)[0, 0])
     if at < 0:
-        fail(f"--user: user row {u} has no generated vector to follow; give another user")
+        fail(f"--user {user}: has no generated vector to follow; give another user")
     other = int(generated["pairs"][at, 1])
     note = "" if other == i else f" (it has none: this is of the pair with {titles[other]})"
-
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
-    centred = cf["item"] - cf["item"].mean(0)
-    vector = generated["vector"][at][None]
-    nearest = bb.nearest_items(vector, torch.tensor([u]), centred, seen, 5)[0]
+    centred, seen = cf["item"] - cf["item"].mean(0), user_rows(data["train"], data["n_users"])
+    nearest = bb.nearest_items(generated["vector"][at][None], torch.tensor([u]), centred, seen, 5)
     named = [titles[n] + (" (mined)" if n in method.mined[u] else "")
-             for n in nearest.tolist() if n >= 0]
-    print(f"6. generated  h {vector_text(generated['hidden'][at].float())}{note}\n"
-          f"              items nearest to head(h): {'; '.join(named)}")
-
-    # the projector's z, beside the trained backbone's vectors
-    rows = method.table(torch.tensor([row]), method.k, torch.Generator().manual_seed(0))
+             for n in nearest[0].tolist() if n >= 0]
+    yield "generated", (f"h {vector_text(generated['hidden'][at].float())}{note}\n"
+                        f"items nearest to head(h): {'; '.join(named)}")
+    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        z, (users, items) = method.projector(method.hidden[rows])[0], method.backbone()
-    cosines = [F.cosine_similarity(z, vector, 0) for vector in (users[u], items[i])]
-    print(f"7. projector  z {vector_text(z)}; cos(z, e_u) {cosines[0]:.3f}, "
-          f"cos(z, e_i) {cosines[1]:.3f}")
+        z = method.projector(method.hidden[method.table(torch.tensor([row]), method.k, draw)])[0]
+        vectors = [table[n] for table, n in zip(method.backbone(), (u, i))]
+    cosines = [F.cosine_similarity(z, vector, 0) for vector in vectors]
+    yield "projector", (f"z {vector_text(z)}; cos(z, e_u) {cosines[0]:.3f}, "
+                        f"cos(z, e_i) {cosines[1]:.3f}")
 
-
-def trace_step(method, row):
-    """Lines 8 and 9: one training step on train pair `row` alone, its losses and gradient."""
-    u, i = method.pairs[row].tolist()
+    # a step with this pair alone, in training mode: with dropout where the backbone has any
     score = float(method.backbone.scores(torch.tensor([u]))[0, i])
-    # the step in training mode, with dropout where the backbone has any
     method.backbone.train()
-    loss, logs = method.loss(torch.tensor([row]), torch.Generator().manual_seed(0))
+    loss, logs = method.loss(torch.tensor([row]), draw.manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-    print(f"8. step       score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
-          f"{terms} (a batch of one: align has the positive as its only negative)")
+    yield "step", (f"score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
+                   f"{terms} (a batch of one: align has the positive as its only negative)")
     norms = []
     for name in ("backbone", "projector"):
         gradients = [p.grad for p in getattr(method, name).parameters() if p.grad is not None]
         norms.append(f"{name} {float(nn.utils.get_total_norm(gradients)):.4f}")
-    print(f"9. gradient   norm: {', '.join(norms)}")
+    yield "gradient", f"norm: {', '.join(norms)}"
 
 
 def vector_text(vector):
@@ -1079,22 +1042,25 @@ def prepare(args):
     own, source = s.split == "own", next(iter(files.values()))
     # interactions: one row per pair, the latest, since a withdrawn rating is no positive
     read, users, items = read_pairs(files, s, counts)
-    keep = latest(*(read[name] for name in ("user", "item", "rating", "seconds")))
-    counts["earlier rows of a repeated pair"] += len(read) - len(keep)
-    rows = read[keep] if own else filter_pairs(read[keep], users, source, s, counts)
-    # contiguous ids, in order of the raw id; train, valid, test
-    user, users = renumber(rows["user"], users)
-    item, items = renumber(rows["item"], items)
-    part = rows["part"] if own else split_pairs(user, item, rows["seconds"], s.split, s.seed)
-    # sorted by user, then item
-    order, parts = np.lexsort((item, user)), {}
+    rows = read[latest(*(read[name] for name in ("user", "item", "rating", "seconds")))]
+    counts["earlier rows of a repeated pair"] += len(read) - len(rows)
+    if not own:
+        rows = filter_pairs(rows, users, source, s, counts)
+    # contiguous ids, in order of the raw id; train, valid, test, sorted by user, then item
+    rows["user"], users = renumber(rows["user"], users)
+    rows["item"], items = renumber(rows["item"], items)
+    if not own:
+        rows["part"] = split_pairs(*(rows[name] for name in ("user", "item", "seconds")),
+                                   s.split, s.seed)
+    rows, parts = rows[np.lexsort((rows["item"], rows["user"]))], {}
     for code, name in enumerate(PARTS):
-        parts[name] = np.stack([user, item], 1)[order][part[order] == code]
-        if not len(parts[name]):
+        of_part = rows[rows["part"] == code]
+        parts[name] = np.stack([of_part["user"], of_part["item"]], 1).astype(np.int64)
+        if not len(of_part):
             fail(f"{source}: --split {s.split} leaves {name} empty; use --split random")
     # texts: of the items, and of the train pairs' reviews alone
     items = read_items(files.get("meta"), format_of(s.format, source), items, counts)
-    user_of_line = dict(zip(rows["line"][part == 0].tolist(), user[part == 0].tolist()))
+    user_of_line = dict(rows[["line", "user"]][rows["part"] == 0].tolist())
     reviews = read_reviews(source, s.format, user_of_line, s.reviews_per_user, counts)
     users = [{"raw": raw, "reviews": reviews[n]} for n, raw in enumerate(users)]
     # write, the data last: it names the rest. Killed between the files, nothing is taken for whole
@@ -1222,9 +1188,10 @@ def read_pairs(files, s, counts):
     own, by_day, by_rating = s.split == "own", s.since or s.until, s.min_rating != "none"
     since, until = iso_seconds(s.since or "1000-01-01"), iso_seconds(s.until or "3000-01-01")
     # users and items are numbered as they first appear; part_of finds a pair that is in two parts
-    users, items, part_of, parts = {}, {}, {}, []
+    users, items, part_of = {}, {}, {}
 
     def rows(path, part):
+        before = counts["rows"]
         for n, user, item, stars, moment, _ in interactions(path, s.format):
             counts["rows"] += 1
             if counts["rows"] % 1_000_000 == 0:
@@ -1241,20 +1208,19 @@ def read_pairs(files, s, counts):
             if own and part_of.setdefault(pair, part) != part:
                 fail(f"{path}: line {n}: {quote(user)}, {quote(item)} is in another part too")
             yield *pair, stars, moment, n, part
+        if counts["rows"] == before:
+            fail(f"{path}: no pairs; is --format {s.format} right?")
 
     # one file that is split here, or three that are split already
-    for part, path in enumerate(path for role, path in files.items() if role != "meta"):
-        parts.append(np.fromiter(rows(path, part), PAIR))
-        if not len(parts[-1]) and not by_day:
-            fail(f"{path}: no pairs; is --format {s.format} right?")
-    pairs = np.concatenate(parts)
+    paths = [path for role, path in files.items() if role != "meta"]
+    pairs = np.fromiter(chain(*map(rows, paths, range(3))), PAIR)
     # one id written in two ways would be two: 1 and 1.0; é as one character and as two
     for ids in (users, items):
         written = {}
         for name in ids:
             other = written.setdefault(unicodedata.normalize("NFC", name).removesuffix(".0"), name)
             if other != name:
-                fail(f"{path}: ids {ascii(other)[:60]} and {ascii(name)[:60]} both occur; unify")
+                fail(f"{paths[0]}: ids {ascii(other)[:60]}, {ascii(name)[:60]} both occur; unify")
     if own:  # taken as it is, but for rows that come twice
         if not np.isnan(pairs["rating"]).all():
             print("  the ratings are not used: all pairs of your own split count")
@@ -1347,8 +1313,8 @@ def read_items(path, form, raw_items, counts):
     """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
     repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
     # found {id: {column: text}}; seen: rows of each; held: the wanted ids in each column; differ:
-    # those whose rows differ in it; flat: one file of pairs and metadata, a row for a pair
-    found, seen, wanted, flat, title = {}, Counter(), set(raw_items), False, "title"
+    # those whose rows differ in it
+    found, seen, wanted, title = {}, Counter(), set(raw_items), "title"
     held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
         for name, value in row.items() if n < 10_000 else ():
@@ -1360,7 +1326,7 @@ def read_items(path, form, raw_items, counts):
             fields = {name: clean(value, counts) for name, value in item_fields(row, form).items()}
         except ValueError as error:
             fail(f"{path}: line {n}: {error}; fix that line")
-        flat, title, old = flat or form.user in row, next(iter(fields)), found.get(raw, fields)
+        title, old = next(iter(fields)), found.get(raw, fields)
         found[raw] = max(old, fields, key=fullness)
         seen[raw] += 1
         for name in fields:  # a title that one row alone has is no second title
@@ -1376,8 +1342,9 @@ def read_items(path, form, raw_items, counts):
         print(f"  WARNING: {said}") if found else fail(said)
 
     columns = next(iter(found.values()), {title: ""}).keys()
+    # flat: one file of pairs and metadata, a row for a pair
     repeated = sum(n > 1 for n in seen.values())
-    flat = flat or repeated > len(found) / 2 or any(is_called(name, "user") for name in columns)
+    flat = repeated > len(found) / 2 or any(is_called(name, "user") for name in held)
     more = 0 if flat else seen.total() - len(found)
     counts["repeated metadata rows (the fullest counts)"] += more
     left_out = columns & set(form[:5]) - {title}
@@ -1422,17 +1389,15 @@ def item_fields(row, form):
     if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
         raise ValueError(f"no column {title!r}, only {quote([*row])}")
     fields = {title: f"{row[title]} ({year})" if year else row.get(title)}
-    if own:
-        used = ("", form.key, form.year, title)
-        return fields | {name: value for name, value in row.items() if name not in used}
-    for name in form.texts:
+    used = ("", form.key, form.year, title)
+    for name in [name for name in row if name not in used] if own else form.texts:
         value = row.get(name) or ""
         if "categor" in name and not isinstance(value, str):
             if not isinstance(value, list):
                 raise ValueError(f"the category {quote(value)} is neither a text nor a list")
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
-        if name == "genres":  # MovieLens writes Action|Drama; 100K has a 0/1 column for each
+        if name == "genres" and not own:  # Action|Drama, or a 0/1 column for each
             value = value.replace("|", ", ") or [one for one in GENRES if row.get(one) == "1"]
         fields[name] = value
     return fields
@@ -1574,26 +1539,30 @@ def json_rows(path):
 
 
 ROLES = ("user", "item", "rating", "timestamp", "text")
-# name: reader, columns of the interactions (user item rating timestamp, and text where there is
-# one), columns of the metadata (id title texts; *: all others; +: a year that is put behind the
-# title)
-FORMATS = {
-    "table": (table_rows, "user item rating timestamp text", "item title *"),
-    "recbole": (table_rows, "user_id item_id rating timestamp", "item_id title+release_year *"),
-    "ml-100k": (table_rows, "user item rating timestamp", "item title genres"),
-    "ml-1m": (table_rows, "user item rating timestamp", "item title genres"),
-    "ml-latest": (table_rows, "userId movieId rating timestamp", "movieId title genres"),
-    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText",
-                   "asin title brand category categories description"),  # categories: in 2014
-    "amazon2023": (json_rows, "user_id parent_asin rating timestamp text",  # variants share one id
-                   "parent_asin title store categories description"),
-    "yelp": (json_rows, "user_id business_id stars date text", "business_id name city categories"),
-}
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-# the files without a header: their separators, and columns of the metadata
-UNNAMED = {"ml-100k": ("\t", "|", ["item", "title", "date", "video", "url", *GENRES]),
-           "ml-1m": ("::", "::", ["item", "title", "genres"])}
+# reader and columns of the interactions, in the order of ROLES, the last of which may lack; of the
+# metadata: id, title, texts (*: all others; +: a year that is put behind the title)
+FORMATS = {
+    "table": (table_rows, "user item rating timestamp text", table_rows, "item title *"),
+    "recbole": (table_rows, "user_id item_id rating timestamp",
+                table_rows, "item_id title+release_year *"),
+    # without a header
+    "ml-100k": (partial(table_rows, columns=ROLES[:4], sep="\t"), "user item rating timestamp",
+                partial(table_rows, columns="item title date video url".split() + GENRES, sep="|"),
+                "item title genres"),
+    "ml-1m": (partial(table_rows, columns=ROLES[:4], sep="::"), "user item rating timestamp",
+              partial(table_rows, columns=["item", "title", "genres"], sep="::"),
+              "item title genres"),
+    "ml-latest": (table_rows, "userId movieId rating timestamp",
+                  table_rows, "movieId title genres"),
+    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText", json_rows,
+                   "asin title brand category categories description"),  # categories: in 2014
+    "amazon2023": (json_rows, "user_id parent_asin rating timestamp text",  # variants share one id
+                   json_rows, "parent_asin title store categories description"),
+    "yelp": (json_rows, "user_id business_id stars date text",
+             json_rows, "business_id name city categories"),
+}
 # the paper's filters: format, --min-rating, --since, --until, --k-core; users, items, pairs as the
 # paper prints them
 PRESETS = {
@@ -1615,12 +1584,7 @@ Format = namedtuple("Format", [*ROLES, "rows", "meta", "key", "title", "texts", 
 
 def format_of(name, path):
     """The Format of this name; a table's columns are found in the header of its interactions."""
-    reader, columns, metadata = FORMATS[name]
-    rows = meta = reader
-    if name in UNNAMED:
-        one, other, names = UNNAMED[name]
-        rows = partial(reader, columns=ROLES[:4], sep=one)
-        meta = partial(reader, columns=names, sep=other)
+    rows, columns, meta, metadata = FORMATS[name]
     columns = [*columns.split(), None][:5]  # None: there are no texts
     key, title, *texts = metadata.split()
     title, _, year = title.partition("+")
@@ -1715,18 +1679,17 @@ def main(argv=None):
                    "then rows separated by tabs, commas, semicolons or bars)")
     p.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
     p.add_argument("--meta", metavar="FILE", help="item metadata; without it items have no text")
-    p.add_argument("--reviews-per-user", type=number(int, 0), default=2, metavar="N",
-                   help="review texts kept for a user's profile, of train pairs alone")
+    bb.add_numbers(
+        p, ("--reviews-per-user", number(int, 0), 2, "review texts of a profile, of train pairs"),
+        ("--k-core", number(int, 1), None, "interactions each user and item must have (preset's, "
+         "else 5)"), ("--seed", number(int, 0), 0, "decides the random split"))
     p.add_argument("--preset", choices=list(PRESETS), help="its format and filters; flags win")
     p.add_argument("--min-rating", type=stars, help="keep ratings of so many stars or more; "
                    "`none`: all (preset's, else 4); of a repeated pair the latest counts")
     p.add_argument("--since", type=date, help="keep pairs from this day on: 2015-01-01, UTC")
     p.add_argument("--until", type=date, help="keep pairs before this day")
-    p.add_argument("--k-core", type=number(int, 1), metavar="N",
-                   help="interactions each user and item must have (preset's, else 5)")
     p.add_argument("--split", choices=["random", "last", "time"], help="80/10/10 a user (left out: "
                    "this), each user's last two in time, or 80/10/10 by one cut in time for all")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="decides the random split")
     for name in PARTS:
         p.add_argument(f"--{name}-file", metavar="FILE", help="your own split: give all three")
     p.add_argument("--force", action="store_true", help="remake what was made with other settings")
@@ -1737,15 +1700,14 @@ def main(argv=None):
     bb.add_run_flags(p)
     p.add_argument("--text-vectors", default="texts.safetensors", metavar="FILE",
                    help="what `llm_negatives.py read` wrote, or your own item vectors (I, H)")
-    p.add_argument("--likely", type=number(int, 1), default=20,
-                   help="likely false negatives listed of each user")
+    bb.add_numbers(
+        p, ("--likely", number(int, 1), 20, "likely false negatives listed of each user"),
+        ("--epochs", number(int, 1), 8, "passes over the users"),
+        ("--lr", number(float, 0, open_low=True), 1e-3, "of the first step; it falls to 0"),
+        ("--seed", number(int, 0), 0, "decides draws and dropout"))
     p.add_argument("--dropout", nargs="+", type=number(float, 0, 0.95), default=[0.0, 0.5],
                    help="shares of the texts' numbers left out while it learns, each tried; "
                         "validation chooses")
-    p.add_argument("--epochs", type=number(int, 1), default=8, help="passes over the users")
-    p.add_argument("--lr", type=number(float, 0, open_low=True), default=1e-3,
-                   help="learning rate of the first step; it falls to 0")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="decides draws and dropout")
     p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
     p = commands.add_parser(
@@ -1765,19 +1727,16 @@ def main(argv=None):
     g.add_argument("--hinge", type=number(float, 0), default=0.0, metavar="MARGIN",
                    help="a hinge in place of BPR, as in the published code with 0.3; 0: BPR")
     g = p.add_argument_group("the negative e⁻ and the losses")
-    for name, default, text in (
-            ("alpha", 0.02, "share of z in the negative e⁻, at most 1"),
-            ("lambda1", 1.0, "weight of the alignment loss of z"),
-            ("lambda-s", 0.01, "weight of the semantic alignment (e_u, e_i; the items' texts)"),
-            ("lambda-f", 0.0, "weight of L_false: likely false items above e⁻, below positives"),
-            ("gamma", 0.2, "within L_false, weight of the positive above the likely false one"),
-            ("text-init", 1.0, "share of the items' texts in the initial vectors, at most 1")):
-        most = 1 if name in ("alpha", "text-init") else None
-        g.add_argument(f"--{name}", type=number(float, 0, most), default=default, help=text)
-    g.add_argument("--tau-c", type=number(float, 0, open_low=True), default=0.2,
-                   help="temperature of the alignment losses")
-    g.add_argument("--k", type=number(int, 1, 2**16), default=4,
-                   help="generated vectors of the user that the self-attention sees")
+    share, weight = number(float, 0, 1), number(float, 0)
+    bb.add_numbers(
+        g, ("--alpha", share, 0.02, "share of z in the negative e⁻, at most 1"),
+        ("--lambda1", weight, 1.0, "weight of the alignment loss of z"),
+        ("--lambda-s", weight, 0.01, "weight of the semantic alignment (e_u, e_i; items' texts)"),
+        ("--lambda-f", weight, 0.0, "weight of L_false: e⁻ < likely false items < positives"),
+        ("--gamma", weight, 0.2, "within L_false, of the positive above the likely false one"),
+        ("--text-init", share, 1.0, "share of the items' texts in the initial vectors, at most 1"),
+        ("--tau-c", number(float, 0, open_low=True), 0.2, "temperature of the alignment losses"),
+        ("--k", number(int, 1, 2**16), 4, "generated vectors that the self-attention sees"))
     g.add_argument("--no-attention", dest="attention", action="store_false",
                    help="ablation: projector without self-attention")
     g.add_argument("--keep-clear", choices=["none", "judge", "valid"], default="none",

@@ -1438,6 +1438,8 @@ def test_a_day_is_not_seconds(tmp_path, time, refused):
         prepared(tmp_path / "a", lines, "--since", "1970-01-01")
         message = refused_lines(tmp_path / "b", lines, "--split", "time")
         assert "empty; use --split random" in message
+        message = refused_lines(tmp_path / "b", lines[:1], "--since", "1970-01-01")
+        assert "no pairs" in message  # rather than that the days leave nothing
 
 
 @pytest.mark.parametrize("row, flags, message", [  # a dict: in place of some of the row's
@@ -1632,6 +1634,12 @@ def test_reviews_are_those_of_train_pairs_alone_and_of_the_rating_that_counts(tm
         whole = [f"{user['raw']} on i{i} café \ufffd x \U0001f600 " + "x" * 200 for i in own]
         assert len(own) == 8 and sorted(user["reviews"]) == [text[:200] for text in whole]
     assert "48 reviews with half of a character" in out
+
+
+def test_a_column_of_users_makes_a_json_file_one_of_pairs_too(tmp_path):
+    meta = [{"asin": f"i{i}", "title": f"Love {i}", "userId": "u0"} for i in range(6)]
+    _, items, _, out = prepared(tmp_path / "a", json_grid(), meta=meta, name="r.json")
+    assert "Love" not in json.dumps(items) and "no item has a title" in out
 
 
 def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path):
@@ -3784,13 +3792,13 @@ BAD_FLAGS = {
           for flag, value in (("--min-rating", 4), ("--k-core", 5), ("--preset", "toys"),
                               ("--reviews", "x")))],
     "hnlmrec.py train": [
-        ("--negatives none", "--negatives none: --alpha needs generated vectors; give it as 0"),
-        ("--negatives none --alpha 0", "--negatives none: --lambda1 needs"),
-        ("--negatives none --alpha 0 --lambda1 0 --paper", "--negatives none: --paper needs"),
+        ("--negatives none", "--alpha 0.02: needs .* none has not; give it as 0, or run `python"),
+        ("--negatives none --alpha 0", "--lambda1 1.0: needs generated vectors"),
+        ("--negatives none --alpha 0 --lambda1 0 --paper", "--paper True: needs generated vec"),
         ("--paper --lambda-s 0.1", "--lambda-s 0.1: the paper's form has no such term"),
-        ("--paper --lambda-f 1", "--lambda-f 1: the paper's form has no such term"),
-        ("--hinge 0.3", "--hinge: is part of the paper's form, so it needs --paper"),
-        ("--train-projector", "--train-projector: is part of the paper's form"),
+        ("--paper --lambda-f 1", "--lambda-f 1.0: the paper's form has no such term"),
+        ("--hinge 0.3", "--hinge 0.3: is part of the paper's form, so it needs --paper"),
+        ("--train-projector", "--train-projector True: is part of the paper's form"),
         ("--keep-clear judge --sampler rns", "--keep-clear judge: only dns takes a penalty"),
         ("--alpha 1.5", r"1.5 is outside \[0, 1\]"), ("--tau-c 0", r"0 is outside \(0, inf\]"),
         ("--control cleared", "invalid choice: 'cleared'"), ("", "now .* --force`"),
@@ -3801,9 +3809,9 @@ BAD_FLAGS = {
         ("--likely 0", r"0 is outside \[1,"), ("--dropout 0 1", r"1 is outside \[0, 0.95\]"),
         ("--out model-judged.safetensors --force", "--out"), ("--lr 0.1", "now 0.1.* --force`")],
     "hnlmrec.py blend": [
-        ("", "required: --parts"), ("--parts ,|,", "--parts: names no file"),
-        ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "is there twice"),
-        ("--parts x.safetensors --out x.safetensors", "is one of the parts"),
+        ("", "required: --parts"), ("--parts ,|,", "--parts ,.,: name one file or more"),
+        ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "file or more, each once"),
+        ("--parts x.safetensors --out x.safetensors", "not --out x.safetensors"),
         ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
         ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
         ("--parts cf.safetensors", "parts=.*, now .* --force`")],
