@@ -2646,16 +2646,18 @@ def test_readings_and_their_controls(copied, tiny_llm):
     llm_main(copied, tiny_llm, "profile --profiles template --out profiles-r.jsonl")
     path = copied / "profiles-r.jsonl"
     path.write_text(path.read_text().replace('"profile": "group 1"', '"profile": "A sequel."'))
-    for name, flags in {"two": "", "all": "--layers 2,0,1", "words": "--layers 0",
-                        "s": "--control shuffled", "r": "--control random --seed 1",
-                        "tfidf": "--control tfidf", "most": "--most 5",
-                        "profiles": "--layers 0 --profiles profiles-r.jsonl"}.items():
+    for name, n, flags in (
+            ("two", 2, ""), ("all", 3, "--layers 2,0,1"), ("words", 1, "--layers 0"),
+            ("s", 2, "--control shuffled"), ("r", 2, "--control random --seed 1"),
+            ("tfidf", 1, "--control tfidf"), ("most", 2, "--most 5"),
+            ("profiles", 1, "--layers 0 --profiles profiles-r.jsonl")):
         file = f"texts-{name}.safetensors"
         llm_main(copied, tiny_llm, f"read --dtype fp32 --out {file} {flags}")
-        tensors = backbones.load_tensors(copied / file)[0]
-        assert list(tensors) == [f"layer{k:02d}" for k in range(len(tensors))]
+        assert list(load_file(copied / file)) == [f"layer{k:02d}" for k in range(n)]
         made[name] = backbones.load_texts(copied, file, 40)
-    assert [len(layers) for layers in made.values()] == [2, 3, 1, 2, 2, 1, 2, 1]  # 0 and 1 of two
+    llm_main(copied, tiny_llm, "read --dtype fp32 --out texts-last.safetensors --layers 2")
+    last = load_file(copied / "texts-last.safetensors")["layer02"]
+    assert torch.allclose(last, oracle[2], atol=1e-5)
     for name in ("two", "all", "words"):  # a layer is the same whatever else is asked
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made[name], oracle))
     # the same rows, of other items
@@ -3181,24 +3183,21 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     found = json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]
     for name, first in (("RNS", 2), ("HNLMRec", 3)):
         trials = [row for row in rows if row["method"] == name]
-        shorts = [trials[0]["short"]]  # of the defaults' first epochs
-        flags_of = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
-        assert flags_of[0] == {} and trials[0]["short"] <= trials[0]["valid"]
+        points = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
+        assert points[0] == {} and trials[0]["short"] <= trials[0]["valid"]
         assert "defaults" in trials[0] and "defaults" not in trials[1]
-        for n, trial in enumerate(trials):
+        for n, trial in enumerate(trials[1:], 1):
             # halving: trained in full when fewer than half of all short runs are better
-            if n and "failed" not in trial:
-                better = sum(short > trial["short"] for short in shorts)
-                assert (trial["valid"] is not None) == (better < (len(shorts) + 1) / 2)
-                shorts.append(trial["short"])
+            shorts = [t["short"] for t in trials[:n + 1] if "failed" not in t]
+            better = sum(short > shorts[-1] for short in shorts)
+            assert "failed" in trial or (trial["valid"] is not None) == (better < len(shorts) / 2)
             # each fourth a random point, else the best before with one flag moved
             if n >= first and n % 4 == 0:
-                assert len(flags_of[n]) == len(evaluation.SPACES[name])
+                assert len(points[n]) == len(evaluation.SPACES[name])
             elif n >= first:
                 whole = [t for t in range(n) if trials[t]["valid"] is not None]
-                best = flags_of[max(whole, key=lambda t: trials[t]["valid"])]
-                moved = [flag for flag, value in flags_of[n].items() if best.get(flag) != value]
-                assert set(best) <= set(flags_of[n]) and len(moved) <= 1
+                best = points[max(whole, key=lambda t: trials[t]["valid"])]
+                assert set(best) <= set(points[n]) and len(points[n].items() - best.items()) <= 1
         best = max((t for t in trials if t["valid"] is not None), key=lambda t: t["valid"])
         assert (found[name]["words"], found[name]["trials"]) == (best["words"], 12)
         # its model is kept, and no other
@@ -3864,7 +3863,6 @@ def test_prepare_killed_between_its_files_leaves_no_mixture(copied, raw, tmp_pat
 
 @pytest.mark.parametrize("program", ["backbones.py pretrain --backbone pop", "eval.py report"])
 def test_a_closed_pipe_or_an_ascii_terminal_costs_no_result(copied, program):
-    """What is made is written though nobody reads, or can read, what is printed."""
     run = copied.rename(copied.with_name("copié"))  # its name is printed
     script, *words = shlex.split(program)
     out = "report.md" if "report" in words else "model-new.safetensors"
