@@ -3009,13 +3009,6 @@ def test_recommend_shows_the_best_and_the_items_nearest_to_z(eval_run):
     assert eval_main(*flags[:-1], "--k", 2) == first  # without --user
 
 
-@pytest.fixture
-def no_test_pairs(monkeypatch):
-    """load_data without test pairs: any use of them fails."""
-    load = evaluation.load_data
-    monkeypatch.setattr(evaluation, "load_data", lambda run: load(run) | {"test": None})
-
-
 def test_the_estimate_adds_up_and_less_work_takes_less(eval_run, monkeypatch):
     monkeypatch.setattr(evaluation.Timer, "autorange", lambda _: (1, 0.3))  # any machine's speed
 
@@ -3102,7 +3095,9 @@ def test_a_difference_is_of_users_means_over_seeds(eval_run, commands):
     assert [claim[key] for key in ("mean", "low", "high", "p")] == pytest.approx(expected)
 
 
-def test_valid_ranks_the_rows_and_reads_no_test_pair(eval_run, commands, no_test_pairs):
+def test_valid_ranks_the_rows_and_reads_no_test_pair(eval_run, commands, monkeypatch):
+    load = evaluation.load_data  # without test pairs: any use of them fails
+    monkeypatch.setattr(evaluation, "load_data", lambda run: load(run) | {"test": None})
     page = eval_main("compare", "--run", eval_run, "--seeds", 1, "--valid", "--methods",
                      "DNS;DNS --m 2;RNS;EASE;in full")
     found = json.loads((eval_run / "compare-valid.json").read_text())
