@@ -602,11 +602,9 @@ def test_closed_forms_and_softmax_by_command(small_run):
     assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
     pretrain("--backbone", "closed", "--force")  # all four, each as by itself
     for name in backbones.CLOSED_FORMS:
-        tensors, meta = backbones.load_tensors(run / f"model-{name}.safetensors")
         pretrain("--backbone", name, "--out", "model-one.safetensors", "--force")
-        one, meta_one = backbones.load_tensors(run / "model-one.safetensors")
-        assert meta["settings"] == meta_one["settings"] and one.keys() == tensors.keys()
-        assert all(torch.equal(one[key], tensors[key]) for key in one)
+        both = backbones.digests(run, "model-one.safetensors", f"model-{name}.safetensors")
+        assert len(set(both.values())) == 1  # of the settings and the tensors
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")
     for name, *words in (["softmax"], ["alpharec", "--text-vectors", "own.safetensors"]):
         pretrain("--loss", "softmax", "--cosine", *words, "--out", f"model-{name}.safetensors")
@@ -853,7 +851,6 @@ def test_a_batch_of_users_without_generated_vectors_is_plain_bpr(form):
 @pytest.mark.parametrize("backbone, sampler", [
     ("mf", "rns"), ("mf", "pns"), ("mf", "ahns"), ("lightgcn", "mixgcf"), ("neumf", "dns")])
 def test_without_z_the_step_is_that_of_its_sampler(backbone, sampler):
-    """alpha 0, no alignment: loss and gradient are the baseline's, without what only z needs."""
     model, _, method, train = hnlmrec_parts(sampler=sampler, backbone=backbone)
     bare = hnlmrec.HNLMRec(model, method.draw, train, alpha=0, lambda1=0, lambda_s=0, reg=0.1)
     assert list(bare.modules_trained()) == ["backbone"]
@@ -1077,7 +1074,6 @@ def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
 
 
 def test_a_blend_is_the_sum_of_the_standardised_scores():
-    """Of each part exactly, user by user; a weight of 0 leaves a part out; ranked as any model."""
     data, weights, total = split_data(), [1.0, 0.5, 2.0, 0.0, 0.25], 0
     train, everyone = data["train"], torch.arange(N_USERS)
     judge = hnlmrec.Judge(small_judge(train).tables(), train, N_USERS)
@@ -1099,8 +1095,7 @@ def test_a_blend_is_the_sum_of_the_standardised_scores():
 
 
 def test_blend_weights_are_a_maximum_and_drop_noise():
-    """No weight of the grid in another's place is better, by the validation of the blended model;
-    the part that says what the other lacks gets a weight, noise gets none."""
+    """No weight of the grid in another's place is better, by validation of the blended model."""
     generator = seeded(1)
     taste, items = (torch.randn(n, 6, generator=generator) for n in (60, 40))
     ranked = (taste @ items.T).topk(6).indices  # a user likes these
@@ -1496,7 +1491,6 @@ def test_files_that_hold_no_text_are_refused(tmp_path, name, content, message):
 
 
 def test_a_split_by_time_with_cold_users_and_items_goes_through(tmp_path):
-    """Users and items that come late have no train pair: they stay and are counted."""
     lines = [HEAD]
     for u in range(10):
         lines += [f"u{u}\ti{i}\t5\t{100 * u + i}\tx" for i in range(7 + 3 * (u > 7))]
@@ -1704,14 +1698,26 @@ def encode_all(encoder, encode=llm_negatives.encode, **more):
     return encode(llm, prompt, soft_tokens, USER_TEXTS, users, ITEM_TEXTS, items, OWNER, **more)
 
 
-def test_encode_equals_the_whole_prompt_run_alone(encoder):
-    """So that no row depends on another; soft tokens have the norm of tokens."""
-    llm, prompt, soft_tokens, users, items = encoder
-    norm = llm.get_input_embeddings().weight.norm(dim=1).mean()
-    assert torch.allclose(soft_tokens(0, users).norm(dim=-1), norm.expand(5, 2))
-    ours, whole = encode_all(encoder), encode_all(encoder, llm_negatives.encode_whole)
+@pytest.mark.parametrize("family", [
+    "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text"])
+def test_families_encode_as_each_prompt_alone_and_write_as_generate(family, tmp_path, monkeypatch):
+    """With the first layers alone; soft tokens have the norm of tokens where they enter the first
+    layer; LoRA gets a gradient; what is written is what the library's own generate() writes."""
+    tiny_family(tmp_path, family, head_dim=8)
+    llm, tokenizer = loaded(tmp_path, layers=2)
+    assert len(llm.layers) == 2
+    prompt = llm_negatives.Prompt(tokenizer, 2)
+    llm_negatives.check_pieces("x", llm, tokenizer, prompt.shared)
+    users, items = torch.randn(5, 6), torch.randn(7, 6)
+    soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm), 2)
+    given = {"input_ids": torch.arange(300)[None]}, {"inputs_embeds": soft_tokens(0, users)}
+    tokens, soft = (llm(**inputs, output_hidden_states=True).hidden_states[0].norm(dim=-1)
+                    for inputs in given)
+    assert torch.allclose(soft, tokens.mean().expand(5, 2))
+    parts = llm, prompt, soft_tokens, users, items
+    ours, whole = encode_all(parts), encode_all(parts, llm_negatives.encode_whole)
     instruction = llm_negatives.run_piece(llm, [prompt.shared])[2]
-    in_parts = encode_all(encoder, batch=2, instruction=instruction)
+    in_parts = encode_all(parts, batch=2, instruction=instruction)
     assert alike(ours, whole) and alike(ours, in_parts)
     for row, owner in enumerate(OWNER.tolist()):
         ids = prompt.shared + prompt.user(USER_TEXTS[owner]) + prompt.item(ITEM_TEXTS[row])
@@ -1721,28 +1727,6 @@ def test_encode_equals_the_whole_prompt_run_alone(encoder):
         assert len(places) == 4 and places[-1] == len(ids) - 1
         x[places[:2]], x[places[2:]] = soft_tokens(1, items[row]), soft_tokens(0, users[owner])
         assert alike(ours[row], llm(inputs_embeds=x[None]).last_hidden_state[0, -1])
-
-
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text"])
-def test_other_families_of_llms(family, tmp_path, monkeypatch):
-    """Each family loads with its first layers alone, encodes with a shared prefix as without, takes
-    soft tokens of the norm that its own tokens have where they enter the first layer, and LoRA's
-    gradient; and writes what the library's own generate() writes."""
-    tiny_family(tmp_path, family, head_dim=8)
-    llm, tokenizer = loaded(tmp_path, layers=2)
-    assert len(llm.layers) == 2
-    prompt = llm_negatives.Prompt(tokenizer)
-    llm_negatives.check_pieces("x", llm, tokenizer, prompt.shared)
-    users, items = torch.randn(5, 6), torch.randn(7, 6)
-    soft_tokens = llm_negatives.SoftTokens(users, items, 32, llm_negatives.embedding_norm(llm))
-    tokens, soft = (  # what enters the first layer
-        llm(**given, output_hidden_states=True).hidden_states[0][0].norm(dim=1).mean().item()
-        for given in ({"input_ids": torch.arange(300)[None]},
-                      {"inputs_embeds": soft_tokens(0, users)[None, :, 0]}))
-    assert soft == pytest.approx(tokens, rel=1e-5)
-    parts = llm, prompt, soft_tokens, users, items
-    ours, whole = encode_all(parts), encode_all(parts, llm_negatives.encode_whole)
-    assert alike(ours, whole)
     llm = llm_negatives.add_lora(llm, ["q_proj", "v_proj"], 2, 4, 0.0)
     encode_all((llm, *parts[1:])).sum().backward()
     for name, p in llm.named_parameters():
@@ -2124,28 +2108,26 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     texts = ("be brief ", "a", "bc", "d e", "f", "g")
     head, *requests = (tokenizer(text).input_ids for text in texts)
     past = llm_negatives.run_piece(model.base_model, [head])[2]
-    whole = []
-    for request in requests:
+    best_new, rows = llm_negatives.best_new, []
+
+    def alone(request, letter="none"):
         ids = []
-        while len(ids) < 9:
+        while len(ids) < 9 and letter not in tokenizer.decode(ids):
             scores = model(torch.tensor([head + request + ids])).logits[:, -1]
-            ids += llm_negatives.best_new(scores, [ids], tokenizer)
-        whole.append(ids)
-    letter = tokenizer.decode(whole[0][3:4])  # a "sentence" ends where this one is written
+            ids += best_new(scores, [ids], tokenizer)
+        return ids
+
+    letter = tokenizer.decode(alone(requests[0])[3:4])  # a "sentence" ends where it is written
     monkeypatch.setattr(llm_negatives, "is_whole", lambda text: letter in text)
     monkeypatch.setattr(llm_negatives, "sentence_ends", lambda text: [len(text)])
     monkeypatch.setattr(llm_negatives, "answer", lambda text, _: text)
     monkeypatch.setattr(llm_negatives, "first_sentence", str)
-    best_new, rows = llm_negatives.best_new, []
     monkeypatch.setattr(llm_negatives, "best_new", lambda scores, written, tokenizer: (
         rows.append(len(written)) or best_new(scores, written, tokenizer)))
     texts = llm_negatives.write_texts(model, tokenizer, past, requests, 9, {999})
-    lengths = []
-    for ids, text in zip(whole, texts):
-        ends = [n + 1 for n in range(9) if letter in tokenizer.decode(ids[:n + 1])]
-        lengths.append(min([*ends, 9]))
-        assert text == tokenizer.decode(ids[:lengths[-1]]).split("\n")[0]
-    assert min(lengths) < max(lengths) and sum(rows) == sum(lengths)
+    whole = [alone(request, letter) for request in requests]
+    assert texts == [tokenizer.decode(ids).split("\n")[0] for ids in whole]
+    assert len({*map(len, whole)}) > 1 and sum(rows) == sum(map(len, whole))
 
 
 def test_no_two_tokens_are_written_twice_but_digits_are():
