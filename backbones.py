@@ -385,11 +385,12 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
         label="train", decay=False):
-    """Train the parameters of `modules` {name: nn.Module} with Adam; leave them at the best state.
-    step(rows (B,), generator) -> (loss, {name: float}) on those of n_rows train rows; validate() ->
-    float, higher is better. Stops after `patience` validations without a new best. decay: the
-    learning rate falls linearly from lr to 0. Returns (best state {name.parameter: tensor},
-    history). Raises SystemExit2 when a loss or validation is not finite."""
+    """Train the parameters of `modules` {name: nn.Module}, as nn.ModuleDict takes them, with Adam;
+    leave them at the best state. step(rows (B,), generator) -> (loss, {name: float}) on those of
+    n_rows train rows; validate() -> float, higher is better. Stops after `patience` validations
+    without a new best. decay: the learning rate falls linearly from lr to 0. Returns (best state
+    {name.parameter: tensor}, history). Raises SystemExit2 when a loss or validation is not finite.
+    """
     modules = nn.ModuleDict(modules)
     parameters = list(modules.parameters())
     # fused: one pass over each parameter instead of ten
@@ -970,8 +971,9 @@ def text_input(run, name):
     if (Path(run) / name).exists():
         return name
     if not Path(name).exists():
-        fail(f"--text-vectors {name}: no such file, in {run} or here; give another, or make it "
-             f"with `{writer_of(Path(run) / 'texts.safetensors')}`")
+        command = writer_of(Path(run) / (name if name.startswith("texts") else "texts.safetensors"))
+        fail(f"--text-vectors {name}: no such file, in {run} or here; give another, for example "
+             f"what `{command}` writes")
     return str(Path(name).resolve())
 
 
@@ -1268,7 +1270,9 @@ def run_cli(main):
         if "memory" not in f"{type(error).__name__} {error}".lower():
             raise
         message = "out of memory; lower --batch-size, --m or --k, or --dim"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if world() > 1:
+        os._exit(2)
     sys.exit(2)
 
 
@@ -1458,13 +1462,19 @@ def main(argv=None):
         fail("--cosine: needs --loss softmax, and mf, lightgcn or ngcf, whose scores are products")
     for flag in set().union(*CLOSED_FORMS.values()) - {*CLOSED_FORMS.get(args.backbone, ())}:
         if flag in args:
-            fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant; leave it out")
+            fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant, or chooses it "
+                 "itself; leave it out")
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
-    # all four in one start of Python; ease, which refuses a large catalogue, is the last
+    # all four in one start of Python; without ease, where it refuses a catalogue as too large
     for name in CLOSED_FORMS if closed else [args.backbone]:
         out = f"model-{name}.safetensors" if closed else args.out
-        pretrain(argparse.Namespace(**vars(args) | {"backbone": name, "out": out}))
+        try:
+            pretrain(argparse.Namespace(**vars(args) | {"backbone": name, "out": out}))
+        except SystemExit2 as error:
+            if not closed or name != "ease":
+                raise
+            print(f"ease: left out, since {error.message}")
 
 
 if __name__ == "__main__":

@@ -653,8 +653,8 @@ def nats_lines(comparison):
 
 # ---- 6. compare: a cell is one command, echoed, that trains one model or blends some -------------
 def compare(args):
-    """Train the cells that are not there yet, evaluate and test them -> OUT.md, OUT.json, OUT.svg.
-    With --valid on the validation pairs, best rows first; no test pair is read."""
+    """Train the models that are missing, evaluate and test all -> OUT.md, OUT.json, OUT.svg. With
+    --valid on the validation pairs, best rows first; no test pair is read."""
     run, data, split = Path(args.run), load_data(args.run), "valid" if args.valid else "test"
     out = args.out or ("compare-valid" if args.valid else "compare")
     page = run / f"{output_name('--out', out, 'eval.py compare')}.md"
@@ -973,12 +973,13 @@ def tune(args):
 def read_tuned(path, digest):
     """The file of `tune` -> {backbone: {method: its best trial}}. Raises SystemExit2 when it is not
     there, not whole, or of another split."""
+    why = "is not there, or not by `tune`"
     with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
         tuned = json.loads(path.read_text())
         if tuned["data"] == digest:
             return tuned["methods"]
-    fail(f"{path}: is not there, not by `tune`, or was tuned on another data.safetensors; run "
-         f"`python eval.py tune --run {path.parent} --out {path.stem} --force`")
+        why = "was tuned on another data.safetensors"
+    fail(f"{path}: {why}; run `python eval.py tune --run {path.parent} --out {path.stem} --force`")
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
 # `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,

@@ -751,8 +751,8 @@ def check_flags(args):
     """Raise SystemExit2 for flags of `train` that do not go together."""
     # which flags; whether they have to be left out; why
     for names, wrong, why in (
-            ("alpha lambda1 paper", args.negatives == "none", "needs generated vectors, which "
-             "--negatives none has not; give it as 0, or run `python llm_negatives.py generate`"),
+            ("alpha lambda1 paper", args.negatives == "none", "needs generated vectors; turn it "
+             "off (0; --paper: leave it out), or leave --negatives none out"),
             ("lambda_s lambda_f", args.paper, "the paper's form has no such term; leave it or "
              "--paper out"),
             ("hinge train_projector", not args.paper, "is part of the paper's form, so it needs "
@@ -762,7 +762,8 @@ def check_flags(args):
         for name in names.split():
             value = getattr(args, name)
             if wrong and value not in (0, "none"):
-                fail(f"--{name.replace('_', '-')} {value}: {why}")
+                said = "" if value is True else f" {value}"
+                fail(f"--{name.replace('_', '-')}{said}: {why}")
 
 
 def train_hnlmrec(args):
@@ -902,7 +903,8 @@ def blend(args):
     choices = [re.findall("[^|]+", part) for part in re.findall("[^,]+", args.parts)]
     names = list(chain(*choices))
     if not names or len(set(names)) < len(names) or args.out in names:
-        fail(f"--parts {args.parts}: name one file or more, each once, and not --out {args.out}")
+        fail(f"--parts {args.parts}: name one file or more, each once, and none that is --out "
+             f"({args.out})")
     # the parts' digests are among the settings: a part made anew makes the blend anew
     settings = bb.settings_of(args) | {"inputs": bb.digests(run, "data.safetensors", *names)}
     if bb.skip(out, settings, args.force):
@@ -1220,7 +1222,8 @@ def read_pairs(files, s, counts):
         for name in ids:
             other = written.setdefault(unicodedata.normalize("NFC", name).removesuffix(".0"), name)
             if other != name:
-                fail(f"{paths[0]}: ids {ascii(other)[:60]}, {ascii(name)[:60]} both occur; unify")
+                fail(f"{', '.join(map(str, paths))}: ids {ascii(other)[:60]}, {ascii(name)[:60]} "
+                     "both occur; unify")
     if own:  # taken as it is, but for rows that come twice
         if not np.isnan(pairs["rating"]).all():
             print("  the ratings are not used: all pairs of your own split count")
@@ -1541,8 +1544,8 @@ def json_rows(path):
 ROLES = ("user", "item", "rating", "timestamp", "text")
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-# reader and columns of the interactions, in the order of ROLES, the last of which may lack; of the
-# metadata: id, title, texts (*: all others; +: a year that is put behind the title)
+# reader and columns of the interactions, in the order of ROLES, the last of which may be missing;
+# of the metadata: id, title, texts (*: all others; +: a year that is put behind the title)
 FORMATS = {
     "table": (table_rows, "user item rating timestamp text", table_rows, "item title *"),
     "recbole": (table_rows, "user_id item_id rating timestamp",

@@ -1085,9 +1085,10 @@ def read(args):
         for reading in read_layers(llm, tokenizer, some, deep) if deep else ():
             readings.append(reading.mean(0).repeat(len(texts), 1))  # (I, H), for those not read
             readings[-1][popular] = reading
-        if len(popular) < len(texts):
+        if deep and len(popular) < len(texts):
+            words = "their words and " * (not layers[0])
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
-                  "the others have their words and the mean of the layers")
+                  f"the others have {words}the mean of the layers")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
     check_finite(out, tensors, "use --dtype fp32")
     save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start})
@@ -1102,7 +1103,7 @@ def busiest(column, count, most):
 
 def read_profiles(path):
     """profiles.jsonl -> (its settings, the chat template's frames, {(kind, raw id): profile})."""
-    # growing: killed programs of an earlier version have left half a line
+    # growing: killed programs of an earlier version may have left half a line
     head, *rows = read_jsonl(path, growing=True) or [{}]
     with contextlib.suppress(KeyError, TypeError):  # rows of another shape
         made = {(row["kind"], row["raw"]): row["profile"] for row in rows}
@@ -1124,12 +1125,12 @@ class Profiles:
         differ = [f"{name}={old.get(name)}, now {value}" for name, value in settings.items()
                   if old.get(name) != value]
         if differ:
-            fail(f"{path}: made with {'; '.join(differ)}; add --force to remake it, or choose "
-                 "another --out")
+            fail(f"{path}: made with {'; '.join(differ)}; run `{writer_of(path)} --force` to "
+                 "remake it, or choose another --out")
         # one start for all: process 0 may write before another one reads
         self.frames, self.made = from_all((self.frames, self.made))[0]
 
-    def load_llm(self):
+    def start_llm(self):
         args = self.args
         self.model = load_llm(args.llm, AutoModelForCausalLM, args.dtype, args.device)
         self.tokenizer = tokenizer = load_tokenizer(args.llm)
@@ -1164,7 +1165,8 @@ class Profiles:
                 self.faults[fault] += 1
                 self.made[keys[n]] = plain[n] if fault else text
                 progress.update(count + 1)
-                if time.time() > saved + 60:  # a power cut loses a minute, Ctrl-C nothing
+                # a kill loses a minute; Ctrl-C, which ends in `finally` below, nothing
+                if time.time() > saved + 60:
                     self.save()
                     saved = time.time()
         finally:
@@ -1217,7 +1219,7 @@ def profile(args):
     # the LLM writes for the most popular items and the users with most pairs
     active, popular = [], []
     if by_llm:
-        file.load_llm()
+        file.start_llm()
         popular = busiest(data["train"][:, 1], len(items), args.llm_rows)
         active = busiest(data["train"][:, 0], len(users), args.llm_rows)
     # items, by their metadata
@@ -1468,7 +1470,8 @@ def main(argv=None):
         values = {name: value for name, value in PAPER.items() if name in vars(args)}
         commands.choices[args.command].set_defaults(**values)
         args = parser.parse_args(argv)
-    args.device = start_processes(args.device)
+    if args.command != "read":  # which runs as one process
+        args.device = start_processes(args.device)
     programs = {"read": read, "profile": profile, "finetune": finetune, "generate": generate}
     programs[args.command](args)
 

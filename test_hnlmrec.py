@@ -565,6 +565,16 @@ def test_line_search_ends_where_no_single_step_is_better():
         assert len(set(tried)) == len(tried)
 
 
+def test_closed_forms_at_once_do_without_ease_alone(small_run, monkeypatch):
+    run = ("backbones.py", "pretrain", "--run", small_run, "--backbone", "closed")
+    monkeypatch.setattr(backbones, "ease", lambda *_: backbones.fail("ease: 1 x 1 would not fit"))
+    assert "ease: left out, since ease: 1 x 1" in cli(*run)
+    made = {path.stem for path in small_run.glob("model-*")}
+    assert made == {"model-pop", "model-itemknn", "model-rp3"}
+    monkeypatch.setattr(backbones, "item_knn", lambda *_: backbones.fail("1 items: too many"))
+    assert "too many" in message_of(cli, *run, "--force")
+
+
 def test_closed_forms_and_softmax_by_command(small_run):
     """Each is saved and loaded as any model; a closed form reads no seed."""
     run, data = small_run, backbones.load_data(small_run)
@@ -2402,7 +2412,7 @@ def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
     header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
     args = Namespace(llm=tiny_llm, dtype="float32", device="cpu", force=False)
     file = llm_negatives.Profiles(args, finished / "profiles.jsonl", header["settings"])
-    file.load_llm()
+    file.start_llm()
     assert set(file.frames) == {"item", "user"} and len(file.made) == 70
 
 
@@ -3700,9 +3710,9 @@ BAD_FLAGS = {
           for flag, value in (("--min-rating", 4), ("--k-core", 5), ("--preset", "toys"),
                               ("--reviews", "x")))],
     "hnlmrec.py train": [
-        ("--negatives none", "--alpha 0.02: needs .* none has not; give it as 0, or run `python"),
+        ("--negatives none", "--alpha 0.02: needs .*; turn it off"),
         ("--negatives none --alpha 0", "--lambda1 1.0: needs generated vectors"),
-        ("--negatives none --alpha 0 --lambda1 0 --paper", "--paper True: needs generated vec"),
+        ("--negatives none --alpha 0 --lambda1 0 --paper", "--paper: needs generated vec"),
         ("--paper --lambda-s 0.1", "--lambda-s 0.1: the paper's form has no such term"),
         ("--paper --lambda-f 1", "--lambda-f 1.0: the paper's form has no such term"),
         ("--hinge 0.3", "--hinge 0.3: is part of the paper's form, so it needs --paper"),
