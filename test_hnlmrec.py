@@ -949,7 +949,7 @@ def test_judge_step_against_loops_over_the_left_out_items(most):
                 scores = [judge_by_cosines(maps, taken, j, left_out=i) for j in judged]
                 losses.append(torch.stack(scores).logsumexp(0) - scores[0])
         loss, _ = step(users, seeded(seed))
-        assert_same_loss(loss, torch.stack(losses).mean(), list(maps.parameters()), atol=2e-5)
+        assert_same_loss(loss, torch.stack(losses).mean(), list(maps.parameters()), atol=1e-4)
     assert len(seen) == 3 if most > 6 else len(seen) > 6
 
 
@@ -3716,7 +3716,7 @@ BAD_FLAGS = {
         ("--paper --lambda-s 0.1", "--lambda-s 0.1: the paper's form has no such term"),
         ("--paper --lambda-f 1", "--lambda-f 1.0: the paper's form has no such term"),
         ("--hinge 0.3", "--hinge 0.3: is part of the paper's form, so it needs --paper"),
-        ("--train-projector", "--train-projector True: is part of the paper's form"),
+        ("--train-projector", "--train-projector: is part of the paper's form"),
         ("--keep-clear judge --sampler rns", "--keep-clear judge: only dns takes a penalty"),
         ("--alpha 1.5", r"1.5 is outside \[0, 1\]"), ("--tau-c 0", r"0 is outside \(0, inf\]"),
         ("--control cleared", "invalid choice: 'cleared'"), ("", "now .* --force`"),
@@ -3729,7 +3729,7 @@ BAD_FLAGS = {
     "hnlmrec.py blend": [
         ("", "required: --parts"), ("--parts ,|,", "--parts ,.,: name one file or more"),
         ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "file or more, each once"),
-        ("--parts x.safetensors --out x.safetensors", "not --out x.safetensors"),
+        ("--parts x.safetensors --out x.safetensors", "none that is --out"),
         ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
         ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
         ("--parts cf.safetensors", "parts=.*, now .* --force`")],
