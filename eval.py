@@ -20,7 +20,6 @@ from timeit import Timer
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import backbones as bb
 from backbones import (
@@ -153,122 +152,8 @@ def fhns_of_vectors(pairs, vectors, items, data):
     users, seen = pairs[rows, 0], user_rows(data["train"], data["n_users"])
     return fhns_rates(users, nearest_items(vectors[rows], users, items, seen, 10), data)
 
-# ==== 3. What a judge knows of held-out positives that CF does not, in nats =======================
-# No recommender is trained for it
-
-def logistic_regression(x, y, ridge=1e-3, steps=50):
-    """Weights (F,) of P(y = 1) = sigmoid(x w) by Newton's method (Bishop, PRML, 2006, 4.3.3), the
-    minimum of the negative log-likelihood + ridge / 2 * |w|^2: x (n, F), y (n,), float64."""
-    def loss(w):
-        return F.softplus(x @ w).sum() - y @ (x @ w) + ridge / 2 * w @ w
-
-    # the ridge is small beside any data, and keeps w finite where y is separable
-    w, identity = x.new_zeros(x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype)
-    for _ in range(steps):
-        p = torch.sigmoid(x @ w)  # (n,)
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * identity  # (F, F)
-        step = torch.linalg.solve(hessian, x.T @ (p - y) + ridge * w)
-        # a full step can overshoot, a short enough one cannot
-        while loss(w - step) > loss(w):
-            step = step / 2
-        w = w - step
-        if step.abs().max() < 1e-9:
-            break
-    return w
-
-
-def fit_of_features(features, label, user, half):
-    """How well features tell positives among pairs: a list of (n,), label (n,) bool, user (n,),
-    half (U,) bool of the users -> each user's log-likelihood in nats (U,) float64, by the logistic
-    regression of the users of the other half."""
-    x, y = torch.stack(features, 1).double(), label.double()
-    x = F.pad((x - x.mean(0)) / x.std(0).clamp(min=1e-12), (1, 0), value=1.0)  # an intercept first
-    log_odds = torch.empty_like(y)
-    # never fitted on a user's own labels, so that a feature of noise gains nothing
-    for part in (half[user], ~half[user]):
-        log_odds[part] = x[part] @ logistic_regression(x[~part], y[~part])
-    return torch.bincount(user, y * log_odds - F.softplus(log_odds), len(half))
-
-
-def within_users(score, user):
-    """Scores (n,) of pairs with users (n,) -> (n,) float64 of mean 0 and deviation 1 over each
-    user's own pairs."""
-    # a score's offset and scale may differ between users, for example with the number of their
-    # items. No user's ranking depends on that, but a regression over all users does: a judge that
-    # ranks well would seem to know nothing
-    score, count = score.double(), torch.bincount(user).clamp(min=1)
-    centred = score - (torch.bincount(user, score) / count)[user]
-    deviation = (torch.bincount(user, centred**2) / count).sqrt()
-    return centred / deviation.clamp(min=1e-12)[user]
-
-
-@torch.no_grad()
-def scores_of_pairs(model, user, item):
-    """A recommender's scores of pairs: user (n,) ascending, item (n,) -> (n,) float64."""
-    parts = []
-    # 512 users at a time, since a row of scores has all items
-    for users in user.unique_consecutive().split(512):
-        rows = (user >= users[0]) & (user <= users[-1])
-        parts.append(model.scores(users)[torch.searchsorted(users, user[rows]), item[rows]])
-    return torch.cat(parts).double()
-
-
-# judges are measured on this many unseen items of each user by each CF model: where a list of
-# twenty is decided
-TOP = 50
-# of these, drawn at random, who stand for all: on large data that bounds the time
-MOST_USERS = 2**13
-
-
-def cf_candidates(models, data, labels="valid", top=TOP):
-    """The pairs that judges are measured on: of each user the `top` best unseen items of each CF
-    model, a list of recommenders; labels: valid or test -> user (n,) ascending, item (n,), label
-    (n,) bool (is in `labels`), and what is known without a judge, a list of (n,)."""
-    # no judge has a say in the choice, so that all are measured on the same pairs
-    n_users, n_items = data["n_users"], data["n_items"]
-    users = torch.randperm(n_users, generator=torch.Generator().manual_seed(0))[:MOST_USERS]
-    users, keys = users.sort().values, []
-    for model in models:
-        ranked = rank_unseen(model, users, seen_before(data, labels), top)  # (n, top)
-        keys.append((users[:, None] * n_items + ranked)[ranked >= 0])
-    keys = torch.cat(keys).unique()
-    user, item = keys // n_items, keys % n_items
-    label = contains(pair_keys(data[labels], n_items), user, item, n_items)
-    # known are how active the user is, since active ones have more positives, how popular the item,
-    # and each CF score, treated as the judge's is
-    activity = torch.bincount(data["train"][:, 0], minlength=n_users)[user].add(1).log()
-    popularity = torch.bincount(data["train"][:, 1], minlength=n_items)[item].add(1).log()
-    known = [activity, popularity, within_users(popularity, user)]
-    for model in models:
-        score = scores_of_pairs(model, user, item)
-        known.append(within_users(score, user))
-        # its quantile too: a score with long tails, as RP3beta's, would tell less than it knows
-        ordered = score.sort().values
-        below = torch.searchsorted(ordered, score) + torch.searchsorted(ordered, score, right=True)
-        # of equal ones half count as below: the mean of the two counts
-        known.append(torch.logit(below.double() / 2 / len(score)))
-    return user, item, label, known
-
-
-def measure_judges(models, judges, data, labels="valid", top=TOP):
-    """How much judges add to what CF models, trained on train alone, know of the positives of
-    `labels` among their best unseen items: both {name: recommender} -> pairs, positives, {judge:
-    nats: [total, low and high end of the 95 % interval by bootstrap over users]}, empty where all
-    pairs are alike."""
-    user, item, label, known = cf_candidates(list(models.values()), data, labels, top)
-    half = torch.rand(data["n_users"], generator=torch.Generator().manual_seed(0)) < 0.5
-    positives, gains = int(label.sum()), {}
-    for name, judge in judges.items() if 0 < positives < len(label) else ():
-        # user by user: the log-likelihood with the judge minus the one without
-        score = within_users(scores_of_pairs(judge, user, item), user)
-        gain = fit_of_features([*known, score], label, user, half)
-        gain -= fit_of_features(known, label, user, half)
-        # 2,000 draws give the ends of an interval; the tail of a p would need more
-        gains[name] = [float(end) * len(gain) for end in paired_bootstrap(gain, draws=2000)[:3]]
-    return len(label), positives, gains
-
 # ==== The method ends here. What follows are programs =============================================
-# ---- 4. What can be compared, by name ------------------------------------------------------------
+# ---- 3. What can be compared, by name ------------------------------------------------------------
 # a row: others' methods by `backbones.py pretrain`, ours and RLMRec by `hnlmrec.py train`, and what
 # has parts by `hnlmrec.py blend`. kind: closed form, sampler, baseline (others' methods), text
 # (untrained), ours, control. flags: of its command. needs: files of the run that it reads. like:
@@ -375,7 +260,7 @@ def making_of(run, file):
     command = f"{bb.writer_of(run / file)} {llm}{flags}".strip()
     return ", then ".join([*before, f"`{command}`"])
 
-# ---- 5. One writer of tables: a report is a comparison, one file per row -------------------------
+# ---- 4. One writer of tables: a report is a comparison, one file per row -------------------------
 # what to evaluate: a row's key in the JSON file, its names in tables and in METHODS (or ""), its
 # kind as Method has it, its model files, one per seed
 Row = namedtuple("Row", "key label method kind paths")
@@ -533,8 +418,7 @@ def report(args):
              "it. Each difference comes with its 95 % interval and p, corrected by Holm's method. "
              f"One seed: `python eval.py compare --run {run}` measures others."]
     lines += ["", f"Left out, since the run lacks it: {', '.join(absent)}."] if absent else []
-    lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison),
-              *nats_lines(comparison)]
+    lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison)]
     # what the steps of run.sh took
     if (run / "steps.tsv").exists():
         steps = [line.split("\t") for line in (run / "steps.tsv").read_text("utf-8").splitlines()]
@@ -625,33 +509,7 @@ def fhns_lines(comparison):
             f"items. Over {MOST:,} pairs or users at most.", "",
             *markdown_table(["negatives", *columns], table)] if fhns else []
 
-
-def nats_lines(comparison):
-    """Lines on what the run's judges know of held-out positives beyond its CF models; also into
-    comparison.result. None where the run lacks either."""
-    run, data, found = comparison.run, comparison.data, {}
-    paths = [run / f"{stem}.safetensors" for stem in ("cf", "model-rp3", "model-ease")]
-    cf, judges = ({path.stem: load_recommender(path, data)[0] for path in some if path.exists()}
-                  for some in (paths, sorted(run.glob("judge*.safetensors"))))
-    if not cf or not judges:
-        return []
-    table, counts = [[name] for name in judges], []
-    for split in ("valid", "test"):
-        pairs, positives, gains = measure_judges(cf, judges, data, split)
-        found[split] = {"cf": list(cf), "positives": positives, "nats": gains}
-        counts.append(f"{split}, {positives:,} positives among {pairs:,}")
-        for cells in table:  # empty where all pairs are alike
-            gain = gains.get(cells[0])
-            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain) if gain else "")
-    comparison.result["judges"] = found
-    return ["", "## What the judges know beyond CF", "", "Gain in log-likelihood, in nats, with "
-            "its 95 % interval by bootstrap over users, when the judge's score joins a logistic "
-            f"regression on the scores of {', '.join(cf)}, popularity and the user's activity; "
-            "scores standardised within the user, users cross-fitted in two halves. Pairs: the "
-            f"{TOP} best unseen items of each user by each of these; {'; '.join(counts)}.", "",
-            *markdown_table(["judge", *found], table)]
-
-# ---- 6. compare: a cell is one command, echoed, that trains one model or blends some -------------
+# ---- 5. compare: a cell is one command, echoed, that trains one model or blends some -------------
 def compare(args):
     """Train the models that are missing, evaluate and test all -> OUT.md, OUT.json, OUT.svg. With
     --valid on the validation pairs, best rows first; no test pair is read."""
@@ -802,7 +660,7 @@ def program(script, *words):
         message = (done.stderr.strip() or "no message").splitlines()[-1]
         fail(f"{script} {' '.join(words[:3])} …: {message.removeprefix('error: ')}")
 
-# ---- 7. tune -------------------------------------------------------------------------------------
+# ---- 6. tune -------------------------------------------------------------------------------------
 # As many trials for every method, on validation: random search (Bergstra and Bengio, JMLR 2012)
 # and, mostly, steps from the best so far. Reads no test pair
 

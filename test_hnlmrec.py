@@ -2630,7 +2630,7 @@ def test_paper_is_a_preset_and_flags_beside_it_win(program, command, trainer, ra
     assert mixed == paper | {rank: 4}
 
 
-# ---- eval.py: metrics, false hard negatives, nats ------------------------------------------------
+# ---- eval.py: metrics, false hard negatives ------------------------------------------------------
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_evaluate_and_list_statistics_against_loops(split):
     data, (model, scores) = split_data(), rigged_scores()
@@ -2735,96 +2735,6 @@ def test_fhns_of_samplers_against_brute_force():
     assert set(rates["MixGCF, nearest items"]) == {"FHNS@1", "FHNS@10"}
 
 
-def test_logistic_regression_leaves_no_gradient():
-    """The objective is strictly convex, so that this is its minimum; also with tails so long that
-    full Newton steps run away."""
-    generator = seeded(47507)
-    x = torch.randn(200, 4, generator=generator, dtype=torch.float64)
-    tails = x.sign() * (6 * x.abs()).exp()
-    y = (torch.rand(200, generator=generator) < 0.1).double()
-    for part, ridge in ((x, 1.0), ((tails - tails.mean(0)) / tails.std(0), 1e-3)):
-        part = torch.cat([torch.ones(200, 1), part], 1)
-        ours = evaluation.logistic_regression(part, y, ridge)
-        gradient = part.T @ (torch.sigmoid(part @ ours) - y) + ridge * ours
-        assert gradient.abs().max() < 1e-6
-
-
-def test_cross_fitting_reads_the_other_half_alone():
-    """Where two halves of the users contradict each other, each is predicted as the other has it;
-    a half's own labels say nothing of its own prediction."""
-    generator, user = seeded(), torch.arange(400)
-    x, half = torch.randn(400, generator=generator, dtype=torch.float64), torch.arange(400) < 150
-    label = torch.where(half, x > 0, x < 0)
-    label[::7] = ~label[::7]
-    fits = [evaluation.fit_of_features([x], some, user, half) for some in (label, label ^ half)]
-    # of the same log-odds the two labels' log-likelihoods are these: ln p and ln (1 - p)
-    assert torch.allclose((fits[0].exp() + fits[1].exp())[half], torch.ones(1).double())
-    chance = math.log(0.5)
-    assert fits[0][half & (x.abs() > 0.5) & (user % 7 > 0)].max() < chance < fits[1][half].mean()
-
-
-def test_a_planted_judge_gains_what_it_knows_whatever_its_scale_and_offset():
-    """Positives are drawn from log-odds -3.5 + activity + cf + 1.2 taste. A judge that knows the
-    taste gains what the true log-odds say over P(y | cf), though each user's scores have a scale
-    and an offset of their own; one that knows nothing, or what CF knows, gains nothing."""
-    n, n_items, generator = 400, 100, seeded()
-    cf, taste, noise = torch.randn(3, n, n_items, generator=generator)
-    activity = torch.rand(n, 1, generator=generator) * 2 - 1
-    rest = -3.5 + activity + cf
-    y = torch.rand(n, n_items, generator=generator) < torch.sigmoid(rest + 1.2 * taste)
-    count = (8 * activity.exp()).round()  # the active have more train items, and more positives
-    seen = torch.arange(n_items) < count
-    y &= ~seen
-    data = {"train": seen.nonzero(), "valid": y.nonzero(), "n_users": n, "n_items": n_items}
-    scale = torch.rand(n, 1, generator=generator) * 2.7 + 0.3
-    offset = 4 * torch.randn(n, 1, generator=generator) - 3 * count.log()
-    tables = {"cf": cf, "bare": taste, "judge": scale * taste + offset,
-              "nothing": scale * noise + offset, "CF": (scale * cf).exp() + offset}
-    judges = {name: rigged(torch.eye(n), table.T) for name, table in tables.items()}
-    cf_models = {"cf": judges.pop("cf")}
-    pairs, positives, gains = evaluation.measure_judges(cf_models, judges, data, top=n_items)
-    # the true gain: with the taste, and without it, by quadrature
-    node, weight = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(40))
-    p = torch.sigmoid(rest.double()[..., None] + 1.2 * node) @ weight / weight.sum()
-    true = torch.distributions.Bernoulli(logits=rest + 1.2 * taste).log_prob(y.float())
-    true = float((true - torch.distributions.Bernoulli(p).log_prob(y.double()))[~seen].sum())
-    assert pairs == int((~seen).sum()) and positives == int(y.sum()) and true > 300
-    assert gains["bare"][0] == pytest.approx(true, rel=0.1)
-    assert gains["judge"] == pytest.approx(gains["bare"], abs=1) and gains["judge"][1] > true / 2
-    assert abs(gains["nothing"][0]) < 8 and abs(gains["CF"][0]) < 0.05 * true
-    data["valid"] = data["valid"][:0]
-    assert evaluation.measure_judges(cf_models, judges, data)[1:] == (0, {})
-
-
-@pytest.mark.parametrize("labels, top", [("valid", 7), ("test", 26)])
-def test_cf_candidates_against_loops(labels, top):
-    data, models = split_data(), [rigged_scores(3), rigged_scores(4)]
-    user, item, label, known = evaluation.cf_candidates([m for m, _ in models], data, labels, top)
-    popularity, expected = torch.bincount(data["train"][:, 1], minlength=N_ITEMS).log1p(), []
-    for u in range(N_USERS):
-        seen = items_of(data["train"], u)
-        seen |= items_of(data["valid"], u) if labels == "test" else set()
-        best = set().union(*(by_score(scores[u], seen)[:top] for _, scores in models))
-        expected += [(u, i, i in items_of(data[labels], u)) for i in sorted(best)]
-    assert list(zip(user.tolist(), item.tolist(), label.tolist())) == expected
-    activity, popular, within, *of_models = known
-    assert activity.tolist() == pytest.approx([math.log(7)] * len(user))
-    of_items = torch.tensor([i for _, i, _ in expected])
-    assert popular.tolist() == pytest.approx(popularity[of_items].tolist())
-    columns = [(popularity[of_items], within, None)]
-    for (_, scores), *ours in zip(models, of_models[::2], of_models[1::2]):
-        columns.append((scores[user, of_items], *ours))
-    for values, within, quantile in columns:
-        for u in range(N_USERS):
-            own = values[user == u].numpy()
-            own = (own - own.mean()) / own.std()
-            assert within[user == u].tolist() == pytest.approx(own.tolist(), abs=1e-4)
-        if quantile is not None:
-            below = (values < values[:, None]).sum(1) + 0.5
-            odds = below / (len(values) - below)
-            assert quantile.exp().tolist() == pytest.approx(odds.tolist())
-
-
 # ---- eval.py: report, compare, tune, recommend ---------------------------------------------------
 def save_model(path, seed, command="pretrain", valid=0.1, inputs=(), **more):
     """A file as `pretrain` writes it, of random vectors."""
@@ -2899,8 +2809,6 @@ def test_report_says_what_its_figures_say(eval_run):
                   "- negatives from the LLM (HNLMRec): Film &#91;"):
         assert page.split(start)[1].split("\n")[0].count("; Film") == 4
     assert {"uniform", "the judge's likely items", "HNLMRec, projected z"} <= set(found["fhns"])
-    assert {labels: found["judges"][labels]["cf"] for labels in ("valid", "test")} == dict.fromkeys(
-        ("valid", "test"), ["cf", "model-rp3", "model-ease"])
     assert len(xml.etree.ElementTree.parse(eval_run / "report.svg").findall(".//{*}circle")) == 6
 
 
@@ -2912,7 +2820,7 @@ def test_a_run_of_one_model_has_a_report_that_says_what_is_left_out(eval_run, ke
             path.unlink()
     page = eval_main("report", "--run", eval_run)
     assert said in page.split("Left out")[1].split("\n")[0] and "An example" in page
-    assert "What the judges" not in page and "## Differences" not in page
+    assert "## Differences" not in page
     (eval_run / f"model-{kept}.safetensors").unlink()
     assert "no model-" in eval_refused("report", "--run", eval_run)
 
@@ -3366,9 +3274,7 @@ TOYS = {
     "blend_weights": lambda m: m.blend_weights([MODEL, JUDGE], PAIRS[::2], PAIRS[1::2])[0],
     "k_core": (*PAIRS.T.numpy(), 3), "holm": ([0.01, 0.04, 0.03],),
     "split_pairs": (*PAIRS.T.numpy(), np.arange(96.0), "random", 0),
-    "paired_bootstrap": (np.arange(-2.0, 5), 20), "within_users": (torch.randn(96), PAIRS[:, 0]),
-    "fit_of_features": lambda m: m.fit_of_features(
-        [m.within_users(torch.randn(96), PAIRS[:, 0])], PAIRS[:, 1] > 9, PAIRS[:, 0], USERS > 5),
+    "paired_bootstrap": (np.arange(-2.0, 5), 20),
     "fhns_rates": lambda m: m.fhns_rates(USERS, NEAR, split_data())["FHNS@1"]}
 
 
