@@ -861,8 +861,8 @@ def estimate(args):
     parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * items**3,
              "trainings": (5 if args.trials else 7) * training,  # two are the best trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
-    if args.fast:  # 4 layers, a few profiles; two epochs of the judge with one dropout
-        parts |= {"LLM": 0.3 * llm, "judge": 0.1 * parts["judge"]}
+    if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
+        parts |= {"LLM": 0.3 * llm, "judge": 0.15 * parts["judge"]}
     # the fastest of 50 products tells one machine from another: slower ones were disturbed
     matrix = torch.randn(768, 768)
     speed = 2 * 768**3 / min(Timer(lambda: matrix @ matrix).repeat(50, 1)) / REFERENCE

@@ -736,7 +736,7 @@ def fit_judge(args):
     tensors |= {"likely": likely.int(), "share": share}
     bb.check_finite(out, tensors, "lower --lr and run again with --force")
     bb.save_tensors(out, tensors, {"settings": settings, "dropout": dropout, "history": history,
-                                "seconds": time.time() - start})
+                                   "seconds": time.time() - start})
     print(f"wrote {out}, dropout {dropout:g}, {time.time() - start:.0f} s")
 
 
@@ -1071,8 +1071,8 @@ def prepare(args):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         bb.write_atomic(run / name, text.encode())
     bb.save_tensors(out, {name: torch.from_numpy(pairs) for name, pairs in parts.items()},
-                 {"settings": vars(s), "n_users": len(users), "n_items": len(items),
-                  "seed": s.seed, "beside": bb.digests(run, "items.jsonl", "users.jsonl")})
+                    {"settings": vars(s), "n_users": len(users), "n_items": len(items),
+                     "seed": s.seed, "beside": bb.digests(run, "items.jsonl", "users.jsonl")})
     print(f"prepare: {counts.pop('rows'):,} rows read")
     print("".join(f"  {n:,} {what}\n" for what, n in counts.items() if n), end="")
     if published:
