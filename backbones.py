@@ -840,7 +840,8 @@ def pretrain(args):
     if args.text_vectors:
         readings = load_texts(run, args.text_vectors, data["n_items"])
         text = readings[len(readings) // 2]  # the middle layer's: most of the meaning
-        inputs.append(text_input(run, args.text_vectors))
+        settings["text_vectors"] = text_input(run, args.text_vectors)
+        inputs.append(settings["text_vectors"])
     settings["inputs"] = digests(run, *inputs)
     if skip(out, settings, args.force):
         return
@@ -1071,12 +1072,17 @@ def digests(run, *names):
     return found
 
 
+def run_of(path):
+    """The run folder of a file: its own, or the one that its compare/ or adapter/ lies in."""
+    folder = Path(path).parent
+    inside = re.match("compare$|adapter", folder.name)
+    return folder.parent if inside and not (folder / "data.safetensors").exists() else folder
+
+
 def check_inputs(path, inputs):
     """Raise SystemExit2 unless all that `path` was made from, {name: digest}, is as it was then."""
-    run = Path(path).parent
-    run = run if (run / "data.safetensors").exists() else run.parent  # compare/ lies in a run
     for name, digest in inputs.items():
-        if digests(run, name)[name] != digest:
+        if digests(run_of(path), name)[name] != digest:
             fail(f"{path}: was made with another {name} than the one that is there; "
                  f"put the former back, or run `{writer_of(path)} --force`")
 
@@ -1157,9 +1163,8 @@ WRITERS = {
 
 def writer_of(path):
     """The command that writes a file of a run, for messages; … for flags that only users know."""
-    run, name = Path(path).parent, Path(path).name
-    if run.name == "compare" or run.name.startswith("adapter"):  # folders of a run
-        run, name = run.parent, run.name
+    run = run_of(path)
+    name = Path(path).relative_to(run).parts[0]  # of a file in a folder, the folder's
     stem = re.sub(r"(-\d{5})?(\.partial)?\.\w+$", "", name)
     first = re.split("[-.]", stem)[0]
     command = WRITERS.get(first)
@@ -1474,6 +1479,8 @@ def main(argv=None):
         except SystemExit2 as error:
             if not closed or name != "ease":
                 raise
+            if args.force:  # one of an earlier start would be of other data
+                (Path(args.run) / out).unlink(missing_ok=True)
             print(f"ease: left out, since {error.message}")
 
 

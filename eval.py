@@ -243,6 +243,11 @@ CLAIMS = (("in full", BASELINES, ", the best baseline by validation"),
           ("in full", ("all baselines and text similarity in one score",), ""))
 
 
+def fits(name, backbone):
+    """Whether a row can be trained on a backbone: NeuMF has no cosine, and no texts to start by."""
+    return backbone != "neumf" or "--cosine" not in METHODS[name].flags
+
+
 def missing_file(run, name):
     """The first file that a row, or a part of it, reads and the run lacks; None for none."""
     for file in (*METHODS[name].needs, *"|".join(METHODS[name].parts).split("|")):
@@ -416,7 +421,8 @@ def report(args):
     lines = [f"# Report: {markdown(run.name)}", *comparison.claims(), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
              "it. Each difference comes with its 95 % interval and p, corrected by Holm's method. "
-             f"One seed: `python eval.py compare --run {run}` measures others."]
+             f"One seed: `python eval.py compare --run {run}` trains the methods, at their default "
+             "flags, from several."]
     lines += ["", f"Left out, since the run lacks it: {', '.join(absent)}."] if absent else []
     lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison)]
     # what the steps of run.sh took
@@ -526,7 +532,10 @@ def compare(args):
     for entry in map(str.strip, args.methods.split(";") if args.methods else TABLE):
         name, mark, words = entry.partition(" --")
         if args.methods:
-            check_row(run, name, METHODS)
+            check_row(run, name, METHODS, args.backbone)
+        elif not fits(name, args.backbone):
+            left_out.append(f"{name} (not for {args.backbone})")
+            continue
         elif missing := missing_file(run, name):
             left_out.append(f"{name} (no {missing})")
             continue
@@ -556,8 +565,10 @@ def compare(args):
     write_page(page, lines, run / f"{out}.json", comparison.result)
 
 
-def check_row(run, name, rows):
-    """Raise SystemExit2 for a name that is none of `rows`, or whose files the run lacks."""
+def check_row(run, name, rows, backbone):
+    """Raise SystemExit2 for a name that is none of `rows`, not for this backbone, or whose files
+    the run lacks."""
+    rows = [row for row in rows if fits(row, backbone)]
     if name not in rows:
         fail(f"--methods {name}: is none of {'; '.join(rows)}")
     if missing := missing_file(run, name):
@@ -773,11 +784,13 @@ def tune(args):
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
     run, data = Path(args.run), load_data(args.run)
     log = run / f"{output_name('--out', args.out, 'eval.py tune')}.jsonl"
-    names = [name.strip() for name in args.methods.split(";")] if args.methods else SPACES
+    names = [name.strip() for name in args.methods.split(";")] if args.methods else [
+        name for name in SPACES if fits(name, args.backbone)]
     trials = {name: [] for name in names}
     for name in trials:
-        check_row(run, name, SPACES)
+        check_row(run, name, SPACES, args.backbone)
     flags = words_of("--flags", args.flags)
+    rows, methods = former_search(args, log, data["digest"], trials)
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
@@ -785,7 +798,6 @@ def tune(args):
     texts = len(known) < 2 or known[0] > known[1]
     if not texts:
         print("the judge ranks no better than popularity: parts that live by texts are not tried")
-    rows = read_jsonl(log, growing=True) if log.exists() and not args.force else []
     # of other inputs or flags: not found
     done = {json_digest(row["plan"]): row for row in rows if "model" in row}
     # a round is one trial of each method, so that a stopped search leaves them even
@@ -811,9 +823,8 @@ def tune(args):
         for other in before:
             if other is not best:
                 (run / other["model"]).unlink(missing_ok=True)
-    # the best, beside those of former searches
-    out, table = run / f"{args.out}.json", []
-    methods = read_tuned(out, data["digest"]) if out.exists() and not args.force else {}
+    # the best of each, beside those of former searches
+    table = []
     for name, rows in trials.items():
         best = best_trial(rows)
         if not (run / best["model"]).exists():  # it was deleted since
@@ -824,8 +835,25 @@ def tune(args):
         table.append([name, len(rows), whole, f"{rows[0]['valid']:.4f}", f"{best['valid']:.4f}",
                       " ".join(best["words"]) or "defaults"])
     header = ["method", "trials", "in full", "valid NDCG@20, defaults", "best", "flags"]
-    write_page(run / f"{args.out}.md", markdown_table(header, table), out,
+    write_page(log.with_suffix(".md"), markdown_table(header, table), log.with_suffix(".json"),
                {"data": data["digest"], "methods": methods})
+
+
+def former_search(args, log, digest, names):
+    """What former starts left: rows of OUT.jsonl, OUT.json's methods; with --force those of other
+    methods and backbones alone. Raises SystemExit2 for another split's, unless --force."""
+    rows, methods, path = [], {}, log.with_suffix(".json")
+    if log.exists():
+        rows = read_jsonl(log, growing=True)
+    if args.force:
+        rows = [row for row in rows
+                if row["method"] not in names or args.backbone not in row["plan"]["command"]]
+    try:
+        methods = read_tuned(path, digest) if path.exists() else {}
+    except SystemExit2:
+        if not args.force:
+            raise
+    return rows, methods
 
 
 def read_tuned(path, digest):

@@ -690,10 +690,9 @@ def load_recommender(path, data):
         return Judge(tensors, data["train"], data["n_users"]), meta, tensors
     if command == "blend":
         tensors, meta = bb.load_tensors(path)
-        # parts are named as seen from the run folder, which may be the parent of compare/
-        run = path.parent if path.parent.name != "compare" else path.parent.parent
-        parts = [load_recommender(run / name, data)[0] for name in meta["parts"]]
-        return Blend(parts, tensors["weights"].tolist()), meta, tensors
+        # parts are named as seen from the run folder
+        parts = [load_recommender(bb.run_of(path) / name, data)[0] for name in meta["parts"]]
+        return Blend(parts, tensors["weights"].tolist()).eval(), meta, tensors
     if command == "read" or command is None and path.exists():  # None: a person's own vectors
         readings = bb.load_texts(path.parent, path.name, data["n_items"])
         readings = [text.to(data["train"].device) for text in readings]
@@ -708,8 +707,9 @@ def fit_judge(args):
     out = run / bb.output_name("--out", args.out, "hnlmrec.py judge", ".safetensors", "judge")
     # made with these settings from these inputs, it is there already
     readings = bb.load_texts(run, args.text_vectors, data["n_items"])
-    settings = bb.settings_of(args) | {"inputs": bb.digests(
-        run, "data.safetensors", bb.text_input(run, args.text_vectors))}
+    texts = bb.text_input(run, args.text_vectors)
+    settings = bb.settings_of(args) | {
+        "text_vectors": texts, "inputs": bb.digests(run, "data.safetensors", texts)}
     if bb.skip(out, settings, args.force):
         return
     device = bb.start_processes(args.device)
@@ -783,7 +783,8 @@ def train_hnlmrec(args):
     if args.negatives != "none":
         inputs += [args.cf, args.negatives]
     if args.lambda_s or args.text_init:
-        inputs.append(bb.text_input(run, args.text_vectors))
+        settings["text_vectors"] = bb.text_input(run, args.text_vectors)
+        inputs.append(settings["text_vectors"])
     if args.lambda_f or args.keep_clear == "judge":
         inputs.append(args.judge)
     settings["inputs"] = bb.digests(run, *inputs)
@@ -916,7 +917,7 @@ def blend(args):
     for chosen in product(*filter(None, choices)):
         parts = [loaded[name][0] for name in chosen]
         weights, alone = blend_weights(parts, data["train"], data["valid"])
-        score = validation(Blend(parts, weights), data)()
+        score = validation(Blend(parts, weights).eval(), data)()
         for name, weight, value in zip(chosen, weights, alone):
             print(f"blend: {name}, alone valid NDCG@20 {value:.4f}, weight {weight:g}")
         print(f"blend: together {score:.4f}", flush=True)

@@ -148,8 +148,9 @@ fi
 TRAIN= JUDGE= HNLMREC= JUDGED= TRIALS=4
 if [[ -z ${DATA:-} ]]; then
   # on MovieLens validation does not want the semantic alignment; the judge's negatives have the
-  # flags that eight trials chose
-  HNLMREC="--lambda-s 0" JUDGED="--lr 0.00126 --reg 5.05e-06 --m 16 --gamma 0.05" TRIALS=0
+  # flags that eight trials chose for LightGCN
+  HNLMREC="--lambda-s 0" TRIALS=0
+  [[ $BACKBONE != lightgcn ]] || JUDGED="--lr 0.00126 --reg 5.05e-06 --m 16 --gamma 0.05"
 fi
 [[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
@@ -232,6 +233,9 @@ print(found if isinstance(found, str) else " ".join(found))' \
     "$OUT/tuned-run.json" "$BACKBONE" "$1" "$2"
 }
 put() {  # put FILE NAME: a model that is there already, as model-NAME.safetensors
+  [[ -n $FORCE || ! -f $OUT/model-$2.safetensors ]] ||
+    cmp -s "$OUT/$1" "$OUT/model-$2.safetensors" ||
+    die "$OUT/model-$2.safetensors: was made with other flags; set FORCE=1 to replace it, or OUT"
   cp "$OUT/$1" "$OUT/model-$2.tmp"
   mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"
 }
@@ -242,7 +246,7 @@ if [[ $TUNE != 0 ]]; then
   step eval.py tune --run "$OUT" --methods "$METHODS" --budget "$TUNE" --backbone "$BACKBONE" \
     --seed "$SEED" --flags "$TRAIN --patience 2" --out tuned-run $WIDEST
   DNS=$(of_trial DNS model)
-  HNLMREC=$(of_trial DNS words)  # HNLMRec is DNS with more terms
+  HNLMREC+=" $(of_trial DNS words)"  # HNLMRec is DNS with more terms
 fi
 put "$DNS" dns
 [[ $HAVE_JUDGE == 1 ]] || HNLMREC+=" --lambda-s 0 --text-init 0"

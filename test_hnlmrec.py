@@ -571,6 +571,9 @@ def test_closed_forms_at_once_do_without_ease_alone(small_run, monkeypatch):
     assert "ease: left out, since ease: 1 x 1" in cli(*run)
     made = {path.stem for path in small_run.glob("model-*")}
     assert made == {"model-pop", "model-itemknn", "model-rp3"}
+    save_model(small_run / "model-ease.safetensors", 0)  # of other data: nobody may take it
+    assert "ease: left out" in cli(*run, "--force")
+    assert not (small_run / "model-ease.safetensors").exists()
     monkeypatch.setattr(backbones, "item_knn", lambda *_: backbones.fail("1 items: too many"))
     assert "too many" in message_of(cli, *run, "--force")
 
@@ -2964,6 +2967,8 @@ def test_the_large_table_leaves_out_what_the_run_lacks(eval_run, commands):
         assert f"{name} ({why}" in left_out and name not in found
     assert {"AlphaRec", "in full", "all baselines in one score"} <= set(found)
     assert "no row is left" in eval_refused("compare", "--run", eval_run, "--methods", "ItemKNN")
+    assert "AlphaRec (not for neumf)" in eval_main(
+        "compare", "--run", eval_run, "--seeds", 1, "--backbone", "neumf")
 
 
 def test_rows_have_flags_of_their_programs_and_files_that_can_be_made():
@@ -3055,9 +3060,14 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     model.unlink()
     eval_main(*flags, methods)  # the best one's model alone is made again
     assert len(done) == before + 1 and model.exists()
-    eval_main(*flags, "DNS")  # what was found before stays
-    assert list(json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]) == [
-        "RNS", "HNLMRec", "DNS"]
+    rows = backbones.read_jsonl(run / "tuned.jsonl")
+    for more in ((), ("--force",)):  # what was found of other methods stays
+        before = len(done)
+        eval_main(*flags, "DNS", *more)
+        assert list(json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]) == [
+            "RNS", "HNLMRec", "DNS"]
+        assert backbones.read_jsonl(run / "tuned.jsonl")[:24] == rows and len(done) >= before + 12
+    assert "is none of RNS" in eval_refused(*flags, "AlphaRec", "--backbone", "neumf")
 
     (run / "texts.safetensors").unlink()
     assert "llm_negatives.py read" in eval_refused(*flags, "AlphaRec")
@@ -3433,7 +3443,7 @@ def test_the_papers_form_trains(copied, more):
     assert "contrast" in out and "projector 0.0000" not in out
 
 
-def test_text_vectors_of_ones_own(copied):
+def test_text_vectors_of_ones_own(copied, monkeypatch):
     """What was read, given as a file of one's own, changes nothing; others do."""
     train = ["train", "--run", copied, *BUDGET, *BAND, "--alpha", 0.3, "--out", "own.safetensors"]
     path = copied.parent / "text.safetensors"
@@ -3444,6 +3454,8 @@ def test_text_vectors_of_ones_own(copied):
     ours, theirs = (load_file(copied / f"{name}.safetensors") for name in ("own", "model-hnlmrec"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     cli("hnlmrec.py", *judge, path)
+    monkeypatch.chdir(path.parent)  # the file is the same one from anywhere
+    assert "skip: " in cli("hnlmrec.py", *train[:-1], path.name)
     save_file({"text": torch.randn(40, 3)}, path)
     assert "text.safetensors than the one" in refused("hnlmrec.py", *train)  # another file
     cli("hnlmrec.py", *train, "--force")
@@ -3475,6 +3487,9 @@ def test_judge_and_blend_go_through(copied):
     blend, meta, _ = hnlmrec.load_recommender(copied / "model-full.safetensors", data)
     oracle, users = hnlmrec.Blend(parts, list(map(float, weights))), torch.arange(30)
     assert torch.allclose(blend.scores(users), oracle.scores(users), atol=1e-5)
+    assert not blend.parts[0].training  # ranked without dropout, whoever asks
+    other = shutil.copytree(copied, copied.parent / "compare") / "model-full.safetensors"
+    assert hnlmrec.load_recommender(other, data)[1] == meta  # a run may have this name
     assert backbones.validation(blend, data)() == meta["history"][0]["valid_ndcg@20"]
     # of alternatives the one that the whole is better with, wherever it stands
     scores, rns, judge = {}, "model-rns.safetensors", "judge.safetensors"
