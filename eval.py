@@ -869,8 +869,8 @@ def read_tuned(path, digest):
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
 # `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,
-# where the matrix product below ran at REFERENCE, and scales them by what this machine does
-REFERENCE = 2.0e11  # floating-point operations a second, float32
+# where the look-up below took REFERENCE, and scales them by what it takes here
+REFERENCE = 7.2e-4  # seconds
 
 
 def estimate(args):
@@ -891,9 +891,10 @@ def estimate(args):
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
         parts |= {"LLM": 0.3 * llm, "judge": 0.15 * parts["judge"]}
-    # the fastest of 50 products tells one machine from another: slower ones were disturbed
-    matrix = torch.randn(768, 768)
-    speed = 2 * 768**3 / min(Timer(lambda: matrix @ matrix).repeat(50, 1)) / REFERENCE
+    # looking up vectors is most of a training, and bound by memory: a matrix product would call
+    # some machines half as fast again. The fastest of 50: slower ones were disturbed
+    table, rows = torch.randn(2**15, 64), torch.randint(2**15, (2**16,))
+    speed = REFERENCE / min(Timer(lambda: table.index_select(0, rows)).repeat(50, 1))
     total = sum(parts.values()) / speed
     print(f"estimate: about {max(1, round(total / 60))} minutes ("
           + ", ".join(f"{name} {value / speed:.0f} s" for name, value in parts.items())
