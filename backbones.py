@@ -1389,8 +1389,8 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see `python {self.prog} --help`)")
 
 
-def add_numbers(parser, *rows):
-    """Flags that take a number: rows (flag, argparse type, default, help)."""
+def add_flags(parser, *rows):
+    """Flags that take a value: rows (flag, argparse type, default, help)."""
     for flag, kind, default, text in rows:
         parser.add_argument(flag, type=kind, default=default, help=text)
 
@@ -1412,7 +1412,7 @@ def add_training_flags(parser, more=()):
                        default="lightgcn", help="recommender")
     group.add_argument("--sampler", choices=SAMPLERS, default="rns", help="negative sampler of e_j")
     # 0 stands for what sized_to_data makes of the data
-    add_numbers(
+    add_flags(
         group, ("--dim", number(int, 2), 64, "embedding width d"),
         ("--layers", number(int, 1), 3, "propagation layers of lightgcn and ngcf"),
         ("--epochs", number(int, 0), 0, "passes over the train pairs; 0: 200, of large sets fewer"),
@@ -1431,7 +1431,7 @@ def add_band_flags(group):
     """The flags of mining_band, which fine-tuning and HNLMRec's training share."""
     for name, share in zip(("first", "last"), BAND):
         text = f"{name} rank of the mined band; 0: {100 * share:.4g} %% of the catalogue"
-        add_numbers(group, (f"--mine-{name}", number(int, 0), 0, text))
+        add_flags(group, (f"--mine-{name}", number(int, 0), 0, text))
 
 
 def main(argv=None):
@@ -1443,13 +1443,13 @@ def main(argv=None):
     p.add_argument("--cosine", action="store_true", help="softmax of cosines: vectors of norm 1")
     p.add_argument("--text-vectors", metavar="FILE", help="AlphaRec: texts.safetensors or your own")
     p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")
-    add_numbers(
+    add_flags(
         p, ("--n", number(int, 1), 1, "dns draws from the n highest of its m candidates"),
         ("--beta", number(float, 0), 0.75, "popularity exponent of pns"),
         ("--shared", number(int, 1), 256, "softmax's negatives, the same for all of a batch"),
         ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
     unset = argparse.SUPPRESS  # not among the args, so not among the settings either
-    add_numbers(
+    add_flags(
         p.add_argument_group("closed forms (pop, itemknn, rp3, ease; closed: all four), which read "
                              "no other flag; what is left out is chosen by validation"),
         ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),

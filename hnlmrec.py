@@ -1675,15 +1675,20 @@ def main(argv=None):
     def date(text):  # kept as text; a ValueError is argparse's message
         return text if iso_seconds(text) is not None else None
 
-    p = commands.add_parser(
-        "prepare", help="read, filter, split", epilog="example: python hnlmrec.py prepare "
-        "--run runs/demo --format recbole --reviews ml-100k.inter --meta ml-100k.item")
+    def command(name, text, example=""):
+        example = f"example: python hnlmrec.py {name} --run runs/demo {example}"
+        return commands.add_parser(name, help=text, epilog=example)
+
+    texts = "what `llm_negatives.py read` wrote, or your own item vectors (I, H)"
+
+    p = command("prepare", "read, filter, split",
+                "--format recbole --reviews ml-100k.inter --meta ml-100k.item")
     p.add_argument("--run", required=True, metavar="DIR", help="folder for this run's files")
     p.add_argument("--format", choices=list(FORMATS), help="(preset's, else table: a header line, "
                    "then rows separated by tabs, commas, semicolons or bars)")
     p.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
     p.add_argument("--meta", metavar="FILE", help="item metadata; without it items have no text")
-    bb.add_numbers(
+    bb.add_flags(
         p, ("--reviews-per-user", number(int, 0), 2, "review texts of a profile, of train pairs"),
         ("--k-core", number(int, 1), None, "interactions each user and item must have (preset's, "
          "else 5)"), ("--seed", number(int, 0), 0, "decides the random split"))
@@ -1698,29 +1703,22 @@ def main(argv=None):
         p.add_argument(f"--{name}-file", metavar="FILE", help="your own split: give all three")
     p.add_argument("--force", action="store_true", help="remake what was made with other settings")
 
-    p = commands.add_parser(
-        "judge", help="learn what the texts say a user likes; list likely false negatives",
-        epilog="example: python hnlmrec.py judge --run runs/demo")
+    p = command("judge", "learn what the texts say a user likes; list likely false negatives")
     bb.add_run_flags(p)
-    p.add_argument("--text-vectors", default="texts.safetensors", metavar="FILE",
-                   help="what `llm_negatives.py read` wrote, or your own item vectors (I, H)")
-    bb.add_numbers(
-        p, ("--likely", number(int, 1), 20, "likely false negatives listed of each user"),
+    bb.add_flags(
+        p, ("--text-vectors", str, "texts.safetensors", texts),
+        ("--likely", number(int, 1), 20, "likely false negatives listed of each user"),
         ("--epochs", number(int, 1), 8, "passes over the users"),
         ("--lr", number(float, 0, open_low=True), 1e-3, "of the first step; it falls to 0"),
-        ("--seed", number(int, 0), 0, "decides draws and dropout"))
+        ("--seed", number(int, 0), 0, "decides draws and dropout"),
+        ("--out", str, "judge.safetensors", "output file inside the run folder"))
     p.add_argument("--dropout", nargs="+", type=number(float, 0, 0.95), default=[0.0, 0.5],
                    help="shares of the texts' numbers left out while it learns, each tried; "
                         "validation chooses")
-    p.add_argument("--out", default="judge.safetensors", help="output file inside the run folder")
 
-    p = commands.add_parser(
-        "train", help="train backbone and projector with the LLM's negatives",
-        epilog="example: python hnlmrec.py train --run runs/demo --alpha 0.5")
+    p = command("train", "train backbone and projector with the LLM's negatives", "--alpha 0.5")
     bb.add_training_flags(p)
     p.set_defaults(sampler="dns")
-    p.add_argument("--out", default="model-hnlmrec.safetensors",
-                   help="output file inside the run folder")
     g = p.add_argument_group("the paper's own form")
     g.add_argument("--paper", action="store_true",
                    help="z as the negative of (e_u; e_i), the projector in no optimizer, and: "
@@ -1732,7 +1730,7 @@ def main(argv=None):
                    help="a hinge in place of BPR, as in the published code with 0.3; 0: BPR")
     g = p.add_argument_group("the negative e⁻ and the losses")
     share, weight = number(float, 0, 1), number(float, 0)
-    bb.add_numbers(
+    bb.add_flags(
         g, ("--alpha", share, 0.02, "share of z in the negative e⁻, at most 1"),
         ("--lambda1", weight, 1.0, "weight of the alignment loss of z"),
         ("--lambda-s", weight, 0.01, "weight of the semantic alignment (e_u, e_i; items' texts)"),
@@ -1747,22 +1745,18 @@ def main(argv=None):
                    help="items that dns never takes: the judge's likely ones (so with --lambda-f), "
                         "or the user's validation positives, an oracle")
     g = p.add_argument_group("what it is trained with")
-    g.add_argument("--negatives", default="negatives",
-                   help="first part of the shards' names, or `none`")
-    g.add_argument("--text-vectors", default="texts.safetensors", metavar="FILE",
-                   help="what `llm_negatives.py read` wrote, or your own item vectors (I, H)")
+    bb.add_flags(
+        g, ("--negatives", str, "negatives", "first part of the shards' names, or `none`"),
+        ("--text-vectors", str, "texts.safetensors", texts),
+        ("--judge", str, "judge.safetensors", "where L_false gets its likely false negatives"),
+        ("--cf", str, "cf.safetensors", "CF vectors that L_align's hard negatives are mined with"),
+        ("--out", str, "model-hnlmrec.safetensors", "output file inside the run folder"))
     g.add_argument("--control", choices=["none", "random", "shuffled"], default="none",
                    help="replace the LLM's vectors, to see what they are worth")
-    g.add_argument("--judge", default="judge.safetensors", metavar="FILE",
-                   help="where L_false gets its likely false negatives")
-    g.add_argument("--cf", default="cf.safetensors",
-                   help="CF vectors that the alignment's hard negatives are mined with")
     bb.add_band_flags(g)
 
-    p = commands.add_parser(
-        "blend", help="put several recommenders into one score, weights by validation",
-        epilog="example: python hnlmrec.py blend --run runs/demo --parts "
-               "'model-judged.safetensors|model-dns.safetensors,judge.safetensors'")
+    p = command("blend", "put several recommenders into one score, weights by validation",
+                "--parts 'model-judged.safetensors|model-dns.safetensors,judge.safetensors'")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--parts", required=True, metavar="FILES",
                    help="models, judges or texts inside the run folder, comma-separated; of A|B "
@@ -1770,9 +1764,7 @@ def main(argv=None):
     p.add_argument("--force", action="store_true", help="remake the output")
     p.add_argument("--out", default="model-full.safetensors", help="output file")
 
-    p = commands.add_parser(
-        "trace", help="follow one (user, item) pair through a finished run",
-        epilog="example: python hnlmrec.py trace --run runs/demo --user 196")
+    p = command("trace", "follow one (user, item) pair through a finished run", "--user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder of a finished run.sh")
     p.add_argument("--user", metavar="ID", help="the user's id in the ratings file; default: "
                    "the first with a generated negative")
