@@ -26,8 +26,8 @@ from torch import nn
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
 
 # ==== 1. From pairs to a trained LightGCN =========================================================
-# Shapes: U users, I items, N pairs, B rows of a batch, M candidates, D a vector, K hops (with the
-# first) of d each. SystemExit2: what `fail` raises, with its message of one line
+# Shapes: U users, I items, N pairs, B rows of a batch, M candidates, D numbers of a vector, K hops
+# (layer 0 included) of d each. SystemExit2: what `fail` raises, with its message of one line
 # A dense users x items mask would not fit large data: pairs are looked up as sorted keys, or rows
 
 def pair_keys(pairs, n_items):
@@ -273,7 +273,7 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 
     def sample(u, i, generator):
         candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
-        # MixGCF mixes the hops themselves; the others need their pool alone
+        # MixGCF mixes hop by hop; the others need pooled vectors alone
         layers = model.layers() if sampler == "mixgcf" else None
         all_users, all_items = map(model.pool, layers) if layers else model()
         users, positives, j = take(all_users, u), take(all_items, i), candidates[:, 0]
@@ -302,7 +302,7 @@ def top_k(scores, k):
 
 
 def leave_out(scores, users, seen):
-    """scores (B, I), those of the users' seen items (seen of user_rows) set to -inf, in place."""
+    """scores (B, I), those of the users' seen items (seen: from user_rows) set to -inf, in place."""
     row, items = rows_of(seen, users)
     scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
     return scores
@@ -797,7 +797,7 @@ def mrr(hits, relevant, k):
 @torch.no_grad()
 def nearest_items(vectors, users, items, seen, k):
     """The k items nearest to each vector by cosine, the user's seen items left out: vectors (n, D),
-    users (n,), items (I, D), seen of user_rows -> item ids (n, k), padded with -1."""
+    users (n,), items (I, D), seen: from user_rows -> item ids (n, k), padded with -1."""
     items = F.normalize(items.float(), dim=-1)
     return best_unseen(lambda rows: F.normalize(vectors[rows].float(), dim=-1) @ items.T, users,
                        seen, k, len(items))
@@ -879,7 +879,7 @@ def train_baseline(args, data, text):
 
 
 def compute_closed_form(args, data, _):
-    """A closed form for `pretrain`, from data of load_data; constants that were not given are
+    """A closed form for `pretrain`, from the data of load_data; constants that were not given are
     chosen by validation -> tensors of its file, history: a row for each choice tried."""
     start, name, history = time.time(), args.backbone, []
     shape = (data["train"], data["n_users"], data["n_items"])

@@ -81,7 +81,7 @@ def quartiles(count):
 
 
 def paired_bootstrap(difference, draws=10_000, seed=0):
-    """Two-sided p that the mean of paired per-user differences (n,) is zero: users drawn with
+    """Two-sided test of the mean of paired per-user differences (n,) against zero: users drawn with
     replacement (Efron, 1979; for rankings, Sakai, SIGIR 2006) -> (mean, low and high end of the
     95 % interval, p)."""
     difference, rng = np.asarray(difference, np.float64), np.random.default_rng(seed)

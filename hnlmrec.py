@@ -5,7 +5,7 @@ judge     texts.safetensors + train pairs -> judge.safetensors: what the texts s
           a score, and each user's likely false negatives. Needs no LLM
 train     data, cf, negatives-*, texts (and judge) .safetensors -> model-hnlmrec.safetensors
               z   = MLP(self-attention over K generated vectors of the user)   Projector
-              e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                mix, z detached
+              e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                mix
               L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_i, mined) + lambda_s L_sem(e_u, e_i;
                     texts) + lambda_f L_false(e_u; e_i > e_f > e⁻) + lambda2 ‖Θ‖²    HNLMRec
           and with --paper as the paper has it: PaperHNLMRec
@@ -109,8 +109,9 @@ class NegativeTable:
 
 
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z + (1 - alpha) e_j (paper, stage 2): z, sampled (B, D) -> (B, D)."""
-    # unlike in PaperHNLMRec, z first gets e_j's norm: alignment trains its direction alone
+    """e⁻ = alpha z' + (1 - alpha) e_j, z' being z with e_j's norm (paper, stage 2): z, sampled
+    (B, D) -> (B, D)."""
+    # PaperHNLMRec mixes z itself; here alignment trains its direction alone
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
 
@@ -156,7 +157,7 @@ class HNLMRec(nn.Module):
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
 
     backbone: a Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector;
-    hidden (n, H): generated vectors; table: a NegativeTable of them; mined (U, R): the bands.
+    hidden (n, H): generated vectors; table: a NegativeTable of them; mined (U, L): the bands.
     semantic: a SemanticProjector; likely: a LikelyFalse. None will do for a term of weight 0."""
 
     # pairs per step that L_align and L_sem see: more only cost time
@@ -251,13 +252,13 @@ class HNLMRec(nn.Module):
 
 
 class PaperHNLMRec(HNLMRec):
-    """The paper's own form of the loss, with what its published code adds:
+    """The paper's own form of the loss, with the options of its published code:
 
         e⁻  = alpha z + (1 - alpha) e_j
         L   = BPR(e_u, e_i, e⁻) + lambda1 L_CL(e_u, e_i, z) + lambda2 ‖Θ‖².
 
     z comes straight out of the projector, which, as in the published code, is in no optimizer,
-    unless train_projector: then BPR's gradient teaches it to make easy negatives. hinge: above 0,
+    unless train_projector: then BPR's gradient, too, trains it, towards easy negatives. hinge: above 0,
     the margin of a hinge in place of BPR."""
     def __init__(self, *args, hinge=0.0, train_projector=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -338,7 +339,7 @@ class Judge(nn.Module):
 
         score(u, j) = b_j + soft_maximum over k of cos(h_k, v_j).
 
-    tables: of JudgeMaps.tables(), history and item (I, W): h and v, rows of length 1; bias (I,);
+    tables: from JudgeMaps.tables(), history and item (I, W): h and v, rows of length 1; bias (I,);
     shape (2,): scale and beta of soft_maximum. train (N, 2). A user without a train pair is ranked
     by the biases alone."""
     def __init__(self, tables, train, n_users):
@@ -374,8 +375,8 @@ class Judge(nn.Module):
 
 
 class JudgeMaps(nn.Module):
-    """What the judge learns: two linear maps of the items' texts, W_h for items of a history and
-    W_i for judged ones, and a bias per item. tables() -> the arguments of a Judge.
+    """What the judge learns: two linear maps of the items' texts, history_map for items of a
+    history and item_map for judged ones, and a bias per item. tables() -> the arguments of a Judge.
 
     readings: a list of (I, H), one per layer; train (N, 2); width: W; beta: where it starts."""
 
@@ -391,7 +392,8 @@ class JudgeMaps(nn.Module):
         # identities: an untrained judge compares the first W columns
         nn.init.eye_(self.history_map.weight)
         nn.init.eye_(self.item_map.weight)
-        # starts at half the log popularity: softmax against uniform draws would ask for all of it
+        # starts at half the log popularity: softmax against uniform draws asks for all of it, of
+        # which similarity to the history gives a part
         count = torch.bincount(train[:, 1], minlength=len(text)).float()
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
@@ -492,7 +494,7 @@ class LikelyFalse:
         self.listed, self.border = items.long(), share.cumsum(1)  # (U, n), (U, n)
         user, place = (self.listed >= 0).nonzero().T
         listed = torch.stack([user, self.listed[user, place]], 1)
-        self.penalty = keep_clear(pair_keys(listed, n_items), n_items)  # e⁻ is none of them
+        self.penalty = keep_clear(pair_keys(listed, n_items), n_items)  # dns avoids them
 
     def __call__(self, users, generator=None):
         border = self.border[users]  # (B, n)
@@ -575,7 +577,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
     # a user with one train pair has no history to find it by
     taught = (torch.bincount(train[:, 0], minlength=n_users) > 1).nonzero()[:, 0]
     # every epoch is validated, by 5,000 users: their NDCG's standard error is about .003. The rate
-    # falls to 0 over all epochs, so that only the loser is cut short
+    # falls to 0 in the last epoch, so that none stops early but the loser
     best = None
     for dropout in dropouts:
         maps = JudgeMaps(readings, train).to(train.device)
@@ -825,7 +827,7 @@ def train_hnlmrec(args):
 
 def build(run, args, data):
     """What trains, from the run's files and the flags of `train` (a Namespace) -> HNLMRec, or
-    PaperHNLMRec with --paper. data of load_data. Seeds torch's global generator."""
+    PaperHNLMRec with --paper. data: from load_data. Seeds torch's global generator."""
     train, n_users, n_items = data["train"], data["n_users"], data["n_items"]
     torch.manual_seed(args.seed)
 
@@ -857,9 +859,8 @@ def build(run, args, data):
         start = text_start(text, train, n_users, backbone.embedding.shape[1], backbone.std)
         backbone.embedding.data.lerp_(start, args.text_init)
 
-    # the sampler of e_j. dns (others do not look) takes none of the items that L_false keeps above
-    # e⁻ while another candidate is there; or no validation positive, an oracle: what any better
-    # choice of negatives could gain
+    # the sampler of e_j. dns, which alone heeds a penalty, takes a likely false negative only where
+    # all candidates are; or, an oracle, a validation positive: what better negatives could gain
     penalty = None
     if args.lambda_f or args.keep_clear == "judge":
         tensors, _ = bb.load_tensors(run / args.judge, train.device)

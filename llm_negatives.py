@@ -1,6 +1,6 @@
 """llm_negatives.py: an LLM reads items, writes profiles, makes hard negatives.
 
-read      items.jsonl -> texts.safetensors: what a frozen LLM reads of each item's title and
+read      items.jsonl -> texts.safetensors: what a frozen LLM makes of each item's title and
           metadata, a tensor (I, H) a layer, for the judge and the text start.
 profile   items.jsonl, users.jsonl, train pairs -> profiles.jsonl: a sentence on what an item is
           like and who would enjoy it, and one on what a user enjoys.
@@ -316,12 +316,12 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 
 
 class SftTask:
-    """The data of fine-tuning, from train pairs and CF vectors alone. data: of load_data; cf_model:
+    """The data of fine-tuning; no valid or test pair is read. data: from load_data; cf_model:
     a Backbone; cf: its vectors, {"user" (U, d), "item" (I, d)}; texts: (user profiles, item texts);
     first, last: the mined ranks. Raises SystemExit2 when no pair is left to learn from."""
     def __init__(self, data, cf_model, cf, texts, first, last, seed):
         self.cf, self.texts, self.train, self.cf_model = cf, texts, data["train"], cf_model
-        self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, M)
+        self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, L)
         # centred, so that cosine compares what tells items apart and not the direction that all
         # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
@@ -1039,7 +1039,7 @@ def generate(args):
 
 
 def read(args):
-    """Write texts.safetensors: what the LLM, or a control, reads of each item, layer00 … (I, H)."""
+    """Write texts.safetensors: what the LLM, or a control, makes of each item, layer00 … (I, H)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     out = run / output_name("--out", args.out, "llm_negatives.py read", ".safetensors", "texts")
     # which layers; left out, the embeddings and those at two fifths and two thirds of the depth
@@ -1413,7 +1413,7 @@ def main(argv=None):
             p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the LLM")
         return p
 
-    p = command("read", "what a frozen LLM reads of each item's text", "--layers 0,12,20")
+    p = command("read", "what a frozen LLM makes of each item's text", "--layers 0,12,20")
     p.add_argument("--layers", default="",
                    help="such as 0,12; 0: a bag of words; left out: 0, 2/5 and 2/3 of the depth")
     p.add_argument("--control", choices=["none", "shuffled", "random", "tfidf"], default="none",
