@@ -302,7 +302,7 @@ def top_k(scores, k):
 
 
 def leave_out(scores, users, seen):
-    """scores (B, I), those of the users' seen items (seen: from user_rows) set to -inf, in place."""
+    """scores (B, I), those of the users' seen items, rows of user_rows, set to -inf in place."""
     row, items = rows_of(seen, users)
     scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
     return scores
@@ -1081,8 +1081,9 @@ def run_of(path):
 
 def check_inputs(path, inputs):
     """Raise SystemExit2 unless all that `path` was made from, {name: digest}, is as it was then."""
+    run = run_of(path)
     for name, digest in inputs.items():
-        if digests(run_of(path), name)[name] != digest:
+        if digests(run, name)[name] != digest:
             fail(f"{path}: was made with another {name} than the one that is there; "
                  f"put the former back, or run `{writer_of(path)} --force`")
 

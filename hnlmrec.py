@@ -258,8 +258,8 @@ class PaperHNLMRec(HNLMRec):
         L   = BPR(e_u, e_i, e⁻) + lambda1 L_CL(e_u, e_i, z) + lambda2 ‖Θ‖².
 
     z comes straight out of the projector, which, as in the published code, is in no optimizer,
-    unless train_projector: then BPR's gradient, too, trains it, towards easy negatives. hinge: above 0,
-    the margin of a hinge in place of BPR."""
+    unless train_projector: then BPR's gradient, too, trains it, towards easy negatives. hinge:
+    above 0, the margin of a hinge in place of BPR."""
     def __init__(self, *args, hinge=0.0, train_projector=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.hinge, self.train_projector = hinge, train_projector
@@ -625,6 +625,7 @@ class Blend(nn.Module):
         super().__init__()
         self.parts, self.weights = nn.ModuleList(parts), weights
         self.n_users, self.n_items = parts[0].n_users, parts[0].n_items
+        self.eval()  # its parts are trained already: their dropout is off, whoever ranks by it
 
     @torch.no_grad()
     def scores(self, users):
@@ -694,7 +695,7 @@ def load_recommender(path, data):
         tensors, meta = bb.load_tensors(path)
         # parts are named as seen from the run folder
         parts = [load_recommender(bb.run_of(path) / name, data)[0] for name in meta["parts"]]
-        return Blend(parts, tensors["weights"].tolist()).eval(), meta, tensors
+        return Blend(parts, tensors["weights"].tolist()), meta, tensors
     if command == "read" or command is None and path.exists():  # None: a person's own vectors
         readings = bb.load_texts(path.parent, path.name, data["n_items"])
         readings = [text.to(data["train"].device) for text in readings]
@@ -918,7 +919,7 @@ def blend(args):
     for chosen in product(*filter(None, choices)):
         parts = [loaded[name][0] for name in chosen]
         weights, alone = blend_weights(parts, data["train"], data["valid"])
-        score = validation(Blend(parts, weights).eval(), data)()
+        score = validation(Blend(parts, weights), data)()
         for name, weight, value in zip(chosen, weights, alone):
             print(f"blend: {name}, alone valid NDCG@20 {value:.4f}, weight {weight:g}")
         print(f"blend: together {score:.4f}", flush=True)

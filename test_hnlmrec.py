@@ -3487,10 +3487,10 @@ def test_judge_and_blend_go_through(copied):
     blend, meta, _ = hnlmrec.load_recommender(copied / "model-full.safetensors", data)
     oracle, users = hnlmrec.Blend(parts, list(map(float, weights))), torch.arange(30)
     assert torch.allclose(blend.scores(users), oracle.scores(users), atol=1e-5)
-    assert not blend.parts[0].training  # ranked without dropout, whoever asks
     other = shutil.copytree(copied, copied.parent / "compare") / "model-full.safetensors"
     assert hnlmrec.load_recommender(other, data)[1] == meta  # a run may have this name
     assert backbones.validation(blend, data)() == meta["history"][0]["valid_ndcg@20"]
+    assert not blend.parts[0].training  # ranked without dropout, before and after
     # of alternatives the one that the whole is better with, wherever it stands
     scores, rns, judge = {}, "model-rns.safetensors", "judge.safetensors"
     for choice in (rns, judge, f"{rns}|{judge}", f"{judge}|{rns}"):
