@@ -1261,10 +1261,10 @@ def run_cli(main):
         main()
         if world() > 1:
             dist.barrier()
-            # gloo's threads race the interpreter's end (torch 2.13 aborts, 2.6 hangs): leave now
-            sys.stdout.flush()
-            os._exit(0)
-        return
+        # leave now: Python takes half a second to take torch apart, and gloo's threads race it
+        # (torch 2.13 aborts, 2.6 hangs)
+        sys.stdout.flush()
+        os._exit(0)
     except SystemExit2 as error:
         message = error.message
     except KeyboardInterrupt:
@@ -1406,12 +1406,13 @@ def add_run_flags(parser):
     parser.add_argument("--force", action="store_true", help="remake what other settings made")
 
 
-def add_training_flags(parser, more=()):
-    """The flags that a baseline and HNLMRec share. more: further choices of --backbone."""
+def add_training_flags(parser, more=(), **sampler):
+    """The flags that a baseline and HNLMRec share. more: further choices of --backbone; sampler:
+    default and nargs of --sampler."""
     group = parser.add_argument_group("backbone and training budget")
     group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
                        default="lightgcn", help="recommender")
-    group.add_argument("--sampler", choices=SAMPLERS, default="rns", help="negative sampler of e_j")
+    group.add_argument("--sampler", choices=SAMPLERS, help="negative sampler of e_j", **sampler)
     # 0 stands for what sized_to_data makes of the data
     add_flags(
         group, ("--dim", number(int, 2), 64, "embedding width d"),
@@ -1439,7 +1440,7 @@ def main(argv=None):
     parser = Parser(prog="backbones.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pretrain", help="train a backbone, or compute a closed form")
-    add_training_flags(p, (*CLOSED_FORMS, "closed"))
+    add_training_flags(p, (*CLOSED_FORMS, "closed"), default=["rns"], nargs="+")
     p.add_argument("--loss", choices=["bpr", "softmax"], default="bpr", help="softmax: no sampler")
     p.add_argument("--cosine", action="store_true", help="softmax of cosines: vectors of norm 1")
     p.add_argument("--text-vectors", metavar="FILE", help="AlphaRec: texts.safetensors or your own")
@@ -1460,8 +1461,9 @@ def main(argv=None):
         ("--ridge", number(float, 0, open_low=True), unset, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
     closed = args.backbone == "closed"
-    if closed and args.out != "cf.safetensors":
-        fail(f"--out {args.out}: the closed forms go to model-NAME.safetensors; leave it out")
+    several = closed or len(args.sampler) > 1
+    if several and args.out != "cf.safetensors":
+        fail(f"--out {args.out}: several models go to model-NAME.safetensors; leave it out")
     if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")
     if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
@@ -1472,11 +1474,12 @@ def main(argv=None):
                  "itself; leave it out")
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
-    # all four in one start of Python; without ease, where it refuses a catalogue as too large
-    for name in CLOSED_FORMS if closed else [args.backbone]:
-        out = f"model-{name}.safetensors" if closed else args.out
+    # several in one start of Python; without ease, where it refuses a catalogue as too large
+    for name in CLOSED_FORMS if closed else args.sampler:
+        out = f"model-{name}.safetensors" if several else args.out
+        one = {"backbone" if closed else "sampler": name, "out": out}
         try:
-            pretrain(argparse.Namespace(**vars(args) | {"backbone": name, "out": out}))
+            pretrain(argparse.Namespace(**vars(args) | one))
         except SystemExit2 as error:
             if not closed or name != "ease":
                 raise

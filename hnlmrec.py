@@ -1719,8 +1719,7 @@ def main(argv=None):
                         "validation chooses")
 
     p = command("train", "train backbone and projector with the LLM's negatives", "--alpha 0.5")
-    bb.add_training_flags(p)
-    p.set_defaults(sampler="dns")
+    bb.add_training_flags(p, default="dns")
     g = p.add_argument_group("the paper's own form")
     g.add_argument("--paper", action="store_true",
                    help="z as the negative of (e_u; e_i), the projector in no optimizer, and: "

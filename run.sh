@@ -155,7 +155,7 @@ fi
 [[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
   PROFILE+=" --llm-rows 8" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
-  FINETUNE="--llm-layers 4 --warmup-pairs 256 --steps 6" GENERATE="--pairs-per-user 1 --pairs 500"
+  FINETUNE="--llm-layers 4 --warmup-pairs 256 --steps 4" GENERATE="--pairs-per-user 1 --pairs 500"
   SIZE="--llm-rows 8 --fast"
   TRAIN+=" --epochs 20 --eval-every 5" TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi
@@ -184,8 +184,7 @@ except OSError as error:
 step() {  # in the background: bash hears no signal before the end of what runs in the foreground
   local begin=$SECONDS name="${1%.py} $2" word
   for word in "$@"; do  # which model, where a step makes one
-    [[ $word != closed && $word != model-*.safetensors || $word == *,* ]] ||
-      name="$name ${word%.safetensors}"
+    [[ ! $word =~ ^(closed|rns|mixgcf|model-[^,]*)$ ]] || name="$name ${word%.safetensors}"
   done
   echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"
   "$PY" "$@" ${FORCE:+$FORCE} & child=$!
@@ -250,10 +249,7 @@ if [[ $TUNE != 0 ]]; then
 fi
 put "$DNS" dns
 [[ $HAVE_JUDGE == 1 ]] || HNLMREC+=" --lambda-s 0 --text-init 0"
-for sampler in rns mixgcf; do
-  step backbones.py pretrain --run "$OUT" $BUDGET --sampler $sampler \
-    --out model-$sampler.safetensors
-done
+step backbones.py pretrain --run "$OUT" $BUDGET --sampler rns mixgcf
 
 # HNLMRec; the judge's negatives; these (or DNS), the judge and the closed forms in one score
 step hnlmrec.py train --run "$OUT" $BUDGET $HNLMREC

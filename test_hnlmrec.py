@@ -603,7 +603,12 @@ def test_closed_forms_and_softmax_by_command(small_run):
     weight = backbones.rp3beta(*shape, best["rp3_alpha"], 0.2, best["topk"])
     assert torch.equal(model.weight.to_dense(), weight.to_dense())
     assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
-    pretrain("--backbone", "closed", "--force")  # all four, each as by itself
+    pretrain("--sampler", "rns", "dns", "--m", 3)  # two in one start, each as by itself
+    for name in ("rns", "dns"):
+        pretrain("--sampler", name, "--m", 3, "--out", "model-one.safetensors", "--force")
+        both = backbones.digests(run, "model-one.safetensors", f"model-{name}.safetensors")
+        assert len(set(both.values())) == 1
+    pretrain("--backbone", "closed", "--force")  # all four closed forms alike
     for name in backbones.CLOSED_FORMS:
         pretrain("--backbone", name, "--out", "model-one.safetensors", "--force")
         both = backbones.digests(run, "model-one.safetensors", f"model-{name}.safetensors")
@@ -3610,6 +3615,7 @@ BAD_FLAGS = {
     "backbones.py pretrain": [
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
         ("--backbone ease", "no vectors"), ("--backbone closed --out x.safetensors", "go to model"),
+        ("--sampler rns dns --out x.safetensors", "go to model-"),
         ("--backbone closed --topk 3", "closed has no such"), ("--topk 3", "lightgcn has no such"),
         ("--text-vectors none", "read --run"), ("--text-vectors x --backbone neumf", "not neumf"),
         ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "no int"),
