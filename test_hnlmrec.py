@@ -37,7 +37,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import backbones
 import eval as evaluation
@@ -599,29 +599,25 @@ def test_closed_forms_and_softmax_by_command(small_run):
     weight = backbones.rp3beta(*shape, best["rp3_alpha"], 0.2, best["topk"])
     assert torch.equal(model.weight.to_dense(), weight.to_dense())
     assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
-    pretrain("--sampler", "rns", "dns", "--m", 3)  # two in one start, each as by itself
-    for name in ("rns", "dns"):
-        pretrain("--sampler", name, "--m", 3, "--out", "model-one.safetensors", "--force")
-        both = backbones.digests(run, "model-one.safetensors", f"model-{name}.safetensors")
-        assert len(set(both.values())) == 1
-    pretrain("--backbone", "closed", "--force")  # all four closed forms alike
-    for name in backbones.CLOSED_FORMS:
-        pretrain("--backbone", name, "--out", "model-one.safetensors", "--force")
-        both = backbones.digests(run, "model-one.safetensors", f"model-{name}.safetensors")
-        assert len(set(both.values())) == 1  # of the settings and the tensors
+    for several, names, *words in ((["rns", "dns"], ["rns", "dns"], "--m", 3, "--sampler"),
+                                   (["closed"], backbones.CLOSED_FORMS, "--backbone")):
+        pretrain(*words, *several, "--force")  # in one start, each as by itself
+        for name in names:
+            pretrain(*words, name, "--out", "model-one.safetensors", "--force")
+            both = backbones.digests(run, "model-one.safetensors", f"model-{name}.safetensors")
+            assert len(set(both.values())) == 1  # of the settings and the tensors
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")
     for name, *words in (["softmax"], ["alpharec", "--text-vectors", "own.safetensors"]):
-        pretrain("--loss", "softmax", "--cosine", *words, "--out", f"model-{name}.safetensors")
-        model, meta, tensors = backbones.load_model(run / f"model-{name}.safetensors", data)
+        words += ["--loss", "softmax", "--cosine", "--out", f"model-{name}.safetensors"]
+        pretrain(*words)
+        model, meta, tensors = backbones.load_model(run / words[-1], data)
         for ours, end in zip(model(), ("user", "item")):
             assert torch.allclose(ours, tensors[end])
             assert torch.allclose(ours.norm(dim=1), torch.ones(len(ours)))
         best = max(row["valid_ndcg@20"] for row in meta["history"])
         assert backbones.validation(model, data)() == pytest.approx(best)
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")  # other texts
-    message = message_of(pretrain, "--loss", "softmax", "--cosine", *words, "--out",
-                         "model-alpharec.safetensors")
-    assert re.search("own.safetensors.*--force", message)
+    assert re.search("own.safetensors.*--force", message_of(pretrain, *words))
 
 
 def test_lines_of_a_file_are_whole_and_named(tmp_path):
@@ -1074,8 +1070,7 @@ def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
 
 
 def test_a_blend_is_the_sum_of_the_standardised_scores():
-    data, weights, total = split_data(), [1.0, 0.5, 2.0, 0.0, 0.25], 0
-    train, everyone = data["train"], torch.arange(N_USERS)
+    train, weights, total = split_data()["train"], [1.0, 0.5, 2.0, 0.0, 0.25], 0
     judge = hnlmrec.Judge(small_judge(train).tables(), train, N_USERS)
     readings = [torch.randn(N_ITEMS, 4), torch.randn(N_ITEMS, 3)]
     parts = [judge, backbones.ItemWeights(backbones.rp3beta(train, *SIZE), train, N_USERS),
@@ -1085,11 +1080,9 @@ def test_a_blend_is_the_sum_of_the_standardised_scores():
     for part, weight in zip(parts, weights):
         rows = [part.scores(torch.tensor([u]))[0].double() for u in range(N_USERS)]
         total = total + weight * torch.stack([(row - row.mean()) / row.std() for row in rows])
-    blend, some = hnlmrec.Blend(parts, weights), torch.tensor([4, 1, 9])
-    assert torch.allclose(blend.scores(some).double(), total[some], atol=1e-4)
-    total[tuple(data["train"].T)] = -torch.inf
-    seen = backbones.user_rows(data["train"], N_USERS)
-    assert torch.equal(backbones.rank_unseen(blend, everyone, seen, 5), total.topk(5).indices)
+    blend = hnlmrec.Blend(parts, weights)
+    for some in (torch.tensor([4, 1, 9]), torch.arange(N_USERS)):
+        assert torch.allclose(blend.scores(some).double(), total[some], atol=1e-4)
     # scores all alike say nothing
     assert torch.equal(hnlmrec.in_deviations(torch.full((2, 5), 3.0)), torch.zeros(2, 5))
 
@@ -2535,11 +2528,8 @@ def test_variants_of_fine_tuning_make_negatives_of_their_own(copied, tiny_llm):
 
 
 def test_wrong_adapters_llms_and_profiles_are_refused(copied, tiny_llm, tmp_path):
-    other, new = tmp_path / "other llm", "generate --pairs-per-user 3 --out negatives-new"
-    shutil.copytree(tiny_llm, other)
-    model = LlamaForCausalLM.from_pretrained(tiny_llm)
-    model.lm_head.weight.data *= 2
-    model.save_pretrained(other)
+    new = "generate --pairs-per-user 3 --out negatives-new"
+    other = tiny_family(tmp_path / "other llm", "Llama", vocab_size=256, num_hidden_layers=2)
     assert "another LLM" in llm_refused(copied, other, new)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         whole = (copied / "adapter" / name).read_bytes()
@@ -3177,16 +3167,11 @@ def copy_table():
 
 
 @cache
-def sources(module):
-    """{name: source} of the functions, classes and constants at the top of a file."""
-    text, found = Path(module.__file__).read_text(encoding="utf-8"), {}
-    for node in ast.parse(text).body:
-        names = [node.name] if hasattr(node, "name") else []
-        targets = getattr(node, "targets", [])
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-        first = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])])
-        found |= dict.fromkeys(names, "\n".join(text.splitlines()[first - 1:node.end_lineno]))
-    return found
+def code_of(module):
+    """{name: syntax tree} of the functions, classes and constants at the top of a file."""
+    nodes = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
+    named = [(node, one) for node in nodes for one in [node, *getattr(node, "targets", [])]]
+    return {getattr(one, "name", getattr(one, "id", None)): node for node, one in named}
 
 
 def global_names(code):
@@ -3196,16 +3181,12 @@ def global_names(code):
     return found.union(*(global_names(c) for c in code.co_consts if hasattr(c, "co_code")))
 
 
-def pasted_code(row):
-    module, pieces, along = row
-    known = sources(backbones) | sources(module)
-    return compile("\n\n".join(known[name] for name in [*along, *pieces]), "pasted", "exec")
-
-
 @pytest.mark.parametrize("row", copy_table(), ids=lambda row: row[1][0])
 def test_a_pasted_piece_runs_and_finds_what_it_finds_in_its_file(row):
     """So it does there what it does here, on every path: the same code with the same names."""
-    (module, pieces, along), plain, code = row, {}, pasted_code(row)
+    (module, pieces, along), plain = row, {}
+    known = code_of(backbones) | code_of(module)
+    code = compile(ast.Module([known[name] for name in along + pieces], []), "pasted", "exec")
     exec(code_block(readme("## Copy this piece", "\n| "), "python"), plain)
     taken, here = global_names(code) - {*dir(builtins), "__name__"}, vars(backbones) | vars(module)
     assert taken - set(plain) <= {*along, *pieces} and not set(plain) & {*along, *pieces}
