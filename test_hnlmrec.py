@@ -624,8 +624,7 @@ def test_closed_forms_and_softmax_by_command(small_run):
 def test_lines_of_a_file_are_whole_and_named(tmp_path):
     lines = tmp_path / "items.jsonl"
     lines.write_text('{"raw": "a\u2028b"}\n{"raw": "c"}\n{"ra')
-    rows = backbones.read_jsonl(lines, growing=True)
-    assert [row["raw"] for row in rows] == ["a\u2028b", "c"]
+    assert [row["raw"] for row in backbones.read_jsonl(lines, growing=True)] == ["a\u2028b", "c"]
     assert "line 3 is not whole" in message_of(backbones.read_jsonl, lines)
 
 
@@ -800,9 +799,8 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
     first, (some_users, some_items) = rows[:30], (v[:60].unique() for v in (u, i))
     align = hnlmrec.alignment_loss(z[of_row[:30]], items[i[first]].detach(),
                                    items[method.mined[u[first], 0]].detach(), u[first], 0.2)
-    texts = method.semantic(some_users, some_items)
-    semantic = sum(hnlmrec.semantic_alignment(v, t, 0.2)
-                   for v, t in zip((users[some_users], items[some_items]), texts))
+    semantic = sum(hnlmrec.semantic_alignment(v, t, 0.2) for v, t in zip(
+        (users[some_users], items[some_items]), method.semantic(some_users, some_items)))
     terms = {"bpr": bpr, "align": align, "semantic": semantic, "false": above + 0.3 * below}
     assert logs == pytest.approx({name: term.item() for name, term in terms.items()}, rel=1e-5)
     l2_false = e_f.pow(2).sum() / 2 / n
@@ -910,8 +908,7 @@ def judge_by_cosines(maps, history, j, left_out=None):
 
 
 def small_judge(train):
-    readings = [torch.randn(N_ITEMS, 5), torch.randn(N_ITEMS, 4)]
-    maps = hnlmrec.JudgeMaps(readings, train, 6, beta=3)
+    maps = hnlmrec.JudgeMaps([torch.randn(N_ITEMS, 5), torch.randn(N_ITEMS, 4)], train, 6, beta=3)
     assert torch.allclose(maps.bias, (train[:, 1].bincount(minlength=N_ITEMS) + 1).sqrt().log())
     assert torch.equal(maps.tables()["history"], maps.tables()["item"])  # untrained: texts alone
     assert maps.tables()["shape"].tolist() == pytest.approx([1 / 0.07, 3], rel=1e-5)
@@ -1067,11 +1064,10 @@ def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
 def test_a_blend_is_the_sum_of_the_standardised_scores():
     train, weights, total = split_data()["train"], [1.0, 0.5, 2.0, 0.0, 0.25], 0
     judge = hnlmrec.Judge(small_judge(train).tables(), train, N_USERS)
-    readings = [torch.randn(N_ITEMS, 4), torch.randn(N_ITEMS, 3)]
     parts = [judge, backbones.ItemWeights(backbones.rp3beta(train, *SIZE), train, N_USERS),
              backbones.build_backbone("neumf", *SIZE, 8, train).eval(),
              rigged(torch.randn(N_USERS, 4), torch.randn(N_ITEMS, 4)).eval(),
-             hnlmrec.TextSimilarity(readings, train, N_USERS)]
+             hnlmrec.TextSimilarity([torch.randn(N_ITEMS, 4)], train, N_USERS)]
     for part, weight in zip(parts, weights):
         rows = [part.scores(torch.tensor([u]))[0].double() for u in range(N_USERS)]
         total = total + weight * torch.stack([(row - row.mean()) / row.std() for row in rows])
@@ -1179,8 +1175,7 @@ def test_pairs_are_ordered_by_first_sight_of_user_and_item():
 
 
 def write_lines(path, lines, encoding="utf-8"):
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding=encoding) as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding=encoding) as file:
         for line in lines:
             file.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
     return path
@@ -1371,17 +1366,6 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
     assert "valid.tsv: no pairs" in refusal(*own_split(tmp_path, OWN | {"valid": []}), "--force")
 
 
-@pytest.mark.parametrize("time, message", [
-    ("20160301", "write it as 2016-03-01"), ("20160301123000", "write it as 2016-03-01"),
-    # these are read as seconds, which are all alike
-    ("1456790400", "empty; use --split random"), ("20161301", "empty; use --split random")])
-def test_a_day_is_not_seconds(tmp_path, time, message):
-    lines = [HEAD, *(f"u{u}\ti{i}\t5\t{time}\tx" for u in range(6) for i in range(6))]
-    assert message in refused_lines(tmp_path / "a", lines, "--split", "time")
-    message = refused_lines(tmp_path / "b", lines[:1], "--since", "1970-01-01")
-    assert "no pairs" in message  # rather than that the days leave nothing
-
-
 @pytest.mark.parametrize("row, flags, message", [  # a dict: in place of some of the row's
     ({"rating": ""}, (), "line 6: no rating"), ({"rating": "nan"}, (), "line 6: no rating"),
     ({"rating": "inf"}, (), "line 6"), ({"rating": "1_0"}, (), "line 6"),
@@ -1449,6 +1433,9 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     (["\t".join(f"c{n}" for n in range(5)) + "x" * 999, *GRID], None, "xxx'"),
     (['{"user": 1, "item": 2}', *GRID], None, "or JSON"),
     (["0 1 2", "1 5"], None, "looks like a user with a list of items"),
+    # a day is not seconds
+    ([HEAD, "a\tx\t5\t20160301\tx"], None, "write it as 2016-03-01"),
+    ([HEAD, "a\tx\t5\t20160301123000\tx"], None, "write it as 2016-03-01"),
     # too few pairs
     ([HEAD], None, "no pairs"), (["user\titem", "a\tx"], None, "--min-rating none"),
     (["user\titem\trating", *(f"a\t{i}\t5" for i in range(5)), "b\t1\t5"], None,
@@ -1493,6 +1480,12 @@ def test_a_split_by_time_with_cold_users_and_items_goes_through(tmp_path):
     data, *_, out = prepared(tmp_path / "a", lines, "--split", "time", "--k-core", 2)
     assert [len(data[part]) for part in ("train", "valid", "test")] == [62, 7, 7]
     assert "cold: 1 users and 3 items have no train pair; 6 of 7 valid, 7 of 7 test" in out
+    for time in ("1456790400", "20161301"):  # read as seconds, which are all alike
+        lines = [HEAD, *(f"u{u}\ti{i}\t5\t{time}\tx" for u in range(6) for i in range(6))]
+        message = refused_lines(tmp_path / "b", lines, "--split", "time")
+        assert "empty; use --split random" in message
+    # rather than that the days leave nothing
+    assert "no pairs" in refused_lines(tmp_path / "b", [HEAD], "--since", "1970-01-01")
 
 
 @pytest.mark.parametrize("odd, said", [
@@ -1504,9 +1497,8 @@ def test_a_split_by_time_with_cold_users_and_items_goes_through(tmp_path):
 def test_what_stands_far_out_is_named_and_moves_no_others(tmp_path, odd, said):
     lines = [HEAD, *(f"u{u}\ti{(u + k) % 40}\t5\t{1456790401 + k}\tx" for u in range(40)
                      for k in range(8))]
-    more = sorted({odd.format(n) for n in range(40)})
-    plain, odd = (prepared(tmp_path / "a", rows, "--split", "last")
-                  for rows in (lines, lines + more))
+    plain, odd = (prepared(tmp_path / "a", lines + more, "--split", "last")
+                  for more in ([], sorted({odd.format(n) for n in range(40)})))
     assert said in odd[3] and said not in plain[3]
     for part in ("valid", "test"):  # of all users but the odd one
         was, now = (raw_pairs(*done, parts=[part]) for done in (plain, odd))
@@ -1578,14 +1570,13 @@ def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path):
 
 def test_amazons_metadata_as_it_is(tmp_path):
     """2018's and 2014's rows; of a repeated item the fullest counts, wherever it stands."""
-    script = "var aPageStart = (new Date()).getTime();\nvar ue=1;"
     meta = [{"asin": "i0", "title": ""},
             {"asin": "i0", "title": "Toy", "category": ["A", "B", "C"]},
             {"asin": "i0", "title": "", "brand": "B"},
             {"asin": " i1", "title": "x", "category": "Toys"},
             "{'asin': 'i2', 'title': \"Kid's\", 'category': None, "
             "'categories': [['Toys', 'Games', 'Board']]}",
-            {"asin": "i3", "title": script, "brand": "B"},
+            {"asin": "i3", "title": "var start = (new Date()).getTime();\nvar ue=1;", "brand": "B"},
             {"asin": "i4", "title": "5 < 6 > 3 &amp;amp; &#39;x&#39; <b>y</b> AT&T", "price": None},
             {"asin": "i5", "title": "\x1b[2Jlong \u2028" + "x" * 999, "description": "y" * 999}]
     _, items, _, out = prepared(tmp_path / "a", json_grid(), meta=meta, name="r.json")
@@ -1702,8 +1693,7 @@ def test_families_encode_as_each_prompt_alone_and_write_as_generate(family, tmp_
     assert torch.allclose(soft, tokens.mean().expand(5, 2))
     ours, whole = encode_all(parts), encode_all(parts, llm_negatives.encode_whole)
     instruction = llm_negatives.run_piece(llm, [prompt.shared])[2]
-    in_parts = encode_all(parts, batch=2, instruction=instruction)
-    assert alike(ours, whole) and alike(ours, in_parts)
+    assert alike(ours, whole) and alike(ours, encode_all(parts, batch=2, instruction=instruction))
     for row, owner in enumerate(OWNER.tolist()):
         ids = prompt.shared + prompt.user(USER_TEXTS[owner]) + prompt.item(ITEM_TEXTS[row])
         x = llm.get_input_embeddings()(torch.tensor(ids).clamp(min=0))
@@ -2069,14 +2059,13 @@ def test_number_format_is_the_processors_not_a_timing(monkeypatch):
 
 @pytest.mark.parametrize("text, first, whole", [
     ("A film for everyone. Then", "A film for everyone.", True), ("With Mr. Holland", None, False),
-    ("Rated 3.5 by", None, False), ('A "quiet film." It', 'A "quiet film."', True),
-    ("In the U.S. too", None, False), (" One.\nTwo! And a half", "One. Two!", True),
-    ("no end", None, False), ("A 5.", None, False), ("A film by J. Doe", None, False),
-    ("Meet Me in St. Louis", None, False), ("这款5.1声道音响适合家庭影院爱好者。", None, True),
-    ("एक फिल्म। और", "एक फिल्म।", True), ("Made in 1995. It", "Made in 1995.", True),
-    ("a gritty, grit-", "a gritty, grit", False), ("For fans of Dr.", None, False),
-    ("For Jeopardy! fans", None, False), ("فيلم جميل؟ ثم", "فيلم جميل؟", True),
-    ("一部电影｡", None, True)])
+    ('A "quiet film." It', 'A "quiet film."', True), (" One.\nTwo! And a half", "One. Two!", True),
+    ("a gritty, grit-", "a gritty, grit", False), ("Made in 1995. It", "Made in 1995.", True),
+    ("Meet Me in St. Louis", None, False), ("فيلم جميل؟ ثم", "فيلم جميل؟", True),
+    ("这款5.1声道音响适合家庭影院爱好者。", None, True), ("एक फिल्म। और", "एक फिल्म।", True),
+    ("For Jeopardy! fans", None, False), ("A film by J. Doe", None, False), ("A 5.", None, False),
+    ("In the U.S. too", None, False), ("For fans of Dr.", None, False), ("no end", None, False),
+    ("Rated 3.5 by", None, False), ("一部电影｡", None, True)])
 def test_sentences(text, first, whole):
     assert llm_negatives.first_sentence(text) == (first or text)
     assert llm_negatives.is_whole(text) == whole
@@ -2289,8 +2278,7 @@ def test_two_processes_train_hnlmrec(twice):
     data = backbones.load_data(twice)
     model, meta, two = backbones.load_model(twice / "model-two.safetensors", data)
     one = load_file(twice / "model-hnlmrec.safetensors")
-    start = hnlmrec.build(twice, Namespace(**meta["settings"]), data)
-    for name, value in start.named_parameters():
+    for name, value in hnlmrec.build(twice, Namespace(**meta["settings"]), data).named_parameters():
         moves = [(tensors[name] - value).detach().flatten() for tensors in (one, two)]
         assert name == "projector.key.bias" or all(move.abs().max() > 1e-4 for move in moves), name
         assert name != "backbone.embedding" or F.cosine_similarity(*moves, 0) > 0.5
@@ -2354,8 +2342,7 @@ def test_profiles_are_the_llms_for_the_busiest_and_faults_become_metadata(
     # killed in the third batch: nothing is made again, and each minute saves what is there
     path, written[:], saves, save = copied / "profiles-y.jsonl", [], [], backbones.write_atomic
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        clock = itertools.count(step=61)
-        patch.setattr(llm_negatives, "time", Namespace(time=lambda: next(clock)))
+        patch.setattr(llm_negatives, "time", Namespace(time=itertools.count(step=61).__next__))
         patch.setattr(llm_negatives, "write_atomic", lambda *args: saves.append(save(*args)))
         patch.setattr(llm_negatives, "write_texts", lambda *args: (
             write(*args) if len(written) < 8 else killed_after(list)))
@@ -2425,11 +2412,9 @@ def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, mon
     tensors, meta = backbones.load_tensors(shards[1])
     meta["settings"]["seed"] = 1
     backbones.save_tensors(shards[1], tensors, meta)
-    other = f"{shards[1]}: was made with other settings than {shards[0].name}"
-    assert other in message_of(load)
+    assert f"{shards[1]}: was made with other settings than {shards[0].name}" in message_of(load)
     shards[0].unlink()
-    missing = f"{shards[0]}: no such file; make it with `python llm_negatives.py gen"
-    assert missing in message_of(load)
+    assert f"{shards[0]}: no such file; make it with `python llm_neg" in message_of(load)
 
 
 def test_generation_may_be_bounded_and_not_fine_tuned(copied, tiny_llm):
@@ -3098,16 +3083,14 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
 def test_a_chart_shows_its_numbers_where_they_are():
     """The dots and interval ends, read back through the tick marks, are the values given."""
     means, lows, highs = [0.061, -0.02, 0.3], [0.05, -0.04, 0.29], [0.07, 0.01, 0.302]
-    labels = ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""]
-    root = xml.etree.ElementTree.fromstring(
-        evaluation.svg_chart("t & <u>\x1b", labels, means, lows, highs).encode())
+    root = xml.etree.ElementTree.fromstring(evaluation.svg_chart(
+        "t & <u>\x1b", ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""], means, lows, highs).encode())
 
     def read(path, key):
         return np.array([float(e.get(key)) for e in root.findall(f".//{{*}}{path}")])
 
     ticks = [float(e.text) for e in root.findall(".//{*}text[@class='tick']")]
-    places = read("text[@class='tick']", "x")
-    to_value = np.poly1d(np.polyfit(places, ticks, 1))
+    to_value = np.poly1d(np.polyfit(read("text[@class='tick']", "x"), ticks, 1))
     for path, key, values in (
             ("text[@class='tick']", "x", ticks), ("circle", "cx", means),
             ("line[@class='interval']", "x1", lows), ("line[@class='interval']", "x2", highs),
@@ -3375,8 +3358,7 @@ def test_judge_and_blend_go_through(copied):
 
 
 def test_the_best_epoch_is_what_train_writes(copied, monkeypatch):
-    scores = iter([0.2, 0.1, 0.2])
-    monkeypatch.setattr(hnlmrec, "validation", lambda *a, **b: lambda: next(scores))
+    monkeypatch.setattr(hnlmrec, "validation", lambda *a, **b: iter([0.2, 0.1]).__next__)
     for epochs in (2, 1):
         cli("hnlmrec.py", "train", "--run", copied, "--dim", 8, *BAND, "--eval-every", 1,
             "--epochs", epochs, "--out", f"model-{epochs}.safetensors")
