@@ -103,7 +103,7 @@ class Backbone(nn.Module):
     ego() the parameters that the L2 term acts on, (U, d) and (I, d); scores(users (B,)) -> (B, I),
     which every recommender here has. Scores are inner products unless a subclass says otherwise."""
 
-    propagates = False  # True: forward() is more than the parameters; __init__ takes a graph
+    propagates = False  # True: __init__ takes a graph
     std = 0.01  # of the initial vectors: propagation averages, so graph backbones start larger
 
     def __init__(self, n_users, n_items, dim):
@@ -113,6 +113,7 @@ class Backbone(nn.Module):
         nn.init.normal_(self.embedding, std=self.std)
         self.texts = None  # a TextVectors, which then makes what `embedding` would be
         self.final = None  # forward()'s result, kept by scores() until the parameters may change
+        self.register_load_state_dict_post_hook(lambda *_: setattr(self, "final", None))
 
     def start(self):
         return self.embedding if self.texts is None else self.texts()  # (U + I, d)
@@ -144,7 +145,7 @@ class Backbone(nn.Module):
         return self.score_all(self.final[0][users], self.final[1])
 
     def train(self, mode=True):
-        # called before and after an optimizer's steps, and by restore: kept vectors are old
+        # called before and after an optimizer's steps: kept vectors are old
         self.final = None
         return super().train(mode)
 
@@ -374,10 +375,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
             return bpr, {"bpr": bpr.item()}
         # L2 on the parameters, not on what propagation makes of them
         ego_users, ego_items = model.ego()
-        if model.propagates:
-            l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
-        else:  # what was gathered for the scores are the parameters themselves
-            l2 = l2_loss(users, positives, take(ego_items, j) if sampler == "mixgcf" else negatives)
+        l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         return bpr + reg * l2, {"bpr": bpr.item()}
 
     return step
@@ -453,7 +451,6 @@ def restore(modules, state):
     for prefix, module in modules.items():
         module.load_state_dict({name[len(prefix) + 1:]: value for name, value in state.items()
                                 if name.startswith(f"{prefix}.")})
-        module.train(module.training)  # a backbone drops what it keeps for scores()
 
 
 def ranking_hits(model, pairs, seen, k):
@@ -704,7 +701,10 @@ def sum_of_rows(weight, place, items, n):
     """The sum of some rows of weight (I, J), dense or CSR, by place: place, items (P,), as rows_of
     gives them, or the users and items of train pairs -> (n, J)."""
     one = torch.ones(len(items), device=items.device)
-    return (sparse_csr(place, items, one, (n, len(weight))) @ weight).to_dense()
+    rows = sparse_csr(place, items, one, (n, len(weight)))
+    if weight.layout == torch.sparse_csr and not torch.backends.mkl.is_available():
+        rows, weight = rows.to_sparse_coo(), weight.to_sparse_coo()  # CSR x CSR needs MKL on a CPU
+    return (rows @ weight).to_dense()
 
 
 def popularity(pairs, n_users, n_items):
@@ -723,7 +723,7 @@ def co_occurrence(pairs, user_weight, n_items):
     (user, item), one = pairs.T, torch.ones(len(pairs), device=pairs.device)
     right = sparse_csr(user, item, one, (len(count), n_items)).to_sparse_coo()
     left = sparse_csr(item, user, user_weight[user], (n_items, len(count))).to_sparse_coo()
-    product = torch.sparse.mm(left, right).coalesce()  # COO: CSR x CSR needs MKL on a CPU
+    product = torch.sparse.mm(left, right).coalesce()  # COO, as in sum_of_rows
     return *product.indices(), product.values()
 
 
@@ -829,8 +829,13 @@ def pretrain(args):
     out = run / output_name("--out", args.out, "backbones.py pretrain", ".safetensors")
     args.batch_size, args.lr, args.epochs, args.m = sized_to_data(
         data, args.batch_size, args.lr, args.epochs, args.m)
-    if args.n > (args.m if args.sampler == "dns" and args.loss == "bpr" else 1):
+    read_by = args.sampler if args.loss == "bpr" else args.loss
+    if args.n > (args.m if read_by == "dns" else 1):
         fail(f"--n {args.n}: is read by --sampler dns alone, and m is {args.m}; lower --n")
+    for flag, default, reader in (("beta", 0.75, "pns"), ("tau", 0.2, "softmax"),
+                                  ("shared", 256, "softmax")):
+        if getattr(args, flag) != default and read_by != reader:
+            fail(f"--{flag}: is read by {reader} alone; leave it out")
     # what the file depends on: made with these settings from these inputs, it is there already
     closed, text, inputs = args.backbone in CLOSED_FORMS, None, ["data.safetensors"]
     settings = settings_of(args)

@@ -19,7 +19,7 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta i
 """
 
 import ast, csv, gzip, html.entities, json, math, re, time, unicodedata, zlib
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -542,7 +542,7 @@ def text_start(text, train, n_users, dim, std):
     of the texts, of a user the sum over the train items; both scaled to the mean square std squared
     that random ones would have. Beyond the paper.
 
-    text (I, H), train (N, 2) -> (U + I, dim), users first; zeros where a text is narrower."""
+    text (I, H), train (N, 2) -> (U + I, dim), users first; random where a text is narrower."""
     # unlike the judge's texts these are not whitened, which would give all components equal weight
     text = F.normalize(standardised(text.float()), dim=1)
     # the covariance's eigenvectors, of which eigh gives the largest last
@@ -551,7 +551,9 @@ def text_start(text, train, n_users, dim, std):
     items = centred @ components  # (I, min(dim, H))
     users = sum_of_rows(items, *train.T, n_users)
     scaled = [x * std / x.pow(2).mean() ** 0.5 for x in (users, items)]
-    return F.pad(torch.cat(scaled), (0, dim - items.shape[1]))
+    # further columns are random: at zero on both sides they would have no gradient
+    more = torch.randn(len(users) + len(items), dim - items.shape[1], device=items.device) * std
+    return torch.cat([torch.cat(scaled), more], 1)
 
 
 class TextSimilarity(nn.Module):
@@ -761,7 +763,11 @@ def check_flags(args):
             ("hinge train_projector", not args.paper, "is part of the paper's form, so it needs "
              "--paper"),
             ("keep_clear", args.sampler != "dns", "only dns takes a penalty, so it needs "
-             "--sampler dns")):
+             "--sampler dns"),
+            ("keep_clear", args.lambda_f and args.keep_clear == "valid", "beside --lambda-f dns "
+             "keeps clear of the judge's items; leave one of the two out"),
+            ("control", args.negatives == "none" and not (args.lambda_s or args.text_init),
+             "no generated vector or text is read that it could replace; leave it out")):
         for name in names.split():
             value = getattr(args, name)
             if wrong and value not in (0, "none"):
@@ -879,7 +885,8 @@ def build(run, args, data):
         parts["mined"] = bb.mine_hard_negatives(cf_model, train, args.mine_first, args.mine_last)
         parts["hidden"] = hidden.to(train.device)
         parts["table"] = NegativeTable(generated["pairs"].to(train.device), train, n_users, n_items)
-    parts |= {name: getattr(args, name) for name in WEIGHTS}
+    # for trace: a model that was trained before a weight was added has it at its default
+    parts |= {name: getattr(args, name) for name in WEIGHTS if name in args}
     if args.paper:
         parts |= {"hinge": args.hinge, "train_projector": args.train_projector}
     method = (PaperHNLMRec if args.paper else HNLMRec)(backbone, draw, train, **parts)
@@ -908,7 +915,7 @@ def blend(args):
     if not names or len(set(names)) < len(names) or args.out in names:
         fail(f"--parts {args.parts}: name one file or more, each once, and none that is --out "
              f"({args.out})")
-    # the parts' digests are among the settings: a part made anew makes the blend anew
+    # the parts' digests are among the settings: beside a part made anew the blend is refused
     settings = bb.settings_of(args) | {"inputs": bb.digests(run, "data.safetensors", *names)}
     if bb.skip(out, settings, args.force):
         return
@@ -1018,12 +1025,14 @@ def trace_steps(run, s, data, method, users, items, row):
     loss, logs = method.loss(torch.tensor([row]), draw.manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
+    note = " (a batch of one: align has the positive as its only negative)" * ("align" in logs)
     yield "step", (f"score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
-                   f"{terms} (a batch of one: align has the positive as its only negative)")
+                   f"{terms}{note}")
     norms = []
-    for name in ("backbone", "projector"):
-        gradients = [p.grad for p in getattr(method, name).parameters() if p.grad is not None]
-        norms.append(f"{name} {float(nn.utils.get_total_norm(gradients)):.4f}")
+    for name, module in method.modules_trained().items():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients:  # a part whose terms have weight 0 has none
+            norms.append(f"{name} {float(nn.utils.get_total_norm(gradients)):.4f}")
     yield "gradient", f"norm: {', '.join(norms)}"
 
 
@@ -1353,7 +1362,8 @@ def read_items(path, form, raw_items, counts):
     flat = repeated > len(found) / 2 or any(is_called(name, "user") for name in held)
     more = 0 if flat else seen.total() - len(found)
     counts["repeated metadata rows (the fullest counts)"] += more
-    left_out = columns & set(form[:5]) - {title}
+    # user, rating and time are a pair's in any file; a text is the item's where it has one row
+    left_out = columns & set(form[:4]) - {title}
     for name in columns if flat else ():
         # left out is what differs between rows of one item, or stands under a name that columns of
         # pairs have; and numbers, which may be made of the item's pairs, such as a mean rating
@@ -1403,7 +1413,7 @@ def item_fields(row, form):
                 raise ValueError(f"the category {quote(value)} is neither a text nor a list")
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
-        if name == "genres" and not own:  # Action|Drama, or a 0/1 column for each
+        if name == "genres" and isinstance(value, str) and not own:  # Action|Drama, or 0/1 columns
             value = value.replace("|", ", ") or [one for one in GENRES if row.get(one) == "1"]
         fields[name] = value
     return fields
@@ -1591,7 +1601,7 @@ Format = namedtuple("Format", [*ROLES, "rows", "meta", "key", "title", "texts", 
 def format_of(name, path):
     """The Format of this name; a table's columns are found in the header of its interactions."""
     rows, columns, meta, metadata = FORMATS[name]
-    columns = [*columns.split(), None][:5]  # None: there are no texts
+    columns = [*columns.split(), *[None] * 5][:5]  # None: there is no such column
     key, title, *texts = metadata.split()
     title, _, year = title.partition("+")
     if name == "table":
@@ -1740,8 +1750,8 @@ def main(argv=None):
         ("--text-init", share, 1.0, "share of the items' texts in the initial vectors, at most 1"),
         ("--tau-c", number(float, 0, open_low=True), 0.2, "temperature of the alignment losses"),
         ("--k", number(int, 1, 2**16), 4, "generated vectors that the self-attention sees"))
-    g.add_argument("--no-attention", dest="attention", action="store_false",
-                   help="ablation: projector without self-attention")
+    g.add_argument("--attention", action=BooleanOptionalAction, default=True,
+                   help="self-attention in the projector; --no-attention is an ablation")
     g.add_argument("--keep-clear", choices=["none", "judge", "valid"], default="none",
                    help="items that dns never takes: the judge's likely ones (so with --lambda-f), "
                         "or the user's validation positives, an oracle")

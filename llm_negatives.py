@@ -20,7 +20,7 @@ Several GPUs:  torchrun --nproc-per-node N -- llm_negatives.py finetune --run ru
 """
 
 import contextlib, functools, hashlib, io, json, math, os, re, shutil, time, warnings
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -540,6 +540,9 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
     # (BOS) stands in front and is left out of the mean. Where there is none, the text's own first
     # token is left out, save in layer 0, the embeddings, which have no attention
     sink = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    # each text once: in bf16 a text that stands in two batches would have two readings
+    once = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+    places, texts = [once[text] for text in texts], list(once)
     order = sorted(range(len(texts)), key=lambda k: len(texts[k]))  # similar lengths together
     embedding, result = llm.get_input_embeddings(), [[] for _ in layers]
     device, progress = embedding.weight.device, Progress("read", len(texts), "texts")
@@ -559,7 +562,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
             states = hidden[layer] if hidden[layer].dim() == 3 else hidden[layer][0]
             rows.append(torch.einsum("bl,blh->bh", weight, states.float()))
         progress.update(at + len(part))
-    back = torch.tensor(order, device=device).argsort()
+    back = torch.tensor(order, device=device).argsort()[places]
     return [torch.cat(rows)[back] for rows in result]
 
 
@@ -908,6 +911,8 @@ def finetune(args):
     # the data: train pairs, what CF mined for their users, texts
     data["train"] = data["train"].to(args.device)
     model, _, cf = load_model(run / args.cf, data)
+    if "item" not in cf:
+        fail(f"--cf {args.cf}: is a closed form, which has no vectors; give a backbone's file")
     task = (MixedTask if args.mine == "mixgcf" else SftTask)(
         data, model, cf, load_profiles(run, args.profiles), args.mine_first, args.mine_last,
         args.seed)
@@ -1460,8 +1465,8 @@ def main(argv=None):
     p.add_argument("--pairs-per-user", type=count, default=0, help="of each user; 0: all")
     p.add_argument("--pairs", type=count, default=0,
                    help="pairs in all, at most: one of each user while they last; 0: all")
-    p.add_argument("--no-finetune", dest="finetune", action="store_false",
-                   help="zero-shot ablation: the LLM and maps before fine-tuning")
+    p.add_argument("--finetune", action=BooleanOptionalAction, default=True,
+                   help="by the fine-tuned LLM; --no-finetune: before it, a zero-shot ablation")
     p.add_argument("--batch-size", type=some, default=96, help="pairs per call")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
 

@@ -263,6 +263,8 @@ if [[ $HAVE_JUDGE == 1 ]]; then
     --parts "model-judged.safetensors|model-dns.safetensors,judge.safetensors$CLOSED"
 else
   echo "judge: left out, and with it the judge's negatives and the blend"
+  # of an earlier start there may be some
+  [[ -z $FORCE ]] || rm -f "$OUT"/model-judged.safetensors "$OUT"/model-full.safetensors
 fi
 FORCE= step eval.py report --run "$OUT" > /dev/null
 

@@ -275,7 +275,7 @@ def test_scores_are_those_of_pairs_propagated_once_in_eval_mode_and_never_stale(
     calls.clear()
     model.scores(users).fill_(0)  # a new tensor each time
     assert torch.equal(model.scores(users), before) and not calls
-    backbones.restore({"m": model}, backbones.state_of({"m": other}))
+    model.load_state_dict(other.state_dict())
     before, step = checked(before), backbones.make_step(model, "rns", train, reg=0)
     fit_mf(model, step, lambda: 0.0, len(train), epochs=1, batch_size=64)
     model.eval()
@@ -308,7 +308,7 @@ def dense_ease(x, ridge):
     (backbones.item_knn, dense_item_knn, (7.0,)), (backbones.item_knn, dense_item_knn, (0.0,)),
     (backbones.rp3beta, dense_rp3beta, (0.6, 0.3)), (backbones.ease, dense_ease, (3.0,)),
     (backbones.popularity, None, ())])
-def test_closed_forms_against_dense_algebra(ours, oracle, constants):
+def test_closed_forms_against_dense_algebra(ours, oracle, constants, monkeypatch):
     """Weights, scores and ranking; a user and an item without a train pair are no trouble."""
     train, x = split_data()["train"], np.zeros((N_USERS, N_ITEMS))
     train = train[(train[:, 0] != 3) & (train[:, 1] != 5)]
@@ -322,6 +322,17 @@ def test_closed_forms_against_dense_algebra(ours, oracle, constants):
         assert weight.to_dense().numpy() == pytest.approx(dense, abs=1e-5)
         assert model.scores(users).numpy() == pytest.approx((x @ dense)[users], abs=1e-5)
         scores = model.scores(everyone)
+        # where torch has no MKL it has no product of two CSR tables
+        product = torch.Tensor.__matmul__
+
+        def without_mkl(a, b):
+            assert {a.layout, b.layout} != {torch.sparse_csr}
+            return product(a, b)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__matmul__", without_mkl)
+            patch.setattr(torch.backends.mkl, "is_available", lambda: False)
+            assert torch.equal(model.scores(everyone), scores)
     ranked = backbones.rank_unseen(model, everyone, backbones.user_rows(train, N_USERS), N_ITEMS)
     for u, row in enumerate(ranked.tolist()):
         assert [i for i in row if i >= 0] == by_score(scores[u], items_of(train, u))
@@ -424,11 +435,18 @@ def test_mixgcf_against_loops(name):
     assert torch.allclose(ours, oracle, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mf", "lightgcn"])
+class Tripled(backbones.Backbone):
+    """A backbone of one's own: its vectors are not its parameters."""
+    def layers(self):
+        return [3 * vectors[:, None] for vectors in self.ego()]
+
+
+@pytest.mark.parametrize("name", ["mf", "lightgcn", "own"])
 @pytest.mark.parametrize("sampler", ["rns", "pns", "dns", "mixgcf", "ahns"])
 def test_a_step_is_bpr_and_l2_on_what_its_sampler_draws(name, sampler):
     train, rows = split_data()["train"], torch.tensor([0, 9, 33])
-    model = backbones.build_backbone(name, N_USERS, N_ITEMS, 4, train, 2)
+    model = (Tripled(N_USERS, N_ITEMS, 4) if name == "own" else
+             backbones.build_backbone(name, N_USERS, N_ITEMS, 4, train, 2))
     constants = {"m": 3, "n": 2, "beta": 0.5}
     draw = backbones.make_sampler(model, sampler, train, **constants)
     loss, logs = backbones.make_step(model, sampler, train, reg=0.1, **constants)(rows, seeded(5))
@@ -729,7 +747,7 @@ def test_losses_of_pairs_against_direct_sums():
 
 def test_texts_of_users_and_the_start_against_svd():
     """A user's text is the sum of the train items'. The items' start is U S of their centred texts
-    (signs are free), a user's the sum over the train items; a narrow text is padded."""
+    (signs are free), a user's the sum over the train items; random where a text is too narrow."""
     text = torch.randn(20, 9).half()
     train = torch.tensor([[0, 3], [0, 7], [1, 3], [3, 1], [3, 2], [3, 19]])
     x = F.normalize((text.float() - text.float().mean(0)) / text.float().std(0), dim=1)
@@ -744,7 +762,9 @@ def test_texts_of_users_and_the_start_against_svd():
     for ours, whole in ((start[4:], items), (start[:4], users)):
         whole = whole.flip(1) * 0.1 / whole.pow(2).mean().sqrt()
         assert torch.allclose(ours.double().abs(), whole.abs(), atol=1e-5)
-    assert torch.allclose(hnlmrec.text_start(text, train, 4, 12, 0.1)[:, 9:], torch.zeros(24, 3))
+    # on both sides zeros would stay zeros: the gradient of one side is the other
+    more = hnlmrec.text_start(text, train, 4, 200, 0.1)[:, 9:]
+    assert more.shape == (24, 191) and more.std().item() == pytest.approx(0.1, rel=0.05)
 
 
 def hnlmrec_parts(form=hnlmrec.HNLMRec, sampler="rns", backbone="mf", generated=None, **more):
@@ -1537,6 +1557,24 @@ def test_a_flat_file_gives_items_what_is_theirs_alone(tmp_path, change, known):
             assert "no item has a title" in out
 
 
+def test_a_column_of_items_texts_is_read_though_reviews_have_one_of_that_name(tmp_path):
+    pairs = [f"u{u}\ti{i}\t5\tu{u} on i{i}" for u in range(6) for i in range(6)]
+    meta = ["item\ttitle\ttext\trating", *(f"i{i}\tLamp {i}\twarm {i}\t4.{i}" for i in range(6))]
+    _, items, _, _ = prepared(tmp_path / "a", ["user\titem\trating\ttext", *pairs], meta=meta)
+    assert [row["text"] for row in items] == [f"warm {i}" for i in range(6)]
+
+
+def test_a_format_of_ones_own_is_a_row(tmp_path, monkeypatch):
+    """Ids alone; genres as a list, as JSON has them."""
+    row = hnlmrec.json_rows, "user id", hnlmrec.json_rows, "id name genres"
+    monkeypatch.setitem(hnlmrec.FORMATS, "own", row)
+    path = write_lines(tmp_path / "r.json", [{"user": "a", "id": "x"}])
+    assert [pair[1:3] for pair in hnlmrec.interactions(path, "own")] == [("a", "x")]
+    meta = write_lines(tmp_path / "m.json", [{"id": "x", "name": "X", "genres": ["RPG", "Indie"]}])
+    items = hnlmrec.read_items(meta, hnlmrec.format_of("own", path), ["x"], Counter())
+    assert items == [{"raw": "x", "title": "X", "text": "RPG, Indie", "known": True}]
+
+
 def test_reviews_are_those_of_train_pairs_alone_and_of_the_rating_that_counts(tmp_path):
     """Whole, but for 200 characters, halves of characters and odd line ends."""
     odd = "caf\u00e9 \ud83d \u2028 <b>x</b> \U0001f600\x1b" + "x" * 999
@@ -1716,14 +1754,19 @@ def test_families_encode_as_each_prompt_alone_and_write_as_generate(family, tmp_
 
 
 @pytest.mark.parametrize("special", [{}, {"bos_token": "#"}])
-def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path):
+def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path, monkeypatch):
     """Several layers in one pass, against each text run alone and its layers called one by one. BOS
     stands in front and does not count; without one the first token counts in layer 0 alone."""
-    llm = encoder[0]
+    llm, pad = encoder[0], llm_negatives.pad
     byte_tokenizer(tmp_path, **special)
     tokenizer = llm_negatives.load_tokenizer(tmp_path)
-    ours = llm_negatives.read_layers(llm, tokenizer, ITEM_TEXTS, [0, 1, 2], batch=3)
-    for row, text in enumerate(ITEM_TEXTS):
+    run = []
+    with monkeypatch.context() as patch:  # a text that stands twice is read once
+        patch.setattr(llm_negatives, "pad", lambda ids, *more: run.extend(ids) or pad(ids, *more))
+        texts = [*ITEM_TEXTS, *ITEM_TEXTS[:2]]
+        ours = llm_negatives.read_layers(llm, tokenizer, texts, [0, 1, 2], batch=3)
+    assert len(run) == len(set(map(tuple, run))) == len(set(texts))
+    for row, text in enumerate(texts):
         ids = tokenizer(special.get("bos_token", "") + text, add_special_tokens=False).input_ids
         ids, states = torch.tensor([ids]), []
         hook = llm.layers[1].register_forward_pre_hook(lambda module, inputs, named: states.append(
@@ -3226,6 +3269,7 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     trained, _, _ = backbones.load_model(finished / "model-hnlmrec.safetensors", data)
     assert f"score as trained {trained.scores(torch.tensor([u]))[0, i]:.3f}" in out
     assert "projector 0.0000" not in out and "backbone 0.0000" not in out
+    monkeypatch.setattr(hnlmrec, "WEIGHTS", [*hnlmrec.WEIGHTS, "of_a_later_term"])
     # without --item, the user's first pair with a generated vector of its own
     first = int(shard["pairs"][shard["pairs"][:, 0] == u][0, 1])
     out = cli("hnlmrec.py", *trace, users[u]["raw"])
@@ -3283,7 +3327,8 @@ def test_the_papers_form_trains(copied, more):
     start = backbones.state_of({"projector": method.projector})
     assert any(not torch.equal(tensors[key], start[key]) for key in start) == bool(more)
     out = cli("hnlmrec.py", "trace", "--run", copied, "--user", "u0", "--model", name)
-    assert "contrast" in out and "projector 0.0000" not in out
+    assert "contrast" in out and "projector 0.0000" not in out and "a batch of one" not in out
+    assert ("projector" in out.split("9. gradient")[1]) == bool(more)
 
 
 def test_text_vectors_of_ones_own(copied, monkeypatch):
@@ -3451,6 +3496,8 @@ OTHERS = "writes|names files of|by `"  # --force overwrites no file of another c
 BAD_FLAGS = {
     "backbones.py pretrain": [
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
+        ("--beta 0.5", "--beta: is read by pns alone"), ("--tau 1", "by softmax alone"),
+        ("--loss softmax --sampler pns --beta 0.5", "by pns"), ("--shared 9", "by softmax alone"),
         ("--backbone ease", "no vectors"), ("--backbone closed --out x.safetensors", "go to model"),
         ("--sampler rns dns --out x.safetensors", "go to model-"),
         ("--backbone closed --topk 3", "closed has no such"), ("--topk 3", "lightgcn has no such"),
@@ -3482,6 +3529,9 @@ BAD_FLAGS = {
         ("--hinge 0.3", "--hinge 0.3: is part of the paper's form, so it needs --paper"),
         ("--train-projector", "--train-projector: is part of the paper's form"),
         ("--keep-clear judge --sampler rns", "--keep-clear judge: only dns takes a penalty"),
+        ("--keep-clear valid --lambda-f 1", "--keep-clear valid: beside --lambda-f dns keeps"),
+        ("--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --control random",
+         "--control random: no generated vector or text is read"),
         ("--alpha 1.5", r"1.5 is outside \[0, 1\]"), ("--tau-c 0", r"0 is outside \(0, inf\]"),
         ("--control cleared", "invalid choice: 'cleared'"), ("", "now .* --force`"),
         ("--out texts.safetensors --force", OTHERS), ("--out cf.safetensors --force", OTHERS),
@@ -3504,7 +3554,8 @@ BAD_FLAGS = {
         ("--name=", "--name"), ("--name cf --force", "--name cf"), ("--epochs inf", "--epochs"),
         ("--warmup-pairs 1 --force", "--warmup-pairs 1"), ("--tau-s 0", "--tau-s"),
         ("--mine-first 5 --mine-last 1 --force", "--mine-first 5"),
-        ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no")],
+        ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no"),
+        ("--name sft-x --cf model-rp3.safetensors", "--cf model-rp3.safetensors: is a closed form")],
     "llm_negatives.py generate": [
         ("--out *", "--out"), ("--out /x/negatives", "--out"),
         ("--sft cf --out negatives-y", "holds what `pretrain` writes")],
