@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         nn.init.normal_(self.embedding, std=self.std)
         self.texts = None  # a TextVectors, which then makes what `embedding` would be
         self.final = None  # forward()'s result, kept by scores() until the parameters may change
-        self.register_load_state_dict_post_hook(lambda *_: setattr(self, "final", None))
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "final", None))
 
     def start(self):
         return self.embedding if self.texts is None else self.texts()  # (U + I, d)
