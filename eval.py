@@ -313,10 +313,14 @@ class Comparison:
         users, values, ranked = evaluate(model, self.data, self.split)
         activity = torch.bincount(self.data["train"][:, 0], minlength=model.n_users)
         quarter, best = quartiles(activity)[users], best_epoch(meta)
+        # rows are compared by it: where training ranked some users alone, all are ranked here
+        valid, settings = best["valid_ndcg@20"], meta["settings"]
+        if settings.get("eval_users") or settings.get("command") == "judge":
+            valid = float(evaluate(model, self.data, "valid")[1]["NDCG@20"].mean())
         seconds = seconds_behind(self.run, path)
         return {"users": users, **values, **list_statistics(users, ranked, self.data, self.split),
                 "user_ndcg": [float(values["NDCG@20"][quarter == q].mean()) for q in range(4)],
-                "valid NDCG@20": best["valid_ndcg@20"], "best epoch": best["epoch"],
+                "valid NDCG@20": valid, "best epoch": best["epoch"],
                 "seconds": seconds[path], "seconds of all steps": sum(seconds.values())}
 
     def mean(self, row, column="valid NDCG@20"):
@@ -611,8 +615,9 @@ class Cells:
         self.args, self.run, self.failed = args, Path(args.run), {}
         self.flags = words_of("--flags", args.flags)
         self.tuned = read_tuned(self.run / args.tuned, digest) if args.tuned else {}
-        # more trials find more, so all have as many; one: there was nothing to search
-        budgets = {trial["trials"] for trial in self.tuned.get(args.backbone, {}).values()} - {1}
+        # more trials find more, so all have as many, save judge's negatives where texts say nothing
+        budgets = {trial["trials"] for name, trial in self.tuned.get(args.backbone, {}).items()
+                   if name != JUDGED or trial["trials"] > 1}
         if len(budgets) > 1:
             fail(f"--tuned {args.tuned}: methods had {min(budgets)} to {max(budgets)} trials; run "
                  "`python eval.py tune` with one --budget for all")
@@ -692,9 +697,9 @@ SPACES = {
 # the second trial of every method: on sparse data wide vectors with a strong L2 are better by far,
 # and single steps take long to get there; on dense data it ends with its short run
 WIDE = ["--dim 128 --reg 0.01"]
-# but trials 1 and 2 of HNLMRec: without its parts, which is DNS; texts as initial vectors alone
-FIRST = {"HNLMRec": ["--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0",
-                     "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 1"]}
+# but trials 1 and 2 of HNLMRec: without its parts, which is DNS; texts as initial vectors alone.
+# lambda1 stays: it trains the projector alone, which later trials with alpha need
+FIRST = {"HNLMRec": ["--alpha 0 --lambda-s 0 --text-init 0", "--alpha 0 --lambda-s 0 --text-init 1"]}
 
 
 def space_of(name, data, texts=True, widest=512):
@@ -808,8 +813,10 @@ def tune(args):
         rng = np.random.default_rng([args.seed, n, *name.encode()])
         words = next_point(name, space_of(name, data, texts, args.widest), before, rng)
         command = training_of(name, {}, args.backbone, args.seed, [*flags, *words])
+        # files that flags name are inputs too
+        named = [file for file in command if file.endswith(".safetensors")]
         plan = {"trial": n, "command": command, "data": data["digest"],
-                "inputs": digests(run, *METHODS[name].needs)}
+                "inputs": digests(run, *{*METHODS[name].needs, *named})}
         row = done.get(json_digest(plan))
         if row is None:
             out = f"compare/tune-{json_digest(plan)[:6]}.safetensors"

@@ -305,7 +305,7 @@ class PaperHNLMRec(HNLMRec):
 
 def whiten(text):
     """Texts (I, H) -> (I, H), rows of length 1 whose inner products are cosines of whitened texts:
-    centred, turned to principal axes, each divided by its deviation."""
+    centred, turned to principal axes, the strongest last, each divided by its deviation."""
     # standardising each dimension is not enough: what all texts share, spread over many
     # dimensions, would decide the cosines
     centred = text - text.mean(0)
@@ -389,9 +389,12 @@ class JudgeMaps(nn.Module):
         width = min(width, text.shape[1])
         self.history_map = nn.Linear(text.shape[1], width, bias=False)
         self.item_map = nn.Linear(text.shape[1], width, bias=False)
-        # identities: an untrained judge compares the first W columns
-        nn.init.eye_(self.history_map.weight)
-        nn.init.eye_(self.item_map.weight)
+        # identities: an untrained judge compares the W strongest axes of the first reading, which
+        # `whiten` puts last
+        first = max(0, readings[0].shape[1] - width)
+        for linear in (self.history_map, self.item_map):
+            nn.init.zeros_(linear.weight)
+            linear.weight.data[:, first:first + width].fill_diagonal_(1)
         # starts at half the log popularity: softmax against uniform draws asks for all of it, of
         # which similarity to the history gives a part
         count = torch.bincount(train[:, 1], minlength=len(text)).float()

@@ -658,7 +658,8 @@ def answer(text, tokenizer):
 
 
 def words_of(text):
-    return re.findall(r"\w+", text.lower())
+    # where a script writes no spaces (kana, Han), each character counts
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
 
 
 def runs_of(words, n):

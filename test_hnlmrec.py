@@ -937,6 +937,22 @@ def small_judge(train):
     return maps
 
 
+def test_a_wider_reading_of_the_same_texts_is_the_same_judge():
+    """Turned into a wider space texts keep their inner products; with a narrow map the judge begins
+    with their strongest axes, and there with the best cosines of that rank."""
+    text, turn = torch.randn(N_ITEMS, 6) * torch.arange(1, 7), torch.randn(12, 12)
+    wide = F.pad(text, (0, 6)) @ torch.linalg.qr(turn).Q
+    data = split_data()["train"]
+    narrow, wide, short = (
+        hnlmrec.JudgeMaps([x, torch.randn(N_ITEMS, 4)], data, width)
+        for x, width in ((text, 6), (wide, 6), (text, 2)))
+    rows, others, few = (F.normalize(maps.tables()["item"]) for maps in (narrow, wide, short))
+    assert torch.allclose(rows @ rows.T, others @ others.T, atol=1e-3)
+    u, _, _ = torch.linalg.svd(text - text.mean(0), full_matrices=False)
+    best = F.normalize(u[:, :2])  # whitened, all axes weigh alike
+    assert torch.allclose(few @ few.T, best @ best.T, atol=1e-3)
+
+
 @pytest.mark.parametrize("most", [64, 2])
 def test_judge_step_against_loops_over_the_left_out_items(most):
     """Over pairs, with the history without the judged item and the mask; an item drawn twice counts
@@ -2161,7 +2177,8 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
     ("Item: Jaws. A film about a shark.", "prompt"), ("", "empty"),
     ("Liked items: - Fargo: A gritty one.", "prompt"), ("A classic, a classic.", "loop"),
     ("A group of old friends save a group of old friends.", "loop"),
-    ("A film for those who love the", "cut"), ("A film for fans of Dr.", "cut")])
+    ("A film for those who love the", "cut"), ("A film for fans of Dr.", "cut"),
+    ("一款关于贸易与建设的桌面游戏，适合喜欢计划的玩家。", ""), ("桌游。", "title")])
 def test_faults_of_profiles(sentence, fault):
     assert llm_negatives.fault_of(sentence, "Jaws (1975)") == fault
 
@@ -3031,7 +3048,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
         model = backbones.read_meta(run / found[name]["model"])
         assert model["history"][0]["valid_ndcg@20"] == best["valid"]
     # plain DNS is always among HNLMRec's; some trials went no further
-    assert rows[3]["words"] == "--alpha 0 --lambda1 0 --lambda-s 0 --text-init 0".split()
+    assert rows[3]["words"] == "--alpha 0 --lambda-s 0 --text-init 0".split()
     assert any(row["valid"] is None for row in rows) and len(list(run.glob("compare/*"))) == 2
     before, page = len(done), (run / "tuned.json").read_bytes()
     eval_main(*flags, methods)  # all there
@@ -3314,6 +3331,44 @@ def test_flags_reach_what_trains(finished, monkeypatch):
     texts = llm_negatives.load_profiles(finished)
     one, two = (llm_negatives.SftTask(d, model, cf, texts, 1, 5, 0) for d in (data, alone))
     assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
+
+
+def test_a_search_is_of_the_files_that_its_flags_name(copied, monkeypatch):
+    searched = []
+
+    def run_trial(run, out, command, before):
+        shutil.copy(run / "cf.safetensors", run / out)
+        return searched.append(command) or {"short": 0.1, "valid": 0.1, "defaults": {}}
+
+    monkeypatch.setattr(evaluation, "run_trial", run_trial)
+    monkeypatch.setattr(evaluation, "program", lambda *_: pytest.fail("the model is there"))
+    (copied / "compare").mkdir(exist_ok=True)
+    for times in (1, 1, 2):
+        if times > len(searched):  # at first, and other texts of the same name
+            save_file({"text": torch.randn(N_ITEMS, 5)}, copied / "own.safetensors")
+        cli("eval.py", "tune", "--run", copied, "--methods", "AlphaRec", "--budget", 1, "--out",
+            "tuned-own", "--flags", "--text-vectors own.safetensors")
+        assert len(searched) == times
+
+
+def test_rows_are_chosen_by_all_users_validation_and_by_as_many_trials(copied, monkeypatch):
+    cli("backbones.py", "pretrain", "--run", copied, *BUDGET, "--eval-users", 3, "--out",
+        "model-few.safetensors")
+    data = backbones.load_data(copied)
+    comparison = evaluation.Comparison(copied, evaluation.rows_of_run(copied), data)
+    for row in comparison.rows:
+        model, _, _ = hnlmrec.load_recommender(row.paths[0], data)
+        whole = evaluation.evaluate(model, data, "valid")[1]["NDCG@20"].mean()
+        assert comparison.mean(row) == pytest.approx(float(whole), abs=1e-6)
+
+    def cells(**trials):
+        tuned = {name: {"trials": n, "words": []} for name, n in trials.items()}
+        monkeypatch.setattr(evaluation, "read_tuned", lambda *_: {"mf": tuned})
+        flags = {"run": copied, "flags": "", "tuned": "tuned.json", "backbone": "mf"}
+        return evaluation.Cells(Namespace(**flags), "")
+
+    cells(DNS=20, MixGCF=20, **{evaluation.JUDGED: 1})  # its texts say nothing: nothing to search
+    assert "1 to 20 trials" in message_of(cells, DNS=1, MixGCF=20)
 
 
 @pytest.mark.parametrize("more", [[], ["--train-projector"]])
