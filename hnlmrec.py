@@ -1365,8 +1365,7 @@ def read_items(path, form, raw_items, counts):
     flat = repeated > len(found) / 2 or any(is_called(name, "user") for name in held)
     more = 0 if flat else seen.total() - len(found)
     counts["repeated metadata rows (the fullest counts)"] += more
-    # user, rating and time are a pair's in any file; a text is the item's where it has one row
-    left_out = columns & set(form[:4]) - {title}
+    left_out = columns & set(form[:4]) - {title}  # a pair's in any file; a text may be the item's
     for name in columns if flat else ():
         # left out is what differs between rows of one item, or stands under a name that columns of
         # pairs have; and numbers, which may be made of the item's pairs, such as a mean rating
