@@ -155,7 +155,7 @@ fi
 [[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
   PROFILE+=" --llm-rows 8" JUDGE="--epochs 3 --dropout 0" READ+=" --layers 0,4"
-  FINETUNE="--llm-layers 4 --warmup-pairs 256 --steps 4" GENERATE="--pairs-per-user 1 --pairs 500"
+  FINETUNE="--llm-layers 4 --warmup-pairs 128 --steps 3" GENERATE="--pairs-per-user 1 --pairs 400"
   SIZE="--llm-rows 8 --fast"
   TRAIN+=" --epochs 20 --eval-every 5" TRIALS=$((TRIALS < 2 ? TRIALS : 2))
 fi
