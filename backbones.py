@@ -829,13 +829,8 @@ def pretrain(args):
     out = run / output_name("--out", args.out, "backbones.py pretrain", ".safetensors")
     args.batch_size, args.lr, args.epochs, args.m = sized_to_data(
         data, args.batch_size, args.lr, args.epochs, args.m)
-    read_by = args.sampler if args.loss == "bpr" else args.loss
-    if args.n > (args.m if read_by == "dns" else 1):
+    if args.n > (args.m if args.sampler == "dns" and args.loss == "bpr" else 1):
         fail(f"--n {args.n}: is read by --sampler dns alone, and m is {args.m}; lower --n")
-    for flag, default, reader in (("beta", 0.75, "pns"), ("tau", 0.2, "softmax"),
-                                  ("shared", 256, "softmax")):
-        if getattr(args, flag) != default and read_by != reader:
-            fail(f"--{flag}: is read by {reader} alone; leave it out")
     # what the file depends on: made with these settings from these inputs, it is there already
     closed, text, inputs = args.backbone in CLOSED_FORMS, None, ["data.safetensors"]
     settings = settings_of(args)
@@ -1477,6 +1472,10 @@ def main(argv=None):
         if flag in args:
             fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant, or chooses it "
                  "itself; leave it out")
+    reads = args.sampler if args.loss == "bpr" else [args.loss]
+    for flag, reader in (("beta", "pns"), ("tau", "softmax"), ("shared", "softmax")):
+        if getattr(args, flag) != p.get_default(flag) and set(reads) != {reader}:
+            fail(f"--{flag}: is read by {reader} alone; leave it out")
     if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
         fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
     # several in one start of Python; without ease, where it refuses a catalogue as too large

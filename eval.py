@@ -314,9 +314,10 @@ class Comparison:
         activity = torch.bincount(self.data["train"][:, 0], minlength=model.n_users)
         quarter, best = quartiles(activity)[users], best_epoch(meta)
         # rows are compared by it: where training ranked some users alone, all are ranked here
-        valid, settings = best["valid_ndcg@20"], meta["settings"]
-        if settings.get("eval_users") or settings.get("command") == "judge":
-            valid = float(evaluate(model, self.data, "valid")[1]["NDCG@20"].mean())
+        valid = best["valid_ndcg@20"]
+        if meta["settings"].get("eval_users"):
+            scores = values if self.split == "valid" else evaluate(model, self.data, "valid")[1]
+            valid = float(scores["NDCG@20"].mean())
         seconds = seconds_behind(self.run, path)
         return {"users": users, **values, **list_statistics(users, ranked, self.data, self.split),
                 "user_ndcg": [float(values["NDCG@20"][quarter == q].mean()) for q in range(4)],
