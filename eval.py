@@ -700,7 +700,8 @@ SPACES = {
 WIDE = ["--dim 128 --reg 0.01"]
 # but trials 1 and 2 of HNLMRec: without its parts, which is DNS; texts as initial vectors alone.
 # lambda1 stays: it trains the projector alone, which later trials with alpha need
-FIRST = {"HNLMRec": ["--alpha 0 --lambda-s 0 --text-init 0", "--alpha 0 --lambda-s 0 --text-init 1"]}
+FIRST = {"HNLMRec": ["--alpha 0 --lambda-s 0 --text-init 0",
+                     "--alpha 0 --lambda-s 0 --text-init 1"]}
 
 
 def space_of(name, data, texts=True, widest=512):
