@@ -658,8 +658,9 @@ def answer(text, tokenizer):
 
 
 def words_of(text):
-    # where a script writes no spaces (kana, Han), each character counts
-    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+    # kana and Han are written without spaces: there each character counts
+    one = r"\u3040-\u30ff\u3400-\u9fff"
+    return re.findall(rf"[{one}]|[^\W{one}]+", text.lower())
 
 
 def runs_of(words, n):

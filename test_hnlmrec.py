@@ -3610,7 +3610,8 @@ BAD_FLAGS = {
         ("--warmup-pairs 1 --force", "--warmup-pairs 1"), ("--tau-s 0", "--tau-s"),
         ("--mine-first 5 --mine-last 1 --force", "--mine-first 5"),
         ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no"),
-        ("--name sft-x --cf model-rp3.safetensors", "--cf model-rp3.safetensors: is a closed form")],
+        ("--name sft-x --cf model-rp3.safetensors",
+         "--cf model-rp3.safetensors: is a closed form")],
     "llm_negatives.py generate": [
         ("--out *", "--out"), ("--out /x/negatives", "--out"),
         ("--sft cf --out negatives-y", "holds what `pretrain` writes")],
