@@ -382,12 +382,13 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 
 
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
-        label="train", decay=False):
+        label="train", decay=False, stop=None):
     """Train the parameters of `modules` {name: nn.Module}, as nn.ModuleDict takes them, with Adam;
     leave them at the best state. step(rows (B,), generator) -> (loss, {name: float}) on those of
     n_rows train rows; validate() -> float, higher is better. Stops after `patience` validations
-    without a new best. decay: the learning rate falls linearly from lr to 0. Returns (best state
-    {name.parameter: tensor}, history). Raises SystemExit2 when a loss or validation is not finite.
+    without a new best, or where stop(history) says so. decay: the learning rate falls linearly to
+    0. Returns (best state {name.parameter: tensor}, history). Raises SystemExit2 when a loss or
+    validation is not finite.
     """
     modules = nn.ModuleDict(modules)
     parameters = list(modules.parameters())
@@ -432,7 +433,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                             **logs})
             if score > best:
                 best, best_epoch, best_state = score, epoch, state_of(modules)
-            elif (epoch - best_epoch) // eval_every >= patience:
+            if (epoch - best_epoch) // eval_every >= patience or stop and stop(history):
                 break
         progress.update(epoch, f"loss {logs['loss']:.4f}  valid NDCG@20 {max(best, 0):.4f}")
     print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_epoch} of {epoch}, "
@@ -692,7 +693,7 @@ class ItemWeights(nn.Module):
         self.train_rows = user_rows(train, n_users)
 
     def scores(self, users):
-        if len(self.weight) == 1:
+        if len(self.weight) == 1 < self.n_items:
             return self.weight.repeat(len(users), 1)
         return sum_of_rows(self.weight, *rows_of(self.train_rows, users), len(users))
 
@@ -710,7 +711,7 @@ def sum_of_rows(weight, place, items, n):
 def popularity(pairs, n_users, n_items):
     """The number of train pairs of each item, alike for all users -> weights (1, I)."""
     count = torch.bincount(pairs[:, 1], minlength=n_items).float()
-    # minus a fraction of 1 that grows with the id, breaking the many ties
+    # minus a fraction of 1 that grows with the id: many ties would make ranking slow
     return (count - torch.arange(n_items, device=pairs.device) / n_items)[None]
 
 
@@ -962,8 +963,9 @@ def load_texts(run, name, n_items):
              if text.ndim != 2 or len(text) != n_items or not text.shape[1]]
     if wrong or not tensors:
         fail(f"--text-vectors {path}: {[*wrong, 'holds no tensor'][0]}, not ({n_items}, width)")
+    tensors = {key: tensors[key].float() for key in sorted(tensors)}
     check_finite(path, tensors, "fix that row")
-    return [tensors[key].float() for key in sorted(tensors)]
+    return [*tensors.values()]
 
 
 def text_input(run, name):
@@ -1058,15 +1060,21 @@ def read_meta(path, check=False):
 def digests(run, *names):
     """{name: digest} of files of a run, for settings["inputs"]. SystemExit2 for one not there."""
     # our tensor files have theirs in the header; a name such as `negatives` is a set of shards
-    found = {}
+    found, run = {}, Path(run)
     for name in names:
-        path = Path(run) / name
+        path = run / name
         if name.startswith("negatives") and path.suffix not in (".safetensors", ".jsonl"):
             first = shards(name, 1)  # refuses what is no plain name
-            there = Path(run).glob(f"{name}-{'[0-9]' * 5}.safetensors")
+            there = run.glob(f"{name}-{'[0-9]' * 5}.safetensors")
             found[name] = json_digest(digests(run, *(sorted(part.name for part in there) or first)))
         elif path.is_file():
-            found[name] = read_header(path).get("digest") or file_digest(path)
+            meta = read_header(path)
+            found[name] = meta.get("digest") or file_digest(path)
+            # another run's train pairs may be test pairs here
+            split = meta.get("settings", {}).get("inputs", {}).get("data.safetensors")
+            if split and run_of(path).resolve() != run.resolve() and split != digests(
+                    run, "data.safetensors")["data.safetensors"]:
+                fail(f"{path}: was made from the pairs of another run; name one that was made here")
         else:
             fail(f"{path}: no such file; make it with `{writer_of(path)}`")
     return found
@@ -1375,7 +1383,7 @@ def number(kind, low, high=None, open_low=False):
             if low <= value <= high and math.isfinite(value) and (value > low or not open_low):
                 return value
         raise argparse.ArgumentTypeError(
-            f"{text} is outside {'[('[open_low]}{low}, {high}], or no {kind.__name__}")
+            f"{text} is outside {'[('[open_low]}{low}, {high}], or not of type {kind.__name__}")
 
     return parse
 
@@ -1466,6 +1474,8 @@ def main(argv=None):
         fail(f"--out {args.out}: several models go to model-NAME.safetensors; leave it out")
     if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")
+    if args.loss == "softmax" and len(args.sampler) > 1:
+        fail("--sampler: --loss softmax draws uniformly and makes one model; leave it out")
     if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
         fail("--cosine: needs --loss softmax, and mf, lightgcn or ngcf, whose scores are products")
     for flag in set().union(*CLOSED_FORMS.values()) - {*CLOSED_FORMS.get(args.backbone, ())}:

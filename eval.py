@@ -10,7 +10,7 @@ Metrics are over the full ranking of all items that a user has not interacted wi
 valid, when testing). Alone:  python eval.py report --run runs/NAME
 """
 
-import html, json, math, re, subprocess, sys
+import html, json, math, re, shlex, subprocess, sys
 from collections import namedtuple
 from contextlib import suppress
 from functools import cache
@@ -82,8 +82,8 @@ def quartiles(count):
 
 def paired_bootstrap(difference, draws=10_000, seed=0):
     """Two-sided test of the mean of paired per-user differences (n,) against zero: users drawn with
-    replacement (Efron, 1979; for rankings, Sakai, SIGIR 2006) -> (mean, low and high end of the
-    95 % interval, p)."""
+    replacement (percentile bootstrap, Efron, 1979) -> (mean, low and high end of the 95 % interval,
+    p)."""
     difference, rng = np.asarray(difference, np.float64), np.random.default_rng(seed)
     n, means = len(difference), np.empty(draws)
     # a draw at a time: all at once would hold draws x users
@@ -91,13 +91,14 @@ def paired_bootstrap(difference, draws=10_000, seed=0):
         means[draw] = difference[rng.integers(0, n, n)].mean()
     # + 1: what was measured counts as one of the draws, so that no p is 0
     tail = (min(np.sum(means <= 0), np.sum(means >= 0)) + 1) / (draws + 1)
+    tail = max(tail, 0.5**n)  # all of few users have one sign so often by chance
     return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * tail)
 
 
 def holm(p_values):
     """Holm's correction (1979) of m p-values: the lowest times m, the next times m - 1 …, none
     below the one before it -> corrected, in the order given."""
-    p, order = np.asarray(p_values, np.float64), np.argsort(p_values, kind="stable")
+    p, order = np.array(p_values, np.float64), np.argsort(p_values, kind="stable")
     steps = np.arange(len(p), 0, -1) * p[order]
     p[order] = np.maximum.accumulate(steps).clip(max=1)
     return p.tolist()
@@ -244,7 +245,7 @@ CLAIMS = (("in full", BASELINES, ", the best baseline by validation"),
 
 
 def fits(name, backbone):
-    """Whether a row can be trained on a backbone: NeuMF has no cosine, and no texts to start by."""
+    """Whether a row can be trained on a backbone: NeuMF's score is no cosine."""
     return backbone != "neumf" or "--cosine" not in METHODS[name].flags
 
 
@@ -352,7 +353,8 @@ class Comparison:
             test = self.difference(row, rival)
             self.result["claims"].append(
                 {"row": row.key, "against": rival.key, **test, "p by Holm": p})
-            word = "level with" if p >= 0.05 else "above" if test["mean"] > 0 else "below"
+            word = "above" if test["mean"] > 0 else "below"
+            word = word if p < 0.05 else "not shown to differ from"
             scores = [f"{self.mean(which, 'NDCG@20'):.4f}" for which in (row, rival)]
             p = "< .001" if p < 0.001 else f"{p:.3f}"
             lines += ["", f"**{markdown(row.label)}: {word} {markdown(rival.label)}**{words}. Test "
@@ -373,8 +375,8 @@ class Comparison:
             if row != self.rival:
                 test = tests[row.label] = self.difference(row, self.rival)
                 against = [interval(test), f"{sum(d > 0 for d in test['by seed'])}/{self.seeds}"]
-                self.result["tests"][row.key] = {"against": self.rival.key, **test}
-                del self.result["tests"][row.key]["p"]
+                self.result["tests"][row.key] = {"against": self.rival.key} | {
+                    key: value for key, value in test.items() if key != "p"}
             cost = [f"{self.mean(row, c):.0f}" for c in ("seconds", "seconds of all steps")]
             differences.append([row.label, *against, *cost])
             # sparse users, unpopular items, popularity bias
@@ -387,8 +389,9 @@ class Comparison:
             # JSON has no NaN, which a quarter without a pair has
             figures["item_recall"] = [None if math.isnan(x) else x for x in quarters[1]]
             self.result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
-        lines = ["", f"{len(self.users):,} users with a {self.split} pair, "
-                 f"{self.data['n_users'] - len(self.users):,} without.", "",
+        pair = {"valid": "validation"}.get(self.split, self.split)
+        count = f"{len(self.users):,} of {self.data['n_users']:,}"
+        lines = ["", f"Users with a {pair} pair: {count}.", "",
                  *markdown_table(["method", *COLUMNS, "valid NDCG@20"], main)]
         if tests:
             ends = ([test[end] for test in tests.values()] for end in ("mean", "low", "high"))
@@ -425,15 +428,15 @@ def report(args):
     # first what a person wants to know: who is ahead, and how to read it
     lines = [f"# Report: {markdown(run.name)}", *comparison.claims(), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
-             "it. Each difference comes with its 95 % interval and p, corrected by Holm's method. "
-             f"One seed: `python eval.py compare --run {run}` trains the methods, at their default "
-             "flags, from several."]
-    lines += ["", f"Left out, since the run lacks it: {', '.join(absent)}."] if absent else []
+             "it. Each difference comes with its 95 % interval and its p, which alone is corrected "
+             "by Holm's method. This is one seed; `python eval.py compare --run "
+             f"{shlex.quote(str(run))}` trains the methods with several, at their default flags."]
+    lines += ["", f"Left out, since the run lacks them: {', '.join(absent)}."] if absent else []
     lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison)]
     # what the steps of run.sh took
     if (run / "steps.tsv").exists():
         steps = [line.split("\t") for line in (run / "steps.tsv").read_text("utf-8").splitlines()]
-        lines += ["", "## Steps", "", *markdown_table(["step", "seconds"], steps)]
+        lines += ["", "## Steps of the last start", "", *markdown_table(["step", "seconds"], steps)]
     write_page(run / "report.md", lines, run / "metrics.json", comparison.result)
 
 
@@ -496,12 +499,14 @@ def fhns_lines(comparison):
     """Lines on false hard negatives: of samplers beside the first model of one, of the run's
     generated negatives, of projected z. Also into comparison.result."""
     run, data, fhns, likely = comparison.run, comparison.data, {}, None
+    m, chosen = sized_to_data(data)[3], ""
     if (run / JUDGE).exists():
         likely = load_tensors(run / JUDGE)[0]["likely"]
     # any trained model tells what samplers would give it; the first of a sampler is the plainest
     for row in [row for row in comparison.rows if row.kind == "sampler"][:1]:
         model, _, _ = load_recommender(row.paths[0], data)
-        fhns = fhns_of_samplers(model, data, sized_to_data(data)[3], likely=likely)
+        fhns = fhns_of_samplers(model, data, m, likely=likely)
+        chosen = f" Samplers choose among {m} candidates, by the scores of {markdown(row.label)}."
     for shard in sorted(run.glob("negatives*-00000.safetensors")):
         name = shard.name.removesuffix("-00000.safetensors")
         made = load_negatives(run, name, data)
@@ -516,8 +521,8 @@ def fhns_lines(comparison):
     table = [[name, *(f"{row[c]:.2%}" if c in row else "" for c in columns)]
              for name, row in fhns.items()]
     return ["", "## False hard negatives", "", "Share of negatives that are held-out positives of "
-            "their user (valid or test); of a vector, of the nearest real items that are no train "
-            f"items. Over {MOST:,} pairs or users at most.", "",
+            "their user (valid or test); of a vector, of the nearest real items that are not "
+            f"train items. Over {MOST:,} pairs or users at most.{chosen}", "",
             *markdown_table(["negatives", *columns], table)] if fhns else []
 
 # ---- 5. compare: a cell is one command, echoed, that trains one model or blends some -------------
@@ -559,8 +564,8 @@ def compare(args):
     comparison = Comparison(run, rows, data, split)
     lines = [f"# Comparison: {markdown(run.name)}", "",
              f"{data['n_users']:,} users, {data['n_items']:,} items, {len(data['train']):,} train "
-             f"pairs, one split; {args.backbone}, {args.seeds} seeds, mean ± sd; each model at its "
-             "best validation epoch." + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
+             f"pairs, one split; {args.backbone}, seeds: {args.seeds} (mean ± sd); each model at "
+             "its best validation epoch." + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
     if args.valid:
         rows.sort(key=comparison.mean, reverse=True)
@@ -585,7 +590,7 @@ def words_of(flag, text):
     """The words of a string of flags. Raises SystemExit2 for one that each cell sets itself."""
     for word in text.split():
         if word.split("=")[0] in ("--run", "--backbone", "--seed", "--out", "--force"):
-            fail(f"{flag}: {word} is set for each cell by itself; leave it out")
+            fail(f"{flag}: {word} is set by each cell itself; leave it out")
     return text.split()
 
 
@@ -705,7 +710,7 @@ FIRST = {"HNLMRec": ["--alpha 0 --lambda-s 0 --text-init 0",
 
 
 def space_of(name, data, texts=True, widest=512):
-    """A method's space for these data, values as words; without texts their parts stay at 0."""
+    """A method's space for these data, values as words; no texts: without their parts."""
     space = dict(SPACES[name])
     # vectors of 512 numbers only where they take less than 120 MB
     if (data["n_users"] + data["n_items"]) * 512 > 3e7:
@@ -804,9 +809,9 @@ def tune(args):
     known = [best_epoch(read_meta(path))["valid_ndcg@20"] for path in paths]
     texts = len(known) < 2 or known[0] > known[1]
     if not texts:
-        print("the judge ranks no better than popularity: parts that live by texts are not tried")
-    # of other inputs or flags: not found
-    done = {json_digest(row["plan"]): row for row in rows if "model" in row}
+        print("the judge ranks no better than popularity: parts that live by texts are left alone")
+    # of other inputs or flags: not found; what failed is tried again: the disk may have been full
+    done = {json_digest(row["plan"]): row for row in rows if "failed" not in row}
     # a round is one trial of each method, so that a stopped search leaves them even
     for n, (name, before) in product(range(args.budget), trials.items()):
         if n and name == JUDGED and not texts:
@@ -824,7 +829,8 @@ def tune(args):
             out = f"compare/tune-{json_digest(plan)[:6]}.safetensors"
             row = {"method": name, "plan": plan, "words": words, "model": out,
                    **run_trial(run, out, command, before)}
-            rows.append(row)
+            at = [other["plan"] for other in rows + [row]].index(plan)
+            rows[at:at + 1] = [row]
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
         before.append(row)
         # the best one's model is kept, so that nobody has to train it again
@@ -874,7 +880,8 @@ def read_tuned(path, digest):
         if tuned["data"] == digest:
             return tuned["methods"]
         why = "was tuned on another data.safetensors"
-    fail(f"{path}: {why}; run `python eval.py tune --run {path.parent} --out {path.stem} --force`")
+    fail(f"{path}: {why}; run `python eval.py tune --run {shlex.quote(str(path.parent))} --out "
+         f"{path.stem} --force`")
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
 # `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,
@@ -946,7 +953,7 @@ def one_line(text):
 
 def markdown(text):
     """A name or title as one line of plain text in Markdown: no markup, no end of a cell."""
-    return re.sub(r"[|<>&\[\]`*\\]", lambda found: f"&#{ord(found[0])};", one_line(text))
+    return re.sub(r"[|<>&\[\]`*\\_~$]", lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def markdown_table(header, rows):

@@ -123,7 +123,7 @@ def alignment_loss(z, positives, mined, user_ids, tau):
     z, positives, mined (B, D); user_ids (B,): rows of one user are no negatives of each other
     -> scalar."""
     z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
-    # rows of one user share their mined items
+    # rows of one user share their mined items; an item mined for another user too stays a negative
     same = user_ids[:, None] == user_ids[None]
     same.fill_diagonal_(False)
     scores = (z @ mined.T).masked_fill(same, -torch.inf)  # (B, B)
@@ -588,33 +588,30 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
         maps = JudgeMaps(readings, train).to(train.device)
         step = make_judge_step(maps, train, n_users, dropout=dropout)
         torch.manual_seed(seed)  # of what is dropped
-        scores = []
 
         def validate():
             judge = Judge(maps.tables(), train, n_users)
-            scores.append(validation(judge, {"train": train, "valid": valid}, users=validated)())
-            # behind the best dropout half-way: the rest of its epochs is not run
-            if best and len(scores) == epochs // 2 and scores[-1] < best[0][len(scores) - 1]:
-                raise Behind
-            return scores[-1]
+            return validation(judge, {"train": train, "valid": valid}, users=validated)()
 
-        try:
-            _, history = fit(
-                {"maps": maps}, lambda rows, generator: step(taught[rows], generator), len(taught),
-                validate, epochs=epochs, batch_size=max(2, pairs * n_users // len(train)), lr=lr,
-                eval_every=1, patience=epochs, seed=seed, label=f"judge, dropout {dropout:g}",
-                decay=True)
-        except Behind:
-            print(f"judge, dropout {dropout:g}: behind at epoch {len(scores)} with valid NDCG@20 "
-                  f"{scores[-1]:.4f}, stopped", flush=True)
-            continue
-        if best is None or max(scores) > max(best[0]):
-            best = scores, maps, dropout, history
-    return best[1:]
+        def behind(history):  # the best dropout, half-way: the rest of its epochs is not run
+            half = epochs // 2
+            return best and len(history) == half and valid_of(history[-1:]) < valid_of(
+                best[-1][half - 1:half])
+
+        _, history = fit(
+            {"maps": maps}, lambda rows, generator: step(taught[rows], generator), len(taught),
+            validate, epochs=epochs, batch_size=max(2, pairs * n_users // len(train)), lr=lr,
+            eval_every=1, patience=epochs, seed=seed, label=f"judge, dropout {dropout:g}",
+            decay=True, stop=behind)
+        whole = len(history) == epochs
+        if best is None or whole and valid_of(history) > valid_of(best[-1]):
+            best = maps, dropout, history
+    return best
 
 
-class Behind(Exception):
-    """Ends a training that has fallen behind another."""
+def valid_of(history):
+    """The best validation in a history of fit."""
+    return max(row["valid_ndcg@20"] for row in history)
 
 # ---- The blend: several recommenders in one score, weights by validation -------------------------
 def in_deviations(scores):
@@ -701,7 +698,8 @@ def load_recommender(path, data):
         # parts are named as seen from the run folder
         parts = [load_recommender(bb.run_of(path) / name, data)[0] for name in meta["parts"]]
         return Blend(parts, tensors["weights"].tolist()), meta, tensors
-    if command == "read" or command is None and path.exists():  # None: a person's own vectors
+    # None: a person's own vectors
+    if command == "read" or not command and path.exists() and not path.stem.startswith("model-"):
         readings = bb.load_texts(path.parent, path.name, data["n_items"])
         readings = [text.to(data["train"].device) for text in readings]
         meta = bb.read_header(path) or {"settings": {}}
@@ -755,8 +753,9 @@ PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4,
 WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if default is not None]
 
 
-def check_flags(args):
-    """Raise SystemExit2 for flags of `train` that do not go together."""
+def check_flags(args, default):
+    """Raise SystemExit2 for flags of `train` that do not go together, or that nothing would read.
+    default(name): a flag's default."""
     # which flags; whether they have to be left out; why
     for names, wrong, why in (
             ("alpha lambda1 paper", args.negatives == "none", "needs generated vectors; turn it "
@@ -776,11 +775,18 @@ def check_flags(args):
             if wrong and value not in (0, "none"):
                 said = "" if value is True else f" {value}"
                 fail(f"--{name.replace('_', '-')}{said}: {why}")
+    likely, texts = args.lambda_f or args.keep_clear == "judge", args.lambda_s or args.text_init
+    for names, read in (
+            ("k attention cf mine_first mine_last", args.negatives != "none"),
+            ("gamma", args.lambda_f), ("judge", likely), ("text_vectors", texts),
+            ("tau_c", args.negatives != "none" or args.lambda_s)):
+        for name in names.split():
+            if not read and getattr(args, name) != default(name):
+                fail(f"--{name.replace('_', '-')}: nothing reads it with these flags; leave it out")
 
 
 def train_hnlmrec(args):
     """Train backbone and projector together; write the state of the best validation."""
-    check_flags(args)
     run, data = Path(args.run), bb.load_data(args.run)
     out = run / bb.output_name("--out", args.out, "hnlmrec.py train", ".safetensors")
 
@@ -899,7 +905,7 @@ def build(run, args, data):
 
 def controlled(vectors, control, generator):
     """Does the LLM matter? Its vectors (n, H), or in their place: `random`, vectors that know
-    nothing; `shuffled`, its own, each given to another pair or item."""
+    nothing; `shuffled`, its own, given to pairs or items at random."""
     if control == "random":
         return torch.randn(vectors.shape, generator=generator).to(vectors.dtype)
     if control == "shuffled":
@@ -1028,9 +1034,9 @@ def trace_steps(run, s, data, method, users, items, row):
     loss, logs = method.loss(torch.tensor([row]), draw.manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-    note = " (a batch of one: align has the positive as its only negative)" * ("align" in logs)
+    note = " (a batch of one: align has the positive as its only negative, semantic none)"
     yield "step", (f"score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
-                   f"{terms}{note}")
+                   f"{terms}{note * (not s.paper)}")
     norms = []
     for name, module in method.modules_trained().items():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -1264,7 +1270,7 @@ def renumber(codes, names):
     """Codes (N,) of the kept rows -> 0 … n-1 in the order of the raw ids, the n raw ids."""
     kept, codes = np.unique(codes, return_inverse=True)
     kept = [names[code] for code in kept]
-    # so that the order of the file decides nothing; numbers by value, of which 1 and 01 are two
+    # so that the file's order does not decide the numbers; ids by value, of which 1 and 01 are two
     keys = [(0, int(name), name) if name.isascii() and name.isdecimal() else (1, 0, name)
             for name in kept]
     order = np.array(sorted(range(len(kept)), key=keys.__getitem__))
@@ -1289,8 +1295,9 @@ def interactions(path, fmt):
             rating = parse_number(row.get(form.rating))
             moment = parse_number(row.get(form.timestamp), dates=True)
         except ValueError:
-            refuse(form.timestamp, f"no time, or {form.rating} {quote(row.get(form.rating))} no "
-                   "number; write a rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds")
+            rating = f"{form.rating} {quote(row.get(form.rating))}"
+            refuse(form.timestamp, f"no time, or a rounded one, or {rating} no number; write a "
+                   "rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds")
         # the unit of the times follows from the first of them, and all others have to agree
         if moment and moment == moment:
             size = abs(moment)
@@ -1306,14 +1313,17 @@ def interactions(path, fmt):
 
 # float() would also take 1_0, inf and true
 NUMBER = re.compile(r"nan|[-+]?[\d.]{1,99}(?:e[-+]?\d\d?)?", re.I)
-CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{6})?")
+ROUNDED = re.compile(r"\d[.,]\d{1,7}e\+?\d\d", re.I)
+CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:\d{4}(?:\d\d)?)?")
 
 
 def parse_number(value, dates=False):
     """A number, with `dates` also an ISO date; NaN where it is empty; ValueError for all else."""
     if value is None or value == "":
         return math.nan
-    if NUMBER.fullmatch(str(value).strip()):
+    text = str(value).strip()
+    # a time that a spreadsheet rounded, 8.81251E+11, would put a user's pairs into one moment
+    if NUMBER.fullmatch(text) and not (dates and ROUNDED.fullmatch(text)):
         return float(value)
     return iso_seconds(str(value) if dates else "")
 
@@ -1355,8 +1365,10 @@ def read_items(path, form, raw_items, counts):
     if path and len(found) < len(wanted) / 2:
         best = max(held, key=lambda name: len(held[name]), default=form.key)
         said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items "
-                f"(such as {quote(min(wanted))}); the best column, {quote(best)}, has "
-                f"{len(held[best]):,}: rename it to {form.key!r}, or give another file or --format")
+                f"(such as {quote(min(wanted))}); ") + (
+                f"column {quote(best)} has {len(held[best]):,}: rename it to {form.key!r}"
+                if len(held[best]) > len(found) else "write the ids as the interactions do") + (
+                ", or give another file or --format")
         print(f"  WARNING: {said}") if found else fail(said)
 
     columns = next(iter(found.values()), {title: ""}).keys()
@@ -1376,8 +1388,9 @@ def read_items(path, form, raw_items, counts):
             about = len(differ[name]) > repeated / 5
         left_out |= {name} if about or not repeated else set()
     if left_out:
-        print("  left out of the items' texts, as about a pair, or counted from pairs (give what "
-              "is the item's in a file of one row per item): " + ", ".join(sorted(left_out)))
+        print("  left out of the items' texts, as about a pair, or counted from pairs (if it is "
+              "the item's: one row an item, no column of users, and a name that no column of the "
+              "interactions has): " + ", ".join(sorted(left_out)))
     # a row for every item, found or not; cut, since an LLM's prompt has to hold several of them
     items = []
     for raw in raw_items:
@@ -1416,7 +1429,8 @@ def item_fields(row, form):
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
         if name == "genres" and isinstance(value, str) and not own:  # Action|Drama, or 0/1 columns
-            value = value.replace("|", ", ") or [one for one in GENRES if row.get(one) == "1"]
+            value = value.replace("(no genres listed)", "").replace("|", ", ") or [
+                one for one in GENRES if row.get(one) == "1"]
         fields[name] = value
     return fields
 
@@ -1527,10 +1541,12 @@ def table_rows(path, columns=None, sep=None):
             line, end = end + 1, reader.line_num
             if row and len(row) != len(columns):
                 fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
-            # of a text of several lines, those as wide as a row, with numbers where it has
+            # of a text of several lines, those as wide as a row, with numbers where it has, and
+            # without prose's space behind a comma
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
                 if len(inside) == len(row) and len(inside[0].split()) == 1 and all(
+                        b[:1] != " " for b in inside) and all(
                         NUMBER.fullmatch(b) for a, b in zip(row, inside) if NUMBER.fullmatch(a)):
                     fail(f"{path}: line {line}: its quote has whole rows inside; close it")
             if row:
@@ -1687,13 +1703,15 @@ def main(argv=None):
         return text if text == "none" else number(float, -1e9, 1e9)(text)
 
     def date(text):  # kept as text; a ValueError is argparse's message
-        return text if iso_seconds(text) is not None else None
+        iso_seconds(text)
+        return text
 
     def command(name, text, example=""):
         example = f"example: python hnlmrec.py {name} --run runs/demo {example}"
         return commands.add_parser(name, help=text, epilog=example)
 
-    texts = "what `llm_negatives.py read` wrote, or your own item vectors (I, H)"
+    texts = ("what `llm_negatives.py read` wrote, or item vectors of your own: one tensor (I, H), "
+             "or more, in the order of items.jsonl")
 
     p = command("prepare", "read, filter, split",
                 "--format recbole --reviews ml-100k.inter --meta ml-100k.item")
@@ -1705,7 +1723,7 @@ def main(argv=None):
     bb.add_flags(
         p, ("--reviews-per-user", number(int, 0), 2, "review texts of a profile, of train pairs"),
         ("--k-core", number(int, 1), None, "interactions each user and item must have (preset's, "
-         "else 5)"), ("--seed", number(int, 0), 0, "decides the random split"))
+         "else 5)"), ("--seed", number(int, 0), 0, "decides a random split, with the rows' order"))
     p.add_argument("--preset", choices=list(PRESETS), help="its format and filters; flags win")
     p.add_argument("--min-rating", type=stars, help="keep ratings of so many stars or more; "
                    "`none`: all (preset's, else 4); of a repeated pair the latest counts")
@@ -1787,6 +1805,8 @@ def main(argv=None):
     if args.command == "train" and args.paper:  # the paper's values as defaults, and once more
         commands.choices["train"].set_defaults(**PAPER)
         args = parser.parse_args(argv)
+    if args.command == "train":
+        check_flags(args, commands.choices["train"].get_default)
     programs = {"prepare": prepare, "judge": fit_judge, "train": train_hnlmrec, "blend": blend,
                 "trace": trace}
     programs[args.command](args)

