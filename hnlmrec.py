@@ -1034,9 +1034,10 @@ def trace_steps(run, s, data, method, users, items, row):
     loss, logs = method.loss(torch.tensor([row]), draw.manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-    note = " (a batch of one: align has the positive as its only negative, semantic none)"
+    alone = {"align": "align's only negative is the positive", "semantic": "semantic has none"}
+    note = ", ".join(text for name, text in alone.items() if name in logs)
     yield "step", (f"score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
-                   f"{terms}{note * (not s.paper)}")
+                   f"{terms}" + f" (a batch of one: {note})" * bool(note))
     norms = []
     for name, module in method.modules_trained().items():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]

@@ -258,10 +258,11 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
 
 
 def check_window(llm, length):
-    """Refuse a prompt longer than the LLM's attention window."""
+    """Refuse a prompt longer than the LLM's attention window, or than its positions."""
     # padding would take places of a shorter window, so that rows would depend on each other
     config = llm.config.get_text_config()
-    for name in ("sliding_window", "attention_chunk_size", "window_size"):
+    for name in ("sliding_window", "attention_chunk_size", "window_size",
+                 "max_position_embeddings"):
         window = getattr(config, name, None)
         if isinstance(window, int) and 0 < window < length:  # 0, in some, for none
             fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
@@ -441,6 +442,7 @@ def fit_head(task, head, hidden, rows, tau, seed=0):
     head.mean.copy_(hidden.mean(0))
     head.std.copy_(hidden.std(0).clamp(min=1e-4))
     generator = torch.Generator(hidden.device).manual_seed(seed)
+    torch.manual_seed(seed)  # of MixGCF's targets
     # 300 steps of 3e-3 take seconds, and more do not raise the held-back hit rates; dropout .3,
     # since 2,048 pairs are few for the head's weights
     optimizer, dropout = torch.optim.Adam(head.parameters(), lr=3e-3), 0.3
@@ -629,7 +631,7 @@ def sentence_ends(text):
     return ends
 
 
-def first_sentence(text):
+def whole_sentences(text):
     """One line, up to the last sentence's end; without an end, up to the last word."""
     # a token limit must not leave half a sentence
     text = " ".join(text.split())
@@ -676,11 +678,12 @@ def fault_of(sentence, title):
     shown = sum((*EXAMPLES["item"], *EXAMPLES["user"]), tuple(SYSTEM.values()))
     copied = any(runs_of(words, 7) & runs_of(words_of(text), 7) for text in shown)
     request = words[:1] in (["item"], ["liked"]) or sentence.count(": ") > 1  # its own form
-    again = max(runs_of(words, 4).values(), default=0) > 1
+    # four characters of Han are no four words
+    again = any(n > 1 and sum(map(len, run)) > 7 for run, n in runs_of(words, 4).items())
     new = set(words) - {*words_of(title), "a", "an", "the", "is"}
     faults = {"empty": not words, "prompt": copied or request,
               "loop": again or len(set(words)) < 0.6 * len(words), "title": len(new) < 3,
-              "cut": sentence_ends(sentence)[-1:] != [len(sentence)]}
+              "cut": not re.search(rf"[.!?…{FULL_STOPS}][\"'”’)\]」』）]*$", sentence)}
     return next((fault for fault, found in faults.items() if found), "")
 
 
@@ -709,8 +712,8 @@ def best_new(logits, written, tokenizer):
         pairs = set(zip(ids, ids[1:]))
         for token in candidates:
             again = token in ids[-2:] or (*ids[-1:], token) in pairs
-            # digits may repeat, as in 2000, and so may commas
-            if not again or not re.search(r"[^\W\d]", tokenizer.decode([token])):
+            # digits may repeat, as in 2000, commas, and letters that are tokens in other scripts
+            if not again or not re.search(r"[^\W\d]{2}", tokenizer.decode([token])):
                 break
         else:
             token = candidates[0]
@@ -756,8 +759,8 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     # what the limit has cut may end within a word
     for row in (alive[place] for place in unfinished):
         if not sentence_ends(texts[row]):
-            texts[row] = texts[row].rpartition(" ")[0] or texts[row]
-    return [first_sentence(text.split("\n")[0]) for text in texts]
+            texts[row] = (texts[row].rpartition(" ")[0] or texts[row]).rstrip(".")
+    return [whole_sentences(text.split("\n")[0]) for text in texts]
 
 # ==== The method ends here. Programs: finetune, generate, read, profile ===========================
 LORA_DROPOUT = 0.05  # the paper's
@@ -775,18 +778,14 @@ def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", dropout=0.0, labe
 
 
 def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
-    """Print and return hit rates on both held-back sets: {label: {set: rate}}."""
-    result = {}
+    """Print hit rates on both held-back sets."""
     for drop in drops:
-        name = f"{label}, without the {drop}" if drop else label
-        rates = result[name] = {}
+        columns = ""
         for held, rows in task.held.items():
             if len(rows):
                 hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop)
-                rates[held] = task.hit_rate(head(hidden), rows)
-        columns = "".join(f"{held} {rate:.3f}   " for held, rate in rates.items())
-        print(f"  hit rate {name:<45}{columns}")
-    return result
+                columns += f"{held} {task.hit_rate(head(hidden), rows):.3f}   "
+        print(f"  hit rate {f'{label}, without the {drop}' if drop else label:<45}{columns}")
 
 
 def load_encoder(llm, s, cf, device, frame=None):
@@ -845,31 +844,30 @@ def training_order(task, warmup_pairs, steps, size):
 
 
 def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
-    """Fit the head on the frozen LLM's hidden states of `rows` -> the log, with its hit rates."""
+    """Fit the head on the frozen LLM's hidden states of `rows`."""
     # what the figures below are to be compared with: neither needs an LLM
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
-    n_items, n_mined = len(task.candidates), task.mined.shape[1]
-    log = {"steps": [], "chance_loss": math.log(n_items / n_mined), "hit_rates": {},
-           "uniform_floor": chance, "popularity_floor": popular}
-    print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; loss at chance "
-          f"ln({n_items}/{n_mined}) = {log['chance_loss']:.3f}; hit rates without an LLM: chance "
-          f"{chance:.3f}, best single item {popular:.3f}")
+    n_items, n_mined, loss = len(task.candidates), task.mined.shape[1], ""
+    if args.mine == "dns":  # MixGCF's target is one among all and the batch's
+        loss = f"loss at chance ln({n_items}/{n_mined}) = {math.log(n_items / n_mined):.3f}; "
+    print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; {loss}hit rates "
+          f"without an LLM: chance {chance:.3f}, best single item {popular:.3f}")
     if len(rows):
         hidden = encode_rows(task, llm, prompt, soft_tokens, rows, "", PROFILE_DROPOUT, "warm-up")
         loss = fit_head(task, head, hidden, rows, args.tau_s, args.seed)
         print(f"warm-up: head fitted on {len(rows)} pairs of the frozen LLM, loss {loss:.3f}")
-        log["hit_rates"] = report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
-    return log
+        report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
 
 
-def tune(task, encoder, batches, args, optimizer, log, save):
-    """Train LoRA, maps and head on the batches the log lacks; save() every --save-every steps."""
+def tune(task, encoder, batches, args, optimizer, losses, save):
+    """Train LoRA, maps and head on the batches behind those that have one of the losses, a list
+    that grows; save() every --save-every steps."""
     llm = encoder[0]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     steps, progress = len(batches), Progress("finetune", len(batches), "steps")
     llm.train()
-    for k in range(len(log["steps"]), steps):
+    for k in range(len(losses), steps):
         # one step; its seed is the step's own, so that a resumed run draws what a whole one would
         for group, rate in zip(optimizer.param_groups, (args.lr, LR_MAPS)):
             group["lr"] = rate * learning_rate(k, steps)
@@ -883,8 +881,8 @@ def tune(task, encoder, batches, args, optimizer, log, save):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)  # a rare large step does more harm than good
         optimizer.step()
         # what a person sees, and what a killed run resumes from
-        log["steps"].append(round(loss.item(), 4))
-        recent = log["steps"][-10:]
+        losses.append(round(loss.item(), 4))
+        recent = losses[-10:]
         progress.update(k + 1, f"loss {sum(recent) / len(recent):.3f}")
         if rank() == 0 and ((k + 1) % args.save_every == 0 or k + 1 == steps):
             save()
@@ -919,30 +917,31 @@ def finetune(args):
         data, model, cf, load_profiles(run, args.profiles), args.mine_first, args.mine_last,
         args.seed)
     steps, size = args.steps, args.users_per_step * ITEMS_PER_USER
-    if args.epochs:
-        steps = math.ceil(args.epochs * len(task.rows) / size)
+    if steps is None:  # 60 end within a minute or two, and LoRA learns little after them
+        steps = math.ceil(args.epochs * len(task.rows) / size) if args.epochs else 60
     warm, batches = training_order(task, args.warmup_pairs, steps, size)
     # the encoder; a resumed run keeps the chat template's rendering, which may print the date
     encoder, optimizer, kept = prepare_training(args, cf, saved.get("frame"))
     for name, value in state.items():
         kept[name].data.copy_(value)
     # from the saved state, or with the head's warm-up
-    with encoder[0].disable_adapter():  # LoRA begins at zero: it would cost a third and add nothing
-        log = saved.get("log") or warm_up(task, *encoder, warm, args)
+    losses = saved.get("losses", [])
     if saved:
-        print(f"finetune: resumes after step {len(log['steps'])} of {steps}")
+        print(f"finetune: resumes after step {len(losses)} of {steps}")
+    else:  # LoRA begins at zero: it would cost a third and add nothing
+        with encoder[0].disable_adapter():
+            warm_up(task, *encoder, warm, args)
     for value in kept.values() if world() > 1 else ():  # all start alike, to the last bit
         if value.dim():  # Adam's counts, on the CPU, are alike
             dist.broadcast(value.data, 0)
-    meta = {"settings": settings, "frame": encoder[1].frame, "log": log}
-    tune(task, encoder, batches, args, optimizer, log,
+    meta = {"settings": settings, "frame": encoder[1].frame, "losses": losses}
+    tune(task, encoder, batches, args, optimizer, losses,
          functools.partial(save_tensors, partial, kept, meta))
     # what was learned, and what it takes from each part of the prompt
     drops = ("", "user vector", "user profile", "item vector")
-    log["hit_rates"] |= report_held(task, *encoder, "after", drops)
+    report_held(task, *encoder, "after", drops)
     if rank() == 0:
-        save_tuned(out, *encoder, meta | {"dim": cf["item"].shape[1],
-                                          "seconds": time.time() - start})
+        save_tuned(out, *encoder, meta | {"seconds": time.time() - start})
         partial.unlink(missing_ok=True)
 
 
@@ -963,7 +962,7 @@ def save_tuned(out, llm, prompt, soft_tokens, head, meta):
         shutil.rmtree(adapter, ignore_errors=True)
         os.replace(temporary, adapter)
     except (OSError, SafetensorError) as error:
-        fail(f"{adapter}: cannot be written ({error}); make room and run again, it resumes")
+        fail(f"{adapter}: cannot be written ({error}); make room and run again")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     # weights, and the config, which says how they are scaled
@@ -983,7 +982,7 @@ def load_sft(run, name, llm, device, lora=True):
         fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run "
              f"`{writer_of(path)} --force`")
     # in the number format of fine-tuning; the numbers of maps and head come from the file
-    some = torch.zeros(2, meta["dim"])
+    some = tensors["soft.mean"].cpu()  # (2, d)
     model, prompt, soft_tokens, head = load_encoder(
         llm, s, {"user": some, "item": some}, device, meta["frame"])
     nn.ModuleDict({"soft": soft_tokens, "head": head}).load_state_dict(tensors)
@@ -991,7 +990,7 @@ def load_sft(run, name, llm, device, lora=True):
         from peft import PeftModel  # here, since it takes two seconds to import
         adapter = path.with_name("adapter" + name.removeprefix("sft"))
         try:  # in the LLM's number format, so that nothing is converted in each layer
-            model = PeftModel.from_pretrained(model, adapter).to(model.dtype).eval()
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
         except Exception as error:  # noqa: BLE001 as in from_library
             fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: "
                  f"{str(error)[:200]}); run `{writer_of(path)} --force`")
@@ -1005,10 +1004,11 @@ def generate(args):
     output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
     # what the result depends on; CF vectors and profiles are those of fine-tuning
     sft = f"{args.sft}.safetensors"
-    tuned = load_tensors(run / sft)[1]["settings"]
-    if tuned["command"] != "finetune":
+    meta = load_tensors(run / sft)[1]
+    tuned = meta["settings"]
+    if tuned["command"] != "finetune" or "beside" not in meta:  # or a half-finished one
         fail(f"--sft {args.sft}: {run / sft} holds what `{tuned['command']}` writes; give the "
-             "--name of a fine-tuning")
+             "--name of a finished fine-tuning")
     settings = settings_of(args, "paper", "batch_size", "sft") | {
         "llm": llm_digest(args.llm),  # load_negatives finds the CF model by this order
         "inputs": digests(run, "data.safetensors", sft, tuned["cf"], tuned["profiles"])}
@@ -1052,6 +1052,8 @@ def read(args):
     # which layers; left out, the embeddings and those at two fifths and two thirds of the depth
     config = from_library(args.llm, "model", AutoConfig.from_pretrained)
     depth = config.get_text_config().num_hidden_layers
+    if args.control == "tfidf" and (args.layers or args.most):
+        fail("--control tfidf: has no layers, so --layers and --most say nothing; leave them out")
     layers = args.layers or f"0,{round(depth * 2 / 5)},{round(depth * 2 / 3)}"
     if not re.fullmatch(r"\d+(,\d+)*", layers) or max(map(int, layers.split(","))) > depth:
         fail(f"--layers {layers}: {args.llm} has layers 0 (its token embeddings) to {depth}; give "
@@ -1072,7 +1074,7 @@ def read(args):
             texts[n] += " " + told.removeprefix(f"{items[n]['title']}. ")
     tokenizer = load_tokenizer(args.llm)
     torch.manual_seed(args.seed)
-    if args.control == "shuffled":  # each text given to another item
+    if args.control == "shuffled":  # texts given to items at random
         texts = [texts[n] for n in torch.randperm(len(texts)).tolist()]
     if args.control == "tfidf":
         readings = [tf_idf([text_ids(tokenizer, text) for text in texts])]
@@ -1142,9 +1144,8 @@ class Profiles:
         self.model = load_llm(args.llm, AutoModelForCausalLM, args.dtype, args.device)
         self.tokenizer = tokenizer = load_tokenizer(args.llm)
         # rendered by the first start alone, since a template may print the date
-        frames = self.frames or {kind: chat_frame(tokenizer, SYSTEM[kind], EXAMPLES[kind])
-                                 for kind in SYSTEM}
-        self.frames = from_all(frames)[0]
+        self.frames = from_all(self.frames or {
+            kind: chat_frame(tokenizer, SYSTEM[kind], EXAMPLES[kind]) for kind in SYSTEM})[0]
         ids = [frame_ids(tokenizer, part) for frame in self.frames.values() for part in frame]
         check_pieces(args.llm, self.model.base_model, tokenizer, sum(ids, []))
         self.ends = end_tokens(self.model, tokenizer)
@@ -1172,7 +1173,7 @@ class Profiles:
                 self.faults[fault] += 1
                 self.made[keys[n]] = plain[n] if fault else text
                 progress.update(count + 1)
-                # a kill loses a minute; Ctrl-C, which ends in `finally` below, nothing
+                # so that a crash loses a minute at most
                 if time.time() > saved + 60:
                     self.save()
                     saved = time.time()
@@ -1247,7 +1248,7 @@ def profile(args):
         for item in histories[n]:
             # a profile's first clause says what the item is; "for readers who …" would be copied
             clause = re.split("[,;，；]", file.made["item", item["raw"]])[0].rstrip(". ")
-            words.append(f"{item['title']} ({clause})")
+            words.append(f"{item['title']} ({clause})" if clause else item["title"])
         words += [f"They wrote: {text}" for text in users[n].get("reviews", [])[:2]]
         requests[n] = " ".join(words)
     file.add("user", users, requests, titles, titles)
@@ -1420,11 +1421,12 @@ def main(argv=None):
             p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the LLM")
         return p
 
-    p = command("read", "what a frozen LLM makes of each item's text", "--layers 0,12,20")
+    p = command("read", "what a frozen LLM makes of each item's text, of its first 64 tokens",
+                "--layers 0,12,20")
     p.add_argument("--layers", default="",
                    help="such as 0,12; 0: a bag of words; left out: 0, 2/5 and 2/3 of the depth")
     p.add_argument("--control", choices=["none", "shuffled", "random", "tfidf"], default="none",
-                   help="texts given to other items, an LLM of random weights, TF-IDF without one")
+                   help="texts given to items at random, an LLM of random weights, or TF-IDF")
     p.add_argument("--most", type=count, default=0, help="popular items the layers read; 0: all")
     p.add_argument("--profiles", metavar="FILE", help="read these behind the items' metadata")
     p.add_argument("--out", default="texts.safetensors", help="output file inside the run folder")
@@ -1448,16 +1450,19 @@ def main(argv=None):
     add_band_flags(p)
     p.add_argument("--tau-s", type=above, default=0.05, help="InfoNCE temperature")
     p.add_argument("--soft-tokens", type=count, default=1, help="of each CF vector; 0: an ablation")
-    p.add_argument("--max-tokens", type=some, default=48, help="tokens of a profile, then cut")
+    p.add_argument("--max-tokens", type=some, default=48,
+                   help="of a user's profile, and of an item's title and profile; then cut")
     p.add_argument("--llm-layers", type=count, default=8, help="first layers, kept; 0: all")
     p.add_argument("--lora-rank", type=some, default=8, help="LoRA r")
     p.add_argument("--lora-alpha", type=above, default=16, help="LoRA alpha")
     p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers")
     p.add_argument("--warmup-pairs", type=count, default=2048, help="pairs for the head; 0: none")
-    p.add_argument("--steps", type=count, default=60, help="LoRA steps")
-    p.add_argument("--epochs", type=number(float, 0), default=0, help="passes, instead of --steps")
+    p.add_argument("--steps", type=count, help="LoRA steps (60, or those of --epochs)")
+    p.add_argument("--epochs", type=number(float, 0), default=0,
+                   help="passes over the pairs, where --steps is left out")
     p.add_argument("--users-per-step", type=some, default=16, help="users, with up to 2 pairs each")
-    p.add_argument("--micro-pairs", type=some, default=16, help="pairs held at once")
+    p.add_argument("--micro-pairs", type=some, default=16,
+                   help="pairs a LoRA step holds at once; its parts are what torchrun shares out")
     p.add_argument("--checkpointing", action="store_true", help="of gradients: less memory, slower")
     p.add_argument("--lr", type=above, default=5e-4, help="learning rate of LoRA")
     p.add_argument("--save-every", type=some, default=20, help="steps a killed run may lose")
@@ -1469,7 +1474,8 @@ def main(argv=None):
                    help="pairs in all, at most: one of each user while they last; 0: all")
     p.add_argument("--finetune", action=BooleanOptionalAction, default=True,
                    help="by the fine-tuned LLM; --no-finetune: before it, a zero-shot ablation")
-    p.add_argument("--batch-size", type=some, default=96, help="pairs per call")
+    p.add_argument("--batch-size", type=some, default=96,
+                   help="prompts a call; users' prefixes, up to four times as many")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
 
     args = parser.parse_args(argv)

@@ -1777,7 +1777,7 @@ def test_families_encode_as_each_prompt_alone_and_write_as_generate(family, tmp_
         alone = lm.generate(torch.tensor([head + request]), max_new_tokens=6, do_sample=False)
         alone = tokenizer.decode(alone[0, len(head + request):])
         alone = llm_negatives.answer(alone, tokenizer).split("\n")[0].split("!")[0]
-        assert text in (llm_negatives.first_sentence(alone), alone.rpartition(" ")[0])
+        assert text in (llm_negatives.whole_sentences(alone), alone.rpartition(" ")[0])
 
 
 @pytest.mark.parametrize("special", [{}, {"bos_token": "#"}])
@@ -1980,6 +1980,8 @@ def test_prompts_longer_than_an_attention_window_are_refused(family, tmp_path):
     assert "window of 40 tokens is shorter than a prompt of 41" in message
     llm.config.sliding_window = 0  # as some families say that they have none
     llm_negatives.check_window(llm, 41)
+    llm.config.max_position_embeddings = 40
+    assert "embeddings of 40 tokens" in message_of(llm_negatives.check_window, llm, 41)
 
 
 @pytest.mark.parametrize("name, family, more", [
@@ -2134,7 +2136,7 @@ def test_number_format_is_the_processors_not_a_timing(monkeypatch):
     ("In the U.S. too", None, False), ("For fans of Dr.", None, False), ("no end", None, False),
     ("Rated 3.5 by", None, False), ("一部电影｡", None, True)])
 def test_sentences(text, first, whole):
-    assert llm_negatives.first_sentence(text) == (first or text)
+    assert llm_negatives.whole_sentences(text) == (first or text)
     assert llm_negatives.is_whole(text) == whole
 
 
@@ -2159,7 +2161,7 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     monkeypatch.setattr(llm_negatives, "is_whole", lambda text: letter in text)
     monkeypatch.setattr(llm_negatives, "sentence_ends", lambda text: [len(text)])
     monkeypatch.setattr(llm_negatives, "answer", lambda text, _: text)
-    monkeypatch.setattr(llm_negatives, "first_sentence", str)
+    monkeypatch.setattr(llm_negatives, "whole_sentences", str)
     monkeypatch.setattr(llm_negatives, "best_new", lambda scores, written, tokenizer: (
         rows.append(len(written)) or best_new(scores, written, tokenizer)))
     texts = llm_negatives.write_texts(model, tokenizer, past, requests, 9, {999})
@@ -2170,7 +2172,7 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
 
 def test_no_two_tokens_are_written_twice_but_digits_are():
     """" X and X", and a pair that is there already; what is left when all have been written."""
-    words = Namespace(decode=lambda ids: [" drama", " and", " comedy", "0", ","][ids[0]])
+    words = Namespace(decode=lambda ids: [" drama", " and", " comedy", "0", ",", "す"][ids[0]])
 
     def chosen(ids, *order):
         scores = torch.full((1, 8), -9.0)
@@ -2179,7 +2181,7 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
 
     assert chosen([], 0, 1) == 0 and chosen([0, 1], 0, 2) == 2 and chosen([0], 0, 1) == 1
     assert chosen([0, 1, 2, 0], 1, 2, 4) == 4 and chosen([0, 1, 2, 4, 2], 0, 1) == 0
-    assert chosen([3, 3, 3], 3, 1) == 3 and chosen([0, 4, 2, 0], 4, 1) == 4
+    assert chosen([5, 5], 5, 1) == 5 and chosen([3, 3, 3], 3, 1) == 3 and chosen([0, 4, 2, 0], 4, 1) == 4
 
 
 @pytest.mark.parametrize("sentence, fault", [
@@ -2188,7 +2190,8 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
     ("Item: Jaws. A film about a shark.", "prompt"), ("", "empty"),
     ("Liked items: - Fargo: A gritty one.", "prompt"), ("A classic, a classic.", "loop"),
     ("A group of old friends save a group of old friends.", "loop"),
-    ("A film for those who love the", "cut"), ("A film for fans of Dr.", "cut"),
+    ("A film for those who love the", "cut"), ("A film for fans of Dr. No.", ""),
+    ("一部紧张刺激的科幻电影，适合喜欢科幻电影和冒险的观众。", ""), ("For ages 3 to 5.", ""),
     ("一款关于贸易与建设的桌面游戏，适合喜欢计划的玩家。", ""), ("桌游。", "title")])
 def test_faults_of_profiles(sentence, fault):
     assert llm_negatives.fault_of(sentence, "Jaws (1975)") == fault
@@ -2507,6 +2510,8 @@ def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeyp
             copied, "sft-bf16", tiny_llm, "cpu", lora)
         assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
         both.append(llm_negatives.encode_rows(task, llm, prompt, soft_tokens, rows))
+    # as in training: rounded angles of rotary positions would be another encoder
+    assert all(buffer.dtype == torch.float32 for buffer in llm.buffers())
     assert F.cosine_similarity(both[0], hidden).min() > 0.999
     llm = llm.float()  # the oracle: the same adapter in float32
     with torch.no_grad():
@@ -2559,13 +2564,16 @@ def test_variants_of_fine_tuning_make_negatives_of_their_own(copied, tiny_llm):
     template, made = "profiles-template.jsonl", [negatives(copied)["hidden"]]
     llm_main(copied, None, f"profile --profiles template --out {template}")
     for name, *flags in (("nocf", "--soft-tokens", 0), ("mixgcf", "--mine", "mixgcf"),
-                         ("template", "--profiles", template), ("head", "--steps", 0),
-                         ("epochs", "--epochs", 0.2)):
+                         ("template", "--profiles", template), ("head", "--steps", 0, "--epochs", 9)):
         tune(copied, tiny_llm, f"sft-{name}", *flags)
         llm_main(copied, tiny_llm, f"generate --pairs-per-user 3 --sft sft-{name} --out "
                  f"negatives-{name}")
         made.append(negatives(copied, f"negatives-{name}")["hidden"])
         assert not any(torch.equal(made[-1], other) for other in made[:-1])
+    # steps beside epochs, which --paper sets, win
+    assert backbones.read_meta(copied / "sft-head.safetensors")["losses"] == []
+    llm_main(copied, tiny_llm, TUNE.partition(" --steps")[0] + " --name sft-epochs --epochs 0.2")
+    assert len(backbones.read_meta(copied / "sft-epochs.safetensors")["losses"]) == 2
     (copied / "profiles.jsonl").rename(copied / "old.jsonl")
     message = llm_refused(copied, tiny_llm, "generate --out negatives-new")
     assert "profiles.jsonl: no such file" in message
@@ -3652,7 +3660,8 @@ BAD_FLAGS = {
         ("--layers 0,9 --out texts-x.safetensors", r"has layers 0 \(its token embeddings\) to 2"),
         ("--layers -1 --out texts-x.safetensors", "give numbers of layers"),
         ("--out judge.safetensors --force", "--out judge.safetensors"),
-        ("--control no", "--control")],
+        ("--control no", "--control"),
+        ("--control tfidf --layers 0 --out texts-x.safetensors", "has no layers")],
     "eval.py compare": [
         ("--methods XYZ", "is none of Popularity"), ("--flags '--dim 8 --seed 5'", "by each"),
         ("--methods 'DNS --out=x'", "by each"), ("--out metrics", "names files of"),
