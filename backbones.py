@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-# torch calls its sparse matrices beta, once a process; the products used here are tested
+# torch warns once that its sparse matrices are in beta; the products used here are tested
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
 
 # ==== 1. From pairs to a trained LightGCN =========================================================
@@ -145,7 +145,7 @@ class Backbone(nn.Module):
         return self.score_all(self.final[0][users], self.final[1])
 
     def train(self, mode=True):
-        # called before and after an optimizer's steps: kept vectors are old
+        # called before and after an optimizer's steps: kept vectors are stale
         self.final = None
         return super().train(mode)
 
@@ -331,7 +331,7 @@ def rank_unseen(model, users, seen, k):
     return ranked
 
 # ---- CF-mined hard negatives: what the LLM learns to imitate -------------------------------------
-# Shares of the catalogue: ranks 200-300 of MovieLens-100K's 1,008 items. Higher ranks hold many
+# Shares of the catalogue: ranks 200-300 of MovieLens-100K's 1,008 items. Better ranks hold many
 # items that the user would like: with ranks 5-60 as fine-tuning's targets, 4.3 % of the items
 # nearest to the generated vectors are validation positives, against .8 % of all items
 BAND = 0.1985, 0.298
@@ -717,7 +717,7 @@ def popularity(pairs, n_users, n_items):
 
 def co_occurrence(pairs, user_weight, n_items):
     """X' diag(user_weight (U,)) X; with weights of 1, the numbers of users that two items share ->
-    its entries: row, column, value (n,). Raises SystemExit2 where memory would not do."""
+    its entries: row, column, value (n,). Raises SystemExit2 where it would not fit."""
     count = torch.bincount(pairs[:, 0], minlength=len(user_weight))
     if min(int((count**2).sum()), n_items**2) > 2**28:  # entries of 20 bytes, and some copies
         fail(f"{n_items} items: too many share users, the table would not fit; raise --k-core")
@@ -991,8 +991,8 @@ def shards(name, n_users):
 
 def load_negatives(run, name, data):
     """Generated negatives, joined from their shards -> a dict: pairs (n, 2), hidden (n, H) f16,
-    vector (n, d) f16; cf, the name of the CF model's file. Raises SystemExit2 for a shard missing
-    or not made as the rest."""
+    vector (n, d) f16; cf, the name of the CF model's file. Raises SystemExit2 for a missing shard,
+    or one made otherwise than the rest."""
     # all shards or an error: training would not see that a block of users lacks its vectors
     paths = [Path(run) / shard for shard in shards(name, data["n_users"])]
     parts, metas = zip(*(load_tensors(path) for path in paths))
@@ -1027,7 +1027,7 @@ def save_tensors(path, tensors, meta):
 
 def load_tensors(path, device="cpu"):
     """Read ({name: tensor}, meta) back. Raises SystemExit2 when the file is missing, not ours or
-    damaged, has a NaN, or when a file that it was made from is no longer the one it was."""
+    damaged, has a NaN, or when a file that it was made from has changed since."""
     meta, tensors = read_meta(path, check=True), load_file(path)
     again = f"delete it and run `{writer_of(path)}` again"
     if digest_of_tensors(meta, tensors) != meta["digest"]:
@@ -1189,7 +1189,7 @@ def writer_of(path):
 
 
 def output_name(flag, name, command, suffix="", word=""):
-    """`name`, if a flag may call an output of `command` so. Raises SystemExit2 otherwise."""
+    """`name`, if an output of `command` may have it. Raises SystemExit2 naming `flag` otherwise."""
     # a plain name inside the run folder (or its compare/) that begins with `word`, if given, and
     # with no other command's
     plain = name.removeprefix("compare/") if suffix == ".safetensors" else name
@@ -1301,7 +1301,7 @@ def keep_freed_memory():
 
 
 class Progress:
-    """Rate and time left: one rewritten line on a terminal, in a file one each 20 seconds."""
+    """Rate and time left: one rewritten line on a terminal, in a file a line every 20 seconds."""
     def __init__(self, label, total, unit):
         self.label, self.total, self.unit = label, total, unit
         self.shown, self.first, self.tty = time.time(), None, sys.stdout.isatty()
@@ -1327,7 +1327,7 @@ def start_processes(device):
     """-> the device of this process: `device`, or under torchrun a GPU of its own."""
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1") or world() > 1:  # alone, or started
         return device
-    # without torchrun nobody else would come, and the wait would have no end
+    # without torchrun no other process would come, and this one would wait forever
     numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
     for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", *numbers):
         value = os.environ.get(name, "")
@@ -1367,7 +1367,7 @@ def sum_over(tensors):
 def average_gradients(parameters):
     """The mean of each gradient over all processes, in place, as DistributedDataParallel has it."""
     for p in parameters if world() > 1 else ():
-        # the rows of another process may reach what these do not: all take part, or they wait
+        # another process's rows may reach parameters that these do not: all take part, or it hangs
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         dist.all_reduce(p.grad)
         p.grad /= world()
@@ -1406,7 +1406,7 @@ def add_flags(parser, *rows):
 
 def add_run_flags(parser):
     """The flags of every step that makes a file of a run, on a device."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder, of hnlmrec.py prepare")
+    parser.add_argument("--run", required=True, metavar="DIR", help="folder that `prepare` made")
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     gpus = ["cuda", *gpus] if gpus else []
     parser.add_argument("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],

@@ -3,7 +3,7 @@
 report     runs/NAME/model-*.safetensors, on the test pairs -> report.md, report.svg, metrics.json
 compare    methods x seeds, on the test pairs or --valid -> compare.md, compare.json, compare.svg
 tune       the same number of trials for each method, on validation -> tuned.json, tuned.md
-estimate   what run.sh will take
+estimate   how long run.sh will take
 recommend  one user's top items, and the items nearest to the LLM's negatives
 
 Metrics are over the full ranking of all items that a user has not interacted with in train (and
@@ -91,7 +91,7 @@ def paired_bootstrap(difference, draws=10_000, seed=0):
         means[draw] = difference[rng.integers(0, n, n)].mean()
     # + 1: what was measured counts as one of the draws, so that no p is 0
     tail = (min(np.sum(means <= 0), np.sum(means >= 0)) + 1) / (draws + 1)
-    tail = max(tail, 0.5**n)  # all of few users have one sign so often by chance
+    tail = max(tail, 0.5**n)  # few users all have one sign this often by chance
     return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * tail)
 
 
@@ -104,7 +104,7 @@ def holm(p_values):
     return p.tolist()
 
 # ==== 2. False hard negatives: negatives that are held-out positives ==============================
-# pairs that a rate is taken over at most: its standard error is below .14 points then
+# at most so many pairs per rate: its standard error is below .14 percentage points then
 MOST = 2**17
 
 
@@ -700,7 +700,7 @@ SPACES = {
         "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
     "HNLMRec": M | {"text-init": [0, 1], "lambda-s": [0, 0.01], "alpha": [0, 0.02]},
     JUDGED: M | {"lambda-f": [0.1, 0.3, 1, 3], "gamma": [0.05, 0.1, 0.2, 0.5]}}
-# the second trial of every method: on sparse data wide vectors with a strong L2 are better by far,
+# second trial of all but HNLMRec: on sparse data wide vectors with a strong L2 are better by far,
 # and single steps take long to get there; on dense data it ends with its short run
 WIDE = ["--dim 128 --reg 0.01"]
 # but trials 1 and 2 of HNLMRec: without its parts, which is DNS; texts as initial vectors alone.
@@ -768,7 +768,7 @@ def run_trial(run, out, command, before):
         # its own first epochs stand for a short run
         few = max(1, settings["epochs"] // 5)
         early = [score for epoch, score in scores.items() if epoch <= few]
-        # so that no later trial says a default again
+        # so that no later trial names a default value again
         defaults = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in settings.items()
                     if isinstance(value, (int, float))}
         return {"short": max(early, default=None), "valid": max(scores.values()),
@@ -890,7 +890,7 @@ REFERENCE = 7.2e-4  # seconds
 
 
 def estimate(args):
-    """Print what `bash run.sh` will take with this data, before it starts: a rough figure."""
+    """Print roughly how long `bash run.sh` will take with this data, before it starts."""
     data = load_data(args.run)
     n, users, items = len(data["train"]), data["n_users"], data["n_items"]
     batch, _, epochs, _ = sized_to_data(data)
@@ -1029,8 +1029,8 @@ def main(argv=None):
     for name, rows, out in (("compare", METHODS, None), ("tune", SPACES, "tuned")):
         add(name, "--methods", "semicolon-separated; each of compare may have flags of its own, "
             "which in a blend go to all parts that are trained, but not to DNS where it is an "
-            "alternative; left out: the rows of the large table that the run has files for, or "
-            "all; " + "; ".join(rows), default="")
+            "alternative; left out: compare takes the usual rows, as far as the run has "
+            "their files, tune all; of: " + "; ".join(rows), default="")
         add(name, "--out", "first part of the names of what is written", default=out)
     add("compare tune", "--backbone", "of all that is trained", default="lightgcn")
     add("compare tune", "--flags", "of every training, in one string", default="")

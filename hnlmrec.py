@@ -10,7 +10,7 @@ train     data, cf, negatives-*, texts (and judge) .safetensors -> model-hnlmrec
                     texts) + lambda_f L_false(e_u; e_i > e_f > e⁻) + lambda2 ‖Θ‖²    HNLMRec
           and with --paper as the paper has it: PaperHNLMRec
 blend     several recommenders -> model-full.safetensors: one score, weights by validation
-trace     prints one (user, item) pair's way from the raw line to the gradient
+trace     follows one (user, item) pair from the raw line to the gradient
 
 The method comes first: negatives and losses, the judge, further pieces. Then the programs.
 
@@ -188,7 +188,7 @@ class HNLMRec(nn.Module):
         sample = self.draw(u, i, generator)
         users, positives, negatives = sample.users, sample.positives, sample.negatives
 
-        # BPR: the positive e_i above e⁻. Its gradient stops at z: it would teach the projector to
+        # BPR: the positive e_i above e⁻. No gradient enters z: it would teach the projector to
         # make easy negatives. A user without generated vectors has e_j alone
         if self.alpha:
             mixed = mix(self.z_of_all(generator)[made], negatives, self.alpha)
@@ -334,7 +334,7 @@ def soft_maximum(total, count, scale, beta):
 
 
 class Judge(nn.Module):
-    """A recommender by texts alone: an item's similarity to each of the user's train items k,
+    """A recommender by texts and a bias per item: its similarity to the user's train items k,
     dominated by the most similar one,
 
         score(u, j) = b_j + soft_maximum over k of cos(h_k, v_j).
@@ -400,7 +400,7 @@ class JudgeMaps(nn.Module):
         count = torch.bincount(train[:, 1], minlength=len(text)).float()
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
-        # a tenth: Adam's steps are alike for all, and ln beta has further to go than a weight
+        # a tenth: Adam's steps have one size for all, and ln beta has further to go than a weight
         self.tenth_log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
 
     def shape(self):
@@ -416,10 +416,10 @@ class JudgeMaps(nn.Module):
 
 
 def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0):
-    """A training step for backbones.fit, whose rows are users. Each train item of a user is left
+    """A training step for `fit`, whose rows are users. Each train item of a user is left
     out in turn and scored by the others: softmax against n_negatives items, drawn uniformly for the
-    batch, less the user's own. most: train items of a user in a step; dropout: share of a text
-    vector's entries set to 0 (Srivastava et al., JMLR 2014); both are drawn in each step.
+    batch, less the user's own. most: train items per user; dropout: share of a text
+    vector's entries set to 0 (Srivastava et al., JMLR 2014); both drawn anew each step.
 
     train (N, 2) -> step(users (B,), of two train pairs or more, generator) -> (scalar, {})."""
     # 1,024 negatives: a batch's table is (P, N), and time grows with it. 64 items of a user: one
@@ -593,7 +593,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
             judge = Judge(maps.tables(), train, n_users)
             return validation(judge, {"train": train, "valid": valid}, users=validated)()
 
-        def behind(history):  # the best dropout, half-way: the rest of its epochs is not run
+        def behind(history):  # behind the best dropout half-way: its other epochs are not run
             half = epochs // 2
             return best and len(history) == half and valid_of(history[-1:]) < valid_of(
                 best[-1][half - 1:half])
@@ -735,7 +735,7 @@ def fit_judge(args):
     if rank():
         return
 
-    # its score, and whom it thinks would like what
+    # its score, and what it thinks each user would like
     tensors = maps.tables()
     likely, share = likely_items(Judge(tensors, train, data["n_users"]),
                                  min(args.likely, data["n_items"]))
@@ -1087,7 +1087,7 @@ def prepare(args):
     user_of_line = dict(rows[["line", "user"]][rows["part"] == 0].tolist())
     reviews = read_reviews(source, s.format, user_of_line, s.reviews_per_user, counts)
     users = [{"raw": raw, "reviews": reviews[n]} for n, raw in enumerate(users)]
-    # write, the data last: it names the rest. Killed between the files, nothing is taken for whole
+    # write, the data last: it names the rest. A run killed in between is not taken for whole
     out.unlink(missing_ok=True)
     for name, lines in (("items.jsonl", items), ("users.jsonl", users)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -1254,7 +1254,7 @@ def read_pairs(files, s, counts):
 
 
 def id_text(raw):
-    """An id as text, without spaces around it; None when it is none."""
+    """An id as text, without spaces around it; None when it is not an id."""
     if isinstance(raw, (bool, dict, list)):
         return None
     name = str(int(raw) if isinstance(raw, float) and raw.is_integer() else raw).strip()
@@ -1503,7 +1503,7 @@ def clean(value, counts):
 # ---- prepare -------------------------------------------------------------------------------------
 # Readers, which yield (line, {column: value}) and hold nothing; formats; summary; flags
 
-def text_lines(path, encoding="utf-8-sig"):  # -sig: without the mark that some programs put first
+def text_lines(path, encoding="utf-8-sig"):  # -sig: without a byte-order mark
     """The lines of a text file, plain or in gzip. Raises SystemExit2 for anything else."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
@@ -1517,7 +1517,7 @@ def text_lines(path, encoding="utf-8-sig"):  # -sig: without the mark that some 
 
 def table_rows(path, columns=None, sep=None):
     """The rows of a delimited file; columns, sep: None, those of its first line. Raises
-    SystemExit2 for a header or row that is none, and a quote that is not closed in its row."""
+    SystemExit2 for a malformed header or row, and for a quote left open in its row."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     # without a header: MovieLens, which is in Latin-1
     lines, end = text_lines(path, "latin-1" if columns else "utf-8-sig"), 0
@@ -1608,7 +1608,7 @@ PRESETS = {
     "ml-100k": ("ml-100k", 4.0, None, None, 5, None),
     "ml-1m": ("ml-1m", 4.0, None, None, 5, None),
 }
-# other usual names of a table's columns, in small letters, without spaces and underscores
+# other usual names of a table's columns, in lower case, without spaces and underscores
 SYNONYMS = {"user": "userid uid reviewerid", "rating": "stars overall score", "title":
             "name movietitle itemname", "timestamp": "time date datetime unixreviewtime", "item":
             "itemid iid movieid bookid productid businessid asin parentasin", "text":
@@ -1730,8 +1730,8 @@ def main(argv=None):
                    "`none`: all (preset's, else 4); of a repeated pair the latest counts")
     p.add_argument("--since", type=date, help="keep pairs from this day on: 2015-01-01, UTC")
     p.add_argument("--until", type=date, help="keep pairs before this day")
-    p.add_argument("--split", choices=["random", "last", "time"], help="80/10/10 a user (left out: "
-                   "this), each user's last two in time, or 80/10/10 by one cut in time for all")
+    p.add_argument("--split", choices=["random", "last", "time"], help="80/10/10 per user (the "
+                   "default), each user's last two in time, or 80/10/10 by one cut in time for all")
     for name in PARTS:
         p.add_argument(f"--{name}-file", metavar="FILE", help="your own split: give all three")
     p.add_argument("--force", action="store_true", help="remake what was made with other settings")

@@ -74,8 +74,8 @@ def chat_frame(tokenizer, instruction, examples=()):
 
     text = (tokenizer.bos_token or "") + "\n".join([*contents, ""])
     if tokenizer.chat_template:
-        # a template may ignore or refuse the system role: then the first turn says it; or earlier
-        # answers: then the one turn says all
+        # a template may ignore or refuse the system role: then the first user turn carries it; or
+        # the examples: then one user turn carries everything
         texts = [render(turns)]
         for n in (2, len(turns)):
             texts.append(render([{"role": "user", "content": "\n".join(contents[:n])}, *turns[n:]]))
@@ -181,8 +181,8 @@ def pad(pieces, device):
 
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
                  owner):
-    """What encode() computes, written plainly: each pair's whole prompt in one forward pass and no
-    cache. Arguments and result as encode()."""
+    """What encode() computes, written plainly: each pair's whole prompt in one forward pass,
+    no cache. Arguments and result as encode()."""
     # slower, but the only form that gradient checkpointing allows, which runs layers twice; and the
     # oracle that encode() is tested against
     prefixes, pieces = [prompt.user(text) for text in user_texts], []
@@ -264,7 +264,7 @@ def check_window(llm, length):
     for name in ("sliding_window", "attention_chunk_size", "window_size",
                  "max_position_embeddings"):
         window = getattr(config, name, None)
-        if isinstance(window, int) and 0 < window < length:  # 0, in some, for none
+        if isinstance(window, int) and 0 < window < length:  # some LLMs write 0 for none
             fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
                  "lower --max-tokens or --history, or give another LLM")
 
@@ -609,7 +609,7 @@ BEGINNING = {"item": "", "user": "Enjoys"}
 WITHOUT_LLM = {"item": "{}", "user": "Likes {}."}  # of an item's text, of a user's titles
 
 
-# words whose stop ends no sentence
+# abbreviations, whose full stop ends no sentence
 ABBREVIATIONS = ("mr mrs ms dr st jr sr prof mt ft gen lt col sgt capt rev vol no inc ltd co vs "
                  "etc feat ed").split()
 FULL_STOPS = "。｡！？।॥؟۔։።။។"  # of other scripts
@@ -649,7 +649,7 @@ def is_whole(text):
 
 def answer(text, tokenizer):
     """An LLM's answer without its thoughts: <think>…</think>, [THINK]…[/THINK], channels
-    ("<|channel|>analysis<|message|>…"). "" while there are thoughts alone."""
+    ("<|channel|>analysis<|message|>…"). "" while it holds only thoughts."""
     text = re.split(THINK.pattern.replace("◁]", "◁]/"), text, flags=re.IGNORECASE)[-1]
     text = THINK.split(text)[0]  # a thought that is not ended
     said, *parts = control_tokens(tokenizer).split(text)
@@ -1105,7 +1105,7 @@ def read(args):
 
 
 def busiest(column, count, most):
-    """The `most` of `count` numbers that a column of pairs (N,) has most often; 0: all -> list."""
+    """The `most` numbers below `count` most frequent in a column of pairs (N,); 0: all -> list."""
     pairs = torch.bincount(column, minlength=count)
     return pairs.argsort(descending=True, stable=True)[:most or None].tolist()
 
@@ -1276,7 +1276,7 @@ def load_profiles(run, name="profiles.jsonl"):
 
 
 def from_all(value):
-    """The values that all processes have, in their order."""
+    """Each process's value, in order of rank -> list."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
@@ -1428,7 +1428,7 @@ def main(argv=None):
     p.add_argument("--control", choices=["none", "shuffled", "random", "tfidf"], default="none",
                    help="texts given to items at random, an LLM of random weights, or TF-IDF")
     p.add_argument("--most", type=count, default=0, help="popular items the layers read; 0: all")
-    p.add_argument("--profiles", metavar="FILE", help="read these behind the items' metadata")
+    p.add_argument("--profiles", metavar="FILE", help="profiles to read after the items' metadata")
     p.add_argument("--out", default="texts.safetensors", help="output file inside the run folder")
 
     p = command("profile", "write a text profile of each user and item", "--profiles template")
