@@ -32,12 +32,12 @@ warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)"
 
 def pair_keys(pairs, n_items):
     """(N, 2) pairs -> (N,) sorted int64 keys user * n_items + item, looked up by binary search."""
-    return (pairs[:, 0] * n_items + pairs[:, 1]).sort().values
+    return (pairs[:, 0].long() * n_items + pairs[:, 1]).sort().values
 
 
 def contains(keys, users, items, n_items):
     """Whether each (user, item) is among the keys of pair_keys; users and items broadcast."""
-    query = users * n_items + items
+    query = users.long() * n_items + items
     if not len(keys):
         return torch.zeros_like(query, dtype=torch.bool)
     return keys[torch.searchsorted(keys, query).clamp(max=len(keys) - 1)] == query
@@ -45,7 +45,8 @@ def contains(keys, users, items, n_items):
 
 def user_rows(pairs, n_users):
     """Pairs (N, 2) as compressed rows, sorted by user, then item: (indptr (U + 1,), items (N,))."""
-    order = (pairs[:, 0] * (pairs[:, 1].max() + 1 if len(pairs) else 1) + pairs[:, 1]).argsort()
+    width = pairs[:, 1].max() + 1 if len(pairs) else 1
+    order = (pairs[:, 0].long() * width + pairs[:, 1]).argsort()
     count = torch.bincount(pairs[:, 0], minlength=n_users)
     return F.pad(count.cumsum(0), (1, 0)), pairs[order, 1]
 
@@ -112,7 +113,7 @@ class Backbone(nn.Module):
         self.embedding = nn.Parameter(torch.empty(n_users + n_items, dim))  # users, then items
         nn.init.normal_(self.embedding, std=self.std)
         self.texts = None  # a TextVectors, which then makes what `embedding` would be
-        self.final = None  # forward()'s result, kept by scores() until the parameters may change
+        self.final = None  # forward()'s result, kept by scores()
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "final", None))
 
     def start(self):
@@ -139,7 +140,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def scores(self, users):
         """Scores of users (B,) over all items -> (B, I), a new tensor. In eval mode the graph is
-        propagated once for all calls."""
+        propagated once for all calls until train(), eval() or load_state_dict()."""
         if self.training or self.final is None:
             self.final = self()
         return self.score_all(self.final[0][users], self.final[1])
@@ -155,7 +156,7 @@ class MF(Backbone):
 
 
 class LightGCN(Backbone):
-    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 8), then the mean over all hops, the
+    """LightGCN (He et al., SIGIR 2020): E^(k+1) = A E^(k) (eq. 7), then the mean over all hops, the
     first included (eq. 4). adjacency (U + I, U + I): normalized_adjacency of the train pairs."""
 
     propagates, std = True, 0.1
@@ -210,7 +211,7 @@ class UnseenSampler:
             fail(f"user row {int(full[0])}: has all {n_items} items: no negative; remove the user")
 
     def __call__(self, users, n, generator=None):
-        u = users[:, None]  # (B, 1)
+        u = users[:, None].long()  # (B, 1)
         r = torch.randint(2**62, (len(users), n), generator=generator, device=users.device)
         r = r % self.free[u]  # (B, n)
         before = torch.searchsorted(self.keys, u * self.stride + r, right=True)
@@ -323,8 +324,9 @@ def best_unseen(scores_at, users, seen, k, n_items, cells=2**23):
 
 @torch.no_grad()
 def rank_unseen(model, users, seen, k):
-    """The k best unseen items of users (n,) by a recommender, any module with n_items and scores;
-    seen: user_rows of the pairs to leave out -> item ids (n, k), best first, padded with -1."""
+    """The k best unseen items of users (n,) by a recommender, any module with n_items and scores(),
+    which returns a new tensor; seen: user_rows of the pairs to leave out -> item ids (n, k), best
+    first, padded with -1."""
     was_training, _ = model.training, model.eval()
     ranked = best_unseen(lambda rows: model.scores(users[rows]), users, seen, k, model.n_items)
     model.train(was_training)
@@ -469,7 +471,7 @@ def ranking_hits(model, pairs, seen, k):
 
 def ndcg(hits, relevant, k):
     """NDCG@k per user, binary gains (Järvelin and Kekäläinen, 2002), the ideal list cut at k too:
-    hits (n, >= k) bool in rank order, relevant (n,) -> (n,) in [0, 1]."""
+    hits (n, >= k) bool in rank order, relevant (n,), 1 or more -> (n,) in [0, 1]."""
     discount = 1 / torch.log2(torch.arange(2, k + 2, device=hits.device).double())  # (k,)
     ideal = discount.cumsum(0)[relevant.clamp(max=k) - 1]
     return (hits[:, :k] * discount[: hits.shape[1]]).sum(1) / ideal
@@ -620,7 +622,7 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
     is nearest to beta * (score(positive) + alpha) ** (power + 1), so that a high scored positive
     gets an easy negative and the reverse. score, users (B, D), items (I, D), candidates (B, M) as
     dns's; positives (B,) -> item ids (B,). No gradient."""
-    # the defaults are the published constants; power is a whole number, as the base can be negative
+    # the defaults are those of its code; power is a whole number, as the base can be negative
     with torch.no_grad():
         target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
         distance = (score(users[:, None], take(items, candidates)) - target).abs()  # (B, M)
@@ -701,7 +703,7 @@ class ItemWeights(nn.Module):
 def sum_of_rows(weight, place, items, n):
     """The sum of some rows of weight (I, J), dense or CSR, by place: place, items (P,), as rows_of
     gives them, or the users and items of train pairs -> (n, J)."""
-    one = torch.ones(len(items), device=items.device)
+    one = torch.ones(len(items), device=items.device, dtype=weight.dtype)
     rows = sparse_csr(place, items, one, (n, len(weight)))
     if weight.layout == torch.sparse_csr and not torch.backends.mkl.is_available():
         rows, weight = rows.to_sparse_coo(), weight.to_sparse_coo()  # CSR x CSR needs MKL on a CPU

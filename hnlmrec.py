@@ -87,8 +87,8 @@ class NegativeTable:
         self.count = torch.bincount(self.users, minlength=n_users)
         self.start = self.count.cumsum(0) - self.count
         # a train pair's own vector is found by binary search among the generated pairs' keys
-        keys, order = (generated[:, 0] * n_items + generated[:, 1]).sort()
-        query = train[:, 0] * n_items + train[:, 1]
+        keys, order = (generated[:, 0].long() * n_items + generated[:, 1]).sort()
+        query = train[:, 0].long() * n_items + train[:, 1]
         at = torch.searchsorted(keys, query).clamp(max=len(keys) - 1)
         self.row = torch.where(keys[at] == query, order[at], -1)  # (N,) each pair's own, -1: none
         self.own = int((self.row >= 0).sum())
@@ -120,8 +120,8 @@ def alignment_loss(z, positives, mined, user_ids, tau):
     """L_align, the only loss that trains the projector (ours; the paper's is L_CL below): z near a
     CF-mined hard negative of its user: InfoNCE(z; e_m against the batch's other e_m' and e_i).
 
-    z, positives, mined (B, D); user_ids (B,): rows of one user are no negatives of each other
-    -> scalar."""
+    z, positives, mined (B, D), gradient into all three; user_ids (B,): rows of one user are no
+    negatives of each other -> scalar."""
     z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
     # rows of one user share their mined items; an item mined for another user too stays a negative
     same = user_ids[:, None] == user_ids[None]
@@ -195,7 +195,8 @@ class HNLMRec(nn.Module):
             negatives = torch.where((made >= 0)[:, None], mixed, negatives)
         bpr = bpr_loss(self.backbone.score(users, positives), self.backbone.score(users, negatives))
 
-        # L2, of the parameters behind the batch's users, positives and sampled items
+        # L2, of the parameters behind the batch's users, positives and sampled items (and, in
+        # L_false, behind f)
         ego_users, ego_items = self.backbone.ego()
         l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, sample.negative_ids))
         loss, logs = bpr + self.reg * l2, {"bpr": bpr.item()}
@@ -259,7 +260,7 @@ class PaperHNLMRec(HNLMRec):
 
     z comes straight out of the projector, which, as in the published code, is in no optimizer,
     unless train_projector: then BPR's gradient, too, trains it, towards easy negatives. hinge:
-    above 0, the margin of a hinge in place of BPR."""
+    above 0, the margin of a hinge in place of BPR. The paper's weights are in PAPER."""
     def __init__(self, *args, hinge=0.0, train_projector=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.hinge, self.train_projector = hinge, train_projector
@@ -510,8 +511,8 @@ class LikelyFalse:
 
 
 def keep_clear(keys, n_items):
-    """A penalty for `dns` that rules out the (user, item) pairs of sorted pair_keys while another
-    candidate remains: users (B,), candidates (B, M) -> (B, M), infinite or 0."""
+    """A penalty for `dns` (top 1) that rules out the (user, item) pairs of sorted pair_keys while
+    another candidate remains: users (B,), candidates (B, M) -> (B, M), infinite or 0."""
     def penalty(users, candidates):
         listed = contains(keys, users[:, None], candidates, n_items)
         return torch.zeros(listed.shape, device=listed.device).masked_fill(listed, torch.inf)
@@ -617,7 +618,8 @@ def valid_of(history):
 def in_deviations(scores):
     """Scores (B, I) less their user's mean, in standard deviations of that user's scores."""
     centred = scores - scores.mean(1, keepdim=True)
-    return centred / scores.std(1, keepdim=True).clamp(min=1e-12)
+    rounding = 1e-6 * scores.abs().amax(1, keepdim=True)  # of scores all alike nothing else is left
+    return centred / scores.std(1, keepdim=True).clamp(min=rounding + 1e-12)
 
 
 class Blend(nn.Module):
@@ -632,7 +634,7 @@ class Blend(nn.Module):
     @torch.no_grad()
     def scores(self, users):
         total = 0
-        for part, weight in zip(self.parts, self.weights):
+        for part, weight in zip(self.parts, self.weights, strict=True):
             if weight:
                 total = total + weight * in_deviations(part.scores(users))
         return total
@@ -660,6 +662,7 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
     relevant = torch.bincount(valid[:, 0], minlength=n_users)[users]
     scores = []  # (n, I) of each part, in chunks of users
     for part in parts:
+        part.eval()  # as Blend has it
         chunks = [in_deviations(part.scores(some)) for some in users.split(1024)]
         scores.append(torch.cat(chunks))
 

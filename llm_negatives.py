@@ -587,10 +587,11 @@ def tf_idf(id_lists, width=512):
     return (u * s)[:, :width]
 
 # ==== 5. Profiles: a sentence per item, and per user ==============================================
-# The paper's system prompt; an item's metadata -> item profile; titles and profiles of some of a
-# user's train items -> user profile. Worked examples stand before the request as turns: the shared
-# prefix is run once, so they cost nothing, and a small LLM then writes about the item instead of "A
-# classic, a classic." Of the examples tried, these had the fewest words copied into its answers.
+# A system prompt, as in the paper; an item's metadata -> item profile; titles and profiles of some
+# of a user's train items -> user profile. Worked examples stand before the request as turns: the
+# shared prefix is run once, so they cost nothing, and a small LLM then writes about the item
+# instead of "A classic, a classic." Of the examples tried, these had the fewest words copied into
+# its answers.
 
 SYSTEM = {
     "item": "You describe, in one short sentence, what an item is like and who would enjoy it.",

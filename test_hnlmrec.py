@@ -394,10 +394,15 @@ def test_no_catalogue_overflows():
     heavy = torch.tensor([10, 1_475_000, users - 1])
     own = torch.cat([torch.randperm(items, generator=seeded(n))[:4000] for n in range(3)])
     pairs = torch.stack([heavy.repeat_interleave(4000), own], 1)
-    drawn = backbones.PopularitySampler(pairs, users, items)(heavy, 2000, seeded())
-    assert 0 <= drawn.min() and drawn.max() < items
-    keys = backbones.pair_keys(pairs, items)
-    assert not backbones.contains(keys, heavy[:, None], drawn, items).any()
+    for kind in (torch.int64, torch.int32):  # ids of 32 bits, too
+        pairs, heavy = pairs.to(kind), heavy.to(kind)
+        keys = backbones.pair_keys(pairs, items)
+        assert backbones.contains(keys, *pairs.T, items).all()
+        for sampler in (backbones.UnseenSampler, backbones.PopularitySampler):
+            drawn = sampler(pairs, users, items)(heavy, 2000, seeded())
+            assert 0 <= drawn.min() and drawn.max() < items
+            assert not backbones.contains(keys, heavy[:, None], drawn, items).any()
+        assert torch.equal(backbones.user_rows(pairs, users)[1][-4000:], own[-4000:].sort()[0])
 
 
 def test_dns_and_ahns_against_brute_force():
@@ -1114,7 +1119,8 @@ def test_a_blend_is_the_sum_of_the_standardised_scores():
     for some in (torch.tensor([4, 1, 9]), torch.arange(N_USERS)):
         assert torch.allclose(blend.scores(some).double(), total[some], atol=1e-4)
     # scores all alike say nothing
-    assert torch.equal(hnlmrec.in_deviations(torch.full((2, 5), 3.0)), torch.zeros(2, 5))
+    for same in (3.0, 123.456):  # whose mean is rounded
+        assert hnlmrec.in_deviations(torch.full((2, 32), same)).abs().max() < 1
 
 
 def test_blend_weights_are_a_maximum_and_drop_noise():
@@ -1135,6 +1141,7 @@ def test_blend_weights_are_a_maximum_and_drop_noise():
     for k, value in itertools.product(range(3), grid):
         other = [value if n == k else weight for n, weight in enumerate(weights)]
         assert not any(other) or quality(other) <= quality(weights) + 1e-9
+    assert not parts[0].training  # weighed as a blend ranks, without dropout
     assert weights[0] and weights[1] and not weights[2] and quality(weights) > max(alone) + 0.1
     some, _ = hnlmrec.blend_weights(parts, train, valid, grid, cells=3 * 40 * 20)  # 20 users
     assert some[0] and some[1]
@@ -2716,6 +2723,7 @@ def test_bootstrap_of_few_users_knows_that_they_are_few():
     for n in (1, 3, 5, 20):
         *_, p = evaluation.paired_bootstrap(np.full(n, 0.01))
         assert p == pytest.approx(max(2 / 2**n, 2 / 10_001))
+    assert "no metric" in message_of(evaluation.paired_bootstrap, [0.1, math.nan])
 
 
 def test_holm_hand_worked_and_against_its_step_down_test():
