@@ -632,7 +632,7 @@ def sentence_ends(text):
     return ends
 
 
-def whole_sentences(text):
+def first_sentence(text):
     """One line, up to the last sentence's end; without an end, up to the last word."""
     # a token limit must not leave half a sentence
     text = " ".join(text.split())
@@ -761,7 +761,7 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     for row in (alive[place] for place in unfinished):
         if not sentence_ends(texts[row]):
             texts[row] = (texts[row].rpartition(" ")[0] or texts[row]).rstrip(".")
-    return [whole_sentences(text.split("\n")[0]) for text in texts]
+    return [first_sentence(text.split("\n")[0]) for text in texts]
 
 # ==== The method ends here. Programs: finetune, generate, read, profile ===========================
 LORA_DROPOUT = 0.05  # the paper's

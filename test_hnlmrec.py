@@ -1784,7 +1784,7 @@ def test_families_encode_as_each_prompt_alone_and_write_as_generate(family, tmp_
         alone = lm.generate(torch.tensor([head + request]), max_new_tokens=6, do_sample=False)
         alone = tokenizer.decode(alone[0, len(head + request):])
         alone = llm_negatives.answer(alone, tokenizer).split("\n")[0].split("!")[0]
-        assert text in (llm_negatives.whole_sentences(alone), alone.rpartition(" ")[0])
+        assert text in (llm_negatives.first_sentence(alone), alone.rpartition(" ")[0])
 
 
 @pytest.mark.parametrize("special", [{}, {"bos_token": "#"}])
@@ -2143,7 +2143,7 @@ def test_number_format_is_the_processors_not_a_timing(monkeypatch):
     ("In the U.S. too", None, False), ("For fans of Dr.", None, False), ("no end", None, False),
     ("Rated 3.5 by", None, False), ("一部电影｡", None, True)])
 def test_sentences(text, first, whole):
-    assert llm_negatives.whole_sentences(text) == (first or text)
+    assert llm_negatives.first_sentence(text) == (first or text)
     assert llm_negatives.is_whole(text) == whole
 
 
@@ -2168,7 +2168,7 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     monkeypatch.setattr(llm_negatives, "is_whole", lambda text: letter in text)
     monkeypatch.setattr(llm_negatives, "sentence_ends", lambda text: [len(text)])
     monkeypatch.setattr(llm_negatives, "answer", lambda text, _: text)
-    monkeypatch.setattr(llm_negatives, "whole_sentences", str)
+    monkeypatch.setattr(llm_negatives, "first_sentence", str)
     monkeypatch.setattr(llm_negatives, "best_new", lambda scores, written, tokenizer: (
         rows.append(len(written)) or best_new(scores, written, tokenizer)))
     texts = llm_negatives.write_texts(model, tokenizer, past, requests, 9, {999})
