@@ -212,6 +212,7 @@ class UnseenSampler:
 
     def __call__(self, users, n, generator=None):
         u = users[:, None].long()  # (B, 1)
+        # one draw for limits of all sizes: the modulo hardly favours any
         r = torch.randint(2**62, (len(users), n), generator=generator, device=users.device)
         r = r % self.free[u]  # (B, n)
         before = torch.searchsorted(self.keys, u * self.stride + r, right=True)
@@ -259,7 +260,8 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
 
 
 SAMPLERS = "rns", "pns", "dns", "mixgcf", "ahns"
-# vectors of all, then of the batch; the negatives' ids (for mixgcf the first candidates')
+# vectors of all (U, D), (I, D); of the batch (B, D) each; ids (B,) whose parameters L2 takes: the
+# negatives', and for mixgcf, whose negatives are no items, the first candidates'
 Sample = namedtuple("Sample", "all_users all_items users positives negatives negative_ids")
 
 
@@ -345,6 +347,7 @@ def mining_band(data, first=0, last=0):
     SystemExit2 where last < first."""
     n_items, most_seen = data["n_items"], int(torch.bincount(data["train"][:, 0]).max())
     low, high = (max(1, min(n_items - most_seen, round(part * n_items))) for part in BAND)
+    # where one end is given the other moves, if it must
     first, last = first or min(low, last or low), last or max(high, first)
     if first > last:
         fail(f"--mine-first {first}: lies after --mine-last {last}; give the better rank first")
@@ -386,8 +389,8 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
         label="train", decay=False, stop=None):
     """Train the parameters of `modules` {name: nn.Module}, as nn.ModuleDict takes them, with Adam;
-    leave them at the best state. step(rows (B,), generator) -> (loss, {name: float}) on those of
-    n_rows train rows; validate() -> float, higher is better. Stops after `patience` validations
+    leave them at the best state. step(rows (B,), numbers below n_rows, generator) -> (loss, {name:
+    float}); validate() -> float, higher is better. Stops after `patience` validations
     without a new best, or where stop(history) says so. decay: the learning rate falls linearly to
     0. Returns (best state {name.parameter: tensor}, history). Raises SystemExit2 when a loss or
     validation is not finite.
@@ -1488,8 +1491,8 @@ def main(argv=None):
     for flag, reader in (("beta", "pns"), ("tau", "softmax"), ("shared", "softmax")):
         if getattr(args, flag) != p.get_default(flag) and set(reads) != {reader}:
             fail(f"--{flag}: is read by {reader} alone; leave it out")
-    if args.text_vectors and args.backbone not in ("mf", "lightgcn", "ngcf"):
-        fail(f"--text-vectors: is for mf, lightgcn and ngcf, not {args.backbone}; leave it out")
+    if args.text_vectors and args.backbone in ("neumf", "closed", *CLOSED_FORMS):
+        fail(f"--text-vectors: is not for {args.backbone}; leave it out")
     # several in one start of Python; without ease, where it refuses a catalogue as too large
     for name in CLOSED_FORMS if closed else args.sampler:
         out = f"model-{name}.safetensors" if several else args.out

@@ -262,10 +262,10 @@ def missing_file(run, name):
 
 
 def making_of(run, file):
-    """The commands that make a file of MAKING, for the end of a message."""
-    flags, llm = MAKING[file], "" if file.startswith("judge") else "--llm … "
+    """The commands that make a file, for the end of a message."""
+    flags, command = MAKING.get(file, ""), bb.writer_of(run / file)
     before = [making_of(run, word) for word in flags.split() if word in MAKING]
-    command = f"{bb.writer_of(run / file)} {llm}{flags}".strip()
+    command += " --llm …" * ("llm_negatives.py" in command) + f" {flags}" * bool(flags)
     return ", then ".join([*before, f"`{command}`"])
 
 # ---- 4. One writer of tables: a report is a comparison, one file per row -------------------------
@@ -569,6 +569,10 @@ def compare(args):
              f"pairs, one split; {args.backbone}, seeds: {args.seeds} (mean ± sd); each model at "
              "its best validation epoch." + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
+    plain = [name for name, _ in entries.values() if METHODS[name].kind != "closed form"
+             and not METHODS[name].parts and not {name, METHODS[name].like} & {*SPACES}]
+    if args.tuned and plain:
+        lines += ["", f"At default flags, without trials: {'; '.join(plain)}."]
     if args.valid:
         rows.sort(key=comparison.mean, reverse=True)
         lines += comparison.sections(out)

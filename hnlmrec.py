@@ -104,6 +104,7 @@ class NegativeTable:
 
     def others(self, users, k, generator=None):
         """Users (B,) -> k rows of each one's generated vectors, drawn at random (B, k)."""
+        # one draw for limits of all sizes: the modulo hardly favours any
         point = torch.randint(2**31, (len(users), k), generator=generator, device=users.device)
         return self.start[users][:, None] + point % self.count[users][:, None].clamp(min=1)
 
@@ -186,10 +187,10 @@ class HNLMRec(nn.Module):
         # which generated vector: the pair's own, else another of its user's; -1: none
         made = self.table(rows, 1, generator)[:, 0] if self.table else None  # (B,)
         sample = self.draw(u, i, generator)
-        users, positives, negatives = sample.users, sample.positives, sample.negatives
+        users, positives, negatives = sample.users, sample.positives, sample.negatives  # e_j so far
 
         # BPR: the positive e_i above e⁻. No gradient enters z: it would teach the projector to
-        # make easy negatives. A user without generated vectors has e_j alone
+        # make easy negatives. A user without generated vectors, -1 in `made`, has e_j alone
         if self.alpha:
             mixed = mix(self.z_of_all(generator)[made], negatives, self.alpha)
             negatives = torch.where((made >= 0)[:, None], mixed, negatives)
@@ -442,18 +443,18 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         drawn = torch.randint(n_items, (n_negatives,), generator=generator, device=own.device)
         drawn, times = drawn.unique(return_counts=True)  # (N,), (N,)
         items, at = own.unique(return_inverse=True)
-        history = maps.history_map(F.dropout(maps.text[items], dropout))
-        history = take(F.normalize(history, dim=1), at)  # (P, W)
+        mapped = maps.history_map(F.dropout(maps.text[items], dropout))
+        history = take(F.normalize(mapped, dim=1), at)  # (P, W)
         items, at = torch.cat([own, drawn]).unique(return_inverse=True)
-        vectors = maps.item_map(F.dropout(maps.text[items], dropout))
-        vectors = take(F.normalize(vectors, dim=1), at)
-        own_vectors, vectors = vectors.split([len(own), len(drawn)])
+        mapped = maps.item_map(F.dropout(maps.text[items], dropout))
+        judged = take(F.normalize(mapped, dim=1), at)  # (P + N, W)
+        own_vectors, drawn_vectors = judged.split([len(own), len(drawn)])
 
         # positives: each item by its user's others, as (B, S, S) with S slots a user
         scale, beta = maps.shape()
         padded = history.new_zeros(2, len(users), int(count.max()), history.shape[1])
         by_user = [empty.index_put((place, slot), rows)
-                   for empty, rows in zip(padded, (history, own_vectors))]
+                   for empty, rows in zip(padded, (history, own_vectors))]  # (B, S, W) each
         alike = similarity(by_user[0] @ by_user[1].mT, beta)  # (B, S, S): of history, of item
         slots = torch.arange(alike.shape[1], device=own.device)
         is_other = (slots < count[:, None])[:, :, None] & (slots[:, None] != slots)
@@ -462,9 +463,9 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         positive = soft_maximum(total, others, scale, beta) + maps.bias[own]  # (P,)
 
         # negatives: each drawn item by all of the user's but the one left out
-        alike = similarity(history @ vectors.T, beta)  # (P, N)
-        total = alike.new_zeros(len(users), len(drawn)).index_add(0, place, alike)
-        total = take(total, place) - alike
+        alike = similarity(history @ drawn_vectors.T, beta)  # (P, N)
+        of_user = alike.new_zeros(len(users), len(drawn)).index_add(0, place, alike)  # (B, N)
+        total = take(of_user, place) - alike  # (P, N)
         negative = soft_maximum(total, others[:, None], scale, beta)
         negative = negative + maps.bias[drawn] + times.log()
         among = own_among(drawn, users[place], train_rows, n_items)
@@ -852,20 +853,20 @@ def build(run, args, data):
 
     # texts and generated vectors, or what a control puts in their place
     text, generated, parts = None, None, {}
-    control = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)  # of the control
     if args.negatives != "none":
         generated = bb.load_negatives(run, args.negatives, data)
         if len(generated["hidden"]) < 2:
             fail(f"--negatives {args.negatives}: one vector has no deviation to standardise by; "
                  "generate more")
-        hidden = controlled(generated["hidden"], args.control, control)
+        hidden = controlled(generated["hidden"], args.control, generator)
     if args.lambda_s or args.text_init:
         readings = bb.load_texts(run, args.text_vectors, n_items)
         text = readings[len(readings) // 2]  # the middle layer's: the most meaning
         if (text == text[0]).all():
             fail(f"{args.text_vectors}: the vectors of all items' texts are alike, so they say "
                  "nothing; give --lambda-s 0 --text-init 0")
-        text = controlled(text, args.control, control).to(train.device)
+        text = controlled(text, args.control, generator).to(train.device)
 
     # the backbone, which may start from the texts
     backbone = bb.build_backbone(args.backbone, n_users, n_items, args.dim, train, args.layers)
@@ -1608,8 +1609,6 @@ PRESETS = {
     "cds": ("amazon2018", 4.0, "2014-01-01", "2016-01-01", 10, (19385, 8279, 186535)),
     "yelp2018": ("yelp", 4.0, "2015-01-01", "2018-01-01", 10, (29832, 16781, 513976)),
     "electronics2023": ("amazon2023", 3.0, "2010-01-01", "2018-01-01", 10, (97570, 44669, 178259)),
-    "ml-100k": ("ml-100k", 4.0, None, None, 5, None),
-    "ml-1m": ("ml-1m", 4.0, None, None, 5, None),
 }
 # other usual names of a table's columns, in lower case, without spaces and underscores
 SYNONYMS = {"user": "userid uid reviewerid", "rating": "stars overall score", "title":
@@ -1637,7 +1636,7 @@ def format_of(name, path):
 
 def is_called(name, role):
     """Whether a column of this name usually plays this role."""
-    return re.sub(r"[\s_]", "", name).lower() in (role, *SYNONYMS[role].split())
+    return re.sub(r"[\s_-]", "", name).lower() in (role, *SYNONYMS[role].split())
 
 
 def column_of(names, role, path):

@@ -189,6 +189,7 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     for user, text in zip(owner.tolist(), item_texts):
         pieces.append(prompt.shared + prefixes[user] + prompt.item(text))
     ids, mask = pad(pieces, user_vectors.device)
+    # SOFT, -1, has no embedding: any will do, and soft vectors take its places in order
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
     x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
@@ -279,14 +280,14 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dr
     # some go without a profile, so that the LLM cannot rely on recognising a known user's text
     blank = (torch.rand(len(users)) < profile_dropout) | (drop == "user profile")
     profiles = ["" if blank[n] else texts[0][user] for n, user in enumerate(users.tolist())]
-    titles = [texts[1][item] for item in pairs[:, 1].tolist()]
+    items = [texts[1][item] for item in pairs[:, 1].tolist()]
     user_vectors, item_vectors = cf["user"][users], cf["item"][pairs[:, 1]]
     # the mean of all says nothing of this one
     if drop == "user vector":
         user_vectors = cf["user"].mean(0).expand_as(user_vectors)
     if drop == "item vector":
         item_vectors = cf["item"].mean(0).expand_as(item_vectors)
-    return encoder(llm, prompt, soft_tokens, profiles, user_vectors, titles, item_vectors, owner)
+    return encoder(llm, prompt, soft_tokens, profiles, user_vectors, items, item_vectors, owner)
 
 # ==== 2. Fine-tuning, supervised, with InfoNCE against CF-mined hard negatives ====================
 class Head(nn.Module):
@@ -496,7 +497,7 @@ def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
     # users one after another, the pairs of each in random order
     generator = torch.Generator().manual_seed(seed)
     key = torch.rand(len(train), generator=generator, dtype=torch.float64)
-    order = torch.argsort(train[:, 0].double() + key * 0.999)
+    order = torch.argsort(train[:, 0].double() + key * 0.999)  # 1 could round up to the next user
     # each pair's place among its user's
     count = torch.bincount(train[:, 0], minlength=n_users)
     place = torch.arange(len(train)) - (count.cumsum(0) - count)[train[order, 0]]
@@ -1180,15 +1181,10 @@ class Profiles:
                     saved = time.time()
         finally:
             self.save()
-        # how good they are, by counts that need no person
-        sentences, taken = {n: self.made[keys[n]] for n in requests}, 0
-        for n, sentence in sentences.items():
-            said = set(words_of(sentence))
-            taken += len(said & {*words_of(titles[n]), *words_of(texts[n])}) / max(1, len(said))
+        # how good they are, by a count that needs no person
         if requests:
-            distinct = len(set(sentences.values())) / len(requests)
-            print(f"profile: {len(requests)} {kind}s, {distinct:.1%} distinct, "
-                  f"{taken / len(requests):.0%} of the words from title or metadata")
+            distinct = len({self.made[keys[n]] for n in requests}) / len(requests)
+            print(f"profile: {len(requests)} {kind}s, {distinct:.1%} distinct")
 
     def write(self, kind, requests):
         """The LLM's sentences for requests {number: text}: yields (number, sentence)."""
@@ -1250,7 +1246,7 @@ def profile(args):
             # a profile's first clause says what the item is; "for readers who …" would be copied
             clause = re.split("[,;，；]", file.made["item", item["raw"]])[0].rstrip(". ")
             words.append(f"{item['title']} ({clause})" if clause else item["title"])
-        words += [f"They wrote: {text}" for text in users[n].get("reviews", [])[:2]]
+        words += [f"They wrote: {text}" for text in users[n].get("reviews", [])]
         requests[n] = " ".join(words)
     file.add("user", users, requests, titles, titles)
     good = file.faults.pop("", 0)

@@ -3120,6 +3120,9 @@ def test_compare_takes_the_tuned_flags(tuning):
     assert "judge's negatives on lightgcn is not in it" in message
     compare = ["compare", "--run", run, "--tuned", "--methods"]
     assert "MixGCF on lightgcn is not in it" in eval_refused(*compare, "MixGCF")
+    eval_main(*compare, "RNS;DNS(M,N)", "--seeds", 1, "--valid")  # `tune` knows no DNS(M,N)
+    page = (run / "compare-valid.md").read_text()
+    assert "At default flags, without trials: DNS(M,N).\n" in page
     eval_main("tune", "--run", run, "--budget", 3, "--methods", "DNS")
     assert "had 3 to 4 trials" in eval_refused(*compare, "DNS")
     for text, message in (("{", "not by `tune`"), ('{"data": "x", "methods": {}}', "another data")):
@@ -3602,7 +3605,7 @@ BAD_FLAGS = {
         ("--backbone ease", "no vectors"), ("--backbone closed --out x.safetensors", "go to model"),
         ("--sampler rns dns --out x.safetensors", "go to model-"),
         ("--backbone closed --topk 3", "closed has no such"), ("--topk 3", "lightgcn has no such"),
-        ("--text-vectors none", "read --run"), ("--text-vectors x --backbone neumf", "not neumf"),
+        ("--text-vectors none", "read --run"), ("--text-vectors x --backbone neumf", "not for neumf"),
         ("--epochs -1", r"-1 is outside \[0, 2147483647\]"), ("--dim two", "not of type int"),
         ("--loss softmax --sampler rns dns", "makes one model"),
         ("--lr nan", "--lr"), (f"--seed {2**64}", "--seed"), ("--epo 1", "--epo"),
