@@ -390,10 +390,10 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
         label="train", decay=False, stop=None):
     """Train the parameters of `modules` {name: nn.Module}, as nn.ModuleDict takes them, with Adam;
     leave them at the best state. step(rows (B,), numbers below n_rows, generator) -> (loss, {name:
-    float}); validate() -> float, higher is better. Stops after `patience` validations
-    without a new best, or where stop(history) says so. decay: the learning rate falls linearly to
-    0. Returns (best state {name.parameter: tensor}, history). Raises SystemExit2 when a loss or
-    validation is not finite.
+    float}); validate() -> float, higher is better. Stops after `patience` validations without a
+    new best, or where stop(history) says so. decay: the learning rate falls linearly to 0. Returns
+    (best state {name.parameter: tensor}, history). Raises SystemExit2 when a loss or validation is
+    not finite.
     """
     modules = nn.ModuleDict(modules)
     parameters = list(modules.parameters())
@@ -445,6 +445,11 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
           f"{time.time() - start:.0f} s", flush=True)
     restore(modules, best_state)
     return best_state, history
+
+
+def best_epoch(history):
+    """The row of a history of `fit` with the best validation: the one of the state that it left."""
+    return max(history, key=lambda row: row["valid_ndcg@20"])
 
 
 def state_of(modules):

@@ -23,8 +23,8 @@ import torch
 
 import backbones as bb
 from backbones import (
-    Parser, SystemExit2, UnseenSampler, contains, digests, dns, fail, hit_rate, json_digest,
-    load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number,
+    Parser, SystemExit2, UnseenSampler, best_epoch, contains, digests, dns, fail, hit_rate,
+    json_digest, load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number,
     output_name, pair_keys, precision, rank_unseen, ranking_hits, read_jsonl, read_meta, recall,
     row_of, run_cli, sized_to_data, user_rows, write_atomic)
 from hnlmrec import LikelyFalse, load_recommender
@@ -274,11 +274,6 @@ def making_of(run, file):
 Row = namedtuple("Row", "key label method kind paths")
 
 
-def best_epoch(meta):
-    """The row of a model's history with the best validation: the one of the state in its file."""
-    return max(meta["history"], key=lambda row: row["valid_ndcg@20"])
-
-
 def seconds_behind(run, path):
     """{path: own seconds} of a file and of all that it was made from."""
     meta, found = bb.read_header(path), {}
@@ -315,7 +310,7 @@ class Comparison:
             self.with_z.setdefault(label, tensors)
         users, values, ranked = evaluate(model, self.data, self.split)
         activity = torch.bincount(self.data["train"][:, 0], minlength=model.n_users)
-        quarter, best = quartiles(activity)[users], best_epoch(meta)
+        quarter, best = quartiles(activity)[users], best_epoch(meta["history"])
         # rows are compared by it: where training ranked some users alone, all are ranked here
         valid = best["valid_ndcg@20"]
         if meta["settings"].get("eval_users"):
@@ -391,7 +386,7 @@ class Comparison:
             # JSON has no NaN, which a quarter without a pair has
             figures["item_recall"] = [None if math.isnan(x) else x for x in quarters[1]]
             self.result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
-        pair = {"valid": "validation"}.get(self.split, self.split)
+        pair = "validation" if self.split == "valid" else self.split
         count = f"{len(self.users):,} of {self.data['n_users']:,}"
         lines = ["", f"Users with a {pair} pair: {count}.", "",
                  *markdown_table(["method", *COLUMNS, "valid NDCG@20"], main)]
@@ -808,16 +803,15 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES, args.backbone)
     flags = words_of("--flags", args.flags)
-    rows, methods = former_search(args, log, data["digest"], trials)
+    former, methods = former_search(args, log, data["digest"], trials)
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
-    known = [best_epoch(read_meta(path))["valid_ndcg@20"] for path in paths]
+    known = [best_epoch(read_meta(path)["history"])["valid_ndcg@20"] for path in paths]
     texts = len(known) < 2 or known[0] > known[1]
     if not texts:
         print("the judge ranks no better than popularity: parts that live by texts are left alone")
-    # of other inputs or flags: not found; what failed is tried again: the disk may have been full
-    done = {json_digest(row["plan"]): row for row in rows if "failed" not in row}
+    rows = {json_digest(row["plan"]): row for row in former}  # other inputs or flags: not found
     # a round is one trial of each method, so that a stopped search leaves them even
     for n, (name, before) in product(range(args.budget), trials.items()):
         if n and name == JUDGED and not texts:
@@ -830,15 +824,14 @@ def tune(args):
         named = [file for file in command if file.endswith(".safetensors")]
         plan = {"trial": n, "command": command, "data": data["digest"],
                 "inputs": digests(run, *{*METHODS[name].needs, *named})}
-        row = done.get(json_digest(plan))
-        if row is None:
-            out = f"compare/tune-{json_digest(plan)[:6]}.safetensors"
-            row = {"method": name, "plan": plan, "words": words, "model": out,
-                   **run_trial(run, out, command, before)}
-            at = [other["plan"] for other in rows + [row]].index(plan)
-            rows[at:at + 1] = [row]
-            write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        before.append(row)
+        key = json_digest(plan)
+        # what failed is tried again: the disk may have been full
+        if key not in rows or "failed" in rows[key]:
+            out = f"compare/tune-{key[:6]}.safetensors"
+            rows[key] = {"method": name, "plan": plan, "words": words, "model": out,
+                         **run_trial(run, out, command, before)}
+            write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
+        before.append(rows[key])
         # the best one's model is kept, so that nobody has to train it again
         best = best_trial(before)
         for other in before:

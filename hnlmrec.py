@@ -35,9 +35,9 @@ from torch import nn
 
 import backbones as bb
 from backbones import (  # the method's names are bare, so that its pieces can be pasted
-    Parser, bpr_loss, contains, fail, fit, l2_loss, leave_out, line_search, ndcg, number, own_among,
-    pair_keys, rank, restore, rows_of, run_cli, sampled_softmax_loss, standardised, sum_of_rows,
-    take, top_k, user_rows, validation)
+    Parser, best_epoch, bpr_loss, contains, fail, fit, l2_loss, leave_out, line_search, ndcg,
+    number, own_among, pair_keys, rank, restore, rows_of, run_cli, sampled_softmax_loss,
+    standardised, sum_of_rows, take, top_k, user_rows, validation)
 
 # ==== 1. The negative e⁻ and the loss =============================================================
 class Projector(nn.Module):
@@ -418,10 +418,10 @@ class JudgeMaps(nn.Module):
 
 
 def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0):
-    """A training step for `fit`, whose rows are users. Each train item of a user is left
-    out in turn and scored by the others: softmax against n_negatives items, drawn uniformly for the
-    batch, less the user's own. most: train items per user; dropout: share of a text
-    vector's entries set to 0 (Srivastava et al., JMLR 2014); both drawn anew each step.
+    """A training step for `fit`, whose rows are users. Each train item of a user is left out in
+    turn and scored by the others: softmax against n_negatives items, drawn uniformly for the batch,
+    less the user's own. most: train items per user; dropout: share of a text vector's entries set
+    to 0 (Srivastava et al., JMLR 2014); both drawn anew each step.
 
     train (N, 2) -> step(users (B,), of two train pairs or more, generator) -> (scalar, {})."""
     # 1,024 negatives: a batch's table is (P, N), and time grows with it. 64 items of a user: one
@@ -596,24 +596,19 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
             return validation(judge, {"train": train, "valid": valid}, users=validated)()
 
         def behind(history):  # behind the best dropout half-way: its other epochs are not run
-            half = epochs // 2
-            return best and len(history) == half and valid_of(history[-1:]) < valid_of(
-                best[-1][half - 1:half])
+            if not best or len(history) != epochs // 2:
+                return False
+            return history[-1]["valid_ndcg@20"] < best[-1][len(history) - 1]["valid_ndcg@20"]
 
         _, history = fit(
             {"maps": maps}, lambda rows, generator: step(taught[rows], generator), len(taught),
             validate, epochs=epochs, batch_size=max(2, pairs * n_users // len(train)), lr=lr,
             eval_every=1, patience=epochs, seed=seed, label=f"judge, dropout {dropout:g}",
             decay=True, stop=behind)
-        whole = len(history) == epochs
-        if best is None or whole and valid_of(history) > valid_of(best[-1]):
-            best = maps, dropout, history
-    return best
-
-
-def valid_of(history):
-    """The best validation in a history of fit."""
-    return max(row["valid_ndcg@20"] for row in history)
+        score = best_epoch(history)["valid_ndcg@20"]
+        if best is None or len(history) == epochs and score > best[0]:
+            best = score, maps, dropout, history
+    return best[1:]
 
 # ---- The blend: several recommenders in one score, weights by validation -------------------------
 def in_deviations(scores):
@@ -1300,9 +1295,9 @@ def interactions(path, fmt):
             rating = parse_number(row.get(form.rating))
             moment = parse_number(row.get(form.timestamp), dates=True)
         except ValueError:
-            rating = f"{form.rating} {quote(row.get(form.rating))}"
-            refuse(form.timestamp, f"no time, or a rounded one, or {rating} no number; write a "
-                   "rating as 4.5, a time as 2016-03-01 12:30:00 or in seconds")
+            refuse(form.timestamp, f"no time, or a rounded one, or {form.rating} "
+                   f"{quote(row.get(form.rating))} no number; write a rating as 4.5, a time as "
+                   "2016-03-01 12:30:00 or in seconds")
         # the unit of the times follows from the first of them, and all others have to agree
         if moment and moment == moment:
             size = abs(moment)
@@ -1329,8 +1324,8 @@ def parse_number(value, dates=False):
     text = str(value).strip()
     # a time that a spreadsheet rounded, 8.81251E+11, would put a user's pairs into one moment
     if NUMBER.fullmatch(text) and not (dates and ROUNDED.fullmatch(text)):
-        return float(value)
-    return iso_seconds(str(value) if dates else "")
+        return float(text)
+    return iso_seconds(text if dates else "")
 
 
 def iso_seconds(text):
@@ -1369,11 +1364,11 @@ def read_items(path, form, raw_items, counts):
     # ids under another column, or of another data set: nobody wants items without their texts
     if path and len(found) < len(wanted) / 2:
         best = max(held, key=lambda name: len(held[name]), default=form.key)
+        remedy = "write the ids as the interactions do"
+        if len(held[best]) > len(found):
+            remedy = f"column {quote(best)} has {len(held[best]):,}: rename it to {form.key!r}"
         said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items "
-                f"(such as {quote(min(wanted))}); ") + (
-                f"column {quote(best)} has {len(held[best]):,}: rename it to {form.key!r}"
-                if len(held[best]) > len(found) else "write the ids as the interactions do") + (
-                ", or give another file or --format")
+                f"(such as {quote(min(wanted))}); {remedy}, or give another file or --format")
         print(f"  WARNING: {said}") if found else fail(said)
 
     columns = next(iter(found.values()), {title: ""}).keys()
@@ -1550,8 +1545,9 @@ def table_rows(path, columns=None, sep=None):
             # without prose's space behind a comma
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
-                if len(inside) == len(row) and len(inside[0].split()) == 1 and all(
-                        b[:1] != " " for b in inside) and all(
+                like_a_row = (len(inside) == len(row) and len(inside[0].split()) == 1
+                              and not any(field.startswith(" ") for field in inside))
+                if like_a_row and all(
                         NUMBER.fullmatch(b) for a, b in zip(row, inside) if NUMBER.fullmatch(a)):
                     fail(f"{path}: line {line}: its quote has whole rows inside; close it")
             if row:
@@ -1805,11 +1801,12 @@ def main(argv=None):
     p.add_argument("--item", metavar="ID", help="a train item of that user (left out: the first)")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file of `train`")
     args = parser.parse_args(argv)
-    if args.command == "train" and args.paper:  # the paper's values as defaults, and once more
-        commands.choices["train"].set_defaults(**PAPER)
-        args = parser.parse_args(argv)
     if args.command == "train":
-        check_flags(args, commands.choices["train"].get_default)
+        flags = commands.choices["train"]
+        if args.paper:  # the paper's values as defaults, and once more
+            flags.set_defaults(**PAPER)
+            args = parser.parse_args(argv)
+        check_flags(args, flags.get_default)
     programs = {"prepare": prepare, "judge": fit_judge, "train": train_hnlmrec, "blend": blend,
                 "trace": trace}
     programs[args.command](args)

@@ -181,8 +181,8 @@ def pad(pieces, device):
 
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
                  owner):
-    """What encode() computes, written plainly: each pair's whole prompt in one forward pass,
-    no cache. Arguments and result as encode()."""
+    """What encode() computes, written plainly: each pair's whole prompt in one forward pass, no
+    cache. Arguments and result as encode()."""
     # slower, but the only form that gradient checkpointing allows, which runs layers twice; and the
     # oracle that encode() is tested against
     prefixes, pieces = [prompt.user(text) for text in user_texts], []
@@ -787,7 +787,8 @@ def report_held(task, llm, prompt, soft_tokens, head, label, drops=("",)):
             if len(rows):
                 hidden = encode_rows(task, llm, prompt, soft_tokens, rows, drop)
                 columns += f"{held} {task.hit_rate(head(hidden), rows):.3f}   "
-        print(f"  hit rate {f'{label}, without the {drop}' if drop else label:<45}{columns}")
+        name = f"{label}, without the {drop}" if drop else label
+        print(f"  hit rate {name:<45}{columns}")
 
 
 def load_encoder(llm, s, cf, device, frame=None):
@@ -850,10 +851,10 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     # what the figures below are to be compared with: neither needs an LLM
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
-    n_items, n_mined, loss = len(task.candidates), task.mined.shape[1], ""
+    n_items, n_mined, at_chance = len(task.candidates), task.mined.shape[1], ""
     if args.mine == "dns":  # MixGCF's target is one among all and the batch's
-        loss = f"loss at chance ln({n_items}/{n_mined}) = {math.log(n_items / n_mined):.3f}; "
-    print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; {loss}hit rates "
+        at_chance = f"loss at chance ln({n_items}/{n_mined}) = {math.log(n_items / n_mined):.3f}; "
+    print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; {at_chance}hit rates "
           f"without an LLM: chance {chance:.3f}, best single item {popular:.3f}")
     if len(rows):
         hidden = encode_rows(task, llm, prompt, soft_tokens, rows, "", PROFILE_DROPOUT, "warm-up")
