@@ -755,33 +755,27 @@ WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if 
 def check_flags(args, default):
     """Raise SystemExit2 for flags of `train` that do not go together, or that nothing would read.
     default(name): a flag's default."""
+    plain, texts = args.negatives == "none", args.lambda_s or args.text_init
+    likely = args.lambda_f or args.keep_clear == "judge"
+    unread = "nothing reads it with these flags; leave it out"
     # which flags; whether they have to be left out; why
     for names, wrong, why in (
-            ("alpha lambda1 paper", args.negatives == "none", "needs generated vectors; turn it "
-             "off (0; --paper: leave it out), or leave --negatives none out"),
-            ("lambda_s lambda_f", args.paper, "the paper's form has no such term; leave it or "
-             "--paper out"),
-            ("hinge train_projector", not args.paper, "is part of the paper's form, so it needs "
-             "--paper"),
-            ("keep_clear", args.sampler != "dns", "only dns takes a penalty, so it needs "
-             "--sampler dns"),
-            ("keep_clear", args.lambda_f and args.keep_clear == "valid", "beside --lambda-f dns "
-             "keeps clear of the judge's items; leave one of the two out"),
-            ("control", args.negatives == "none" and not (args.lambda_s or args.text_init),
-             "no generated vector or text is read that it could replace; leave it out")):
+            ("alpha lambda1", plain, "needs generated vectors; give 0, or leave --negatives out"),
+            ("paper", plain, "needs generated vectors; leave it or --negatives none out"),
+            ("lambda_s lambda_f", args.paper, "the paper's form has no such term; leave it out"),
+            ("hinge train_projector", not args.paper, "is part of the paper's form; add --paper"),
+            ("keep_clear", args.sampler != "dns", "only dns takes a penalty; add --sampler dns"),
+            ("keep_clear", args.lambda_f and args.keep_clear == "valid",
+             "beside --lambda-f dns keeps clear of the judge's items; leave one of the two out"),
+            ("k attention cf mine_first mine_last", plain, unread), ("judge", not likely, unread),
+            ("gamma", not args.lambda_f, unread), ("text_vectors", not texts, unread),
+            ("tau_c", plain and not args.lambda_s, unread),
+            ("control", plain and not texts, unread)):
         for name in names.split():
-            value = getattr(args, name)
-            if wrong and value not in (0, "none"):
-                said = "" if value is True else f" {value}"
-                fail(f"--{name.replace('_', '-')}{said}: {why}")
-    likely, texts = args.lambda_f or args.keep_clear == "judge", args.lambda_s or args.text_init
-    for names, read in (
-            ("k attention cf mine_first mine_last", args.negatives != "none"),
-            ("gamma", args.lambda_f), ("judge", likely), ("text_vectors", texts),
-            ("tau_c", args.negatives != "none" or args.lambda_s)):
-        for name in names.split():
-            if not read and getattr(args, name) != default(name):
-                fail(f"--{name.replace('_', '-')}: nothing reads it with these flags; leave it out")
+            # alpha and lambda1 even at their defaults: what they weigh is not there
+            off = 0 if name in ("alpha", "lambda1") else default(name)
+            if wrong and getattr(args, name) != off:
+                fail(f"--{name.replace('_', '-')}: {why}")
 
 
 def train_hnlmrec(args):
