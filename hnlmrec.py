@@ -1341,7 +1341,7 @@ def read_items(path, form, raw_items, counts):
     for n, row in form.meta(path) if path else ():
         for name, value in row.items() if n < 10_000 else ():
             held[name] |= wanted & {str(value).strip()}
-        raw = id_text(row.get(form.key))
+        raw = id_text(row.get(form.item))
         if raw not in wanted:
             continue
         try:
@@ -1357,11 +1357,11 @@ def read_items(path, form, raw_items, counts):
                 differ[name].add(raw)
     # ids under another column, or of another data set: nobody wants items without their texts
     if path and len(found) < len(wanted) / 2:
-        best = max(held, key=lambda name: len(held[name]), default=form.key)
+        best = max(held, key=lambda name: len(held[name]), default=form.item)
         remedy = "write the ids as the interactions do"
         if len(held[best]) > len(found):
-            remedy = f"column {quote(best)} has {len(held[best]):,}: rename it to {form.key!r}"
-        said = (f"{path}: column {form.key!r} has {len(found):,} of the {len(wanted):,} items "
+            remedy = f"column {quote(best)} has {len(held[best]):,}: rename it to {form.item!r}"
+        said = (f"{path}: column {form.item!r} has {len(found):,} of the {len(wanted):,} items "
                 f"(such as {quote(min(wanted))}); {remedy}, or give another file or --format")
         print(f"  WARNING: {said}") if found else fail(said)
 
@@ -1408,13 +1408,13 @@ def item_fields(row, form):
     """A metadata row -> {column: raw value}, the title first. Raises ValueError for a table without
     a title, and a category that is none."""
     # in a person's own table the title has any usual name, and all other columns are text
-    own, title, year = form.texts == ("*",), form.title, row.get(form.year)
+    own, title, year = form.texts == ["*"], form.title, row.get(form.year)
     if own:
         title = column_of(row, "title", "the metadata") or title
     if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
         raise ValueError(f"no column {title!r}, only {quote([*row])}")
     fields = {title: f"{row[title]} ({year})" if year else row.get(title)}
-    used = ("", form.key, form.year, title)
+    used = ("", form.item, form.year, title)
     for name in [name for name in row if name not in used] if own else form.texts:
         value = row.get(name) or ""
         if "categor" in name and not isinstance(value, str):
@@ -1508,31 +1508,32 @@ def text_lines(path, encoding="utf-8-sig"):  # -sig: without a byte-order mark
              f"or download it again ({error})")
 
 
-def table_rows(path, columns=None, sep=None):
-    """The rows of a delimited file; columns, sep: None, those of its first line. Raises
-    SystemExit2 for a malformed header or row, and for a quote left open in its row."""
+def table_rows(path, header=""):
+    """The rows of a delimited file; header: of one without. Raises SystemExit2 for a malformed
+    header or row, and for a quote left open in its row."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     # without a header: MovieLens, which is in Latin-1
-    lines, end = text_lines(path, "latin-1" if columns else "utf-8-sig"), 0
-    # the first line says what separates the fields, and what cannot be a table
-    first = next(lines, "")
+    lines = text_lines(path, "latin-1" if header else "utf-8-sig")
+    # the header says what separates the fields, and what cannot be a table
+    first = header or next(lines, "")
     if re.match(r"[{[]|\d+( \d+)+\s*$", first):
         fail(f"{path}: line 1 is {quote(first)}: looks like a user with a list of items, or JSON; "
              "one pair a row is read, under the header user, item; for JSON give its --format")
-    sep, lines = sep or max("\t,;|", key=first.count), chain([first], lines)
+    sep, lines = max("\t", ",", ";", "|", "::", key=first.count), chain([first], lines)
     if sep == "::":  # MovieLens 1M's: csv takes one character
         sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
     # comma and semicolon go with the csv rules of quoting, the others with none
     quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
     reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
+    end, added = 0, bool(header)  # lines are numbered as in the file
     try:
         # without RecBole's types, user_id:token, and pandas' index
-        columns = columns or [re.sub(r"Unnamed: .*|:.*", "", x).strip() for x in next(reader)]
+        columns = [re.sub(r"Unnamed: .*|:.*", "", name).strip() for name in next(reader)]
         if not any(columns) or max(columns.count(name) for name in columns if name) > 1:
             fail(f"{path}: line 1 is empty or names a column twice: {quote(first)}")
-        end = reader.line_num
+        end = reader.line_num - added
         for row in reader:  # a row may span lines: from `line` to `end`
-            line, end = end + 1, reader.line_num
+            line, end = end + 1, reader.line_num - added
             if row and len(row) != len(columns):
                 fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
             # of a text of several lines, those as wide as a row, with numbers where it has, and
@@ -1570,27 +1571,22 @@ def json_rows(path):
 ROLES = ("user", "item", "rating", "timestamp", "text")
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-# reader and columns of the interactions, in the order of ROLES, the last of which may be missing;
-# of the metadata: id, title, texts (*: all others; +: a year that is put behind the title)
+# reader; columns of the interactions, in the order of ROLES, the last of which may be missing; of
+# the metadata, whose ids have the name that they have there: title (+: a year that is put behind
+# it), texts (*: all others); the headers of both files where they have none
 FORMATS = {
-    "table": (table_rows, "user item rating timestamp text", table_rows, "item title *"),
-    "recbole": (table_rows, "user_id item_id rating timestamp",
-                table_rows, "item_id title+release_year *"),
-    # without a header
-    "ml-100k": (partial(table_rows, columns=ROLES[:4], sep="\t"), "user item rating timestamp",
-                partial(table_rows, columns="item title date video url".split() + GENRES, sep="|"),
-                "item title genres"),
-    "ml-1m": (partial(table_rows, columns=ROLES[:4], sep="::"), "user item rating timestamp",
-              partial(table_rows, columns=["item", "title", "genres"], sep="::"),
-              "item title genres"),
-    "ml-latest": (table_rows, "userId movieId rating timestamp",
-                  table_rows, "movieId title genres"),
-    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText", json_rows,
-                   "asin title brand category categories description"),  # categories: in 2014
+    "table": (table_rows, "user item rating timestamp text", "title *"),
+    "recbole": (table_rows, "user_id item_id rating timestamp", "title+release_year *"),
+    "ml-100k": (table_rows, "user item rating timestamp", "title genres",
+                "user\titem\trating\ttimestamp", "|".join(["item|title|date|video|url", *GENRES])),
+    "ml-1m": (table_rows, "user item rating timestamp", "title genres",
+              "user::item::rating::timestamp", "item::title::genres"),
+    "ml-latest": (table_rows, "userId movieId rating timestamp", "title genres"),
+    "amazon2018": (json_rows, "reviewerID asin overall unixReviewTime reviewText",
+                   "title brand category categories description"),  # categories: in 2014
     "amazon2023": (json_rows, "user_id parent_asin rating timestamp text",  # variants share one id
-                   json_rows, "parent_asin title store categories description"),
-    "yelp": (json_rows, "user_id business_id stars date text",
-             json_rows, "business_id name city categories"),
+                   "title store categories description"),
+    "yelp": (json_rows, "user_id business_id stars date text", "name city categories"),
 }
 # the paper's filters: format, --min-rating, --since, --until, --k-core; users, items, pairs as the
 # paper prints them
@@ -1605,23 +1601,23 @@ SYNONYMS = {"user": "userid uid reviewerid", "rating": "stars overall score", "t
             "name movietitle itemname", "timestamp": "time date datetime unixreviewtime", "item":
             "itemid iid movieid bookid productid businessid asin parentasin", "text":
             "review reviewtext"}
-# the interactions' columns and reader; the metadata's reader, columns of ids, title, texts, year
-Format = namedtuple("Format", [*ROLES, "rows", "meta", "key", "title", "texts", "year"])
+# the interactions' columns; readers of both files; the metadata's title, texts, year
+Format = namedtuple("Format", [*ROLES, "rows", "meta", "title", "texts", "year"])
 
 
 def format_of(name, path):
     """The Format of this name; a table's columns are found in the header of its interactions."""
-    rows, columns, meta, metadata = FORMATS[name]
+    reader, columns, texts, *headers = FORMATS[name]
+    rows, meta = [partial(reader, header=header) for header in headers] or [reader, reader]
     columns = [*columns.split(), *[None] * 5][:5]  # None: there is no such column
-    key, title, *texts = metadata.split()
+    title, *texts = texts.split()
     title, _, year = title.partition("+")
     if name == "table":
         # without a row its header is not seen: read_pairs says so
         header = next(table_rows(path), (1, {}))[1]
         columns = [column_of(header, role, path) for role in ROLES]
         columns[:2] = columns[0] or "user", columns[1] or "item"
-        key = columns[1]  # the metadata's ids stand under the name that the interactions give them
-    return Format(*columns, rows, meta, key, title, tuple(texts), year or None)
+    return Format(*columns, rows, meta, title, texts, year or None)
 
 
 def is_called(name, role):

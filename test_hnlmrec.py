@@ -1599,7 +1599,7 @@ def test_a_column_of_items_texts_is_read_though_reviews_have_one_of_that_name(tm
 
 def test_a_format_of_ones_own_is_a_row(tmp_path, monkeypatch):
     """Ids alone; genres as a list, as JSON has them."""
-    row = hnlmrec.json_rows, "user id", hnlmrec.json_rows, "id name genres"
+    row = hnlmrec.json_rows, "user id", "name genres"
     monkeypatch.setitem(hnlmrec.FORMATS, "own", row)
     path = write_lines(tmp_path / "r.json", [{"user": "a", "id": "x"}])
     assert [pair[1:3] for pair in hnlmrec.interactions(path, "own")] == [("a", "x")]
