@@ -1076,9 +1076,10 @@ def prepare(args):
         if not len(of_part):
             fail(f"{source}: --split {s.split} leaves {name} empty; use --split random")
     # texts: of the items, and of the train pairs' reviews alone
-    items = read_items(files.get("meta"), format_of(s.format, source), items, counts)
+    form = format_of(s.format, source)
+    items = read_items(files.get("meta"), form, items, counts)
     user_of_line = dict(rows[["line", "user"]][rows["part"] == 0].tolist())
-    reviews = read_reviews(source, s.format, user_of_line, s.reviews_per_user, counts)
+    reviews = read_reviews(source, form, user_of_line, s.reviews_per_user, counts)
     users = [{"raw": raw, "reviews": reviews[n]} for n, raw in enumerate(users)]
     # write, the data last: it names the rest. A run killed in between is not taken for whole
     out.unlink(missing_ok=True)
@@ -1209,7 +1210,7 @@ def read_pairs(files, s, counts):
 
     def rows(path, part):
         before = counts["rows"]
-        for n, user, item, stars, moment, _ in interactions(path, s.format):
+        for n, user, item, stars, moment in interactions(path, s.format):
             counts["rows"] += 1
             if counts["rows"] % 1_000_000 == 0:
                 print(f"  read {counts['rows']:,} rows", flush=True)
@@ -1272,8 +1273,8 @@ def renumber(codes, names):
 
 
 def interactions(path, fmt):
-    """(line, user, item, rating, seconds, text) of each row; NaN or None where none is. Times:
-    seconds, milli-, micro- or nanoseconds since 1970, one unit a file, or ISO dates."""
+    """(line, user, item, rating, seconds) of each row; NaN where none is. Times: seconds, milli-,
+    micro- or nanoseconds since 1970, one unit a file, or ISO dates."""
     form, unit = format_of(fmt, path), 0  # unit of the times: not known yet
 
     def refuse(name, what):
@@ -1302,7 +1303,7 @@ def interactions(path, fmt):
             if day or size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
                 refuse(form.timestamp, "a day, or not in the unit of the rows before; write it as "
                        "2016-03-01, or all in seconds since 1970")
-        yield n, *pair, rating, moment / (unit or 1), row.get(form.text)
+        yield n, *pair, rating, moment / (unit or 1)
 
 
 # float() would also take 1_0, inf and true
@@ -1336,7 +1337,7 @@ def read_items(path, form, raw_items, counts):
     repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
     # found {id: {column: text}}; seen: rows of each; held: the wanted ids in each column; differ:
     # those whose rows differ in it
-    found, seen, wanted, title = {}, Counter(), set(raw_items), "title"
+    found, seen, wanted = {}, Counter(), set(raw_items)
     held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
         for name, value in row.items() if n < 10_000 else ():
@@ -1344,16 +1345,13 @@ def read_items(path, form, raw_items, counts):
         raw = id_text(row.get(form.item))
         if raw not in wanted:
             continue
-        try:
-            fields = {name: clean(value, counts) for name, value in item_fields(row, form).items()}
-        except ValueError as error:
-            fail(f"{path}: line {n}: {error}; fix that line")
-        title, old = next(iter(fields)), found.get(raw, fields)
+        fields = item_fields(row, form, counts, f"{path}: line {n}")
+        old = found.get(raw, fields)
         found[raw] = max(old, fields, key=fullness)
         seen[raw] += 1
         for name in fields:  # a title that one row alone has is no second title
             other = fields[name].casefold() != old[name].casefold()
-            if other and (name != title or fields[name] and old[name]):
+            if other and (name != "title" or fields[name] and old[name]):
                 differ[name].add(raw)
     # ids under another column, or of another data set: nobody wants items without their texts
     if path and len(found) < len(wanted) / 2:
@@ -1365,20 +1363,20 @@ def read_items(path, form, raw_items, counts):
                 f"(such as {quote(min(wanted))}); {remedy}, or give another file or --format")
         print(f"  WARNING: {said}") if found else fail(said)
 
-    columns = next(iter(found.values()), {title: ""}).keys()
+    columns = next(iter(found.values()), {}).keys()
     # flat: one file of pairs and metadata, a row for a pair
     repeated = sum(n > 1 for n in seen.values())
     flat = repeated > len(found) / 2 or any(is_called(name, "user") for name in held)
     more = 0 if flat else seen.total() - len(found)
     counts["repeated metadata rows (the fullest counts)"] += more
-    left_out = columns & set(form[:4]) - {title}  # a pair's in any file; a text may be the item's
+    left_out = columns & set(form[:4]) - {"title"}  # a pair's in any file; a text may be the item's
     for name in columns if flat else ():
         # left out is what differs between rows of one item, or stands under a name that columns of
         # pairs have; and numbers, which may be made of the item's pairs, such as a mean rating
         about = (differ[name] or OF_PAIRS.search(name) or any(is_called(name, r) for r in ROLES)
                  or not any(LETTER.search(fields[name]) for fields in found.values()))
         # a title may be written in two ways, but not of a fifth of the items: a review has one too
-        if name == title:
+        if name == "title":
             about = len(differ[name]) > repeated / 5
         left_out |= {name} if about or not repeated else set()
     if left_out:
@@ -1388,7 +1386,7 @@ def read_items(path, form, raw_items, counts):
     # a row for every item, found or not; cut, since an LLM's prompt has to hold several of them
     items = []
     for raw in raw_items:
-        *_, known, text = fullness(found.get(raw, {title: ""}), left_out)
+        *_, known, text = fullness(found.get(raw, {"title": ""}), left_out)
         counts["titles cut to 200 characters"] += len(known) > 200
         counts["texts cut to 400 characters"] += len(text) > 400
         items.append({"raw": raw, "title": known[:200].rstrip() or f"Item {raw}",
@@ -1404,47 +1402,41 @@ def fullness(fields, left_out=()):
     return bool(title), len(title) + len(text), title, text
 
 
-def item_fields(row, form):
-    """A metadata row -> {column: raw value}, the title first. Raises ValueError for a table without
-    a title, and a category that is none."""
+def item_fields(row, form, counts, where):
+    """A metadata row -> {column: text}, first the title, here always `title`. Raises SystemExit2
+    for a table without a title, and a category that is none."""
     # in a person's own table the title has any usual name, and all other columns are text
     own, title, year = form.texts == ["*"], form.title, row.get(form.year)
     if own:
-        title = column_of(row, "title", "the metadata") or title
+        title = column_of(row, "title", where) or title
     if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
-        raise ValueError(f"no column {title!r}, only {quote([*row])}")
-    fields = {title: f"{row[title]} ({year})" if year else row.get(title)}
+        fail(f"{where}: no column {title!r}, only {quote([*row])}")
+    fields = {"title": f"{row[title]} ({year})" if year else row.get(title)}
     used = ("", form.item, form.year, title)
     for name in [name for name in row if name not in used] if own else form.texts:
         value = row.get(name) or ""
         if "categor" in name and not isinstance(value, str):
             if not isinstance(value, list):
-                raise ValueError(f"the category {quote(value)} is neither a text nor a list")
+                fail(f"{where}: the category {quote(value)} is neither a text nor a list")
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
         if name == "genres" and isinstance(value, str) and not own:  # Action|Drama, or 0/1 columns
             value = value.replace("(no genres listed)", "").replace("|", ", ") or [
                 one for one in GENRES if row.get(one) == "1"]
         fields[name] = value
-    return fields
+    return {name: clean(value, counts, where) for name, value in fields.items()}
 
 
-def read_reviews(path, fmt, user_of_line, per_user, counts, limit=200):
+def read_reviews(path, form, user_of_line, per_user, counts, limit=200):
     """A second pass, for up to `per_user` review texts of each user -> {user id: [text]}.
     user_of_line: {line: user id} of train pairs, so that no other reaches a profile."""
-    # without a column of texts the file is not read again
     texts = defaultdict(list)
-    if not per_user or not format_of(fmt, path).text:
-        return texts
-    for n, *_, text in interactions(path, fmt):
-        if not text or n not in user_of_line or len(texts[user_of_line[n]]) == per_user:
-            continue
-        if not isinstance(text, str):
-            fail(f"{path}: line {n}: {quote(text)} is no text; fix that line")
-        counts["reviews with half of a character (replaced)"] += bool(HALF.search(text))
-        text = clean(HALF.sub("\ufffd", text), counts)
-        counts[f"reviews cut to {limit} characters"] += len(text) > limit
-        texts[user_of_line[n]] += [text[:limit].rstrip()] if text else []
+    # without a column of texts the file is not read again
+    for n, row in form.rows(path) if per_user and form.text else ():
+        if n in user_of_line and len(texts[user_of_line[n]]) < per_user:
+            text = clean(row.get(form.text), counts, f"{path}: line {n}")
+            counts[f"reviews cut to {limit} characters"] += len(text) > limit
+            texts[user_of_line[n]] += [text[:limit].rstrip()] if text else []
     return texts
 
 
@@ -1464,18 +1456,19 @@ PROGRAM = re.compile(r"\bvar \w+ ?=.*;|\bfunction ?\w* ?\([^)]*\) ?\{|\(new Date
                      r"\bdocument\.\w+[(.=]|[.#]?[\w-]+ ?\{[^{}]*[\w-]+ ?:[^{}]+;[^{}]*\}", re.S)
 
 
-def clean(value, counts):
+def clean(value, counts, where=""):
     """A raw field as one line of text: lists joined, HTML entities decoded, tags, scripts, control
-    characters and runs of white space taken out. counts: a Counter of repairs. Raises ValueError
-    for what is no text: a dict, half of a character."""
+    characters and runs of white space taken out. counts: a Counter of repairs. Raises SystemExit2,
+    which says where, for what is no text."""
     if isinstance(value, (list, tuple)):
-        return ", ".join(filter(None, (clean(one, counts) for one in value)))
-    # one text, of characters that UTF-8 can hold; a year is a number in JSON, NaN is none
-    text = str(value)
+        return ", ".join(filter(None, (clean(one, counts, where) for one in value)))
+    if isinstance(value, (bool, dict)):
+        fail(f"{where}: {quote(value)} is no text; fix that line")
+    # a year is a number in JSON, NaN is none
+    text = HALF.sub("\ufffd", str(value))
     if value is None or text.lower() in ("nan", "null", "<na>"):
         return ""
-    if isinstance(value, (bool, dict)) or HALF.search(text):
-        raise ValueError(f"{quote(value)} is no text, or holds half of a character")
+    counts["texts with half of a character (replaced)"] += text != str(value)
     # a table with tabs that a csv writer made
     if '""' in text and QUOTED.fullmatch(text):
         counts["texts in quotes as csv writes them (taken off)"] += 1

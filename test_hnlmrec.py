@@ -1272,9 +1272,12 @@ def test_readers_hand_worked(fmt, tmp_path):
     encoding = "latin-1" if fmt in ("ml-1m", "ml-100k") else "utf-8"
     path = write_lines(tmp_path / name, lines)
     rows = list(hnlmrec.interactions(path, fmt))
-    assert rows == [(len(lines), "a", "x", 4.5, 1456790400.0, text)]
+    assert rows == [(len(lines), "a", "x", 4.5, 1456790400.0)]
+    form = hnlmrec.format_of(fmt, path)
+    reviews = hnlmrec.read_reviews(path, form, {len(lines): 7}, 2, Counter())
+    assert reviews.get(7, []) == ([text] if text else [])
     meta = write_lines(tmp_path / meta, meta_lines, encoding)
-    items = hnlmrec.read_items(meta, hnlmrec.format_of(fmt, path), ["w", "x"], Counter())
+    items = hnlmrec.read_items(meta, form, ["w", "x"], Counter())
     assert items[1] == {"raw": "x", "title": fields[0], "text": fields[1], "known": True}
     there = fmt == "ml-latest"
     assert items[0] == {"raw": "w", "title": "W" if there else "Item w", "text": "", "known": there}
@@ -1357,10 +1360,12 @@ def test_tables_as_people_have_them(tmp_path, separator, header, times, name):
         moment = iso if times == "iso" else times.format(moment)
         text = text if separator in "\t|" else f'"{text}{separator}"'
         lines.append(separator.join([user, item, rating, moment, text]))
-    rows = list(hnlmrec.interactions(write_lines(tmp_path / name, lines), "table"))
+    path = write_lines(tmp_path / name, lines)
+    rows = list(hnlmrec.interactions(path, "table"))
     assert len(rows) == 36 and rows[7][:4] == (9, "u1", "i1", 5.0)
     assert [row[4] - 1456790400 for row in rows] == [10 * u + i for u in range(6) for i in range(6)]
-    assert rows[0][5].startswith("fine")
+    form = hnlmrec.format_of("table", path)
+    assert hnlmrec.read_reviews(path, form, {2: 0}, 1, Counter())[0][0].startswith("fine")
 
 
 def test_a_rating_taken_back_is_no_positive(tmp_path):
@@ -1462,8 +1467,8 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     text = ('"Great, really.\nI, for one, liked ""it"",\n\nfour, commas, in, here\n'
             'so good,I say,5,times"')
     path = write_lines(tmp_path / "r.csv", [COMMAS[0], f"u0,i0,5,{text}", "u0,i1,5,fine"])
-    rows = list(hnlmrec.interactions(path, "table"))
-    assert [row[0] for row in rows] == [2, 7] and rows[0][5].count("\n") == 4
+    rows = list(hnlmrec.table_rows(path))
+    assert [row[0] for row in rows] == [2, 7] and rows[0][1]["text"].count("\n") == 4
     prose = ["item,title,kind", 'i0,Shirt,"Soft.', 'Cotton, washable, imported"']  # no number in it
     meta, form = write_lines(tmp_path / "p.csv", prose), hnlmrec.format_of("table", path)
     assert hnlmrec.read_items(meta, form, ["i0"], Counter())[0]["text"].endswith("imported")
@@ -1497,7 +1502,6 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     (TABLE, ["item\tkind", *ITEMS[1:]], "no column 'title', only ['item', 'kind']"),
     (TABLE, ITEMS[:1], "has 0 of the 6 items"), (json_grid(), ["[1]"], "line 1"),
     (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is no text"),
-    (json_grid(), [{"asin": "i1", "title": "bad \ud83d emoji"}], "half of a character"),
     (json_grid(), [{"asin": "i1", "title": "t", "category": 5}], "neither a text nor a list"),
     (json_grid(reviewText={"en": "x"}), None, "{'en': 'x'} is no text")])
 def test_files_that_are_refused(tmp_path, lines, meta, message):
@@ -1620,7 +1624,7 @@ def test_reviews_are_those_of_train_pairs_alone_and_of_the_rating_that_counts(tm
         own = sorted(data["train"][data["train"][:, 0] == u, 1].tolist())
         whole = [f"{user['raw']} on i{i} café \ufffd x \U0001f600 " + "x" * 200 for i in own]
         assert len(own) == 8 and sorted(user["reviews"]) == [text[:200] for text in whole]
-    assert "48 reviews with half of a character" in out
+    assert "48 texts with half of a character" in out
 
 
 def test_metadata_of_few_items_and_titles_all_alike_are_said(tmp_path):
@@ -1668,6 +1672,7 @@ def test_amazons_metadata_as_it_is(tmp_path):
     ('"The ""Best"" film"', 'The "Best" film'), ('"Live"', '"Live"'), ('""A" B"', '""A" B"'),
     (".a-box { color: red; }", ""), ("function f(x) { return x }", ""),
     ("NaN", ""), ("null", ""), ("\u200b", ""), ("a\x00b\x9b\r\n\u2028c", "a b c"),
+    ("bad \ud83d emoji", "bad \ufffd emoji"),
     ("{curly} braces: fine",) * 2, ("x\u202ecod.\u202c \u2066y", "x cod. y"), ("&#27;[2J", "[2J")])
 def test_clean_hand_worked(raw, text):
     assert hnlmrec.clean(raw, Counter()) == text
