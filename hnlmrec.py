@@ -1232,14 +1232,6 @@ def read_pairs(files, s, counts):
     # one file that is split here, or three that are split already
     paths = [path for role, path in files.items() if role != "meta"]
     pairs = np.fromiter(chain(*map(rows, paths, range(3))), PAIR)
-    # one id written in two ways would be two: 1 and 1.0; é as one character and as two
-    for ids in (users, items):
-        written = {}
-        for name in ids:
-            other = written.setdefault(unicodedata.normalize("NFC", name).removesuffix(".0"), name)
-            if other != name:
-                fail(f"{', '.join(map(str, paths))}: ids {ascii(other)[:60]}, {ascii(name)[:60]} "
-                     "both occur; unify")
     if own:  # taken as it is, but for rows that come twice
         if not np.isnan(pairs["rating"]).all():
             print("  the ratings are not used: all pairs of your own split count")
@@ -1248,17 +1240,18 @@ def read_pairs(files, s, counts):
 
 
 def id_text(raw):
-    """An id as text, without spaces around it; None when it is not an id."""
+    """An id as text, alike however it is written: without spaces around it, 1.0 as 1, é as one
+    character. None when it is not an id."""
     if isinstance(raw, (bool, dict, list)):
         return None
-    name = str(int(raw) if isinstance(raw, float) and raw.is_integer() else raw).strip()
+    name = re.sub(r"^(\d+)\.0$", r"\1", unicodedata.normalize("NFC", str(raw)).strip())
     return name if 0 < len(name) <= 200 and not NO_ID.search(name) else None
 
 
 # what programs write where there is none; in quotes; rounded by a spreadsheet; a control,
 # zero-width or direction character, or half of a character
-NO_ID = re.compile(r"^(?:null|none|nan|<na>|([\"']).*\1|\d[.,]\d+e\+\d\d)$|[\x00-\x1f\x7f-\x9f\xad"
-                   r"\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
+NO_ID = re.compile(r"^(?:null|none|nan|<na>|([\"']).*\1|\d(?:[.,]\d+)?e\+\d\d)$|[\x00-\x1f\x7f-\x9f"
+                   r"\xad\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
 
 
 def renumber(codes, names):

@@ -1385,9 +1385,14 @@ def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path):
     for order in (1, -1):
         _, _, users, _ = prepared(tmp_path / "a", ["user\titem\trating", *lines[::order]])
         assert [row["raw"] for row in users] == ["007", "07", "7", "10", "a", "b"]
-    for more in (["7.0"], ["caf\u00e9", "cafe\u0301"]):  # one id in two ways
-        more = [f"{user}\t1\t5" for user in more]
-        assert "both occur" in refused_lines(tmp_path / "b", ["user\titem\trating", *lines, *more])
+    for one, other in (("7", "7.0"), ("caf\u00e9", "cafe\u0301")):  # one id in two ways
+        lines = [f"{one}\t{i}\t5" for i in range(3)] + [f"{other}\t{i}.0\t5" for i in range(2, 6)]
+        lines = ["user\titem\trating", *lines]
+        _, items, users, _ = prepared(tmp_path / "a", lines, "--k-core", 1)
+        assert [row["raw"] for row in users] == [one] and len(items) == 6
+    # but a version is no number, and a number rounded in JSON no id
+    assert [hnlmrec.id_text(raw) for raw in ("v1.0", "1.0.0", 7.0, 1e17)] == [
+        "v1.0", "1.0.0", "7", None]
 
 
 def own_split(folder, parts, header="user\titem"):
