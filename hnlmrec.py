@@ -1069,11 +1069,11 @@ def prepare(args):
     if not own:
         rows["part"] = split_pairs(*(rows[name] for name in ("user", "item", "seconds")),
                                    s.split, s.seed)
-    rows, parts = rows[np.lexsort((rows["item"], rows["user"]))], {}
+    pairs, parts = np.stack([rows["user"], rows["item"]], 1).astype(np.int64), {}
+    order = np.lexsort((rows["item"], rows["user"]))
     for code, name in enumerate(PARTS):
-        of_part = rows[rows["part"] == code]
-        parts[name] = np.stack([of_part["user"], of_part["item"]], 1).astype(np.int64)
-        if not len(of_part):
+        parts[name] = pairs[order[rows["part"][order] == code]]
+        if not len(parts[name]):
             fail(f"{source}: --split {s.split} leaves {name} empty; use --split random")
     # texts: of the items, and of the train pairs' reviews alone
     form = format_of(s.format, source)
@@ -1127,9 +1127,8 @@ def prepare_settings(args):
 
 
 def filter_pairs(rows, users, path, s, counts):
-    """Rating filter, then core. PAIR (N,), one row a pair -> PAIR (P,), by first appearance."""
-    # in the order of the file, whatever order `latest` left
-    rows = rows[np.argsort(rows["line"])]
+    """Rating filter, then core. PAIR (N,), one row a pair, in the order of the file -> PAIR (P,),
+    by first appearance."""
     if s.min_rating != "none":
         low = rows["rating"] < s.min_rating
         counts[f"pairs below --min-rating {s.min_rating:g}"] += int(low.sum())
@@ -1156,12 +1155,12 @@ def filter_pairs(rows, users, path, s, counts):
 
 
 def latest(user, item, rating, seconds):
-    """Of each (user, item) the row latest in time -> their indices, int (P,).
+    """Of each (user, item) the row latest in time -> their indices, int (P,), ascending.
 
     Where times are equal or missing, the lowest rating: the order of the file decides nothing."""
     pair = user.astype(np.int64) * (item.max(initial=0) + 1) + item
     order = np.lexsort((rating, -seconds, pair))  # NaN comes last in each
-    return order[np.diff(pair[order], prepend=-1) != 0]
+    return np.sort(order[np.diff(pair[order], prepend=-1) != 0])
 
 
 def k_core(user, item, k):
@@ -1259,7 +1258,7 @@ def renumber(codes, names):
     kept, codes = np.unique(codes, return_inverse=True)
     kept = [names[code] for code in kept]
     # so that the file's order does not decide the numbers; ids by value, of which 1 and 01 are two
-    keys = [(0, int(name), name) if name.isascii() and name.isdecimal() else (1, 0, name)
+    keys = [(int(name) if name.isascii() and name.isdecimal() else math.inf, name)
             for name in kept]
     order = np.array(sorted(range(len(kept)), key=keys.__getitem__))
     return order.argsort()[codes], [kept[n] for n in order]
@@ -1269,33 +1268,31 @@ def interactions(path, fmt):
     """(line, user, item, rating, seconds) of each row; NaN where none is. Times: seconds, milli-,
     micro- or nanoseconds since 1970, one unit a file, or ISO dates."""
     form, unit = format_of(fmt, path), 0  # unit of the times: not known yet
-
-    def refuse(name, what):
-        fail(f"{path}: line {n}: {name or 'time'} {quote(row.get(name))} is {what}")
-
     for n, row in form.rows(path):
         pair = [id_text(row.get(name)) for name in (form.user, form.item)]
         if None in pair:
-            refuse(form[pair.index(None)], "no id (no such column, empty, null, quoted, rounded, "
-                   f"too long or with unseen characters); fix that line (columns: {quote([*row])})")
+            name = form[pair.index(None)]
+            fail(f"{path}: line {n}: {name} {quote(row.get(name))} is no id (no such column, "
+                 "empty, null, quoted, rounded, too long or with unseen characters); fix that line "
+                 f"(columns: {quote([*row])})")
         # a number, or nothing; never something else that is taken for nothing
+        stars, time = row.get(form.rating), row.get(form.timestamp)
         try:
-            rating = parse_number(row.get(form.rating))
-            moment = parse_number(row.get(form.timestamp), dates=True)
+            rating, moment = parse_number(stars), parse_number(time, dates=True)
+            # the unit of the times follows from the first of them, and all others have to agree
+            if moment and moment == moment:
+                size = abs(moment)
+                # as seconds, 20160301 would be a day of August 1970
+                day = not unit and CALENDAR.fullmatch(f"{size:.0f}")
+                unit = unit or next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
+                # 7.3e9 seconds: the year 2200
+                if day or size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
+                    raise ValueError
         except ValueError:
-            refuse(form.timestamp, f"no time, or a rounded one, or {form.rating} "
-                   f"{quote(row.get(form.rating))} no number; write a rating as 4.5, a time as "
-                   "2016-03-01 12:30:00 or in seconds")
-        # the unit of the times follows from the first of them, and all others have to agree
-        if moment and moment == moment:
-            size = abs(moment)
-            # as seconds, 20160301 would be a day of August 1970
-            day = not unit and CALENDAR.fullmatch(f"{size:.0f}")
-            # 7.3e9 seconds: the year 2200
-            unit = unit or next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
-            if day or size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
-                refuse(form.timestamp, "a day, or not in the unit of the rows before; write it as "
-                       "2016-03-01, or all in seconds since 1970")
+            fail(f"{path}: line {n}: {form.rating or 'rating'} {quote(stars)} is no number, or "
+                 f"{form.timestamp or 'time'} {quote(time)} no time, a rounded one, a day, or not "
+                 "in the unit of the rows before; write a rating as 4.5, a time as 2016-03-01 "
+                 "12:30:00, or all in seconds since 1970")
         yield n, *pair, rating, moment / (unit or 1)
 
 
@@ -1628,10 +1625,8 @@ def print_summary(rows, parts, users, items):
         if not len(values):
             continue
         low, middle, high = np.quantile(values, [0, 0.5, 1])
-        far = 100 * max(abs(middle), 1)
-        # 20 years; positions in a history, small numbers, are no dates
-        if name == "seconds":
-            far = 20 * 365.25 * 86400 if middle > 1e8 else np.inf
+        # for dates, 20 years
+        far = 20 * 365.25 * 86400 if middle > 1e8 else 100 * max(abs(middle), 1)
         odd = (np.abs(values - middle) > far).sum()
         note = f"; NOTE: {odd:,} far from the median, {write(middle)}" if odd else ""
         print(f"  {name} from {write(low)} to {write(high)}{note}")
@@ -1643,8 +1638,7 @@ def print_summary(rows, parts, users, items):
     for axis, (name, ids, others) in enumerate((("user", users, items), ("item", items, users))):
         count = np.bincount(pairs[:, axis], minlength=len(ids))
         q = np.quantile(count, [0, 0.25, 0.5, 0.75, 1])
-        print(f"  pairs per {name}: min {q[0]:.0f}, quartiles {q[1]:.0f} {q[2]:.0f} {q[3]:.0f}, "
-              f"max {q[4]:.0f}")
+        print(f"  pairs per {name}: min, quartiles, max", *(f"{count:.0f}" for count in q))
         # a crawler, or an item in every basket, says nothing, and distorts the rest
         if q[4] >= max(0.8 * len(others), 3 * q[2]):
             print(f"  note: {name} {ids[count.argmax()]['raw']} has pairs with "
@@ -1664,10 +1658,11 @@ def print_summary(rows, parts, users, items):
     for row in items[:: max(1, n_items // 3)][:3]:
         print(f"    {row['raw']}: {row['title']} | {row['text'][:90]}")
     titles, texts = ({row[name] for row in items} for name in ("title", "text"))
-    if not known or len(titles) == 1 < n_items:
-        alike = f"all {n_items:,} items have the title {quote(min(titles))}"
-        print(f"  WARNING: {alike if known else 'no item has a title'}"
-              f"{' and no text tells them apart' * (len(texts) == 1)}; see --meta")
+    if not known:
+        print("  WARNING: no item has a title; see --meta")
+    elif len(titles) == 1 < n_items:
+        print(f"  WARNING: all {n_items:,} items have the title {quote(min(titles))}"
+              + " and no text tells them apart" * (len(texts) == 1))
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):

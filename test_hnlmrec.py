@@ -1207,6 +1207,7 @@ def test_the_latest_row_of_a_pair_against_loops():
     kept = hnlmrec.latest(user, item, rating.astype(float), seconds)
     found = {(user[n], item[n]): (np.nan_to_num(seconds[n], nan=-1), -rating[n]) for n in kept}
     assert found == expected and len(kept) == len(expected)
+    assert (np.diff(kept) > 0).all()  # in the order of the file
     user, item = np.array([[0, 65536, 1], [5, 5, 65535]], np.int32)  # keys beyond 32 bits
     assert len(hnlmrec.latest(user, item, np.zeros(3), np.zeros(3))) == 3
 
@@ -1214,7 +1215,7 @@ def test_the_latest_row_of_a_pair_against_loops():
 def test_pairs_are_ordered_by_first_sight_of_user_and_item():
     """The random split draws in this order: with another one, published splits would change."""
     pairs = [(1, 2), (1, 0), (0, 2), (0, 0), (1, 1), (0, 1)]
-    rows = np.array([(u, i, 5, np.nan, n, 0) for n, (u, i) in enumerate(pairs)], hnlmrec.PAIR)[::-1]
+    rows = np.array([(u, i, 5, np.nan, n, 0) for n, (u, i) in enumerate(pairs)], hnlmrec.PAIR)
     s = Namespace(min_rating=4.0, k_core=2, split="random")
     kept = hnlmrec.filter_pairs(rows, "ab", "r.tsv", s, Counter())
     assert list(zip(kept["user"], kept["item"])) == [(1, 2), (1, 0), (1, 1), (0, 2), (0, 0), (0, 1)]
@@ -1425,7 +1426,7 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
     ({"rating": ""}, (), "line 6: no rating"), ({"rating": "nan"}, (), "line 6: no rating"),
     ({"rating": "inf"}, (), "line 6"), ({"rating": "1_0"}, (), "line 6"),
     ({"rating": "4,5"}, (), "write a rating as 4.5"),
-    ({"rating": "five"}, (), "rating 'five' no number"),
+    ({"rating": "five"}, (), "rating 'five' is no number"),
     ({"timestamp": "yesterday"}, (), "2016-03-01"), ({"timestamp": "1,460,000,000"}, (), "no time"),
     ({"timestamp": "1456790400000"}, (), "unit of the rows before"),  # among seconds
     ({"timestamp": ""}, ("--since", "1970-01-01"), "line 6: no timestamp"),
@@ -1451,7 +1452,7 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
     (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
     ({"reviewerID": None}, "None is no id"), ({"reviewerID": ["u"]}, "['u'] is no id"),
     ({"reviewerID": True}, "True is no id"), ({"reviewerID": "\ud800"}, "is no id"),
-    ({"overall": [5]}, "overall [5] no number"), ({"overall": True}, "overall True no number"),
+    ({"overall": [5]}, "overall [5] is no number"), ({"overall": True}, "overall True is no number"),
     ({"unixReviewTime": {}}, "no time"), ('{"reviewerID": "u1", "asin": "i1"}', "no rating")])
 def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
     rows, row = json_grid(), row if isinstance(row, str) else json_grid()[7] | row
@@ -1492,10 +1493,10 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     (['{"user": 1, "item": 2}', *GRID], None, "or JSON"),
     (["0 1 2", "1 5"], None, "looks like a user with a list of items"),
     # a day is not seconds
-    ([HEAD, "a\tx\t5\t20160301\tx"], None, "write it as 2016-03-01"),
-    ([HEAD, "a\tx\t5\t20160301123000\tx"], None, "write it as 2016-03-01"),
-    ([HEAD, "a\tx\t5\t201603011230\tx"], None, "write it as 2016-03-01"),
-    ([HEAD, "a\tx\t5\t1.45679E+12\tx"], None, "or a rounded one"),
+    ([HEAD, "a\tx\t5\t20160301\tx"], None, "a time as 2016-03-01"),
+    ([HEAD, "a\tx\t5\t20160301123000\tx"], None, "a time as 2016-03-01"),
+    ([HEAD, "a\tx\t5\t201603011230\tx"], None, "a time as 2016-03-01"),
+    ([HEAD, "a\tx\t5\t1.45679E+12\tx"], None, "a rounded one"),
     # too few pairs
     ([HEAD], None, "no pairs"), (["user\titem", "a\tx"], None, "--min-rating none"),
     (["user\titem\trating", *(f"a\t{i}\t5" for i in range(5)), "b\t1\t5"], None,
