@@ -827,7 +827,7 @@ def train_hnlmrec(args):
         tensors["user"], tensors["item"] = method.backbone.eval()()
         if table:
             z = [method.projector(part[:, None]) for part in method.hidden.split(4096)]
-            tensors |= {"z": torch.cat(z).half(), "z_pairs": method.generated_pairs}
+            tensors |= {"z": torch.cat(z).half(), "z_pairs": method.generated["pairs"]}
     bb.check_finite(out, tensors, "nothing was written; lower --lr and run again")
     bb.save_tensors(out, tensors, {
         "settings": settings, "history": history, "seconds": time.time() - start})
@@ -892,7 +892,7 @@ def build(run, args, data):
     if args.paper:
         parts |= {"hinge": args.hinge, "train_projector": args.train_projector}
     method = (PaperHNLMRec if args.paper else HNLMRec)(backbone, draw, train, **parts)
-    method.generated_pairs = generated and generated["pairs"]
+    method.generated = generated
     return method
 
 
@@ -958,18 +958,16 @@ def trace(args):
 
     # the pair; without --user and --item the first with a generated vector of its own
     users, items = bb.read_jsonl(run / "users.jsonl"), bb.read_jsonl(run / "items.jsonl")
-    made, train = method.generated_pairs, data["train"]
+    made, train = method.generated["pairs"], data["train"]
     user = users[made[0, 0]]["raw"] if args.user is None else args.user
     u = bb.row_of(users, user, "--user", run / "users.jsonl")
-    of_user = train[train[:, 0] == u, 1].tolist()
-    if not of_user:  # after a split by time, or one's own
-        fail(f"--user {user}: has no train pair to follow; give another user")
-    i = (made[made[:, 0] == u, 1].tolist() + of_user)[0]
+    of_user = train[train[:, 0] == u, 1].tolist()  # none after some splits by time, or one's own
+    i = next(iter(made[made[:, 0] == u, 1].tolist() + of_user), None)
     if args.item is not None:
         i = bb.row_of(items, args.item, "--item", run / "items.jsonl")
     if i not in of_user:
-        fail(f"--item {args.item}: user {user} has no train pair with it "
-             f"(for example {', '.join(items[n]['raw'] for n in of_user[:5])})")
+        named = ", ".join(items[n]["raw"] for n in of_user[:5]) or "none"
+        fail(f"--user {user}: has no train pair with --item {args.item} (it has: {named})")
     row = int((train == torch.tensor([u, i])).all(1).nonzero())
     steps = trace_steps(run, s, data, method.eval(), users, items, row)
     for n, (title, text) in enumerate(steps, 1):
@@ -990,7 +988,7 @@ def trace_steps(run, s, data, method, users, items, row):
     profiles = {(one["kind"], one["raw"]): one["profile"] for one in rows}
     of_user, of_item = profiles["user", user], profiles["item", item]
     yield "profiles", f"item: {of_item}\nuser: {of_user}"
-    generated = bb.load_negatives(run, s.negatives, data)
+    generated = method.generated
     cf_model, _, cf = bb.load_model(run / generated["cf"], data)
     scores = cf_model.scores(torch.tensor([u]))[0]
     yield "CF", (f"e_u {vector_text(cf['user'][u])}\ne_i {vector_text(cf['item'][i])}\nscore "
@@ -1017,9 +1015,8 @@ def trace_steps(run, s, data, method, users, items, row):
     with torch.no_grad():
         z = method.projector(method.hidden[method.table(torch.tensor([row]), method.k, draw)])[0]
         vectors = [table[n] for table, n in zip(method.backbone(), (u, i))]
-    cosines = [F.cosine_similarity(z, vector, 0) for vector in vectors]
-    yield "projector", (f"z {vector_text(z)}; cos(z, e_u) {cosines[0]:.3f}, "
-                        f"cos(z, e_i) {cosines[1]:.3f}")
+    of_u, of_i = (F.cosine_similarity(z, vector, 0) for vector in vectors)
+    yield "projector", f"z {vector_text(z)}; cos(z, e_u) {of_u:.3f}, cos(z, e_i) {of_i:.3f}"
 
     # a step with this pair alone, in training mode: with dropout where the backbone has any
     score = float(method.backbone.scores(torch.tensor([u]))[0, i])
@@ -1027,10 +1024,9 @@ def trace_steps(run, s, data, method, users, items, row):
     loss, logs = method.loss(torch.tensor([row]), draw.manual_seed(0))
     loss.backward()
     terms = ", ".join(f"{name} {value:.4f}" for name, value in logs.items())
-    alone = {"align": "align's only negative is the positive", "semantic": "semantic has none"}
-    note = ", ".join(text for name, text in alone.items() if name in logs)
-    yield "step", (f"score as trained {score:.3f}; loss {loss.item():.4f}; terms, unweighted: "
-                   f"{terms}" + f" (a batch of one: {note})" * bool(note))
+    # in a batch of one align's only negative is the positive, and semantic has none
+    yield "step", (f"score as trained {score:.3f}; loss of this pair alone {loss.item():.4f}; "
+                   f"terms, unweighted: {terms}")
     norms = []
     for name, module in method.modules_trained().items():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
