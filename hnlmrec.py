@@ -18,7 +18,7 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta i
         python hnlmrec.py train --run runs/NAME
 """
 
-import ast, csv, gzip, html.entities, json, math, re, time, unicodedata, zlib
+import ast, csv, gzip, html.entities, io, json, math, re, time, unicodedata, zlib
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
@@ -1430,7 +1430,6 @@ HALF = re.compile(r"[\ud800-\udfff]")  # of a character: valid in JSON, not in U
 # and of direction, and those of no width
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # csv rules of quoting, in a file with tabs
-ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 TAG = re.compile(
     r"<!--.*?-->|</?(?:a|abbr|b|big|blockquote|body|br|center|cite|code|dd|div|dl|dt|em|embed|font|"
     r"form|h[1-6]|head|hr|html|i|iframe|img|input|li|link|meta|ol|object|p|param|pre|s|script|"
@@ -1460,10 +1459,9 @@ def clean(value, counts, where=""):
         counts["texts in quotes as csv writes them (taken off)"] += 1
         text = text[1:-1].replace('""', '"')
     # &amp;amp; is in the wild; what is no entity (AT&T, Q&notes;) stays as it stands
-    decoded, known = text, html.entities.html5
-    while (further := ENTITY.sub(lambda x: html.unescape(x[0]) if x[0][1:] in known or
-                                 x[0][1] == "#" else x[0], decoded)) != decoded:
-        decoded = further
+    decoded = re.sub("&(?:amp;)+", "&", text)
+    decoded = re.sub(r"&#\w+;", lambda x: html.unescape(x[0]), decoded)
+    decoded = re.sub(r"&(\w+;)", lambda x: html.entities.html5.get(x[1], x[0]), decoded)
     counts["texts with HTML entities (decoded)"] += decoded != text
     plain = TAG.sub(" ", BLOCK.sub(" ", decoded))
     counts["texts with HTML tags (taken out)"] += plain != decoded
@@ -1477,11 +1475,10 @@ def clean(value, counts, where=""):
 
 def text_lines(path, encoding="utf-8-sig"):  # -sig: without a byte-order mark
     """The lines of a text file, plain or in gzip. Raises SystemExit2 for anything else."""
-    with open(path, "rb") as file:
-        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     try:
-        with opener(path, "rt", encoding=encoding, newline="") as file:  # csv wants its line ends
-            yield from file
+        with open(path, "rb") as file:
+            whole = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            yield from io.TextIOWrapper(whole, encoding, newline="")  # csv wants its line ends
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read to its end, is not UTF-8 text or gzip: unpack or export it, "
              f"or download it again ({error})")
