@@ -1353,8 +1353,7 @@ def read_items(path, form, raw_items, counts):
     # flat: one file of pairs and metadata, a row for a pair
     repeated = sum(n > 1 for n in seen.values())
     flat = repeated > len(found) / 2 or any(is_called(name, "user") for name in held)
-    more = 0 if flat else seen.total() - len(found)
-    counts["repeated metadata rows (the fullest counts)"] += more
+    counts["repeated metadata rows (fullest kept)"] += 0 if flat else seen.total() - len(found)
     left_out = columns & set(form[:4]) - {"title"}  # a pair's in any file; a text may be the item's
     for name in columns if flat else ():
         # left out is what differs between rows of one item, or stands under a name that columns of
@@ -1392,9 +1391,8 @@ def item_fields(row, form, counts, where):
     """A metadata row -> {column: text}, first the title, here always `title`. Raises SystemExit2
     for a table without a title, and a category that is none."""
     # in a person's own table the title has any usual name, and all other columns are text
-    own, title, year = form.texts == ["*"], form.title, row.get(form.year)
-    if own:
-        title = column_of(row, "title", where) or title
+    own, year = form.texts == ["*"], row.get(form.year)
+    title = own and column_of(row, "title", where) or form.title
     if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
         fail(f"{where}: no column {title!r}, only {quote([*row])}")
     fields = {"title": f"{row[title]} ({year})" if year else row.get(title)}
@@ -1516,10 +1514,9 @@ def table_rows(path, header=""):
             # without prose's space behind a comma
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
-                like_a_row = (len(inside) == len(row) and len(inside[0].split()) == 1
-                              and not any(field.startswith(" ") for field in inside))
-                if like_a_row and all(
-                        NUMBER.fullmatch(b) for a, b in zip(row, inside) if NUMBER.fullmatch(a)):
+                unlike = (b.startswith(" ") or NUMBER.fullmatch(a) and not NUMBER.fullmatch(b)
+                          for a, b in zip(row, inside))
+                if len(inside) == len(row) and len(inside[0].split()) == 1 and not any(unlike):
                     fail(f"{path}: line {line}: its quote has whole rows inside; close it")
             if row:
                 yield line, dict(zip(columns, row))
