@@ -1389,7 +1389,7 @@ def fullness(fields, left_out=()):
 
 def item_fields(row, form, counts, where):
     """A metadata row -> {column: text}, first the title, here always `title`. Raises SystemExit2
-    for a table without a title, and a category that is none."""
+    for a table without a title."""
     # in a person's own table the title has any usual name, and all other columns are text
     own, year = form.texts == ["*"], row.get(form.year)
     title = own and column_of(row, "title", where) or form.title
@@ -1399,9 +1399,7 @@ def item_fields(row, form, counts, where):
     used = ("", form.item, form.year, title)
     for name in [name for name in row if name not in used] if own else form.texts:
         value = row.get(name) or ""
-        if "categor" in name and not isinstance(value, str):
-            if not isinstance(value, list):
-                fail(f"{where}: the category {quote(value)} is neither a text nor a list")
+        if "categor" in name and isinstance(value, list):
             # of a path of categories, or of the last of several, the end is the narrowest
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
         if name == "genres" and isinstance(value, str) and not own:  # Action|Drama, or 0/1 columns

@@ -1508,7 +1508,7 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     (TABLE, ["item\tkind", *ITEMS[1:]], "no column 'title', only ['item', 'kind']"),
     (TABLE, ITEMS[:1], "has 0 of the 6 items"), (json_grid(), ["[1]"], "line 1"),
     (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is no text"),
-    (json_grid(), [{"asin": "i1", "title": "t", "category": 5}], "neither a text nor a list"),
+    (json_grid(), [{"asin": "i1", "title": "t", "category": {"en": 5}}], "is no text"),
     (json_grid(reviewText={"en": "x"}), None, "{'en': 'x'} is no text")])
 def test_files_that_are_refused(tmp_path, lines, meta, message):
     name = "r.tsv" if isinstance(lines[-1], str) else "r.json"
