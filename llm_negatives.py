@@ -222,18 +222,18 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
         order = torch.tensor([len(piece) for piece in pieces], device=device).argsort(stable=True)
     result = []
     for part in order.split(batch or len(order)):
-        hidden, mask, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
-        last = mask.sum(1) - 1  # the last real token of each row
-        result.append(hidden[torch.arange(len(part), device=device), last].float())
+        _, last, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
+        result.append(last.float())
     return torch.cat(result)[order.argsort()]
 
 
-def run_piece(llm, pieces, soft=None, past=None, owner=None):
+def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     """Run one piece of the prompt on top of what is cached.
 
     pieces: B id lists; soft (B, n_soft, H): the vectors for the SOFT places; past: what an earlier
-    call returned last; owner (B,): which of its rows each piece follows, None: row b follows row b
-    -> hidden states (B, L, H), mask (B, L), past (keys and values, mask (B, L0 + L))."""
+    call returned last; owner (B,): which of its rows each piece follows, left out: row b follows
+    row b -> hidden states (B, L, H), those of each row's last token (B, H), past (keys and values,
+    mask (B, L0 + L))."""
     # what goes in: embeddings of the ids, vectors in the SOFT places
     ids, mask = pad(pieces, llm.get_input_embeddings().weight.device)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
@@ -244,18 +244,17 @@ def run_piece(llm, pieces, soft=None, past=None, owner=None):
     full, cache = mask, DynamicCache()
     if past is not None:
         keys_values, past_mask = past
-        if owner is not None:
-            past_mask = past_mask[owner]
-            keys_values = [(keys[owner], values[owner]) for keys, values in keys_values]
-        full, cache = torch.cat([past_mask, mask], 1), DynamicCache(keys_values)  # (B, L0 + L)
+        full = torch.cat([past_mask[owner], mask], 1)  # (B, L0 + L)
+        cache = DynamicCache([(keys[owner], values[owner]) for keys, values in keys_values])
     check_window(llm, full.shape[1])
 
     # padding has no position of its own, so that a row's hidden states are those of its own prompt
     position = (full.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # (B, L)
     out = llm(inputs_embeds=x, attention_mask=full, position_ids=position, past_key_values=cache,
               use_cache=True)
-    keys_values = [(layer[0], layer[1]) for layer in out.past_key_values]
-    return out.last_hidden_state, mask, (keys_values, full)
+    keys_values, hidden = [layer[:2] for layer in out.past_key_values], out.last_hidden_state
+    last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]  # (B, H)
+    return hidden, last, (keys_values, full)
 
 
 def check_window(llm, length):
@@ -733,9 +732,8 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     base, to_logits, device = model.base_model, model.get_output_embeddings(), model.device
     # read the requests, all on top of the one past
     first = torch.zeros(len(requests), dtype=torch.int64, device=device)
-    hidden, mask, (keys_values, full) = run_piece(base, requests, None, past, first)
+    _, last, (keys_values, full) = run_piece(base, requests, None, past, first)
     check_window(model, full.shape[1] + new_tokens)
-    last = hidden[torch.arange(len(requests), device=device), mask.sum(1) - 1]  # (B, H)
     cache, alive = DynamicCache(keys_values), list(range(len(requests)))
     written, texts = [[] for _ in requests], [""] * len(requests)
     for step in range(new_tokens):
