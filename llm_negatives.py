@@ -198,19 +198,18 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
 
 
 def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner,
-           batch=0, instruction=None):
+           batch=0):
     """h(u, i): the hidden state of the last prompt token, for training and generation.
 
     llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens;
     G user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
-    users each item belongs to -> (R, H) float32. batch: items per call, 0: all. instruction:
-    run_piece(llm, [prompt.shared])[2], where no gradient is wanted; None: run here."""
+    users each item belongs to -> (R, H) float32. batch: items per call, 0: all."""
     device = user_vectors.device
     prefixes = [prompt.user(text) for text in user_texts]
     pieces = [prompt.item(text) for text in item_texts]
 
     # the instruction once for all, each user once on top of it
-    past = instruction or run_piece(llm, [prompt.shared])[2]
+    past = run_piece(llm, [prompt.shared])[2]
     first = torch.zeros(len(prefixes), dtype=torch.int64, device=device)
     past = run_piece(llm, prefixes, None, past, first)[2]
 
@@ -514,8 +513,7 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
                 batch=64, which=slice(None), label=""):
     """encode_pairs over many pairs (n, 2) -> (n, H) float32. batch: pairs per call; which: blocks
     that are run here, zeros elsewhere; label: of the line of progress, "": none."""
-    instruction = run_piece(llm, [prompt.shared])[2]  # the same for all: run once
-    encoder = functools.partial(encode, batch=batch, instruction=instruction)
+    encoder = functools.partial(encode, batch=batch)
     hidden = torch.zeros(len(pairs), llm.config.get_text_config().hidden_size, device=pairs.device)
     # a user's pairs together; in blocks of four calls, among which encode() sorts by length
     order = pairs[:, 0].argsort(stable=True)
