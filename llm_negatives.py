@@ -204,22 +204,18 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens;
     G user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
     users each item belongs to -> (R, H) float32. batch: items per call, 0: all."""
-    device = user_vectors.device
     prefixes = [prompt.user(text) for text in user_texts]
     pieces = [prompt.item(text) for text in item_texts]
 
     # the instruction once for all, each user once on top of it
     past = run_piece(llm, [prompt.shared])[2]
-    first = torch.zeros(len(prefixes), dtype=torch.int64, device=device)
-    past = run_piece(llm, prefixes, None, past, first)[2]
+    past = run_piece(llm, prefixes, None, past, [0] * len(prefixes))[2]
 
     # the items, each on top of its user; the item's soft tokens before the user's, as in the prompt
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
-    # in calls of similar lengths, so that little of a call is padding
-    order = torch.arange(len(pieces), device=device)
-    if batch:
-        order = torch.tensor([len(piece) for piece in pieces], device=device).argsort(stable=True)
-    result = []
+    # in calls of similar lengths, so that little of one is padding; a single call keeps the order
+    lengths, result = [len(piece) if batch else 0 for piece in pieces], []
+    order = torch.tensor(lengths, device=owner.device).argsort(stable=True)
     for part in order.split(batch or len(order)):
         _, last, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
         result.append(last.float())
@@ -230,9 +226,9 @@ def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     """Run one piece of the prompt on top of what is cached.
 
     pieces: B id lists; soft (B, n_soft, H): the vectors for the SOFT places; past: what an earlier
-    call returned last; owner (B,): which of its rows each piece follows, left out: row b follows
-    row b -> hidden states (B, L, H), those of each row's last token (B, H), past (keys and values,
-    mask (B, L0 + L))."""
+    call returned last; owner: B numbers of its rows, the one that each piece follows, left out: row
+    b follows row b -> hidden states (B, L, H), those of each row's last token (B, H), past (keys
+    and values, mask (B, L0 + L))."""
     # what goes in: embeddings of the ids, vectors in the SOFT places
     ids, mask = pad(pieces, llm.get_input_embeddings().weight.device)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
@@ -729,8 +725,7 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     that end an answer -> list of B sentences."""
     base, to_logits, device = model.base_model, model.get_output_embeddings(), model.device
     # read the requests, all on top of the one past
-    first = torch.zeros(len(requests), dtype=torch.int64, device=device)
-    _, last, (keys_values, full) = run_piece(base, requests, None, past, first)
+    _, last, (keys_values, full) = run_piece(base, requests, None, past, [0] * len(requests))
     check_window(model, full.shape[1] + new_tokens)
     cache, alive = DynamicCache(keys_values), list(range(len(requests)))
     written, texts = [[] for _ in requests], [""] * len(requests)
