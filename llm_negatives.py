@@ -171,12 +171,17 @@ class SoftTokens(nn.Module):
         return F.normalize(x.unflatten(-1, (self.n_soft, -1)), dim=-1) * self.norm
 
 
-def pad(pieces, device):
-    """List of id lists -> ids (B, L) and mask (B, L) int64, padded on the right."""
-    length = max(map(len, pieces))
-    ids = [piece + [0] * (length - len(piece)) for piece in pieces]
+def pad(pieces, llm):
+    """List of id lists -> ids (B, L) and mask (B, L) int64, padded on the right, on the LLM's
+    device. Raises SystemExit2 for a token that it has no row for."""
+    table, length = llm.get_input_embeddings().weight, max(map(len, pieces))
+    ids = torch.tensor([piece + [0] * (length - len(piece)) for piece in pieces])
     mask = [[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    # on a GPU an id beyond the table ends in an assertion without a line number
+    if (ids >= len(table)).any():
+        fail(f"--llm: its tokenizer or chat template uses token {ids.max()}, the model has "
+             f"{len(table)}; resize the model's embeddings, or give another LLM")
+    return ids.to(table.device), torch.tensor(mask, device=table.device)
 
 
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
@@ -188,7 +193,7 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     prefixes, pieces = [prompt.user(text) for text in user_texts], []
     for user, text in zip(owner.tolist(), item_texts):
         pieces.append(prompt.shared + prefixes[user] + prompt.item(text))
-    ids, mask = pad(pieces, user_vectors.device)
+    ids, mask = pad(pieces, llm)
     # SOFT, -1, has no embedding: any will do, and soft vectors take its places in order
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
@@ -230,7 +235,7 @@ def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     b follows row b -> hidden states (B, L, H), those of each row's last token (B, H), past (keys
     and values, mask (B, L0 + L))."""
     # what goes in: embeddings of the ids, vectors in the SOFT places
-    ids, mask = pad(pieces, llm.get_input_embeddings().weight.device)
+    ids, mask = pad(pieces, llm)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
     if soft is not None:
         x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
@@ -544,7 +549,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
     device, progress = embedding.weight.device, Progress("read", len(texts), "texts")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
-        ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:max_tokens] for k in part], device)
+        ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:max_tokens] for k in part], llm)
         hidden = [embedding(ids)]  # (B, L, H)
         if any(layers):  # a bag of words needs no layer run
             hidden += llm(input_ids=ids, attention_mask=mask, use_cache=False,
@@ -789,7 +794,7 @@ def load_encoder(llm, s, cf, device, frame=None):
     # process 0's for all, unless it comes from a file: then not all may be here
     frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]
     prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, frame)
-    check_pieces(llm, model, tokenizer, prompt.shared + prompt.ask)
+    check_pieces(llm, model, tokenizer)
     # into the LLM and out of it: R^d -> R^H, R^H -> R^d
     hidden_size = model.config.get_text_config().hidden_size
     torch.manual_seed(s.seed)
@@ -1080,7 +1085,6 @@ def read(args):
             llm = load_llm(args.llm, AutoModel, args.dtype, args.device)
         if args.control == "random":  # the same architecture, that has read nothing yet
             llm = AutoModel.from_config(llm.config).to(args.device, llm.dtype).eval()
-        check_tokens(args.llm, llm, tokenizer, [tokenizer.bos_token_id or 0])
         # the words of all items, the layers of the most popular ones: layers are what takes time
         readings = [] if layers[0] else read_layers(llm, tokenizer, texts, [0])
         popular = busiest(data["train"][:, 1], len(texts), args.most)
@@ -1140,8 +1144,7 @@ class Profiles:
         # rendered by the first start alone, since a template may print the date
         self.frames = from_all(self.frames or {
             kind: chat_frame(tokenizer, SYSTEM[kind], EXAMPLES[kind]) for kind in SYSTEM})[0]
-        ids = [frame_ids(tokenizer, part) for frame in self.frames.values() for part in frame]
-        check_pieces(args.llm, self.model.base_model, tokenizer, sum(ids, []))
+        check_pieces(args.llm, self.model.base_model, tokenizer)
         self.ends = end_tokens(self.model, tokenizer)
 
     def save(self):
@@ -1327,27 +1330,15 @@ def load_llm(llm, cls, dtype, device, layers=0):
     return model.requires_grad_(False).eval().to(device)
 
 
-def check_tokens(name, llm, tokenizer, ids):
-    """Refuse a tokenizer with more tokens than the LLM has embeddings, where they are used."""
-    # on a GPU an id beyond the table ends in an assertion without a line number
-    rows = llm.get_input_embeddings().weight.shape[0]
-    largest = max(*ids, tokenizer.vocab_size - 1)  # added tokens that no prompt has do no harm
-    if largest >= rows:
-        fail(f"--llm {name}: its tokenizer or chat template uses token {largest}, the model has "
-             f"{rows}; resize the model's embeddings, or give another LLM")
-
-
 @torch.no_grad()
-def check_pieces(name, llm, tokenizer, ids):
-    """Refuse an LLM that has no row for a token of `ids`, or that cannot be run in pieces."""
+def check_pieces(name, llm, tokenizer):
+    """Refuse an LLM that cannot be run in pieces."""
     # a few tokens by its plain call and by run_piece, padding between, must have the same hidden
     # states. One check in place of a list of families: per-layer embeddings, states of linear
     # attention and positions that count padding all show here
-    check_tokens(name, llm, tokenizer, ids)
-    device = llm.get_input_embeddings().weight.device
     ids, why = text_ids(tokenizer, "Two old friends sail around the world alone."), "other states"
     try:
-        plain = llm(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0].float()
+        plain = llm(input_ids=pad([ids], llm)[0]).last_hidden_state[0].float()
         past = run_piece(llm, [ids[:3], ids[:3] * 8])[2]  # the first row has 21 places of padding
         states = run_piece(llm, [ids[3:], ids[3:]], None, past)[0][0].float()
         off = ((states - plain[3:]).norm() / plain[3:].norm()).item()

@@ -1766,7 +1766,7 @@ def test_families_encode_as_each_prompt_alone_and_write_as_generate(family, tmp_
     parts = llm, prompt, soft_tokens, users, items = encoder_of(tmp_path, layers=2)
     lm, tokenizer = loaded(tmp_path, AutoModelForCausalLM)
     assert len(llm.layers) == 2
-    llm_negatives.check_pieces("x", llm, tokenizer, prompt.shared)
+    llm_negatives.check_pieces("x", llm, tokenizer)
     given = {"input_ids": torch.arange(300)[None]}, {"inputs_embeds": soft_tokens(0, users)}
     tokens, soft = (llm(**inputs, output_hidden_states=True).hidden_states[0].norm(dim=-1)
                     for inputs in given)
@@ -2014,7 +2014,7 @@ def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, mo
     for p in llm.parameters():  # fresh ones have zeros where files of the real ones have none
         if p.dim() > 1 or not p.abs().max():
             p.data.normal_(0, 0.3)
-    message = message_of(llm_negatives.check_pieces, "x", llm, tokenizer, [1])
+    message = message_of(llm_negatives.check_pieces, "x", llm, tokenizer)
     assert f"{family} needs more than input embeddings and a key/value cache" in message
     ours = llm_negatives.read_layers(llm, tokenizer, ["Jaws", "Big fish"], [0, 1])[1]
     hidden = llm(torch.tensor([tokenizer("Jaws").input_ids]), output_hidden_states=True)
@@ -2025,10 +2025,10 @@ def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, mo
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_llm):
     llm, tokenizer = loaded(tiny_llm)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    llm_negatives.check_pieces("x", llm, tokenizer, [255])  # a token that no prompt has
+    llm_negatives.check_pieces("x", llm, tokenizer)  # its prompts do not have that token
     tokenizer.chat_template = "{% for m in messages %}<|turn|>{{m['content']}}{% endfor %}"
     prompt = llm_negatives.Prompt(tokenizer)
-    message = message_of(llm_negatives.check_pieces, "x", llm, tokenizer, prompt.shared)
+    message = message_of(llm_negatives.run_piece, llm, [prompt.shared])
     assert "uses token 256, the model has 256" in message
 
 
