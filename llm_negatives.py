@@ -1159,45 +1159,34 @@ class Profiles:
         text} the LLM's sentence; of the others, and where it has a fault, what `texts` say."""
         keys = [(kind, row["raw"]) for row in rows]
         plain = [WITHOUT_LLM[kind].format(text) for text in texts]
-        todo, saved = [n for n, key in enumerate(keys) if key not in self.made], time.time()
-        self.made |= {keys[n]: plain[n] for n in todo if n not in requests}
-        asked = {n: requests[n] for n in todo if n in requests}
-        progress = Progress(f"profile {kind}s", len(asked), "written")
-        try:
-            for count, (n, text) in enumerate(self.write(kind, asked) if asked else ()):
-                # each sentence is checked before anything else reads it
+        self.made |= {key: plain[n] for n, key in enumerate(keys) if n not in requests}
+        todo, size = [n for n in sorted(requests) if keys[n] not in self.made], self.args.batch_size
+        if todo:  # the answer's beginning is given, as a part of the prompt
+            head, tail = self.frames[kind]
+            tail = frame_ids(self.tokenizer, tail + BEGINNING[kind])
+            ids = {n: text_ids(self.tokenizer, requests[n]) + tail for n in todo}
+            past = run_piece(self.model.base_model, [frame_ids(self.tokenizer, head)])[2]
+            # similar lengths together, so that little is padding
+            todo.sort(key=lambda n: len(ids[n]))
+        progress = Progress(f"profile {kind}s", len(todo), "written")
+        # each process writes a batch, and all get all: users' prompts quote items' profiles
+        for at in range(0, len(todo), size * world()):
+            numbers, written = todo[at:at + size * world()], []
+            if mine := numbers[size * rank():][:size]:
+                written = write_texts(self.model, self.tokenizer, past, [ids[n] for n in mine],
+                                      self.args.new_tokens, self.ends)
+            # each sentence is checked before anything else reads it
+            for n, text in zip(numbers, sum(from_all(written), [])):
+                text = f"{BEGINNING[kind]} {text}".strip() if text else ""
                 fault = fault_of(text, titles[n])
                 self.faults[fault] += 1
                 self.made[keys[n]] = plain[n] if fault else text
-                progress.update(count + 1)
-                # so that a crash loses a minute at most
-                if time.time() > saved + 60:
-                    self.save()
-                    saved = time.time()
-        finally:
-            self.save()
+            self.save()  # a crash loses a batch at most
+            progress.update(at + len(numbers))
         # how good they are, by a count that needs no person
         if requests:
             distinct = len({self.made[keys[n]] for n in requests}) / len(requests)
             print(f"profile: {len(requests)} {kind}s, {distinct:.1%} distinct")
-
-    def write(self, kind, requests):
-        """The LLM's sentences for requests {number: text}: yields (number, sentence)."""
-        # the answer's beginning is given, as a part of the prompt
-        head, tail = self.frames[kind]
-        tail = frame_ids(self.tokenizer, tail + BEGINNING[kind])
-        ids = {n: text_ids(self.tokenizer, text) + tail for n, text in requests.items()}
-        past = run_piece(self.model.base_model, [frame_ids(self.tokenizer, head)])[2]
-        # similar lengths together, so that little is padding
-        order, size = sorted(ids, key=lambda n: len(ids[n])), self.args.batch_size
-        # each process writes a batch, and all get all: users' prompts quote items' profiles
-        for at in range(0, len(order), size * world()):
-            numbers, texts = order[at:at + size * world()], []
-            if mine := numbers[size * rank():][:size]:
-                texts = write_texts(self.model, self.tokenizer, past, [ids[n] for n in mine],
-                                    self.args.new_tokens, self.ends)
-            for n, text in zip(numbers, sum(from_all(texts), [])):
-                yield n, f"{BEGINNING[kind]} {text}".strip() if text else ""
 
 
 def profile(args):
@@ -1244,6 +1233,7 @@ def profile(args):
         words += [f"They wrote: {text}" for text in users[n].get("reviews", [])]
         requests[n] = " ".join(words)
     file.add("user", users, requests, titles, titles)
+    file.save()
     good = file.faults.pop("", 0)
     faults = ", ".join(f"{fault} {count}" for fault, count in file.faults.items())
     print(f"profile: {good} written by the LLM, {total - earlier - good} from metadata, of which "
