@@ -473,18 +473,17 @@ def add_lora(llm, targets, r, alpha, dropout):
     from peft import LoraConfig, get_peft_model  # here, since it takes two seconds to import
 
     # GPT-2's linear layers are Conv1D, which keeps its weights as (in, out)
-    linear = [name for name, module in llm.named_modules()
+    linear = [f".{name}" for name, module in llm.named_modules()
               if isinstance(module, (nn.Linear, Conv1D))]
-    names, found = Counter(name.rpartition(".")[2] for name in linear), []
-    for target in targets:
-        # the end of a layer's path, as in peft, which would pass over a name that matches nothing
-        count = sum(f".{name}".endswith(f".{target}") for name in linear)
-        if not count:
-            there = ", ".join(f"{name} ×{count}" for name, count in names.items())
-            fail(f"--lora-targets {target}: the LLM has no linear layer of this name; name some of "
-                 f"those it has: {there or 'none'}")
-        found.append(f"{target} ×{count}")
-    print(f"LoRA on {len(found)} of {len(names)} kinds of linear layer: {', '.join(found)}")
+    kinds = Counter(name.rpartition(".")[2] for name in linear)
+    # the end of a layer's path, as in peft, which would pass over a name that matches nothing
+    found = {target: sum(name.endswith(f".{target}") for name in linear) for target in targets}
+    on = ", ".join(f"{name} ×{count}" for name, count in found.items())
+    if not all(found.values()):
+        there = ", ".join(f"{name} ×{count}" for name, count in kinds.items())
+        fail(f"--lora-targets {','.join(targets)}: the LLM has no linear layer of a name ({on}); "
+             f"name some of those it has: {there or 'none'}")
+    print(f"LoRA on {len(found)} of {len(kinds)} kinds of linear layer: {on}")
     warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it as Conv1D needs
     return get_peft_model(llm, LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
