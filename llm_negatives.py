@@ -59,28 +59,22 @@ def chat_frame(tokenizer, instruction, examples=()):
     """What a chat template puts before and after the text of a user's turn -> (head, tail); plain
     lines where there is no template. examples: pairs (request, answer), as turns before it. Raises
     SystemExit2 unless the template prints the instruction, and the user's text exactly once."""
-    turns = [{"role": "system", "content": instruction}]
-    for request, reply in examples:
-        turns += [{"role": "user", "content": request}, {"role": "assistant", "content": reply}]
-    turns.append({"role": "user", "content": PLACE})
-    contents = [turn["content"] for turn in turns]
-
-    def render(turns):
-        try:  # a template that can think is told not to
-            return tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
-            return ""
-
+    contents = [instruction, *sum(examples, ()), PLACE]
+    roles = ["system", *["user", "assistant"] * len(examples), "user"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, contents)]
     text = (tokenizer.bos_token or "") + "\n".join([*contents, ""])
-    if tokenizer.chat_template:
-        # a template may ignore or refuse the system role: then the first user turn carries it; or
-        # the examples: then one user turn carries everything
-        texts = [render(turns)]
-        for n in (2, len(turns)):
-            texts.append(render([{"role": "user", "content": "\n".join(contents[:n])}, *turns[n:]]))
-        text = next((text for text in texts if all(part in text for part in contents)), "")
-    if text.count(PLACE) != 1:
+    # a template may ignore or refuse the system role: then the first user turn carries it; or the
+    # examples: then one user turn carries everything
+    for n in (1, 2, len(turns)) if tokenizer.chat_template else ():
+        first = {"role": "system" if n == 1 else "user", "content": "\n".join(contents[:n])}
+        try:  # a template that can think is told not to
+            text = tokenizer.apply_chat_template([first, *turns[n:]], tokenize=False,
+                                                 add_generation_prompt=True, enable_thinking=False)
+        except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
+            text = ""
+        if all(part in text for part in contents):
+            break
+    if text.count(PLACE) != 1 or not all(part in text for part in contents):
         fail("--llm: its chat template does not print the instruction, and the user's turn once; "
              "give an LLM whose template does")
     head, tail = text.split(PLACE)
@@ -101,9 +95,8 @@ def frame_ids(tokenizer, text):
 @functools.lru_cache(maxsize=4)
 def control_tokens(tokenizer):
     """A pattern of the strings that the tokenizer reads as one token of its own ("<|im_end|>")."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     # runs of spaces, and single characters, are text; the longest first, as the tokenizer does
-    words = [word for word in added | set(tokenizer.all_special_tokens)
+    words = [word for word in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
              if len(word) > 1 and not word.isspace()]
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
@@ -159,9 +152,8 @@ class SoftTokens(nn.Module):
         # would otherwise fill the token
         self.register_buffer("mean", torch.stack([user.mean(0), item.mean(0)]))  # (2, d)
         self.register_buffer("std", torch.stack([user.std(0), item.std(0)]).clamp(min=1e-6))
-        self.maps = nn.ModuleList()
-        for _ in range(2 if n_soft else 0):
-            self.maps.append(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False))
+        self.maps = nn.ModuleList(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False)
+                                  for _ in range(2 if n_soft else 0))
 
     def forward(self, side, vectors):
         """side 0 users, 1 items; vectors (B, d) -> (B, n_soft, H), each of norm `norm`."""
