@@ -253,8 +253,7 @@ def check_window(llm, length):
     """Refuse a prompt longer than the LLM's attention window, or than its positions."""
     # padding would take places of a shorter window, so that rows would depend on each other
     config = llm.config.get_text_config()
-    for name in ("sliding_window", "attention_chunk_size", "window_size",
-                 "max_position_embeddings"):
+    for name in "sliding_window attention_chunk_size window_size max_position_embeddings".split():
         window = getattr(config, name, None)
         if isinstance(window, int) and 0 < window < length:  # some LLMs write 0 for none
             fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
@@ -612,9 +611,8 @@ def sentence_ends(text):
     for mark in re.finditer(rf"[.!?]+[\"'”’)\]]*(?=\s|$)|[{FULL_STOPS}]+[”’」』）]*", text):
         word = re.search(r"[^\s(\"'“‘]*$", text[:mark.start()])[0]
         # a stop that belongs to its word: "L.A.", "J.", "Dr.", and "5." that is cut before "5.1"
-        inside = "." in word or word.lower() in ABBREVIATIONS or re.fullmatch(r"[^\W\d]", word)
-        if mark.end() == len(text) and re.search(r"(^|\D)\d{1,2}$", word):
-            inside = True
+        inside = ("." in word or word.lower() in ABBREVIATIONS or re.fullmatch(r"[^\W\d]", word)
+                  or mark.end() == len(text) and re.search(r"(^|\D)\d{1,2}$", word))
         # nor does a sentence end before a small letter: "Super Mario Bros. fans", "Jeopardy! fans"
         goes_on = text[mark.end():].lstrip()[:1].islower()
         if not goes_on and (text[mark.start()] != "." or not inside):
@@ -698,17 +696,14 @@ def best_new(logits, written, tokenizer):
     """Greedy choice without repeated pairs of tokens (no repeated n-gram: Paulus et al., 2018), and
     without "X and X". logits (B, V), written: B id lists -> list of B ids."""
     # small LLMs loop otherwise
+    def is_new(token, ids):
+        again = token in ids[-2:] or (*ids[-1:], token) in zip(ids, ids[1:])
+        # digits may repeat, as in 2000, commas, and letters that are tokens in other scripts
+        return not again or not re.search(r"[^\W\d]{2}", tokenizer.decode([token]))
+
     chosen = []
-    for candidates, ids in zip(logits.topk(8).indices.tolist(), written):
-        pairs = set(zip(ids, ids[1:]))
-        for token in candidates:
-            again = token in ids[-2:] or (*ids[-1:], token) in pairs
-            # digits may repeat, as in 2000, commas, and letters that are tokens in other scripts
-            if not again or not re.search(r"[^\W\d]{2}", tokenizer.decode([token])):
-                break
-        else:
-            token = candidates[0]
-        chosen.append(token)
+    for best, ids in zip(logits.topk(8).indices.tolist(), written):
+        chosen.append(next((token for token in best if is_new(token, ids)), best[0]))
     return chosen
 
 
@@ -1084,9 +1079,8 @@ def read(args):
             readings.append(reading.mean(0).repeat(len(texts), 1))  # (I, H), for those not read
             readings[-1][popular] = reading
         if deep and len(popular) < len(texts):
-            words = "their words and " * (not layers[0])
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
-                  f"the others have {words}the mean of the layers")
+                  "the others have the mean of these")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
     check_finite(out, tensors, "use --dtype fp32")
     save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start})
