@@ -1080,7 +1080,7 @@ def read(args):
             readings[-1][popular] = reading
         if deep and len(popular) < len(texts):
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
-                  "the others have the mean of these")
+                  f"the others have {'their words and ' * (not layers[0])}the mean of the layers")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
     check_finite(out, tensors, "use --dtype fp32")
     save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start})
