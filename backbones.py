@@ -459,9 +459,8 @@ def state_of(modules):
 
 def restore(modules, state):
     """Load {prefix.name: tensor} into {prefix: module}: the inverse of state_of."""
-    for prefix, module in modules.items():
-        module.load_state_dict({name[len(prefix) + 1:]: value for name, value in state.items()
-                                if name.startswith(f"{prefix}.")})
+    nn.ModuleDict(modules).load_state_dict(
+        {name: value for name, value in state.items() if name.split(".")[0] in modules})
 
 
 def ranking_hits(model, pairs, seen, k):
