@@ -797,13 +797,18 @@ def tune(args):
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
     run, data = Path(args.run), load_data(args.run)
     log = run / f"{output_name('--out', args.out, 'eval.py tune')}.jsonl"
-    names = [name.strip() for name in args.methods.split(";")] if args.methods else [
+    names = args.methods.split(";") if args.methods else [
         name for name in SPACES if fits(name, args.backbone)]
-    trials = {name: [] for name in names}
+    trials = {name.strip(): [] for name in names}
     for name in trials:
         check_row(run, name, SPACES, args.backbone)
     flags = words_of("--flags", args.flags)
-    former, methods = former_search(args, log, data["digest"], trials)
+    # what former starts left, by plan: those of other inputs or flags are not found. With --force
+    # only what is of other methods and backbones
+    former, file = read_jsonl(log, growing=True) if log.exists() else [], log.with_suffix(".json")
+    done = {json_digest(row["plan"]): row for row in former if not args.force
+            or row["method"] not in trials or args.backbone not in row["plan"]["command"]}
+    methods = read_tuned(file, data["digest"], anew=args.force or not file.exists())
     # what is known before the first trial: where the judge ranks no better than popularity on
     # validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
@@ -811,7 +816,6 @@ def tune(args):
     texts = len(known) < 2 or known[0] > known[1]
     if not texts:
         print("the judge ranks no better than popularity: parts that live by texts are left alone")
-    rows = {json_digest(row["plan"]): row for row in former}  # other inputs or flags: not found
     # a round is one trial of each method, so that a stopped search leaves them even
     for n, (name, before) in product(range(args.budget), trials.items()):
         if n and name == JUDGED and not texts:
@@ -826,12 +830,12 @@ def tune(args):
                 "inputs": digests(run, *{*METHODS[name].needs, *named})}
         key = json_digest(plan)
         # what failed is tried again: the disk may have been full
-        if key not in rows or "failed" in rows[key]:
+        if key not in done or "failed" in done[key]:
             out = f"compare/tune-{key[:6]}.safetensors"
-            rows[key] = {"method": name, "plan": plan, "words": words, "model": out,
+            done[key] = {"method": name, "plan": plan, "words": words, "model": out,
                          **run_trial(run, out, command, before)}
-            write_atomic(log, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
-        before.append(rows[key])
+            write_atomic(log, "".join(json.dumps(row) + "\n" for row in done.values()).encode())
+        before.append(done[key])
         # the best one's model is kept, so that nobody has to train it again
         best = best_trial(before)
         for other in before:
@@ -843,42 +847,26 @@ def tune(args):
         best = best_trial(rows)
         if not (run / best["model"]).exists():  # it was deleted since
             program(*best["plan"]["command"], "--run", run, "--out", best["model"], "--force")
-        whole = sum(row["valid"] is not None for row in rows)
-        found = best | {"trials": len(rows), "in full": whole}
-        methods.setdefault(args.backbone, {})[name] = found
-        table.append([name, len(rows), whole, f"{rows[0]['valid']:.4f}", f"{best['valid']:.4f}",
+        counts = {"trials": len(rows), "in full": sum(row["valid"] is not None for row in rows)}
+        methods.setdefault(args.backbone, {})[name] = best | counts
+        table.append([name, *counts.values(), f"{rows[0]['valid']:.4f}", f"{best['valid']:.4f}",
                       " ".join(best["words"]) or "defaults"])
     header = ["method", "trials", "in full", "valid NDCG@20, defaults", "best", "flags"]
-    write_page(log.with_suffix(".md"), markdown_table(header, table), log.with_suffix(".json"),
+    write_page(log.with_suffix(".md"), markdown_table(header, table), file,
                {"data": data["digest"], "methods": methods})
 
 
-def former_search(args, log, digest, names):
-    """What former starts left: rows of OUT.jsonl, OUT.json's methods; with --force those of other
-    methods and backbones alone. Raises SystemExit2 for another split's, unless --force."""
-    rows, methods, path = [], {}, log.with_suffix(".json")
-    if log.exists():
-        rows = read_jsonl(log, growing=True)
-    if args.force:
-        rows = [row for row in rows
-                if row["method"] not in names or args.backbone not in row["plan"]["command"]]
-    try:
-        methods = read_tuned(path, digest) if path.exists() else {}
-    except SystemExit2:
-        if not args.force:
-            raise
-    return rows, methods
-
-
-def read_tuned(path, digest):
-    """The file of `tune` -> {backbone: {method: its best trial}}. Raises SystemExit2 when it is not
-    there, not whole, or of another split."""
+def read_tuned(path, digest, anew=False):
+    """The file of `tune` -> {backbone: {method: its best trial}}. When it is not there, not whole,
+    or of another split: anew: nothing; otherwise raises SystemExit2."""
     why = "is not there, or not by `tune`"
     with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
         tuned = json.loads(path.read_text())
         if tuned["data"] == digest:
             return tuned["methods"]
         why = "was tuned on another data.safetensors"
+    if anew:
+        return {}
     fail(f"{path}: {why}; run `python eval.py tune --run {shlex.quote(str(path.parent))} --out "
          f"{path.stem} --force`")
 
