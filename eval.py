@@ -33,6 +33,9 @@ from hnlmrec import LikelyFalse, load_recommender
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
 # what the tables show; the others go into the JSON files
 COLUMNS = ["Recall@10", "Recall@20", "NDCG@10", "NDCG@20"]
+GROUPS = ["Q1", "Q2", "Q3", "Q4", "I1", "I2", "I3", "I4", "popularity", "coverage", "Gini"]
+FORMS = {"popularity": ".0f", "coverage": ".1%", "Gini": ".3f", "seconds": ".0f",
+         "seconds of all steps": ".0f"}  # the other columns: .4f
 
 
 def seen_before(data, split):
@@ -55,10 +58,10 @@ def evaluate(model, data, split="test", ks=(10, 20)):
 
 
 def list_statistics(users, ranked, data, split="test"):
-    """What lists (n, k) of users (n,) hold -> item_recall: recall of the pairs of each quarter of
-    the items by train popularity, NaN without a pair; popularity: mean train count of a recommended
-    item; coverage: share of the catalogue recommended to anybody; gini: inequality of how often, 0
-    (all alike) to 1."""
+    """What lists (n, k) of users (n,) hold -> I1 … I4: recall of the pairs of each quarter of the
+    items by train popularity, I1 the least, NaN without a pair; popularity: mean train count of a
+    recommended item; coverage: share of the catalogue recommended to anybody; Gini: inequality of
+    how often, 0 (all alike) to 1."""
     # over pairs, not users: a user has too few pairs to share them out among quarters
     n_items, real = data["n_items"], ranked >= 0
     count, recommended = torch.bincount(data["train"][:, 1], minlength=n_items), ranked[real]
@@ -68,10 +71,10 @@ def list_statistics(users, ranked, data, split="test"):
     # Gini's index, from the sorted frequencies; items that nobody gets count too
     frequency = torch.bincount(recommended, minlength=n_items).double().sort().values
     weight = 2 * torch.arange(1, n_items + 1).double() - n_items - 1
-    return {"item_recall": [float(hit[quarter == q].mean()) for q in range(4)],
-            "popularity": float(count[recommended].double().mean()),
-            "coverage": float((frequency > 0).double().mean()),
-            "gini": float(weight @ frequency / (n_items * frequency.sum()))}
+    by_quarter = {f"I{q + 1}": float(hit[quarter == q].mean()) for q in range(4)}
+    return by_quarter | {"popularity": float(count[recommended].double().mean()),
+                         "coverage": float((frequency > 0).double().mean()),
+                         "Gini": float(weight @ frequency / (n_items * frequency.sum()))}
 
 
 def quartiles(count):
@@ -288,18 +291,17 @@ def seconds_behind(run, path):
 
 
 class Comparison:
-    """Rows evaluated on one split, and what tables, tests and a picture say of them. cells {key:
-    {column: array}}: metrics by seed and user (S, n), by quarter (S, 4), the others (S,). result:
-    what goes into the JSON file."""
+    """Rows evaluated on one split, and what tables, tests and a picture say of them. ndcg {key:
+    NDCG@20 by seed and user (S, n)}, figures {key: {column: (S,)}}; result: for the JSON file."""
     def __init__(self, run, rows, data, split="test"):
         self.run, self.rows, self.data, self.split = run, rows, data, split
-        self.cells, self.with_z = {}, {}
+        self.ndcg, self.figures, self.with_z = {}, {}, {}
         self.result = {"data": data["digest"], "methods": {}, "tests": {}}
         for row in rows:
-            by_seed = [self.evaluate_file(path, row.label) for path in row.paths]
-            self.cells[row.key] = {column: np.stack([cell[column] for cell in by_seed])
-                                   for column in by_seed[0]}
-        self.seeds, self.users = len(rows[0].paths), self.cells[rows[0].key]["users"][0]
+            ndcg, found = zip(*(self.evaluate_file(path, row.label) for path in row.paths))
+            self.ndcg[row.key] = np.stack(ndcg)
+            self.figures[row.key] = {c: np.array([each[c] for each in found]) for c in found[0]}
+        self.seeds, self.users = len(rows[0].paths), data[split][:, 0].unique()
         # without a baseline something has to stand in for one
         self.rival = self.best(BASELINES) or rows[0]
 
@@ -316,14 +318,15 @@ class Comparison:
         if meta["settings"].get("eval_users"):
             scores = values if self.split == "valid" else evaluate(model, self.data, "valid")[1]
             valid = float(scores["NDCG@20"].mean())
-        seconds = seconds_behind(self.run, path)
-        return {"users": users, **values, **list_statistics(users, ranked, self.data, self.split),
-                "user_ndcg": [float(values["NDCG@20"][quarter == q].mean()) for q in range(4)],
-                "valid NDCG@20": valid, "best epoch": best["epoch"],
-                "seconds": seconds[path], "seconds of all steps": sum(seconds.values())}
+        ndcg, seconds = values["NDCG@20"], seconds_behind(self.run, path)
+        figures = {name: float(value.mean()) for name, value in values.items()}
+        figures |= {f"Q{q + 1}": float(ndcg[quarter == q].mean()) for q in range(4)}
+        return ndcg, {**figures, **list_statistics(users, ranked, self.data, self.split),
+                      "valid NDCG@20": valid, "best epoch": best["epoch"],
+                      "seconds": seconds[path], "seconds of all steps": sum(seconds.values())}
 
     def mean(self, row, column="valid NDCG@20"):
-        return float(self.cells[row.key][column].mean())
+        return float(self.figures[row.key][column].mean())
 
     def best(self, wanted):
         """The best row by validation of some names in METHODS or kinds; None for none."""
@@ -335,7 +338,7 @@ class Comparison:
     def difference(self, row, other):
         """NDCG@20 of one row minus another's, by users' means over seeds -> dict: mean, low and
         high end of the 95 % interval, p; by seed."""
-        by_user = self.cells[row.key]["NDCG@20"] - self.cells[other.key]["NDCG@20"]  # (S, n)
+        by_user = self.ndcg[row.key] - self.ndcg[other.key]  # (S, n)
         # over seeds first: a seed is no extra user
         test = zip(("mean", "low", "high", "p"), paired_bootstrap(by_user.mean(0)))
         return {**dict(test), "by seed": by_user.mean(1).tolist()}
@@ -362,11 +365,11 @@ class Comparison:
         """The lines of all tables, and the picture OUT.svg; figures go into self.result."""
         main, differences, groups, tests = [], [], [], {}
         for row in self.rows:
-            cell = self.cells[row.key]
-            scores = [cell[column].mean(1) for column in COLUMNS]  # (S,) each
-            spread = [f" ± {s.std(ddof=1):.4f}" if self.seeds > 1 else "" for s in scores]
-            main.append([row.label, *(f"{s.mean():.4f}{sd}" for s, sd in zip(scores, spread)),
-                         f"{self.mean(row):.4f}"])
+            figures = {column: self.mean(row, column) for column in self.figures[row.key]}
+            text = {column: f"{x:{FORMS.get(column, '.4f')}}" for column, x in figures.items()}
+            for column in COLUMNS if self.seeds > 1 else ():
+                text[column] += f" ± {self.figures[row.key][column].std(ddof=1):.4f}"
+            main.append([row.label, *(text[column] for column in (*COLUMNS, "valid NDCG@20"))])
             # against the rival. No p here: with one in each row, some would be small by chance
             against = ["", ""]
             if row != self.rival:
@@ -374,18 +377,12 @@ class Comparison:
                 against = [interval(test), f"{sum(d > 0 for d in test['by seed'])}/{self.seeds}"]
                 self.result["tests"][row.key] = {"against": self.rival.key} | {
                     key: value for key, value in test.items() if key != "p"}
-            cost = [f"{self.mean(row, c):.0f}" for c in ("seconds", "seconds of all steps")]
-            differences.append([row.label, *against, *cost])
-            # sparse users, unpopular items, popularity bias
-            quarters = [cell[c].mean(0).tolist() for c in ("user_ndcg", "item_recall")]
-            groups.append([row.label, *(f"{x:.4f}" for x in sum(quarters, [])),
-                           f"{self.mean(row, 'popularity'):.0f}",
-                           f"{self.mean(row, 'coverage'):.1%}", f"{self.mean(row, 'gini'):.3f}"])
-            figures = {c: self.mean(row, c) for c in cell
-                       if c not in ("users", "user_ndcg", "item_recall")}
+            differences.append([row.label, *against, text["seconds"], text["seconds of all steps"]])
+            groups.append([row.label, *(text[column] for column in GROUPS)])
             # JSON has no NaN, which a quarter without a pair has
-            figures["item_recall"] = [None if math.isnan(x) else x for x in quarters[1]]
-            self.result["methods"][row.key] = figures | {"by seed": scores[3].tolist()}
+            figures = {column: None if math.isnan(x) else x for column, x in figures.items()}
+            by_seed = self.figures[row.key]["NDCG@20"].tolist()
+            self.result["methods"][row.key] = figures | {"by seed": by_seed}
         pair = "validation" if self.split == "valid" else self.split
         count = f"{len(self.users):,} of {self.data['n_users']:,}"
         lines = ["", f"Users with a {pair} pair: {count}.", "",
@@ -400,12 +397,11 @@ class Comparison:
                       "and of all that made its files, profiles apart.", "",
                       *markdown_table(["method", "NDCG@20", "seeds above", "s", "s, all steps"],
                                       differences), "", f"![differences]({out}.svg)"]
-        header = "method Q1 Q2 Q3 Q4 I1 I2 I3 I4 popularity coverage Gini".split()
         return [*lines, "", "## Sparse users, unpopular items", "",
                 "NDCG@20 of users by quarter of their train count (Q1 fewest); recall by quarter "
                 "of the item's train popularity (I1 least popular); mean train count of what is "
                 "recommended, share of the catalogue recommended, Gini index.", "",
-                *markdown_table(header, groups)]
+                *markdown_table(["method", *GROUPS], groups)]
 
 
 def interval(test):

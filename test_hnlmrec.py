@@ -2695,12 +2695,12 @@ def test_evaluate_and_list_statistics_against_loops(split):
         found[by_count.index(held) * 4 // N_ITEMS].append(held in best)
     ours = evaluation.list_statistics(users, ranked, data, split)
     recalls = [np.mean(hits) if hits else math.nan for hits in found]
-    assert ours["item_recall"] == pytest.approx(recalls, nan_ok=True)
+    assert [ours[f"I{q}"] for q in range(1, 5)] == pytest.approx(recalls, nan_ok=True)
     times = np.bincount(ranked.flatten(), minlength=N_ITEMS)
     assert ours["coverage"] == pytest.approx((times > 0).mean())
     assert ours["popularity"] == pytest.approx(np.average(count, weights=times))
     gini = np.abs(np.subtract.outer(times, times)).sum() / (2 * N_ITEMS * times.sum())
-    assert ours["gini"] == pytest.approx(gini)
+    assert ours["Gini"] == pytest.approx(gini)
     empty = message_of(evaluation.evaluate, model, data | {split: data[split][:0]}, split)
     assert f"no {split} pair" in empty
 
