@@ -439,8 +439,10 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             if score > best:
                 best, best_epoch, best_state = score, epoch, state_of(modules)
             if (epoch - best_epoch) // eval_every >= patience or stop and stop(history):
-                break
+                epochs = progress.total = epoch  # the last one: it ends the line of progress
         progress.update(epoch, f"loss {logs['loss']:.4f}  valid NDCG@20 {max(best, 0):.4f}")
+        if epoch == epochs:
+            break
     print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_epoch} of {epoch}, "
           f"{time.time() - start:.0f} s", flush=True)
     restore(modules, best_state)
