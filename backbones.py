@@ -1204,11 +1204,9 @@ def output_name(flag, name, command, suffix="", word=""):
     # a plain name inside the run folder (or its compare/) that begins with `word`, if given, and
     # with no other command's
     plain = name.removeprefix("compare/") if suffix == ".safetensors" else name
-    if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain):
-        fail(f"{flag} {name!r}: give a plain name of letters, digits, -_. that ends in '{suffix}'")
     first = re.split("[-.]", plain.lower())[0]
-    if word and first != word:
-        fail(f"{flag} {name}: has to begin with {word}, for example {word}-2{suffix}")
+    if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain) or word not in ("", first):
+        fail(f"{flag} {name!r}: give a plain name (a-z, 0-9, -_.), as {word or 'x'}-2{suffix}")
     if plain == name and WRITERS.get(first, command) != command:
         fail(f"{flag} {name}: {first} names files of `python {WRITERS[first]}`; choose another")
     return name

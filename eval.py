@@ -799,8 +799,7 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES, args.backbone)
     flags = words_of("--flags", args.flags)
-    # what former starts left, by plan: those of other inputs or flags are not found. With --force
-    # only what is of other methods and backbones
+    # former trials by plan, so of the same inputs and flags; --force: other methods' alone
     former, file = read_jsonl(log, growing=True) if log.exists() else [], log.with_suffix(".json")
     done = {json_digest(row["plan"]): row for row in former if not args.force
             or row["method"] not in trials or args.backbone not in row["plan"]["command"]}

@@ -3625,7 +3625,7 @@ BAD_FLAGS = {
         ("--out sft-x.safetensors", "sft names files of `python llm_negatives.py finetune`"),
         ("--out data.safetensors --force", OTHERS), ("--out=", "give a plain name"),
         ("--out model-hnlmrec.safetensors --force", OTHERS),
-        ("--out x.jsonl", "ends in '.safetensors'"), ("--seed 1", "seed=0, now 1.* --force`"),
+        ("--out x.jsonl", "as x-2.safetensors"), ("--seed 1", "seed=0, now 1.* --force`"),
         ("--out ../x.safetensors", "give a plain name"), ("--cosine", "needs --loss"),
         ("--out *.safetensors", "give a plain name")],
     "hnlmrec.py prepare": [
@@ -3667,10 +3667,10 @@ BAD_FLAGS = {
         ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
         ("--parts cf.safetensors", "parts=.*, now .* --force`")],
     "llm_negatives.py profile": [
-        ("--out users.jsonl --force", "--out users.jsonl"), ("--llm-rows -1", "--llm-rows"),
+        ("--out users.jsonl --force", "--out 'users.jsonl'"), ("--llm-rows -1", "--llm-rows"),
         ("--out profiles-x.jsonl --llm nowhere", "--llm nowhere")],
     "llm_negatives.py finetune": [
-        ("--name=", "--name"), ("--name cf --force", "--name cf"), ("--epochs inf", "--epochs"),
+        ("--name=", "--name"), ("--name cf --force", "--name 'cf'"), ("--epochs inf", "--epochs"),
         ("--warmup-pairs 1 --force", "--warmup-pairs 1"), ("--tau-s 0", "--tau-s"),
         ("--mine-first 5 --mine-last 1 --force", "--mine-first 5"),
         ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no"),
@@ -3682,7 +3682,7 @@ BAD_FLAGS = {
     "llm_negatives.py read": [
         ("--layers 0,9 --out texts-x.safetensors", r"has layers 0 \(its token embeddings\) to 2"),
         ("--layers -1 --out texts-x.safetensors", "give numbers of layers"),
-        ("--out judge.safetensors --force", "--out judge.safetensors"),
+        ("--out judge.safetensors --force", "--out 'judge"),
         ("--control no", "--control"),
         ("--control tfidf --layers 0 --out texts-x.safetensors", "has no layers")],
     "eval.py compare": [
