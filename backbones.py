@@ -1337,12 +1337,10 @@ def start_processes(device):
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1") or world() > 1:  # alone, or started
         return device
     # without torchrun no other process would come, and this one would wait forever
-    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", *numbers):
-        value = os.environ.get(name, "")
-        if not value or name in numbers and not value.isdecimal():
-            fail(f"WORLD_SIZE: is set, but {name} is {value!r}, so torchrun did not start this; "
-                 "unset it, or run `torchrun --nproc-per-node N -- SCRIPT …`")
+    numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")]
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not all(map(str.isdecimal, numbers)):
+        fail("WORLD_SIZE: is set, but torchrun did not start this; unset it, or run `torchrun "
+             "--nproc-per-node N -- SCRIPT …`")
     # processes wait for each other in C++, where Python's handlers do not run: signals end them
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, signal.SIG_DFL)

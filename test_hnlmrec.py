@@ -559,7 +559,7 @@ def test_a_world_size_without_torchrun_never_waits_and_a_signal_ends_a_wait(smal
     for rank in ("", "x"):
         for name, value in (torchrun | {"RANK": rank}).items():
             monkeypatch.setenv(name, value)
-        assert f"RANK is {rank!r}, so" in message_of(backbones.start_processes, "cpu")
+        assert "torchrun did not start" in message_of(backbones.start_processes, "cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert backbones.start_processes("cpu") == "cpu"
 
