@@ -1273,7 +1273,12 @@ def run_cli(main):
         io.BufferedWriter(Output(1, "w", closefd=False)), sys.stdout.encoding, "backslashreplace",
         line_buffering=True) if sys.stdout else open(os.devnull, "w")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    keep_freed_memory()
+    # glibc returns tables of a few MiB to the system at once, and each training step gets them
+    # again, page by page. To keep 1 GiB saves a quarter of a DNS step, a third of one with L_false
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its highest value
     try:
         main()
         if world() > 1:
@@ -1297,16 +1302,6 @@ def run_cli(main):
     if world() > 1:
         os._exit(2)
     sys.exit(2)
-
-
-def keep_freed_memory():
-    """Have glibc keep up to 1 GiB of freed memory for what is allocated next; elsewhere nothing."""
-    # by default it returns tables of a few MiB to the system at once, and each training step gets
-    # them again page by page. This saves a quarter of a DNS step and a third of one with L_false
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its highest value
 
 
 class Progress:
