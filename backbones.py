@@ -968,8 +968,7 @@ def load_texts(run, name, n_items):
     try:  # readings of another catalogue, and damaged ones, are refused
         tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
     except (SafetensorError, OSError) as error:
-        fail(f"--text-vectors {path}: cannot be read as safetensors ({error}); name another file, "
-             "or make one with `python llm_negatives.py read`")
+        fail(f"--text-vectors {path}: cannot be read as safetensors ({error}); name another file")
     wrong = [f"{key} is {tuple(text.shape)}" for key, text in tensors.items()
              if text.ndim != 2 or len(text) != n_items or not text.shape[1]]
     if wrong or not tensors:
@@ -1482,8 +1481,7 @@ def main(argv=None):
         fail("--cosine: needs --loss softmax, and mf, lightgcn or ngcf, whose scores are products")
     for flag in set().union(*CLOSED_FORMS.values()) - {*CLOSED_FORMS.get(args.backbone, ())}:
         if flag in args:
-            fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant, or chooses it "
-                 "itself; leave it out")
+            fail(f"--{flag.replace('_', '-')}: {args.backbone} has no such constant; leave it out")
     reads = args.sampler if args.loss == "bpr" else [args.loss]
     for flag, reader in (("beta", "pns"), ("tau", "softmax"), ("shared", "softmax")):
         if getattr(args, flag) != p.get_default(flag) and set(reads) != {reader}:
