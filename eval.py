@@ -373,7 +373,7 @@ class Comparison:
             # against the rival. No p here: with one in each row, some would be small by chance
             against = ["", ""]
             if row != self.rival:
-                test = tests[row.label] = self.difference(row, self.rival)
+                test = tests[row] = self.difference(row, self.rival)
                 against = [interval(test), f"{sum(d > 0 for d in test['by seed'])}/{self.seeds}"]
                 self.result["tests"][row.key] = {"against": self.rival.key} | {
                     key: value for key, value in test.items() if key != "p"}
@@ -390,7 +390,8 @@ class Comparison:
         if tests:
             ends = ([test[end] for test in tests.values()] for end in ("mean", "low", "high"))
             title = f"{self.split} NDCG@20 minus {self.rival.label}, 95 % intervals"
-            write_atomic(self.run / f"{out}.svg", svg_chart(title, list(tests), *ends).encode())
+            chart = svg_chart(title, [row.label for row in tests], *ends)
+            write_atomic(self.run / f"{out}.svg", chart.encode())
             best = ", the best baseline by validation" * (self.rival.kind in BASELINES)
             lines += ["", "## Differences", "", f"From {markdown(self.rival.label)}{best}; 95 % "
                       "intervals by paired bootstrap over users; seconds of the row's own command, "
