@@ -442,11 +442,10 @@ def write_page(page, lines, file, result):
 
 def rows_of_run(run):
     """A row for each model-*.safetensors of a run, in the order of METHODS, a person's own last."""
-    paths = sorted(run.glob("model-?*.safetensors"))
+    paths = {path.stem.removeprefix("model-"): path
+             for path in sorted(run.glob("model-?*.safetensors"))}
     if not paths:
-        fail(f"{run}: no model-*.safetensors; train one with `python backbones.py pretrain` or "
-             "`python hnlmrec.py train`")
-    paths = {path.stem.removeprefix("model-"): path for path in paths}
+        fail(f"{run}: no model-*.safetensors; train one, as with `python backbones.py pretrain`")
     rows = [Row(method.stem, name, name, method.kind, (paths.pop(method.stem),))
             for name, method in METHODS.items() if method.stem in paths]
     # what is left has names of a person's own: a rival, if it came by `pretrain`
