@@ -994,13 +994,10 @@ def svg_chart(title, labels, means, lows, highs):
 def main(argv=None):
     parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for program_of, more in (
-            (report, ""), (compare, ' --methods "DNS;HNLMRec --tau-c 0.1"'),
-            (tune, ' --methods "DNS;MixGCF"'), (estimate, ""), (recommend, " --user 196")):
-        name, text = program_of.__name__, " ".join(program_of.__doc__.split())
-        p = commands.add_parser(name, help=text, description=text,
-                                epilog=f"example: python eval.py {name} --run runs/demo{more}")
-        p.set_defaults(program=program_of)
+    for command in (report, compare, tune, estimate, recommend):
+        text = " ".join(command.__doc__.split())
+        p = commands.add_parser(command.__name__, help=text, description=text)
+        p.set_defaults(program=command)
         p.add_argument("--run", required=True, metavar="DIR", help="run folder")
 
     def add(names, flag, text, **more):
@@ -1009,10 +1006,10 @@ def main(argv=None):
 
     # what trains many models
     for name, rows, out in (("compare", METHODS, None), ("tune", SPACES, "tuned")):
-        add(name, "--methods", "semicolon-separated; each of compare may have flags of its own, "
-            "which in a blend go to all parts that are trained, but not to DNS where it is an "
-            "alternative; left out: compare takes the usual rows, as far as the run has "
-            "their files, tune all; of: " + "; ".join(rows), default="")
+        add(name, "--methods", 'such as "DNS;MixGCF"; each of compare may have flags of its own '
+            '("HNLMRec --tau-c 0.1"), which in a blend go to all parts that are trained, but not '
+            "to DNS where it is an alternative; left out: compare takes the usual rows, as far as "
+            "the run has their files, tune all; of: " + "; ".join(rows), default="")
         add(name, "--out", "first part of the names of what is written", default=out)
     add("compare tune", "--backbone", "of all that is trained", default="lightgcn")
     add("compare tune", "--flags", "of every training, in one string", default="")
