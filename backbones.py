@@ -63,9 +63,8 @@ def rows_of(rows, users):
 
 def take(table, index):
     """Rows of a table: (N, D), (…) -> (…, D), as table[index], with a repeatable backward pass."""
-    # the backward pass of plain indexing adds from many threads in any order, so that two runs of
-    # one seed drift apart. On a CPU index_select keeps the order in half of embedding's time; on a
-    # GPU only embedding keeps it
+    # plain indexing's backward pass adds in any order, so that two runs of one seed drift apart. On
+    # a CPU index_select keeps the order, in half of embedding's time; on a GPU embedding alone does
     if table.device.type == "cpu":
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
@@ -198,8 +197,7 @@ class UnseenSampler:
     def __init__(self, pairs, n_users, n_items):
         # with the user's seen items s_0 < s_1 < …, s_k - k unseen items lie before s_k. So the r-th
         # unseen item is r plus the number of k with s_k - k <= r, which a binary search finds. All
-        # users share one sorted array of keys user * stride + (s_k - k).
-        # A pair given twice counts once
+        # users share one sorted array of keys user * stride + (s_k - k). Equal pairs count once
         keys = pair_keys(pairs, n_items).unique_consecutive()
         users, items = keys // n_items, keys % n_items
         count = torch.bincount(users, minlength=n_users)
@@ -246,8 +244,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     shares = torch.rand(shape, generator=generator, device=candidates.device)  # (K, B)
     for k, share in enumerate(shares[:, :, None]):  # (B, 1); hop by hop, holding (B, M, d) at most
         layer = item_layers[:, k]  # (I, d)
-        # with mean pooling the user is compared as it is at every hop; with concatenation each hop
-        # has its own slice
+        # mean pooling compares the user as it is with every hop, concatenation a slice of it
         query = users.unflatten(1, (-1, layer.shape[1]))  # (B, 1 or K, d)
         query = query[:, min(k, query.shape[1] - 1)]  # (B, d)
         # choose first, then rebuild the chosen one alone: backward never sees (B, M, d). The
@@ -326,9 +323,8 @@ def best_unseen(scores_at, users, seen, k, n_items, cells=2**23):
 
 @torch.no_grad()
 def rank_unseen(model, users, seen, k):
-    """The k best unseen items of users (n,) by a recommender, any module with n_items and scores(),
-    which returns a new tensor; seen: user_rows of the pairs to leave out -> item ids (n, k), best
-    first, padded with -1."""
+    """The k best unseen items of users (n,) by a module with n_items and scores(), which returns
+    a new tensor; seen: user_rows of what to leave out -> ids (n, k), best first, padded with -1."""
     was_training, _ = model.training, model.eval()
     ranked = best_unseen(lambda rows: model.scores(users[rows]), users, seen, k, model.n_items)
     model.train(was_training)
@@ -342,9 +338,8 @@ BAND = 0.1985, 0.298
 
 
 def mining_band(data, first=0, last=0):
-    """The ranks first..last that are mined, 1 the best; 0: that share of the catalogue (BAND), but
-    never beyond the unseen items of the user who has seen most. data: of load_data. Raises
-    SystemExit2 where last < first."""
+    """The ranks first..last that are mined, 1 the best; 0: BAND's share of the catalogue, but
+    never beyond any user's unseen items. data: load_data's. SystemExit2 where last < first."""
     n_items, most_seen = data["n_items"], int(torch.bincount(data["train"][:, 0]).max())
     low, high = (max(1, min(n_items - most_seen, round(part * n_items))) for part in BAND)
     # where one end is given the other moves, if it must
@@ -391,10 +386,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     """Train the parameters of `modules` {name: nn.Module}, as nn.ModuleDict takes them, with Adam;
     leave them at the best state. step(rows (B,), numbers below n_rows, generator) -> (loss, {name:
     float}); validate() -> float, higher is better. Stops after `patience` validations without a
-    new best, or where stop(history) says so. decay: the learning rate falls linearly to 0. Returns
-    (best state {name.parameter: tensor}, history). Raises SystemExit2 when a loss or validation is
-    not finite.
-    """
+    new best, or where stop(history) says so. decay: the learning rate falls linearly to 0 -> (best
+    state {name.parameter: tensor}, history). Raises SystemExit2 when anything is not finite."""
     modules = nn.ModuleDict(modules)
     parameters = list(modules.parameters())
     # fused: one pass over each parameter instead of ten
@@ -821,9 +814,8 @@ def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):
     # full Toys & Games (124,813, 11,924: 16,384, 8e-3, M 32); elsewhere a rule of thumb
     n = len(data["train"])
     if not batch_size:
-        # a step propagates over the whole graph: with one batch size for all N, an epoch's time
-        # would grow as N squared. So from 2**16 pairs on: N / 8 rounded down to a power of two,
-        # within 2**14 and 2**16
+        # a step propagates over the whole graph: with one batch size an epoch's time would grow as
+        # N squared. So from 2**16 pairs on the power of two below N / 8, within 2**14 and 2**16
         batch_size = 2048 if n < 2**16 else 2 ** min(max(int(math.log2(n / 8)), 14), 16)
     # in proportion to the batch (Goyal et al., 2017), as far as Adam allows
     lr = lr or min(1e-3 * batch_size / 2048, 8e-3)
@@ -1200,8 +1192,7 @@ def writer_of(path):
 
 def output_name(flag, name, command, suffix="", word=""):
     """`name`, if an output of `command` may have it. Raises SystemExit2 naming `flag` otherwise."""
-    # a plain name inside the run folder (or its compare/) that begins with `word`, if given, and
-    # with no other command's
+    # a plain name in the run folder or its compare/, of `word`, if given, and no other command's
     plain = name.removeprefix("compare/") if suffix == ".safetensors" else name
     first = re.split("[-.]", plain.lower())[0]
     if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain) or word not in ("", first):
@@ -1416,8 +1407,7 @@ def add_run_flags(parser):
 
 
 def add_training_flags(parser, more=(), **sampler):
-    """The flags that a baseline and HNLMRec share. more: further choices of --backbone; sampler:
-    default and nargs of --sampler."""
+    """The flags of baselines and HNLMRec. more: choices of --backbone; sampler: for --sampler."""
     group = parser.add_argument_group("backbone and training budget")
     group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
                        default="lightgcn", help="recommender")

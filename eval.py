@@ -85,8 +85,7 @@ def quartiles(count):
 
 def paired_bootstrap(difference, draws=10_000, seed=0):
     """Two-sided test of the mean of paired per-user differences (n,) against zero: users drawn with
-    replacement (percentile bootstrap, Efron, 1979) -> (mean, low and high end of the 95 % interval,
-    p)."""
+    replacement (percentile bootstrap, Efron, 1979) -> (mean, ends of the 95 % interval, p)."""
     difference, rng = np.asarray(difference, np.float64), np.random.default_rng(seed)
     n, means = len(difference), np.empty(draws)
     if not np.isfinite(difference).all():  # NaN draws would lie in neither tail
@@ -152,8 +151,7 @@ def fhns_of_samplers(model, data, m, seed=0, likely=None):
 
 
 def fhns_of_vectors(pairs, vectors, items, data):
-    """FHNS of generated vectors through their nearest real items: pairs (n, 2), vectors (n, D),
-    items (I, D)."""
+    """fhns_rates of the items (I, D) nearest to vectors (n, D), generated for pairs (n, 2)."""
     rows = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:MOST]
     users, seen = pairs[rows, 0], user_rows(data["train"], data["n_users"])
     return fhns_rates(users, nearest_items(vectors[rows], users, items, seen, 10), data)
@@ -410,8 +408,7 @@ def interval(test):
 
 # ---- report -------------------------------------------------------------------------------------
 def report(args):
-    """Evaluate every model-*.safetensors of the run on the test pairs -> report.md, report.svg,
-    metrics.json."""
+    """Evaluate all model-*.safetensors on the test pairs -> report.md, report.svg, metrics.json."""
     run, data = Path(args.run), load_data(args.run)
     comparison = Comparison(run, rows_of_run(run), data)
     # a run may lack any of this and has a report all the same
@@ -529,8 +526,7 @@ def compare(args):
         fail(f"--out {out}: {page} is there and not by `compare`; choose another name")
     if args.valid:  # choices are made by it, so that no test pair may be read
         del data["test"]
-    # "DNS --lr 2e-3" is a row of that name. Of TABLE's rows the run may lack files; those
-    # that were asked for it must have
+    # "DNS --lr 2e-3" is a row of that name. Of TABLE's rows alone the run may lack files
     entries, left_out = {}, []
     for entry in map(str.strip, args.methods.split(";") if args.methods else TABLE):
         name, mark, words = entry.partition(" --")
@@ -573,8 +569,7 @@ def compare(args):
 
 
 def check_row(run, name, rows, backbone):
-    """Raise SystemExit2 for a name that is none of `rows`, not for this backbone, or whose files
-    the run lacks."""
+    """Raise SystemExit2 for a name not among `rows`, not for this backbone, or without files."""
     rows = [row for row in rows if fits(row, backbone)]
     if name not in rows:
         fail(f"--methods {name}: is none of {'; '.join(rows)}")
@@ -669,8 +664,7 @@ class Cells:
 
 
 def program(script, *words):
-    """Run one of our scripts as a command of its own. Raises SystemExit2 with its last line when it
-    fails."""
+    """Run one of our scripts as a command. Raises SystemExit2 with its last line when it fails."""
     words = [str(word) for word in words]
     print("$", script, *words, flush=True)
     done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *words],
@@ -804,8 +798,7 @@ def tune(args):
     done = {json_digest(row["plan"]): row for row in former if not args.force
             or row["method"] not in trials or args.backbone not in row["plan"]["command"]}
     methods = read_tuned(file, data["digest"], anew=args.force or not file.exists())
-    # what is known before the first trial: where the judge ranks no better than popularity on
-    # validation, texts say nothing
+    # where the judge ranks no better than popularity on validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
     known = [best_epoch(read_meta(path)["history"])["valid_ndcg@20"] for path in paths]
     texts = len(known) < 2 or known[0] > known[1]
