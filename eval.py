@@ -497,7 +497,7 @@ def fhns_lines(comparison):
         model, _, _ = load_recommender(row.paths[0], data)
         fhns = fhns_of_samplers(model, data, m, likely=likely)
         chosen = f" Samplers choose among {m} candidates, by the scores of {markdown(row.label)}."
-    for shard in sorted(run.glob("negatives*-00000.safetensors")):
+    for shard in sorted(run.glob("negatives-*00000.safetensors")):
         name = shard.name.removesuffix("-00000.safetensors")
         made = load_negatives(run, name, data)
         # fine-tuning's head aims at centred item vectors
