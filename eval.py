@@ -26,7 +26,7 @@ from backbones import (
     Parser, SystemExit2, UnseenSampler, best_epoch, contains, digests, dns, fail, hit_rate,
     json_digest, load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number,
     output_name, pair_keys, precision, rank_unseen, ranking_hits, read_jsonl, read_meta, recall,
-    row_of, run_cli, sized_to_data, user_rows, write_atomic)
+    row_of, run_cli, user_rows, write_atomic)
 from hnlmrec import LikelyFalse, load_recommender
 
 # ==== 1. Metrics. A model is any recommender: n_users, n_items, scores(users (B,)) -> (B, I) ======
@@ -489,7 +489,7 @@ def fhns_lines(comparison):
     """Lines on false hard negatives: of samplers beside the first model of one, of the run's
     generated negatives, of projected z. Also into comparison.result."""
     run, data, fhns, likely = comparison.run, comparison.data, {}, None
-    m, chosen = sized_to_data(data)[3], ""
+    m, chosen = bb.sized_to_data(data)[3], ""
     if (run / JUDGE).exists():
         likely = load_tensors(run / JUDGE)[0]["likely"]
     # any trained model tells what samplers would give it; the first of a sampler is the plainest
@@ -708,7 +708,7 @@ def space_of(name, data, texts=True, widest=512):
         widest = min(widest, 256)
     space["dim"] = [dim for dim in space["dim"] if dim <= widest]
     if "m" in space:
-        space["m"] = [max(1, round(times * sized_to_data(data)[3])) for times in space["m"]]
+        space["m"] = [max(1, round(times * bb.sized_to_data(data)[3])) for times in space["m"]]
     if not texts:
         space |= {flag: [0] for flag in ("text-init", "lambda-s") if flag in space}
     return {flag: [f"{value:g}" for value in values] for flag, values in space.items()}
@@ -868,7 +868,7 @@ def estimate(args):
     """Print roughly how long `bash run.sh` will take with this data, before it starts."""
     data = load_data(args.run)
     n, users, items = len(data["train"]), data["n_users"], data["n_items"]
-    batch, _, epochs, _ = sized_to_data(data)
+    batch, _, epochs, _ = bb.sized_to_data(data)
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
     # early stopping ends most trainings sooner; with FAST=1 all have 20 epochs
