@@ -27,7 +27,7 @@ from backbones import (
     json_digest, load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number,
     output_name, pair_keys, precision, rank_unseen, ranking_hits, read_jsonl, read_meta, recall,
     row_of, run_cli, user_rows, write_atomic)
-from hnlmrec import LikelyFalse, load_recommender
+from hnlmrec import LikelyFalse, id_text, load_recommender
 
 # ==== 1. Metrics. A model is any recommender: n_users, n_items, scores(users (B,)) -> (B, I) ======
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
@@ -897,7 +897,7 @@ def recommend(args):
     """Print one user's best unseen items, and those nearest to the LLM's negatives for them."""
     run, data = Path(args.run), load_data(args.run)
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
-    user = users[0]["raw"] if args.user is None else args.user
+    user = users[0]["raw"] if args.user is None else id_text(args.user) or args.user
     row = row_of(users, user, "--user", run / "users.jsonl")
     titles = [item["title"] for item in items]
     if args.k > len(items):

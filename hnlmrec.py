@@ -18,7 +18,7 @@ Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta i
         python hnlmrec.py train --run runs/NAME
 """
 
-import ast, csv, gzip, html.entities, io, json, math, re, time, unicodedata, zlib
+import ast, codecs, csv, gzip, html.entities, io, json, math, re, time, unicodedata, zlib
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
@@ -959,12 +959,12 @@ def trace(args):
     # the pair; without --user and --item the first with a generated vector of its own
     users, items = bb.read_jsonl(run / "users.jsonl"), bb.read_jsonl(run / "items.jsonl")
     made, train = method.generated["pairs"], data["train"]
-    user = users[made[0, 0]]["raw"] if args.user is None else args.user
+    user = users[made[0, 0]]["raw"] if args.user is None else id_text(args.user) or args.user
     u = bb.row_of(users, user, "--user", run / "users.jsonl")
     of_user = train[train[:, 0] == u, 1].tolist()  # none after some splits by time, or one's own
     i = next(iter(made[made[:, 0] == u, 1].tolist() + of_user), None)
     if args.item is not None:
-        i = bb.row_of(items, args.item, "--item", run / "items.jsonl")
+        i = bb.row_of(items, id_text(args.item) or args.item, "--item", run / "items.jsonl")
     if i not in of_user:
         named = ", ".join(items[n]["raw"] for n in of_user[:5]) or "none"
         fail(f"--user {user}: has no train pair with --item {args.item} (it has: {named})")
@@ -1205,7 +1205,7 @@ def read_pairs(files, s, counts):
 
     def rows(path, part):
         before = counts["rows"]
-        for n, user, item, stars, moment in interactions(path, s.format):
+        for n, user, item, stars, moment in interactions(path, s.format, counts):
             counts["rows"] += 1
             if counts["rows"] % 1_000_000 == 0:
                 print(f"  read {counts['rows']:,} rows", flush=True)
@@ -1239,14 +1239,15 @@ def id_text(raw):
     character. None when it is not an id."""
     if isinstance(raw, (bool, dict, list)):
         return None
-    name = re.sub(r"^(\d+)\.0$", r"\1", unicodedata.normalize("NFC", str(raw)).strip())
+    name = re.sub(r"^(-?\d+)\.0$", r"\1", unicodedata.normalize("NFC", str(raw)).strip())
     return name if 0 < len(name) <= 200 and not NO_ID.search(name) else None
 
 
 # what programs write where there is none; in quotes; rounded by a spreadsheet; a control,
 # zero-width or direction character, or half of a character
-NO_ID = re.compile(r"^(?:null|none|nan|<na>|([\"']).*\1|\d(?:[.,]\d+)?e\+\d\d)$|[\x00-\x1f\x7f-\x9f"
-                   r"\xad\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
+NO_ID = re.compile(
+    r"^(?:null|none|nan|inf|#?n/a|<na>|([\"']).*\1|\d(?:[.,]\d+)?e\+\d\d?)$|[\x00-\x1f\x7f-\x9f\xad"
+    r"\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
 
 
 def renumber(codes, names):
@@ -1260,21 +1261,28 @@ def renumber(codes, names):
     return order.argsort()[codes], [kept[n] for n in order]
 
 
-def interactions(path, fmt):
+def interactions(path, fmt, counts):
     """(line, user, item, rating, seconds) of each row; NaN where none is. Times: seconds, milli-,
     micro- or nanoseconds since 1970, one unit a file, or ISO dates."""
     form, unit = format_of(fmt, path), 0  # unit of the times: not known yet
     for n, row in form.rows(path):
-        pair = [id_text(row.get(name)) for name in (form.user, form.item)]
+        ids = [row.get(form.user), row.get(form.item)]
+        pair = [id_text(one) for one in ids]
+        counts["rows whose id is 1.0, read as 1, or é in two characters, read as one"] += (
+            pair != [str(one).strip() for one in ids])
         if None in pair:
             name = form[pair.index(None)]
             fail(f"{path}: line {n}: {name} {quote(row.get(name))} is no id (no such column, "
                  "empty, null, quoted, rounded, too long or with unseen characters); fix that line "
                  f"(columns: {quote([*row])})")
         # a number, or nothing; never something else that is taken for nothing
-        stars, time = row.get(form.rating), row.get(form.timestamp)
+        name, wrong = form.rating, "no number; write it as 4.5"
         try:
-            rating, moment = parse_number(stars), parse_number(time, dates=True)
+            rating = parse_number(row.get(name))
+            name, wrong = form.timestamp, (
+                "no time, a rounded one, a day, or not in the unit of the rows before; write it as "
+                "2016-03-01 12:30:00, or all in seconds since 1970")
+            moment = parse_number(row.get(name), dates=True)
             # the unit of the times follows from the first of them, and all others have to agree
             if moment and moment == moment:
                 size = abs(moment)
@@ -1285,10 +1293,7 @@ def interactions(path, fmt):
                 if day or size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
                     raise ValueError
         except ValueError:
-            fail(f"{path}: line {n}: {form.rating or 'rating'} {quote(stars)} is no number, or "
-                 f"{form.timestamp or 'time'} {quote(time)} no time, a rounded one, a day, or not "
-                 "in the unit of the rows before; write a rating as 4.5, a time as 2016-03-01 "
-                 "12:30:00, or all in seconds since 1970")
+            fail(f"{path}: line {n}: {name} {quote(row.get(name))} is {wrong}")
         yield n, *pair, rating, moment / (unit or 1)
 
 
@@ -1327,7 +1332,7 @@ def read_items(path, form, raw_items, counts):
     held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
         for name, value in row.items() if n < 10_000 else ():
-            held[name] |= wanted & {str(value).strip()}
+            held[name] |= wanted & {id_text(value)}
         raw = id_text(row.get(form.item))
         if raw not in wanted:
             continue
@@ -1395,7 +1400,7 @@ def item_fields(row, form, counts, where):
     title = own and column_of(row, "title", where) or form.title
     if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
         fail(f"{where}: no column {title!r}, only {quote([*row])}")
-    fields = {"title": f"{row[title]} ({year})" if year else row.get(title)}
+    fields = {"title": f"{row[title]} ({year})" if year and row.get(title) else row.get(title)}
     used = ("", form.item, form.year, title)
     for name in [name for name in row if name not in used] if own else form.texts:
         value = row.get(name) or ""
@@ -1426,6 +1431,7 @@ HALF = re.compile(r"[\ud800-\udfff]")  # of a character: valid in JSON, not in U
 # and of direction, and those of no width
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # csv rules of quoting, in a file with tabs
+ENTITY = re.compile(r"&(#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|\w+;)")
 TAG = re.compile(
     r"<!--.*?-->|</?(?:a|abbr|b|big|blockquote|body|br|center|cite|code|dd|div|dl|dt|em|embed|font|"
     r"form|h[1-6]|head|hr|html|i|iframe|img|input|li|link|meta|ol|object|p|param|pre|s|script|"
@@ -1447,7 +1453,7 @@ def clean(value, counts, where=""):
         fail(f"{where}: {quote(value)} is no text; fix that line")
     # a year is a number in JSON, NaN is none
     text = HALF.sub("\ufffd", str(value))
-    if value is None or text.lower() in ("nan", "null", "<na>"):
+    if value is None or text.lower() in ("nan", "null", "none", "<na>"):
         return ""
     counts["texts with half of a character (replaced)"] += text != str(value)
     # a table with tabs that a csv writer made
@@ -1455,9 +1461,11 @@ def clean(value, counts, where=""):
         counts["texts in quotes as csv writes them (taken off)"] += 1
         text = text[1:-1].replace('""', '"')
     # &amp;amp; is in the wild; what is no entity (AT&T, Q&notes;) stays as it stands
-    decoded = re.sub("&(?:amp;)+", "&", text)
-    decoded = re.sub(r"&#\w+;", lambda x: html.unescape(x[0]), decoded)
-    decoded = re.sub(r"&(\w+;)", lambda x: html.entities.html5.get(x[1], x[0]), decoded)
+    decoded, further = None, text
+    while decoded != further:
+        decoded = further
+        further = ENTITY.sub(lambda x: html.unescape(x[0]) if x[1][0] == "#" else
+                             html.entities.html5.get(x[1], x[0]), decoded)
     counts["texts with HTML entities (decoded)"] += decoded != text
     plain = TAG.sub(" ", BLOCK.sub(" ", decoded))
     counts["texts with HTML tags (taken out)"] += plain != decoded
@@ -1468,13 +1476,18 @@ def clean(value, counts, where=""):
 
 # ---- prepare -------------------------------------------------------------------------------------
 # Readers, which yield (line, {column: value}) and hold nothing; formats; summary; flags
+# cp1252: Latin-1, and quotes and dashes where that has control characters
+codecs.register_error(
+    "latin", lambda bad: (bad.object[bad.start:bad.end].decode("cp1252", "replace"), bad.end))
 
-def text_lines(path, encoding="utf-8-sig"):  # -sig: without a byte-order mark
-    """The lines of a text file, plain or in gzip. Raises SystemExit2 for anything else."""
+def text_lines(path, errors="strict"):
+    """The lines of a text file in UTF-8, plain or in gzip. errors: how bytes that are none are
+    read, `latin`: as Latin-1. Raises SystemExit2 for anything else."""
     try:
         with open(path, "rb") as file:
             whole = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
-            yield from io.TextIOWrapper(whole, encoding, newline="")  # csv wants its line ends
+            # -sig: without a byte-order mark; csv wants the line ends as they are
+            yield from io.TextIOWrapper(whole, "utf-8-sig", errors, newline="")
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read to its end, is not UTF-8 text or gzip: unpack or export it, "
              f"or download it again ({error})")
@@ -1484,14 +1497,15 @@ def table_rows(path, header=""):
     """The rows of a delimited file; header: of one without. Raises SystemExit2 for a malformed
     header or row, and for a quote left open in its row."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
-    # without a header: MovieLens, which is in Latin-1
-    lines = text_lines(path, "latin-1" if header else "utf-8-sig")
-    # the header says what separates the fields, and what cannot be a table
-    first = header or next(lines, "")
-    if re.match(r"[{[]|\d+( \d+)+\s*$", first):
-        fail(f"{path}: line 1 is {quote(first)}: looks like a user with a list of items, or JSON; "
+    # without a header: MovieLens, which is in Latin-1 where nobody has converted it
+    lines = text_lines(path, "latin" if header else "strict")
+    # the first line says what cannot be a table, the header what separates the fields
+    start = next(lines, "")
+    first, lines = header or start, chain([header, start] if header else [start], lines)
+    if re.match(r"[{[]|\d+( \d+)+\s*$", start):
+        fail(f"{path}: line 1 is {quote(start)}: looks like a user with a list of items, or JSON; "
              "one pair a row is read, under the header user, item; for JSON give its --format")
-    sep, lines = max("\t", ",", ";", "|", "::", key=first.count), chain([first], lines)
+    sep = max("\t", ",", ";", "|", "::", key=first.count)
     if sep == "::":  # MovieLens 1M's: csv takes one character
         sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
     # comma and semicolon go with the csv rules of quoting, the others with none
@@ -1613,8 +1627,9 @@ def print_summary(rows, parts, users, items):
         if not len(values):
             continue
         low, middle, high = np.quantile(values, [0, 0.5, 1])
-        # for dates, 20 years
-        far = 20 * 365.25 * 86400 if middle > 1e8 else 100 * max(abs(middle), 1)
+        far = 100 * max(abs(middle), 1)
+        if name == "seconds":  # 20 years; positions in a history, small numbers, are no dates
+            far = 20 * 365.25 * 86400 if middle > 1e8 else np.inf
         odd = (np.abs(values - middle) > far).sum()
         note = f"; NOTE: {odd:,} far from the median, {write(middle)}" if odd else ""
         print(f"  {name} from {write(low)} to {write(high)}{note}")
@@ -1646,11 +1661,10 @@ def print_summary(rows, parts, users, items):
     for row in items[:: max(1, n_items // 3)][:3]:
         print(f"    {row['raw']}: {row['title']} | {row['text'][:90]}")
     titles, texts = ({row[name] for row in items} for name in ("title", "text"))
-    if not known:
-        print("  WARNING: no item has a title; see --meta")
-    elif len(titles) == 1 < n_items:
-        print(f"  WARNING: all {n_items:,} items have the title {quote(min(titles))}"
-              + " and no text tells them apart" * (len(texts) == 1))
+    if not known or len(titles) == 1 < n_items:
+        alike = f"all {n_items:,} items have the title {quote(min(titles))}"
+        print(f"  WARNING: {alike if known else 'no item has a title'}"
+              f"{' and no text tells them apart' * (len(texts) == 1)}; see --meta")
 
 # ---- Command line --------------------------------------------------------------------------------
 def main(argv=None):

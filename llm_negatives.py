@@ -1154,6 +1154,7 @@ class Profiles:
             # similar lengths together, so that little is padding
             todo.sort(key=lambda n: len(ids[n]))
         progress = Progress(f"profile {kind}s", len(todo), "written")
+        progress.update(0)
         # each process writes a batch, and all get all: users' prompts quote items' profiles
         for at in range(0, len(todo), size * world()):
             numbers, written = todo[at:at + size * world()], []

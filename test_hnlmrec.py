@@ -1270,18 +1270,20 @@ SAMPLES = {
 @pytest.mark.parametrize("fmt", list(SAMPLES))
 def test_readers_hand_worked(fmt, tmp_path):
     name, meta, lines, meta_lines, fields, text = SAMPLES[fmt]
-    encoding = "latin-1" if fmt in ("ml-1m", "ml-100k") else "utf-8"
-    path = write_lines(tmp_path / name, lines)
-    rows = list(hnlmrec.interactions(path, fmt))
+    path = write_lines(tmp_path / name, lines, "utf-8-sig")
+    rows = list(hnlmrec.interactions(path, fmt, Counter()))
     assert rows == [(len(lines), "a", "x", 4.5, 1456790400.0)]
     form = hnlmrec.format_of(fmt, path)
     reviews = hnlmrec.read_reviews(path, form, {len(lines): 7}, 2, Counter())
     assert reviews.get(7, []) == ([text] if text else [])
-    meta = write_lines(tmp_path / meta, meta_lines, encoding)
-    items = hnlmrec.read_items(meta, form, ["w", "x"], Counter())
-    assert items[1] == {"raw": "x", "title": fields[0], "text": fields[1], "known": True}
-    there = fmt == "ml-latest"
-    assert items[0] == {"raw": "w", "title": "W" if there else "Item w", "text": "", "known": there}
+    # MovieLens as it comes, and as someone has converted it
+    for encoding in ("utf-8-sig", *["latin-1"] * (fmt in ("ml-1m", "ml-100k"))):
+        write_lines(tmp_path / meta, meta_lines, encoding)
+        items = hnlmrec.read_items(tmp_path / meta, form, ["w", "x"], Counter())
+        assert items[1] == {"raw": "x", "title": fields[0], "text": fields[1], "known": True}
+        known = fmt == "ml-latest"
+        title = "W" if known else "Item w"
+        assert items[0] == {"raw": "w", "title": title, "text": "", "known": known}
 
 
 def test_presets_filter_as_the_paper_does(tmp_path):
@@ -1362,7 +1364,7 @@ def test_tables_as_people_have_them(tmp_path, separator, header, times, name):
         text = text if separator in "\t|" else f'"{text}{separator}"'
         lines.append(separator.join([user, item, rating, moment, text]))
     path = write_lines(tmp_path / name, lines)
-    rows = list(hnlmrec.interactions(path, "table"))
+    rows = list(hnlmrec.interactions(path, "table", Counter()))
     assert len(rows) == 36 and rows[7][:4] == (9, "u1", "i1", 5.0)
     assert [row[4] - 1456790400 for row in rows] == [10 * u + i for u in range(6) for i in range(6)]
     form = hnlmrec.format_of("table", path)
@@ -1389,11 +1391,16 @@ def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path):
     for one, other in (("7", "7.0"), ("caf\u00e9", "cafe\u0301")):  # one id in two ways
         lines = [f"{one}\t{i}\t5" for i in range(3)] + [f"{other}\t{i}.0\t5" for i in range(2, 6)]
         lines = ["user\titem\trating", *lines]
-        _, items, users, _ = prepared(tmp_path / "a", lines, "--k-core", 1)
+        meta = ["sku\ttitle", *(f"{i}.0\tFilm" for i in range(6))]
+        message = refused_lines(tmp_path / "a", lines, "--k-core", 1, meta=meta)
+        assert "'sku' has 6: rename" in message
+        _, items, users, out = prepared(tmp_path / "a", lines, "--k-core", 1)
         assert [row["raw"] for row in users] == [one] and len(items) == 6
+        assert "4 rows whose id is 1.0, read as 1" in out
     # but a version is no number, and a number rounded in JSON no id
-    assert [hnlmrec.id_text(raw) for raw in ("v1.0", "1.0.0", 7.0, 1e17)] == [
-        "v1.0", "1.0.0", "7", None]
+    assert [hnlmrec.id_text(raw) for raw in ("v1.0", "1.0.0", 7.0, "-1.0", "1e5")] == [
+        "v1.0", "1.0.0", "7", "-1", "1e5"]
+    assert not any(map(hnlmrec.id_text, (1e17, "1e+5", math.inf, "N/A")))
 
 
 def own_split(folder, parts, header="user\titem"):
@@ -1425,9 +1432,10 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
 @pytest.mark.parametrize("row, flags, message", [  # a dict: in place of some of the row's
     ({"rating": ""}, (), "line 6: no rating"), ({"rating": "nan"}, (), "line 6: no rating"),
     ({"rating": "inf"}, (), "line 6"), ({"rating": "1_0"}, (), "line 6"),
-    ({"rating": "4,5"}, (), "write a rating as 4.5"),
+    ({"rating": "4,5"}, (), "write it as 4.5"),
     ({"rating": "five"}, (), "rating 'five' is no number"),
-    ({"timestamp": "yesterday"}, (), "2016-03-01"), ({"timestamp": "1,460,000,000"}, (), "no time"),
+    ({"timestamp": "yesterday"}, (), "timestamp 'yesterday' is no time"),
+    ({"timestamp": "1,460,000,000"}, (), "no time"),
     ({"timestamp": "1456790400000"}, (), "unit of the rows before"),  # among seconds
     ({"timestamp": ""}, ("--since", "1970-01-01"), "line 6: no timestamp"),
     ({"timestamp": ""}, ("--split", "time"), "1 rows have none"),
@@ -1493,9 +1501,9 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     (['{"user": 1, "item": 2}', *GRID], None, "or JSON"),
     (["0 1 2", "1 5"], None, "looks like a user with a list of items"),
     # a day is not seconds
-    ([HEAD, "a\tx\t5\t20160301\tx"], None, "a time as 2016-03-01"),
-    ([HEAD, "a\tx\t5\t20160301123000\tx"], None, "a time as 2016-03-01"),
-    ([HEAD, "a\tx\t5\t201603011230\tx"], None, "a time as 2016-03-01"),
+    ([HEAD, "a\tx\t5\t20160301\tx"], None, "write it as 2016-03-01"),
+    ([HEAD, "a\tx\t5\t20160301123000\tx"], None, "write it as 2016-03-01"),
+    ([HEAD, "a\tx\t5\t201603011230\tx"], None, "write it as 2016-03-01"),
     ([HEAD, "a\tx\t5\t1.45679E+12\tx"], None, "a rounded one"),
     # too few pairs
     ([HEAD], None, "no pairs"), (["user\titem", "a\tx"], None, "--min-rating none"),
@@ -1612,7 +1620,7 @@ def test_a_format_of_ones_own_is_a_row(tmp_path, monkeypatch):
     row = hnlmrec.json_rows, "user id", "name genres"
     monkeypatch.setitem(hnlmrec.FORMATS, "own", row)
     path = write_lines(tmp_path / "r.json", [{"user": "a", "id": "x"}])
-    assert [pair[1:3] for pair in hnlmrec.interactions(path, "own")] == [("a", "x")]
+    assert [pair[1:3] for pair in hnlmrec.interactions(path, "own", Counter())] == [("a", "x")]
     meta = write_lines(tmp_path / "m.json", [{"id": "x", "name": "X", "genres": ["RPG", "Indie"]}])
     items = hnlmrec.read_items(meta, hnlmrec.format_of("own", path), ["x"], Counter())
     assert items == [{"raw": "x", "title": "X", "text": "RPG, Indie", "known": True}]
@@ -1677,7 +1685,10 @@ def test_amazons_metadata_as_it_is(tmp_path):
     ("<script>var a = 1;</script>Toy<style>p {color: red;}</style>", "Toy"),
     ('"The ""Best"" film"', 'The "Best" film'), ('"Live"', '"Live"'), ('""A" B"', '""A" B"'),
     (".a-box { color: red; }", ""), ("function f(x) { return x }", ""),
-    ("NaN", ""), ("null", ""), ("\u200b", ""), ("a\x00b\x9b\r\n\u2028c", "a b c"),
+    # no entities; entities of entities
+    ("a &#1st; &#12ab; &#xamp; &#911now; one",) * 2, (f"&#{'9' * 5000};",) * 2,
+    ("&AMP;amp; &#x26;amp;lt;3 &#38;#38;#38;", "& <3 &"),
+    ("NaN", ""), ("null", ""), ("None", ""), ("\u200b", ""), ("a\x00b\x9b\r\n\u2028c", "a b c"),
     ("bad \ud83d emoji", "bad \ufffd emoji"),
     ("{curly} braces: fine",) * 2, ("x\u202ecod.\u202c \u2066y", "x cod. y"), ("&#27;[2J", "[2J")])
 def test_clean_hand_worked(raw, text):
