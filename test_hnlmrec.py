@@ -193,13 +193,15 @@ def test_nearest_items_and_rankings_hold_no_seen_item_even_when_few_are_left():
     (1008, 300, (0, 0), (200, 300)), (14, 6, (0, 0), (3, 4)), (14, 12, (0, 0), (2, 2)),
     (99, 30, (5, 60), (5, 60)), (99, 30, (0, 15), (15, 15)), (99, 30, (40, 0), (40, 40))])
 def test_mined_negatives_are_the_band_which_is_a_share_of_the_catalogue(n_items, most, flags, band):
-    data = {"n_items": n_items, "train": torch.zeros(most, 2, dtype=torch.int64)}
+    train = torch.tensor([[0, 0]] * most + [[1, 0]])  # one of two users has seen most
+    data = {"n_items": n_items, "train": train}
     assert backbones.mining_band(data, *flags) == band
     train = split_data()["train"]
     model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, train)
     mined, scores = backbones.mine_hard_negatives(model, train, 2, 6), model()[0] @ model()[1].T
     for u in range(N_USERS):
         assert mined[u].tolist() == by_score(scores[u], items_of(train, u))[1:6]
+    assert backbones.mine_hard_negatives(model, train, 24, 24).shape == (N_USERS, 1)  # all of 24
     assert "fewer than 25" in message_of(backbones.mine_hard_negatives, model, train, 2, 25)
 
 
@@ -230,6 +232,11 @@ def test_graphs_against_dense_oracles(name):
     ours, weight = torch.cat([*model()]), torch.randn(oracle.shape)
     assert torch.allclose(ours, oracle, atol=1e-5)
     assert torch.allclose(model.pool(model.layers()[0]), ours[:N_USERS], atol=1e-6)
+    if name == "ngcf":  # weights of Glorot and Bengio; a tenth of each message is dropped
+        most = max(linear.weight.abs().max().item() for linear in [*model.w1, *model.w2])
+        assert most == pytest.approx(math.sqrt(6 / 8), rel=0.2)
+        dropped = (model.train().layers()[0][:, 1:] == 0).double().mean().item()
+        assert dropped == pytest.approx(0.1, abs=0.06) and model.eval()
     assert_same_loss((ours * weight).sum(), (oracle * weight).sum(), [*model.parameters()],
                      rel=1e-4, atol=1e-5)
 
@@ -257,9 +264,17 @@ def test_vectors_made_of_texts_against_dense_algebra(name):
 def test_scores_are_those_of_pairs_propagated_once_in_eval_mode_and_never_stale(name):
     train, calls, users = split_data()["train"], [], torch.tensor([7, 0, 7])
     model, other = (backbones.build_backbone(name, *SIZE, 4, train, 2) for _ in "12")
+    if name == "neumf":  # whose MLP would see next to nothing
+        model.embedding.data *= 100
     of_users, items = model()
     one_by_one = [[model.score(u, i).item() for i in items] for u in of_users]
     assert torch.allclose(model.score_all(of_users, items), torch.tensor(one_by_one), atol=1e-6)
+    if name == "neumf":  # starts as MF plus an MLP of the other halves
+        (u, v), (i, j), (one, _, two, _) = of_users.split(2, 1), items.split(2, 1), model.mlp
+        pairs = torch.cat([v.repeat_interleave(N_ITEMS, 0), j.repeat(N_USERS, 1)], 1)
+        deep = F.relu(F.relu(pairs @ one.weight.T + one.bias) @ two.weight.T + two.bias)
+        oracle = u @ i.T + deep.sum(1).view(SIZE)
+        assert torch.allclose(torch.tensor(one_by_one), oracle, atol=1e-5)
     model.register_forward_hook(lambda *_: calls.append(1))
 
     def checked(before=None):
@@ -403,6 +418,7 @@ def test_no_catalogue_overflows():
             assert 0 <= drawn.min() and drawn.max() < items
             assert not backbones.contains(keys, heavy[:, None], drawn, items).any()
         assert torch.equal(backbones.user_rows(pairs, users)[1][-4000:], own[-4000:].sort()[0])
+        assert not backbones.contains(keys[:0], *pairs.T, items).any()  # among none
 
 
 def test_dns_and_ahns_against_brute_force():
@@ -441,6 +457,8 @@ def test_mixgcf_against_loops(name):
         hops.append(mixed[range(3), (mixed * query[:, None]).sum(2).argmax(1)])
     oracle = sum(hops) / 3 if name == "lightgcn" else torch.cat(hops, 1)
     assert torch.allclose(ours, oracle, atol=1e-6)
+    weight = torch.randn(ours.shape)  # gradients reach the positive and the chosen candidate
+    assert_same_loss((ours * weight).sum(), (oracle * weight).sum(), [*model.parameters()])
 
 
 class Tripled(backbones.Backbone):
@@ -462,16 +480,30 @@ def test_a_step_is_bpr_and_l2_on_what_its_sampler_draws(name, sampler):
     sample = draw(u, i, seeded(5))
     j = sample.negative_ids
     assert not any(c in items_of(train, v) for v, c in zip(u.tolist(), j.tolist()))
-    negatives = sample.negatives if sampler == "mixgcf" else items[j]
-    bpr = F.softplus((users[u] * (negatives - items[i])).sum(1)).mean().item()
-    l2 = sum(v.pow(2).sum().item() for v in (ego_users[u], ego_items[i], ego_items[j])) / 6
-    assert logs["bpr"] == pytest.approx(bpr, rel=1e-5)
-    assert loss.item() == pytest.approx(bpr + 0.1 * l2, rel=1e-5)
+    # what it draws, drawn again
+    generator, negatives = seeded(5), items[j]
+    form = partial(backbones.PopularitySampler, beta=0.5) if sampler == "pns" else (
+        backbones.UnseenSampler)
+    candidates = form(train, *SIZE)(u, 1 if sampler in ("rns", "pns") else 3, generator)
+    chosen, scored = candidates[:, 0], (model.score, users[u], items)
+    if sampler == "dns":
+        chosen = backbones.dns(*scored, candidates, 2, generator)
+    if sampler == "ahns":
+        chosen = backbones.ahns(*scored, i, candidates)
+    if sampler == "mixgcf":
+        negatives = backbones.mixgcf(
+            users[u], model.layers()[1], i, candidates, model.pool, generator)
+    assert torch.equal(j, chosen)
+    bpr = F.softplus((users[u] * (negatives - items[i])).sum(1)).mean()
+    l2 = sum(v.pow(2).sum() for v in (ego_users[u], ego_items[i], ego_items[j])) / 6
+    assert logs["bpr"] == pytest.approx(bpr.item(), rel=1e-5)
+    assert_same_loss(loss, bpr + 0.1 * l2, [model.embedding])
 
 
 @pytest.mark.parametrize("name, cosine", [("mf", True), ("lightgcn", False), ("neumf", False)])
 def test_softmax_step_against_loops(name, cosine):
-    """The loss over the drawn items that are none of the user's own; each backbone's own score."""
+    """Loss and gradients over the drawn items that are none of the user's own; each backbone's own
+    score."""
     train, drawn = split_data()["train"], torch.randperm(N_ITEMS, generator=seeded(3))[:20].tolist()
     own_first = train[:, 1].tolist().index(drawn[0])  # a row's own item may be the first drawn
     rows, drawn = torch.tensor([0, 1, own_first ^ 1]), set(drawn)
@@ -483,11 +515,10 @@ def test_softmax_step_against_loops(name, cosine):
     for u, i in train[rows].tolist():
         own = items_of(train, u)
         assert own & drawn
-        scores = (model.score(users[u], items) / 0.5).tolist()
-        up, rest = math.exp(scores[i]), [math.exp(scores[j]) for j in drawn - own]
-        total -= math.log(up / (up + sum(rest)))
-        total += 0.1 * (ego_users[u].pow(2).sum() + ego_items[i].pow(2).sum()).item() / 2
-    assert step(rows, seeded(3))[0].item() == pytest.approx(total / 3, rel=1e-5)
+        up, *rest = (model.score(users[u], items) / 0.5).exp()[[i, *(drawn - own)]]
+        total -= torch.log(up / (up + sum(rest)))
+        total += 0.1 * (ego_users[u].pow(2).sum() + ego_items[i].pow(2).sum()) / 2
+    assert_same_loss(step(rows, seeded(3))[0], total / 3, [*model.parameters()])
 
 
 # ---- The training loop ---------------------------------------------------------------------------
@@ -497,17 +528,30 @@ def fit_mf(model, step, validate, n_rows=4, **more):
 
 
 def test_fit_keeps_the_best_state_and_stops_after_a_while_or_where_it_is_not_finite():
-    model, states = rigged(torch.randn(2, 2), torch.randn(3, 2)), []
+    model, states, orders = rigged(torch.randn(2, 2), torch.randn(3, 2)), [], {}
+    for seed in (0, 0, 1):  # every row once an epoch, in an order of the seed's
+        rows = []
+        fit_mf(model, lambda part, _, rows=rows: (rows.extend(part.tolist()),
+                                                  (model.embedding.sum(), {}))[1],
+               lambda: 0.0, 9, epochs=2, seed=seed)
+        assert sorted(rows[:9]) == sorted(rows[9:]) == list(range(9)) and rows[:9] != rows[9:]
+        assert orders.setdefault(seed, rows) == rows
+    assert orders[0] != orders[1]
 
     def validate():
-        states.append(model.embedding.detach().clone())
-        return [-5.0, -1, -3, -2, 0][len(states) - 1]  # whatever its scale
+        states.append(model.eval().embedding.detach().clone())
+        return [-5.0, -1, -3, -1, 0][len(states) - 1]  # whatever its scale; the first of equal ones
 
-    state, history = fit_mf(model, lambda *_: (model.embedding.sum(), {"bpr": 1.5}), validate,
-                            epochs=9, patience=2)
+    def trained(rows, generator):
+        assert model.training  # though validation may leave it in eval mode
+        return model.embedding.sum(), {"bpr": len(rows)}
+
+    state, history = fit_mf(model, trained, validate, 3, epochs=9, patience=2)
     assert torch.equal(state["m.embedding"], states[1])
-    assert [row["valid_ndcg@20"] for row in history] == [-5, -1, -3, -2]
-    assert history[0]["bpr"] == 1.5 and history[0]["loss"] > history[1]["loss"]
+    assert [row["valid_ndcg@20"] for row in history] == [-5, -1, -3, -1]
+    assert backbones.best_epoch(history) is history[1]
+    # a mean over rows, in batches of two and one
+    assert history[0]["bpr"] == 5 / 3 and history[0]["loss"] > history[1]["loss"]
     done = []
 
     def step(rows, generator):
@@ -531,6 +575,26 @@ def test_fit_against_adam_by_hand_with_its_learning_rate(decay):
     state, _ = fit_mf(model, lambda *_: (model.embedding.pow(2).sum(), {}),
                       itertools.count(0.0).__next__, n_rows=3, lr=0.6, decay=decay)
     assert state["m.embedding"].flatten().tolist() == pytest.approx([x, x], rel=1e-4)
+
+
+def test_processes_share_the_rows_and_draw_apart(monkeypatch):
+    """Each row is one process's, its negatives come from a generator of its own, gradients are
+    averaged after each step, and the validation is the one that process 0 sends."""
+    model, seen, averaged = rigged(torch.ones(1, 1), torch.ones(1, 1)), ([], []), []
+    monkeypatch.setattr(backbones, "world", lambda: 2)
+    monkeypatch.setattr(backbones, "average_gradients", averaged.append)
+    monkeypatch.setattr(backbones.dist, "broadcast", lambda score, source: score.fill_(0.5))
+    for rank, own in enumerate(seen):
+        def step(rows, generator, own=own):
+            own.append((rows.tolist(), torch.rand(1, generator=generator).item()))
+            return model.embedding.sum(), {}
+
+        monkeypatch.setattr(backbones, "rank", lambda rank=rank: rank)
+        _, history = fit_mf(model, step, lambda: 0.1, 8, batch_size=4, epochs=1)
+        assert history[0]["valid_ndcg@20"] == 0.5
+    (rows, draws), (others, apart) = (zip(*own) for own in seen)
+    assert sorted(sum([*rows, *others], [])) == list(range(8)) and {*map(len, rows)} == {2}
+    assert len(averaged) == 4 and not set(draws) & set(apart)
 
 
 @pytest.mark.parametrize("n, n_items, given, expected", [
@@ -724,7 +788,9 @@ def test_projector_attends_over_the_set():
     p, sets = hnlmrec.Projector(hidden, 8, width=8), hidden[:6].float().view(2, 3, 16)
     x = p.inward((sets - hidden.float().mean(0)) / hidden.float().std(0))
     slot = F.scaled_dot_product_attention(p.query(x[:, :1]), p.key(x), p.value(x))[:, 0]
-    assert torch.allclose(p(sets), p.mlp(x[:, 0] + slot), atol=1e-5)
+    _, one, _, two = p.mlp
+    inner = F.gelu(F.layer_norm(x[:, 0] + slot, (8,)) @ one.weight.T + one.bias)
+    assert torch.allclose(p(sets), inner @ two.weight.T + two.bias, atol=1e-5)
     assert torch.allclose(p(sets[:, [0, 2, 1]]), p(sets), atol=1e-6)
     other = sets.clone()
     other[0, 2] += 300  # informs slot 0 of its own row alone
@@ -736,10 +802,10 @@ def test_projector_attends_over_the_set():
 def test_negative_table_prefers_own_vectors_and_counts_the_rest():
     """User 0 has a vector of one of its two pairs, user 1 of both, user 2 of none."""
     train = torch.tensor([[0, 1], [0, 2], [1, 0], [1, 5], [2, 3]])
-    table = hnlmrec.NegativeTable(train[1:4], train, 3, 6)
+    table = hnlmrec.NegativeTable(train[[1, 3, 2]], train, 3, 6)  # in any order of items
     assert (table.own, table.without) == (3, 1)
     chosen = table(torch.arange(5), 40, seeded())
-    assert chosen[1:4, 0].tolist() == [0, 1, 2]
+    assert chosen[1:4, 0].tolist() == [0, 2, 1]
     assert [set(row.tolist()) for row in chosen] == [{0}, {0}, {1, 2}, {1, 2}, {-1}]
 
 
@@ -763,6 +829,8 @@ def test_texts_of_users_and_the_start_against_svd():
     assert torch.allclose(semantic.user[0], F.normalize(x[3] + x[7], dim=0), atol=1e-6)
     users, items = semantic(torch.tensor([1]), torch.tensor([0, 3]))
     assert torch.allclose(users[0], items[1], atol=1e-6)  # a user with one item reads as that item
+    assert torch.allclose(items, semantic.mlp(x[[0, 3]]), atol=1e-6)
+    assert_same_loss(users.sum(), semantic.mlp(x[3]).sum(), [*semantic.parameters()])
     start = hnlmrec.text_start(text, train, 4, 3, 0.1)
     u, s, _ = torch.linalg.svd((x - x.mean(0)).double(), full_matrices=False)
     items = u[:, :3] * s[:3]
@@ -793,19 +861,20 @@ def hnlmrec_parts(form=hnlmrec.HNLMRec, sampler="rns", backbone="mf", generated=
     return model, projector, method, train
 
 
-@pytest.mark.parametrize("without", [[], [*range(18, 24), *range(31, 36), *range(42, 48)]])
-def test_the_step_is_the_sum_of_its_five_terms(without):
+@pytest.mark.parametrize("backbone, without", [
+    ("mf", []), ("lightgcn", [*range(18, 24), *range(31, 36), *range(42, 48)])])
+def test_the_step_is_the_sum_of_its_five_terms(backbone, without):
     """Loss and gradients, drawn again and gathered pair by pair: BPR's gradient stops at z, that of
     L_align at the items. K 1, one mined and one likely item, so that no more is drawn. Of users 3
     and 7, who have no generated vector, e⁻ is e_j and L_align sees nothing; of user 5 only the
     first pair has one."""
     generated = split_data()["train"][[n for n in range(72) if n not in without]]
     model, projector, method, train = hnlmrec_parts(
-        generated=generated, alpha=0.4, lambda1=0.7, k=1, reg=0.01, lambda_s=0.5, lambda_f=2.0,
-        gamma=0.3)
+        backbone=backbone, generated=generated, alpha=0.4, lambda1=0.7, k=1, reg=0.01,
+        lambda_s=0.5, lambda_f=2.0, gamma=0.3, tau_c=0.3)
     method.align_rows, method.semantic_rows, method.mined = 30, 60, method.mined[:, :1]
     assert [*method.modules_trained()] == ["backbone", "projector", "semantic"]
-    model.embedding.data *= 30  # so that the L2 term counts
+    model.embedding.data *= 30 if backbone == "mf" else 4  # so that the L2 term counts
     loss, logs = method.loss(torch.arange(len(train)), seeded(3))
 
     pairs, generator, (u, i), n = generated.tolist(), seeded(3), train.T, len(train)
@@ -823,15 +892,16 @@ def test_the_step_is_the_sum_of_its_five_terms(without):
     negative[rows] = 0.4 * own * scale[:, None] + 0.6 * e_j[rows]
     bpr, above, below = (-F.logsigmoid((e_u * (up - down)).sum(1)).mean() for up, down in (
         (e_i, negative), (e_f, negative), (e_i, e_f)))
-    l2 = sum(v.pow(2).sum() for v in (e_u, e_i, e_j)) / 2 / n
+    ego_users, ego_items = model.ego()
+    l2 = sum(v.pow(2).sum() for v in (ego_users[u], ego_items[i], ego_items[j])) / 2 / n
     first, (some_users, some_items) = rows[:30], (v[:60].unique() for v in (u, i))
     align = hnlmrec.alignment_loss(z[of_row[:30]], items[i[first]].detach(),
-                                   items[method.mined[u[first], 0]].detach(), u[first], 0.2)
-    semantic = sum(hnlmrec.semantic_alignment(v, t, 0.2) for v, t in zip(
+                                   items[method.mined[u[first], 0]].detach(), u[first], 0.3)
+    semantic = sum(hnlmrec.semantic_alignment(v, t, 0.3) for v, t in zip(
         (users[some_users], items[some_items]), method.semantic(some_users, some_items)))
     terms = {"bpr": bpr, "align": align, "semantic": semantic, "false": above + 0.3 * below}
     assert logs == pytest.approx({name: term.item() for name, term in terms.items()}, rel=1e-5)
-    l2_false = e_f.pow(2).sum() / 2 / n
+    l2_false = ego_items[split_data()["test"][u, 1]].pow(2).sum() / 2 / n
     total = bpr + 0.01 * l2 + 0.7 * align + 0.5 * semantic + 2 * (terms["false"] + 0.01 * l2_false)
     assert_same_loss(loss, total, [*method.parameters()], rtol=1e-3, atol=1e-5)
 
@@ -842,7 +912,7 @@ def test_the_papers_step_is_its_formula(hinge, without):
     vector. Without one (the first pairs, of whole users) e⁻ is e_j and L_CL is left out."""
     model, projector, method, train = hnlmrec_parts(
         hnlmrec.PaperHNLMRec, generated=split_data()["train"][without:], alpha=0.4, lambda1=0.7,
-        k=1, reg=0.01, hinge=hinge, train_projector=bool(hinge))
+        k=1, reg=0.01, tau_c=0.3, hinge=hinge, train_projector=bool(hinge))
     assert [*method.modules_trained()] == ["backbone", "projector"][:2 if hinge else 1]
     loss, logs = method.loss(torch.arange(len(train)), seeded(3))
     (users, items), z, (u, i) = model(), projector(method.hidden[:, None]), train.T
@@ -850,7 +920,7 @@ def test_the_papers_step_is_its_formula(hinge, without):
     e_u, e_i, e_j = users[u], items[i], items[j]
     gap = (e_u * (e_i - torch.cat([e_j[:without], 0.4 * z + 0.6 * e_j[without:]]))).sum(1)
     ranking = torch.clamp(0.3 - gap, min=0) if hinge else -F.logsigmoid(gap)
-    up, down = (torch.exp(F.cosine_similarity(e_u, v)[without:] / 0.2)
+    up, down = (torch.exp(F.cosine_similarity(e_u, v)[without:] / 0.3)
                 for v in (e_i, torch.cat([e_j[:without], z])))
     squares = sum(v.pow(2).sum(1) for v in (e_u, e_i, e_j))
     total = (ranking + 0.01 * squares / 2).mean() - 0.7 * torch.log(up / (up + down)).mean()
@@ -880,6 +950,27 @@ def test_without_z_the_step_is_that_of_its_sampler(backbone, sampler):
     assert_same_loss(ours, oracle, [model.embedding], rel=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("form, backbone, sampler", [
+    (hnlmrec.HNLMRec, "mf", "dns"), (hnlmrec.HNLMRec, "lightgcn", "mixgcf"),
+    (hnlmrec.PaperHNLMRec, "mf", "pns")])
+def test_all_that_a_step_draws_comes_from_its_generator(form, backbone, sampler, monkeypatch):
+    """So do L_align's targets, each any of the items mined for its user."""
+    _, _, method, train = hnlmrec_parts(form, sampler, backbone, k=3, lambda_f=1.0)
+    method.likely = hnlmrec.LikelyFalse(split_data()["test"][:, 1:].expand(-1, 3) - torch.arange(3),
+                                        torch.ones(N_USERS, 3), N_ITEMS)
+    losses, targets, read, align = [], [], [], hnlmrec.alignment_loss
+    method.projector.register_forward_pre_hook(lambda _, sets: read.append(sets[0].shape[1]))
+    monkeypatch.setattr(hnlmrec, "alignment_loss", lambda z, i, mined, *more: (
+        targets.extend(mined[:6]), align(z, i, mined, *more))[1])
+    for seed in (3, 3, 4):
+        method.steps = 0
+        losses.append(method.loss(torch.arange(len(train)), seeded(seed))[0].item())
+    assert losses[0] == losses[1] != losses[2] and read == [3, 3, 3]  # K vectors of each user
+    if form is hnlmrec.HNLMRec:  # six of user 0, three times
+        used = {*torch.cdist(torch.stack(targets), method.backbone()[1]).argmin(1).tolist()}
+        assert len(used) > 2 and used <= {*method.mined[0].tolist()}
+
+
 def test_z_of_every_generated_vector_is_made_anew_every_few_steps():
     """z of row n: the projector on it and K - 1 of the same user's, drawn anew at each refresh."""
     _, projector, method, train = hnlmrec_parts(k=3)
@@ -893,6 +984,11 @@ def test_z_of_every_generated_vector_is_made_anew_every_few_steps():
             sets = torch.cat([torch.arange(len(train))[:, None], others], 1)
             assert torch.allclose(z, projector(method.hidden[sets]), atol=1e-6)
     assert len(seen) == 3 and not z.requires_grad  # steps 1, 4 and 7
+    pairs, hidden = torch.cartesian_prod(torch.arange(3), torch.arange(1700)), torch.randn(5100, 16)
+    table = hnlmrec.NegativeTable(pairs, pairs, 3, 1700)  # more than are read at once
+    many = hnlmrec.HNLMRec(None, None, pairs, projector=projector, table=table, hidden=hidden, k=2)
+    sets = torch.stack([torch.arange(5100), table.others(pairs[:, 0], 1, seeded())[:, 0]], 1)
+    assert torch.allclose(many.z_of_all(seeded()), projector(hidden[sets]), atol=1e-6)
 
 
 def test_the_controls_replace_vectors_by_noise_or_each_others():
@@ -956,6 +1052,8 @@ def test_a_wider_reading_of_the_same_texts_is_the_same_judge():
         for x, width in ((text, 6), (wide, 6), (text, 2)))
     rows, others, few = (F.normalize(maps.tables()["item"]) for maps in (narrow, wide, short))
     assert torch.allclose(rows @ rows.T, others @ others.T, atol=1e-3)
+    assert [len(maps.tables()["item"].T) for maps in (narrow, short)] == [6, 2]
+    assert hnlmrec.JudgeMaps([text], data, 99).tables()["item"].shape == (N_ITEMS, 6)
     u, _, _ = torch.linalg.svd(text - text.mean(0), full_matrices=False)
     best = F.normalize(u[:, :2])  # whitened, all axes weigh alike
     assert torch.allclose(few @ few.T, best @ best.T, atol=1e-3)
@@ -965,16 +1063,16 @@ def test_a_wider_reading_of_the_same_texts_is_the_same_judge():
 def test_judge_step_against_loops_over_the_left_out_items(most):
     """Over pairs, with the history without the judged item and the mask; an item drawn twice counts
     twice. most 2: two of a user's items, drawn anew for each generator, judged by the other."""
-    train, users, seen = split_data()["train"], torch.tensor([2, 0, 5]), set()
+    train, users, seen = split_data()["train"][2:], torch.tensor([2, 0, 5]), set()
     maps = small_judge(train)
     step = hnlmrec.make_judge_step(maps, train, N_USERS, 40, most=most)
     for seed in (3, 4, 5, 6) if most == 2 else (3,):
         generator, losses = seeded(seed), []
-        order = torch.rand(18, generator=generator, dtype=torch.float64)  # of their 6 items each
+        order = torch.rand(16, generator=generator, dtype=torch.float64)  # user 0 has 4, others 6
         drawn = torch.randint(N_ITEMS, (40,), generator=generator).tolist()
-        for n, u in enumerate(users.tolist()):
+        for u, order in zip(users.tolist(), order.split([6, 4, 6])):
             own = train[train[:, 0] == u, 1]
-            taken = own[order[6 * n:6 * n + 6].argsort()[:most]].tolist()
+            taken = own[order.argsort()[:most]].tolist()
             seen.add((u, *sorted(taken)))
             for i in taken:
                 judged = [i, *(j for j in drawn if j not in own.tolist())]
@@ -1060,19 +1158,39 @@ def test_train_judge_keeps_the_better_dropout_and_stops_one_that_is_behind(monke
     text, train, valid = two_tastes()
     data, dropouts = {"train": train, "valid": valid}, (0.0, 0.5)
     for first, second, kept in (([1, 3, 2, 2], [9, 2], 0.0), ([1, 2, 2, 2], [1, 2, 5, 1], 0.5),
-                                ([1, 3, 4, 2], [1, 3, 2, 2], 0.0)):
+                                ([1, 3, 4, 2], [1, 3, 2, 2], 0.0),
+                                ([1, 3, 4, 2], [1, 3, 4, 2], 0.0)):  # the first of equal ones
         scores, seen = iter(first + second), []
         with monkeypatch.context() as patch:
-            patch.setattr(hnlmrec, "validation", lambda judge, *_, **more: (
-                seen.append(judge.bias), lambda: float(next(scores)))[1])
+            patch.setattr(hnlmrec, "validation", lambda judge, *_, users: (
+                seen.append(judge.bias), lambda: float(next(scores)) if users == 7 else None)[1])
             maps, dropout, history = hnlmrec.train_judge([text], *data.values(), 30, epochs=4,
-                                                         dropouts=dropouts)
+                                                         dropouts=dropouts, validated=7)
         assert dropout == kept and next(scores, "none left") == "none left"
         run = second if kept else first
         assert [row["valid_ndcg@20"] for row in history] == run
         best = seen[len(first) * (run is second) + run.index(max(run))]
         assert torch.equal(maps.bias, best)  # its best epoch, not its last
+        assert not torch.equal(seen[0], seen[len(first)])  # each is trained with its own dropout
+        early, late = ((seen[n + 1] - seen[n]).abs().mean() for n in (0, 2))
+        assert late < 0.6 * early  # the rate falls to 0
     assert capsys.readouterr().out.count("at epoch 1 of 2") == 1  # the one that fell behind
+    # who has one train item is not taught by; all others are, once an epoch
+    few, taught = train[(train[:, 0] > 3) | (torch.arange(120) % 4 == 0)], []
+    with monkeypatch.context() as patch:
+        make = hnlmrec.make_judge_step
+
+        def spied(*args, **more):
+            step = make(*args, **more)
+            return lambda users, generator: (taught.extend(users.tolist()),
+                                             step(users, generator))[1]
+
+        patch.setattr(hnlmrec, "make_judge_step", spied)
+        hnlmrec.train_judge([text], few, valid, 30, epochs=1, dropouts=(0.0,))
+    assert sorted(taught) == list(range(4, 30))
+    one, two = (hnlmrec.train_judge([text], few, valid, 30, epochs=1, dropouts=(0,), seed=seed)[2]
+                for seed in (0, 1))
+    assert one[0]["loss"] != two[0]["loss"]
     maps, _, history = hnlmrec.train_judge([text], train, valid, 30, epochs=3, lr=0.01)
     judge = hnlmrec.Judge(maps.tables(), train, 30)
     best = max(row["valid_ndcg@20"] for row in history)
@@ -1080,7 +1198,7 @@ def test_train_judge_keeps_the_better_dropout_and_stops_one_that_is_behind(monke
     assert history[-1]["loss"] < history[0]["loss"]
 
 
-def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
+def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns(monkeypatch):
     """… unless no other candidate is there; the same of any pairs that are to be kept clear."""
     items = torch.tensor([[3, 5, 7], [1, 2, -1], [-1, -1, -1]], dtype=torch.int32)
     share = torch.tensor([[0.5, 0.3, 0.2], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
@@ -1089,6 +1207,9 @@ def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns():
     for item, share in ((3, 0.5), (5, 0.3), (7, 0.2)):
         assert float((drawn == item).float().mean()) == pytest.approx(share, abs=0.02)
     assert (likely(torch.ones(100, dtype=torch.long)) == 2).all()
+    with monkeypatch.context() as patch:  # not even by a draw of exactly 0
+        patch.setattr(torch, "rand", lambda *_, **more: torch.zeros(1, 1))
+        assert likely(torch.tensor([1])) == 2
     assert int(likely(torch.tensor([2]))) in range(8)  # a user without any: an item all the same
 
     likely = hnlmrec.LikelyFalse(torch.tensor([[4, 2], [3, -1]]), torch.ones(2, 2), 5)
@@ -1118,6 +1239,8 @@ def test_a_blend_is_the_sum_of_the_standardised_scores():
     blend = hnlmrec.Blend(parts, weights)
     for some in (torch.tensor([4, 1, 9]), torch.arange(N_USERS)):
         assert torch.allclose(blend.scores(some).double(), total[some], atol=1e-4)
+    with pytest.raises(ValueError):  # a weight too many
+        hnlmrec.Blend(parts, [*weights, 1.0]).scores(torch.arange(2))
     # scores all alike say nothing
     for same in (3.0, 123.456):  # whose mean is rounded
         assert hnlmrec.in_deviations(torch.full((2, 32), same)).abs().max() < 1
@@ -1133,6 +1256,7 @@ def test_blend_weights_are_a_maximum_and_drop_noise():
              rigged(torch.randn(60, 4), torch.randn(40, 4))]
     grid, data = [0, 0.5, 1, 2], {"train": train, "valid": valid}
     weights, alone = hnlmrec.blend_weights(parts, train, valid, grid)
+    assert not parts[0].training  # weighed as a blend ranks, without dropout
 
     def quality(weights):
         return backbones.validation(hnlmrec.Blend(parts, weights), data)()
@@ -1141,10 +1265,17 @@ def test_blend_weights_are_a_maximum_and_drop_noise():
     for k, value in itertools.product(range(3), grid):
         other = [value if n == k else weight for n, weight in enumerate(weights)]
         assert not any(other) or quality(other) <= quality(weights) + 1e-9
-    assert not parts[0].training  # weighed as a blend ranks, without dropout
     assert weights[0] and weights[1] and not weights[2] and quality(weights) > max(alone) + 0.1
-    some, _ = hnlmrec.blend_weights(parts, train, valid, grid, cells=3 * 40 * 20)  # 20 users
+    some, alone = hnlmrec.blend_weights(parts, train, valid, grid, cells=3 * 40 * 20)  # 20 users
+    data["valid"] = valid[torch.isin(valid[:, 0], torch.randperm(60, generator=seeded())[:20])]
     assert some[0] and some[1]
+    assert alone == pytest.approx([quality(row) for row in torch.eye(3).tolist()])
+    # more users than are scored at once
+    pairs = torch.stack([torch.arange(1100), torch.arange(1100) % 9], 1)
+    parts = [rigged(torch.randn(1100, 2), torch.randn(9, 2)) for _ in range(2)]
+    data = {"train": pairs, "valid": torch.stack([pairs[:, 0], (pairs[:, 1] + 1) % 9], 1)}
+    _, alone = hnlmrec.blend_weights(parts, *data.values(), [0, 1])
+    assert alone == pytest.approx([backbones.validation(part, data)() for part in parts])
 
 
 def test_blend_weights_are_no_worse_than_equal_ones():
@@ -1831,6 +1962,8 @@ def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path
         for layer, hidden in enumerate((llm.get_input_embeddings()(ids), states[0], last)):
             first = 1 if special or (layer and len(text) > 1) else 0
             assert alike(ours[layer][row], hidden[0, first:].mean(0))
+    if special:  # BOS alone is no text
+        assert not llm_negatives.read_layers(llm, tokenizer, ["", "a"], [2])[0][0].any()
 
 
 def test_tf_idf_against_a_dense_table():
@@ -1889,8 +2022,9 @@ def test_mixgcf_targets_against_direct_sum():
 
 @pytest.mark.parametrize("mine", ["dns", "mixgcf"])
 def test_parts_of_a_batch_add_up_to_its_gradient(encoder, mine):
+    """What a part drops is its own, whoever runs it."""
     llm, prompt, soft_tokens = encoder[:3]
-    task, rows, head = sft_task(mine)[0], torch.arange(10), llm_negatives.Head(32, 6)
+    task, rows, head = sft_task(mine)[0], torch.arange(0, 70, 7), llm_negatives.Head(32, 6)
     trained, results = [*soft_tokens.parameters(), *head.parameters()], []
     for micro, shares in ((10, 1), (3, 1), (3, 2)):
         loss, total = 0, [0] * len(trained)
@@ -1900,11 +2034,74 @@ def test_parts_of_a_batch_add_up_to_its_gradient(encoder, mine):
                 which=slice(share, None, shares))
             total = [t + p.grad for t, p in zip(total, trained)]
         results.append((loss, total))
+    one, two, three = (llm_negatives.sft_gradients(
+        task, llm, prompt, soft_tokens, head, trained, rows, 0.1, micro_pairs=3, seed=3,
+        profile_dropout=0.5, which=which) for which in (slice(None), slice(0, 2), slice(2, 4)))
+    assert one.item() == pytest.approx((two + three).item(), rel=1e-5) != results[0][0].item()
     (whole, gradient), *others = results
+    torch.manual_seed(3)  # of the targets
+    targets = task.targets(rows)
+    hidden = llm_negatives.encode_pairs(
+        llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows])
+    expected = task.loss(head(hidden), rows, 0.1, targets)
+    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert all(map(alike, gradient, torch.autograd.grad(expected, trained)))
     assert sum(float(g.abs().sum()) for g in gradient) > 0
     for loss, other in others:
         assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
         assert all(map(alike, gradient, other))
+
+
+@pytest.mark.parametrize("n_soft", [0, 2])
+def test_a_prompt_is_its_template_with_texts_cut(tiny_llm, n_soft):
+    tokenizer, soft = llm_negatives.load_tokenizer(tiny_llm), [llm_negatives.SOFT] * n_soft
+    prompt = llm_negatives.Prompt(tokenizer, n_soft, max_tokens=5)
+    ids = prompt.shared + prompt.user("likes films") + prompt.item("Alien")
+    said = re.split(r"\[e_.\]", prompt.template.format(user="likes", item="Alien"))
+    first, *more = (tokenizer(part).input_ids for part in said)
+    assert ids == sum((soft + part for part in more), first) and len(more) == bool(n_soft) * 2
+    assert prompt.item("Aliens") == prompt.item("Alien") != prompt.item("Alie")
+
+
+def test_soft_tokens_are_standardised_vectors_of_the_embeddings_norm():
+    """Also where a number is the same for all."""
+    user, item = torch.randn(9, 3) * 5 + 2, torch.randn(7, 3) - 4
+    user[:, 1] = 3.0
+    tokens = llm_negatives.SoftTokens(user, item, 5, 2.5, 2)
+    for side, table in enumerate((user, item)):
+        x = (table - table.mean(0)) / table.std(0).clamp(min=1e-6) @ tokens.maps[side].weight.T
+        both = [F.normalize(part, dim=1) * 2.5 for part in x.split(5, 1)]
+        assert torch.allclose(tokens(side, table), torch.stack(both, 1), atol=1e-6)
+    assert llm_negatives.SoftTokens(user, item, 5, 2.5, 0)(0, user).shape == (9, 0, 5)
+
+
+def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth():
+    rates = [llm_negatives.learning_rate(step, 40) for step in range(41)]
+    assert rates[:3] == [0.25, 0.5, 0.75] and rates[4:] == sorted(rates[4:], reverse=True)
+    assert [rates[4], *rates[20::20]] == pytest.approx([0.978, 0.55, 0.1], abs=1e-3)
+
+
+@pytest.mark.parametrize("mine", ["dns", "mixgcf"])
+def test_the_warm_up_fits_the_head_to_its_rows(mine):
+    """Here hidden states tell users apart. The seed alone decides; a number that never changes is
+    no trouble."""
+    task, heads = sft_task(mine)[0], []
+    rows = task.rows.flip(0)
+    hidden = (100 * torch.randn(N_USERS, 16) + 50)[task.train[rows, 0]]
+    hidden[:, 3] = 7.0
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        head = llm_negatives.Head(16, 6)
+        torch.manual_seed(len(heads))
+        before = task.loss(head(hidden), rows, 0.2, task.targets(rows)).item()
+        assert llm_negatives.fit_head(task, head, hidden, rows, 0.2, seed) < before - 0.5
+        assert torch.allclose(head.mean, hidden.mean(0)) and head.std[3] > 0
+        assert torch.allclose(head.std[:3], hidden[:, :3].std(0))
+        assert mine == "mixgcf" or task.hit_rate(head(hidden), rows) == 1
+        x = (hidden - head.mean) / head.std
+        assert torch.allclose(head(hidden), x @ head.linear.weight.T + head.linear.bias, atol=1e-5)
+        heads.append(head.linear.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 def test_training_and_generation_encode_alike(encoder):
@@ -1921,6 +2118,12 @@ def test_training_and_generation_encode_alike(encoder):
                   llm_negatives.encode_pairs(*shared, task.cf, texts, pairs, encoder=partial(
                       llm_negatives.encode, batch=2))):
         assert alike(torch.cat(alone), other)
+    # in parts as in one, whatever is left out
+    many = partial(llm_negatives.encode_many, *shared, task.cf, texts,
+                   data["train"], batch=2, profile_dropout=0.5)
+    whole, *parts = (many(which=slice(*which)) for which in ((None,), (0, None, 2), (1, None, 2)))
+    assert alike(sum(parts), whole) and (parts[0] == 0).any() and (parts[1] == 0).any()
+    assert not alike(whole, many(profile_dropout=0.0))
     # what the ablations take away: the mean instead of a vector, an empty profile
     user, item = ({**task.cf, side: task.cf[side].mean(0).expand_as(task.cf[side])}
                   for side in ("user", "item"))
@@ -1940,6 +2143,18 @@ def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair():
     assert not new & {data["train"][row, 0].item() for row in learned}
     train_keys = {tuple(pair) for pair in data["train"].tolist()}
     assert not train_keys & {(u, i) for u, own in enumerate(task.mined.tolist()) for i in own}
+    # what is held back is the seed's
+    again, other = (llm_negatives.SftTask(data, task.cf_model, task.cf, task.texts, 2, 6, seed)
+                    for seed in (0, 1))
+    assert torch.equal(again.rows, task.rows) and not torch.equal(other.rows, task.rows)
+    # of many users a tenth, and 64 pairs of each kind
+    train = torch.cartesian_prod(torch.arange(800), torch.arange(4))
+    users, items = torch.randn(800, 4), torch.randn(9, 4)
+    large = {"train": train, "n_users": 800, "n_items": 9}
+    many = llm_negatives.SftTask(large, rigged(users, items), {"user": users, "item": items},
+                                 ([], []), 1, 2, 0)
+    assert [*map(len, many.held.values())] == [64, 64]
+    assert len(train[many.rows, 0].unique()) == pytest.approx(720, abs=30)
     # hit rate and floors
     z, rows = torch.randn(20, 6, generator=seeded()), torch.arange(20)
     mined = task.mined[data["train"][:20, 0]]
@@ -1963,6 +2178,14 @@ def test_grouped_batches_hold_each_row_once():
     batches = llm_negatives.grouped_batches(users, rows, 3, 4, seeded())
     assert sorted(torch.cat(batches).tolist()) == rows.tolist()
     assert all(len(batch) <= 12 and len(users[batch].unique()) <= 4 for batch in batches)
+    assert len(batches) == 8  # 32 chunks: user 0 has three of these rows, ten have 8, the last 2
+    # users in random order; by lengths, batches do not overlap save in their chunks' shorter rows
+    assert not all((users[batch].diff() >= 0).all() for batch in batches)
+    lengths = torch.randperm(96, generator=seeded(1))
+    batches = llm_negatives.grouped_batches(users, rows, 1, 17, seeded(), lengths)
+    order = sorted(lengths[batch].sort().values.tolist() for batch in batches)
+    assert sum(order, []) == sorted(lengths[rows].tolist()) and len(order) == 5
+    assert order != [lengths[batch].sort().values.tolist() for batch in batches]
 
 
 @pytest.mark.parametrize("per_user, limit", [(0, 0), (3, 0), (0, 20), (2, 20), (0, 7), (5, 96)])
@@ -1976,6 +2199,7 @@ def test_pairs_are_a_share_of_each_users_and_one_each_before_two(per_user, limit
     assert count.max() <= min(most, count.min() + 1)
     other = llm_negatives.choose_pairs(train, N_USERS, per_user, limit, 2)
     assert len(rows) == 96 or other.tolist() != rows.tolist()
+    assert len(rows) > N_USERS or {*train[other, 0].tolist()} != {*train[rows, 0].tolist()}
 
 
 def test_control_tokens_in_texts_are_text(tmp_path):
@@ -2743,13 +2967,14 @@ def test_bootstrap_of_few_users_knows_that_they_are_few():
     for n in (1, 3, 5, 20):
         *_, p = evaluation.paired_bootstrap(np.full(n, 0.01))
         assert p == pytest.approx(max(2 / 2**n, 2 / 10_001))
+    assert evaluation.paired_bootstrap([0.1, -0.1])[3] == 1
     assert "no metric" in message_of(evaluation.paired_bootstrap, [0.1, math.nan])
 
 
 def test_holm_hand_worked_and_against_its_step_down_test():
     given = np.array([0.01, 0.04, 0.03])
     assert evaluation.holm(given) == pytest.approx([0.03, 0.06, 0.06]) and given[1] == 0.04
-    assert evaluation.holm([0.5, 0.6]) == [1.0, 1.0] and evaluation.holm([]) == []
+    assert evaluation.holm([0.7, 0.6]) == [1.0, 1.0] and evaluation.holm([]) == []
     for m in (1, 4, 9):
         p = np.random.default_rng(m).random(m) ** 3
         ours = evaluation.holm(list(p))
@@ -2775,9 +3000,9 @@ def test_fhns_of_vectors_against_brute_force():
     assert evaluation.fhns_rates(u, few[:, 1:3], data) == {"FHNS@1": 0.0}
 
 
-def test_fhns_of_samplers_against_brute_force():
+def test_fhns_of_samplers_against_brute_force(monkeypatch):
     """At the top by its definition, uniform by its expectation; DNS kept clear takes no listed
-    item."""
+    item; MixGCF's vectors stand for the items nearest to them."""
     data, (model, scores) = split_data(), rigged_scores()
     best = [by_score(row, items_of(data["train"], u)) for u, row in enumerate(scores)]
     data["test"][:6, 1] = torch.tensor([row[0] for row in best[:6]])  # the hardest is a false one
@@ -2794,6 +3019,18 @@ def test_fhns_of_samplers_against_brute_force():
     assert rates["DNS kept clear of the judge's items"]["FHNS@1"] == 0
     assert rates["the judge's likely items"]["FHNS@1"] == 1
     assert set(rates["MixGCF, nearest items"]) == {"FHNS@1", "FHNS@10"}
+    data["train"] = data["train"][:72]
+    one, two, other = (evaluation.fhns_of_samplers(model, data, 8, seed) for seed in (1, 1, 2))
+    assert one == two != other
+    users, items = model()
+    monkeypatch.setattr(evaluation, "mixgcf", lambda of_pairs, *_: items[
+        data["test"][torch.cdist(of_pairs, users).argmin(1), 1]])
+    rates = evaluation.fhns_of_samplers(model, data, 2)["MixGCF, nearest items"]
+    assert rates["FHNS@1"] == 1 > rates["FHNS@10"]
+    monkeypatch.setattr(evaluation, "MOST", 24)  # of too many pairs some, of all users
+    monkeypatch.setattr(evaluation, "fhns_rates", lambda users, *_: users)
+    users = evaluation.fhns_of_samplers(model, data, 2)["uniform"]
+    assert len(users) == 24 and len(users.unique()) > 6
 
 
 # ---- eval.py: report, compare, tune, recommend ---------------------------------------------------
@@ -3161,6 +3398,18 @@ def test_a_short_run_that_stopped_by_itself_is_not_repeated(tmp_path, monkeypatc
         before = [{"short": None, "defaults": {"--epochs": "100"}}]
         found = evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)
         assert (len(calls), found["short"], found["valid"]) == (runs, 0.2, 0.2)
+    # the better half goes on: not the second of two, but one of two that are alike
+    for short, valid in ((0.3, None), (0.2, 0.2)):
+        before = [{"short": short, "defaults": {"--epochs": "100"}}]
+        assert evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)["valid"] == valid
+    # of the first trial's own epochs the best, and the best of the first fifth
+    history = [{"epoch": n, "valid_ndcg@20": v} for n, v in ((2, 0.1), (3, 0.3), (4, 0.2), (9, 0.5),
+                                                             (10, 0.4))]
+    monkeypatch.setattr(evaluation, "read_meta", lambda path: {
+        "history": history, "settings": {"epochs": 20, "lr": 0.001, "backbone": "mf"}})
+    first = evaluation.run_trial(tmp_path, "x", ["backbones.py"], [])
+    assert first == {"short": 0.3, "valid": 0.5,
+                     "defaults": {"--epochs": "20", "--lr": "0.001"}}
 
 
 def test_what_is_known_before_the_first_trial_decides_what_is_tried(tuning):
@@ -3178,15 +3427,17 @@ def test_what_is_known_before_the_first_trial_decides_what_is_tried(tuning):
 
 
 def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
-    space = {"lr": ["1", "2", "3", "4"], "m": ["5", "6"], "k": ["7"]}
-    before = [{"words": [], "valid": 0.1}, {"words": ["--lr", "2", "--k", "7"], "valid": 0.3}]
+    space = {"lr": ["1", "2", "3", "4"], "m": ["5", "6", "8"], "k": ["7"]}
+    before = [{"words": [], "valid": 0.1}, {"words": ["--lr", "2", "--k", "7"], "valid": 0.3},
+              {"words": ["--lr", "4"], "valid": 0.2}]
     rng = np.random.default_rng(0)
     seen = Counter(" ".join(evaluation.next_point("RNS", space, before, rng)) for _ in range(300))
-    assert set(seen) == {"--lr 1 --k 7", "--lr 3 --k 7", "--lr 2 --k 7 --m 5", "--lr 2 --k 7 --m 6"}
-    assert min(seen.values()) > 50  # a default that is not known goes to any value
-    before[0]["defaults"] = {"--m": "6"}
+    of_lr, of_m = {"--lr 1 --k 7", "--lr 3 --k 7"}, "--lr 2 --k 7 --m "
+    assert set(seen) == {*of_lr, of_m + "5", of_m + "6", of_m + "8"}
+    assert min(seen.values()) > 30  # a default that is not known goes to any value
+    before[0]["defaults"] = {"--m": "8"}
     moves = {" ".join(evaluation.next_point("RNS", space, before, rng)) for _ in range(100)}
-    assert moves == {"--lr 1 --k 7", "--lr 3 --k 7", "--lr 2 --k 7 --m 5"}
+    assert moves == {*of_lr, of_m + "6"}
     # before that, defaults and wide vectors, where a search may have these
     for widest, words in ((64, None), (128, ["--dim", "128", "--reg", "0.01"])):
         wide = evaluation.space_of("RNS", {"n_users": 5, "n_items": 9}, widest=widest)
@@ -3197,6 +3448,9 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
     assert evaluation.space_of("DNS", large)["dim"] == ["64", "128", "256"]
     assert evaluation.space_of("DNS", small, widest=130)["dim"] == ["64", "128"]
     assert evaluation.space_of("DNS", small)["m"] == ["2", "4", "8", "16", "32"]  # M is 8
+    for name, flags in (("DNS", {}), ("HNLMRec", {"text-init": ["0"], "lambda-s": ["0"]})):
+        whole, bare = (evaluation.space_of(name, small, texts) for texts in (True, False))
+        assert bare == whole | flags and (not flags or bare != whole)
 
 
 def test_a_chart_shows_its_numbers_where_they_are():
