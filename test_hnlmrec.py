@@ -2095,8 +2095,10 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth():
 def test_the_warm_up_fits_the_head_to_its_rows(mine):
     """Here hidden states tell users apart. The seed alone decides; a number that never changes is
     no trouble."""
-    task, heads = sft_task(mine)[0], []
-    rows = task.rows.flip(0)
+    task, heads, seen, asked = sft_task(mine)[0], [], [], []
+    targets, loss, rows = task.targets, task.loss, task.rows.flip(0)
+    task.targets = lambda rows: (asked.append(rows), targets(rows))[1]
+    task.loss = lambda z, rows, *more: (asked.append(rows), loss(z, rows, *more))[1]
     hidden = (100 * torch.randn(N_USERS, 16) + 50)[task.train[rows, 0]]
     hidden[:, 3] = 7.0
     for seed in (0, 0, 1):
@@ -2112,6 +2114,15 @@ def test_the_warm_up_fits_the_head_to_its_rows(mine):
         x = (hidden - head.mean) / head.std
         assert torch.allclose(head(hidden), x @ head.linear.weight.T + head.linear.bias, atol=1e-5)
         heads.append(head.linear.weight.detach())
+        head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        llm_negatives.fit_head(task, head, hidden, rows, 0.2, seed)
+        # in the last step each row's number is left out as average, or stands for those left out
+        order = rows.argsort()[asked[-1].argsort().argsort()]
+        share = ((seen[-1] - head.mean) / (hidden[order] - head.mean))[:, :3]
+        assert torch.equal(asked[-1], asked[-2]) and torch.equal(rows[order], asked[-1])
+        kept = share.abs() > 0.5
+        assert torch.allclose(share, kept / 0.7, atol=1e-3)
+        assert 1 - kept.double().mean().item() == pytest.approx(0.3, abs=0.12)
     # what is dropped is another share with another seed
     assert torch.equal(heads[0], heads[1]) and not torch.allclose(heads[0], heads[2], atol=1e-2)
 
