@@ -1086,7 +1086,7 @@ def run_of(path):
     """The run folder of a file: its own, or the one that its compare/ or adapter/ lies in."""
     folder = Path(path).parent
     inside = re.match("compare$|adapter", folder.name)
-    return folder.parent if inside and (folder.parent / "data.safetensors").exists() else folder
+    return folder.parent if inside and not (folder / "data.safetensors").exists() else folder
 
 
 def check_inputs(path, inputs):
