@@ -1480,6 +1480,7 @@ def clean(value, counts, where=""):
 codecs.register_error(
     "latin", lambda bad: (bad.object[bad.start:bad.end].decode("cp1252", "replace"), bad.end))
 
+
 def text_lines(path, errors="strict"):
     """The lines of a text file in UTF-8, plain or in gzip. errors: how bytes that are none are
     read, `latin`: as Latin-1. Raises SystemExit2 for anything else."""
