@@ -1239,7 +1239,10 @@ def id_text(raw):
     character. None when it is not an id."""
     if isinstance(raw, (bool, dict, list)):
         return None
-    name = re.sub(r"^(-?\d+)\.0$", r"\1", unicodedata.normalize("NFC", str(raw)).strip())
+    name = unicodedata.normalize("NFC", str(raw)).strip()
+    number = name.removesuffix(".0")
+    if number.removeprefix("-").isdecimal():
+        name = number
     return name if 0 < len(name) <= 200 and not NO_ID.search(name) else None
 
 
@@ -1268,8 +1271,8 @@ def interactions(path, fmt, counts):
     for n, row in form.rows(path):
         ids = [row.get(form.user), row.get(form.item)]
         pair = [id_text(one) for one in ids]
-        counts["rows whose id is 1.0, read as 1, or é in two characters, read as one"] += (
-            pair != [str(one).strip() for one in ids])
+        if pair != ids and pair != [str(one).strip() for one in ids]:
+            counts["rows whose id is 1.0, read as 1, or é in two characters, read as one"] += 1
         if None in pair:
             name = form[pair.index(None)]
             fail(f"{path}: line {n}: {name} {quote(row.get(name))} is no id (no such column, "
