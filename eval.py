@@ -27,7 +27,7 @@ from backbones import (
     json_digest, load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number,
     output_name, pair_keys, precision, rank_unseen, ranking_hits, read_jsonl, read_meta, recall,
     row_of, run_cli, user_rows, write_atomic)
-from hnlmrec import LikelyFalse, id_text, load_recommender
+from hnlmrec import LikelyFalse, given_id, load_recommender
 
 # ==== 1. Metrics. A model is any recommender: n_users, n_items, scores(users (B,)) -> (B, I) ======
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
@@ -897,7 +897,7 @@ def recommend(args):
     """Print one user's best unseen items, and those nearest to the LLM's negatives for them."""
     run, data = Path(args.run), load_data(args.run)
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
-    user = users[0]["raw"] if args.user is None else id_text(args.user) or args.user
+    user = users[0]["raw"] if args.user is None else args.user
     row = row_of(users, user, "--user", run / "users.jsonl")
     titles = [item["title"] for item in items]
     if args.k > len(items):
@@ -1019,7 +1019,8 @@ def main(argv=None):
     add("estimate", "--llm-rows", "users and items each that the LLM writes of; 0: all", **whole)
     add("estimate", "--trials", "trials of each of two methods", **whole)
     add("estimate", "--fast", "with FAST=1", action="store_true")
-    add("recommend", "--user", "as in the ratings file; default: the first user", metavar="ID")
+    add("recommend", "--user", "as in the ratings file; default: the first user", metavar="ID",
+        type=given_id)
     add("recommend", "--k", "items to show", type=number(int, 1), default=10)
     add("recommend", "--model", "model, judge or blend inside the run folder",
         default="model-hnlmrec.safetensors")

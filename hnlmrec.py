@@ -959,15 +959,16 @@ def trace(args):
     # the pair; without --user and --item the first with a generated vector of its own
     users, items = bb.read_jsonl(run / "users.jsonl"), bb.read_jsonl(run / "items.jsonl")
     made, train = method.generated["pairs"], data["train"]
-    user = users[made[0, 0]]["raw"] if args.user is None else id_text(args.user) or args.user
+    user = users[made[0, 0]]["raw"] if args.user is None else args.user
     u = bb.row_of(users, user, "--user", run / "users.jsonl")
     of_user = train[train[:, 0] == u, 1].tolist()  # none after some splits by time, or one's own
     i = next(iter(made[made[:, 0] == u, 1].tolist() + of_user), None)
     if args.item is not None:
-        i = bb.row_of(items, id_text(args.item) or args.item, "--item", run / "items.jsonl")
+        i = bb.row_of(items, args.item, "--item", run / "items.jsonl")
     if i not in of_user:
         named = ", ".join(items[n]["raw"] for n in of_user[:5]) or "none"
-        fail(f"--user {user}: has no train pair with --item {args.item} (it has: {named})")
+        asked = f" with --item {args.item}" * (args.item is not None)
+        fail(f"--user {user}: has no train pair{asked} (it has: {named})")
     row = int((train == torch.tensor([u, i])).all(1).nonzero())
     steps = trace_steps(run, s, data, method.eval(), users, items, row)
     for n, (title, text) in enumerate(steps, 1):
@@ -1251,6 +1252,11 @@ def id_text(raw):
 NO_ID = re.compile(
     r"^(?:null|none|nan|inf|#?n/a|<na>|([\"']).*\1|\d(?:[.,]\d+)?e\+\d\d?)$|[\x00-\x1f\x7f-\x9f\xad"
     r"\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
+
+
+def given_id(text):
+    """An id from the command line, in the form that the run's files have it."""
+    return id_text(text) or text  # what is no id is found nowhere, as `row_of` says
 
 
 def renumber(codes, names):
@@ -1773,9 +1779,10 @@ def main(argv=None):
 
     p = command("trace", "follow one (user, item) pair through a finished run", "--user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder of a finished run.sh")
-    p.add_argument("--user", metavar="ID", help="the user's id in the ratings file; default: "
-                   "the first with a generated negative")
-    p.add_argument("--item", metavar="ID", help="a train item of that user (left out: the first)")
+    p.add_argument("--user", metavar="ID", type=given_id, help="the user's id in the ratings file; "
+                   "default: the first with a generated negative")
+    p.add_argument("--item", metavar="ID", type=given_id,
+                   help="a train item of that user (left out: the first)")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file of `train`")
     args = parser.parse_args(argv)
     if args.command == "train":

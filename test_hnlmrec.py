@@ -1538,6 +1538,7 @@ def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path):
     assert [hnlmrec.id_text(raw) for raw in ("v1.0", "1.0.0", 7.0, "-1.0", "1e5")] == [
         "v1.0", "1.0.0", "7", "-1", "1e5"]
     assert not any(map(hnlmrec.id_text, (1e17, "1e+5", math.inf, "N/A")))
+    assert [*map(hnlmrec.given_id, (" 7.0", "N/A"))] == ["7", "N/A"]  # of the command line
 
 
 def own_split(folder, parts, header="user\titem"):
