@@ -303,7 +303,8 @@ def top_k(scores, k):
 
 
 def leave_out(scores, users, seen):
-    """scores (B, I), those of the users' seen items, rows of user_rows, set to -inf in place."""
+    """Set those of scores (B, I), contiguous, that are of the users' seen items, rows of user_rows,
+    to -inf, in place."""
     row, items = rows_of(seen, users)
     scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
     return scores
@@ -430,13 +431,13 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             history.append({"epoch": epoch, "valid_ndcg@20": score, "seconds": time.time() - start,
                             **logs})
             if score > best:
-                best, best_epoch, best_state = score, epoch, state_of(modules)
-            if (epoch - best_epoch) // eval_every >= patience or stop and stop(history):
+                best, best_at, best_state = score, epoch, state_of(modules)
+            if (epoch - best_at) // eval_every >= patience or stop and stop(history):
                 epochs = progress.total = epoch  # the last one: it ends the line of progress
         progress.update(epoch, f"loss {logs['loss']:.4f}  valid NDCG@20 {max(best, 0):.4f}")
         if epoch == epochs:
             break
-    print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_epoch} of {epoch}, "
+    print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_at} of {epoch}, "
           f"{time.time() - start:.0f} s", flush=True)
     restore(modules, best_state)
     return best_state, history
@@ -549,8 +550,9 @@ class NeuMF(Backbone):
 
 
 def standardised(text):
-    """Texts' vectors (I, H) with mean 0 and deviation 1 in each dimension."""
+    """Texts' vectors (I, H) -> float32, mean 0 and deviation 1 in each dimension."""
     # a few dimensions of an LLM's hidden states are a hundred times larger and would drown the rest
+    text = text.float()
     return (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
 
 

@@ -88,8 +88,9 @@ def paired_bootstrap(difference, draws=10_000, seed=0):
     replacement (percentile bootstrap, Efron, 1979) -> (mean, ends of the 95 % interval, p)."""
     difference, rng = np.asarray(difference, np.float64), np.random.default_rng(seed)
     n, means = len(difference), np.empty(draws)
-    if not np.isfinite(difference).all():  # NaN draws would lie in neither tail
-        fail("paired bootstrap: a user without a held-out item has no metric; leave such users out")
+    if difference.ndim != 1 or not np.isfinite(difference).all():  # NaN would lie in neither tail
+        fail("paired bootstrap: give one number a user; leave out users without a held-out item, "
+             "who have no metric")
     # a draw at a time: all at once would hold draws x users
     for draw in range(draws):
         means[draw] = difference[rng.integers(0, n, n)].mean()

@@ -82,6 +82,8 @@ class NegativeTable:
     train (N, 2): the pairs that are trained on. `own` counts the train pairs with a vector of their
     own, `without` those whose user has none at all; the rest use their user's other vectors."""
     def __init__(self, generated, train, n_users, n_items):
+        if not len(generated) or (generated[:, 0].diff() < 0).any():
+            fail("generated: no pair, or users not ascending; sort pairs and vectors by user")
         self.users, self.train_users = generated[:, 0], train[:, 0]
         # user u's vectors are rows start[u] … start[u] + count[u] - 1
         self.count = torch.bincount(self.users, minlength=n_users)
@@ -118,8 +120,9 @@ def mix(z, sampled, alpha):
 
 
 def alignment_loss(z, positives, mined, user_ids, tau):
-    """L_align, the only loss that trains the projector (ours; the paper's is L_CL below): z near a
-    CF-mined hard negative of its user: InfoNCE(z; e_m against the batch's other e_m' and e_i).
+    """L_align, the only loss that trains the projector (ours; the paper's is L_CL below): z near
+    e_m, a CF-mined hard negative of its user, and away from other users' e_m' and from its own e_i:
+    the mean of -ln( exp(c_m) / (exp(c_m) + sum exp(c_m') + exp(c_i)) ),  c_x = cos(z, e_x) / tau.
 
     z, positives, mined (B, D), gradient into all three; user_ids (B,): rows of one user are no
     negatives of each other -> scalar."""
@@ -155,9 +158,9 @@ def semantic_alignment(vectors, texts, tau):
 class HNLMRec(nn.Module):
     """Backbone, projector and semantic projector, trained together: `loss` is one step of
 
-        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖².
+        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖²
 
-    backbone: a Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector;
+    (‖Θ‖² of f's own parameters stands within lambda_f). backbone: a Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector;
     hidden (n, H): generated vectors; table: a NegativeTable of them; mined (U, L): the bands.
     semantic: a SemanticProjector; likely: a LikelyFalse. None will do for a term of weight 0."""
 
@@ -310,6 +313,7 @@ def whiten(text):
     centred, turned to principal axes, the strongest last, each divided by its deviation."""
     # standardising each dimension is not enough: what all texts share, spread over many
     # dimensions, would decide the cosines
+    text = text.float()
     centred = text - text.mean(0)
     variance, axes = torch.linalg.eigh(centred.T @ centred)  # (H,), (H, H)
     # an axis with less than 1e-4 of the largest variance counts as having that much, so that
@@ -531,7 +535,7 @@ class SemanticProjector(nn.Module):
         super().__init__()
         # rows of length 1 first, so that each item counts alike in a user. Not saved: the texts'
         # file gives them back
-        items = F.normalize(standardised(text.float()), dim=1)
+        items = F.normalize(standardised(text), dim=1)
         users = sum_of_rows(items, *train.T, n_users)
         self.register_buffer("item", items, persistent=False)  # (I, H)
         self.register_buffer("user", F.normalize(users, dim=1, out=users), persistent=False)
@@ -549,7 +553,7 @@ def text_start(text, train, n_users, dim, std):
 
     text (I, H), train (N, 2) -> (U + I, dim), users first; random where a text is narrower."""
     # unlike the judge's texts these are not whitened, which would give all components equal weight
-    text = F.normalize(standardised(text.float()), dim=1)
+    text = F.normalize(standardised(text), dim=1)
     # the covariance's eigenvectors, of which eigh gives the largest last
     centred = text - text.mean(0)
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
@@ -1181,6 +1185,8 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
     user the last in time is test, the one before it valid (both need 3 interactions a user);
     'time', one cut in time for all: train is earlier than valid, valid earlier than test.
     user, item, seconds (N,) -> int (N,)."""
+    if how not in ("random", "last", "time"):
+        fail(f"split {how!r}: is none of random, last, time")
     if how == "time":  # rows of one moment stay together: the shares are nearly met
         n_valid, n_test = (max(1, int(len(user) * share)) for share in (valid, test))
         valid_from, test_from = np.sort(seconds)[[-n_valid - n_test, -n_test]]

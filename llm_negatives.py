@@ -223,7 +223,7 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     """Run one piece of the prompt on top of what is cached.
 
-    pieces: B id lists; soft (B, n_soft, H): the vectors for the SOFT places; past: what an earlier
+    pieces: B id lists; soft (B, S, H): vectors for the S SOFT places of each, in order; past: what an earlier
     call returned last; owner: B numbers of its rows, the one that each piece follows, left out: row
     b follows row b -> hidden states (B, L, H), those of each row's last token (B, H), past (keys
     and values, mask (B, L0 + L))."""
@@ -800,7 +800,7 @@ def prepare_training(args, cf, frame):
         llm.set_attn_implementation("eager")
     targets = args.lora_targets.replace(" ", "").split(",")
     llm = add_lora(llm, targets, args.lora_rank, args.lora_alpha, LORA_DROPOUT)
-    # two groups, since tune() gives LoRA a rate of its own
+    # two groups, since train_lora() gives LoRA a rate of its own
     lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
     maps = dict(nn.ModuleDict({"soft": soft_tokens, "head": head}).named_parameters())
     optimizer = torch.optim.AdamW([{"params": [*lora.values()]}, {"params": [*maps.values()]}])
@@ -846,7 +846,7 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
         report_held(task, llm, prompt, soft_tokens, head, "after warm-up")
 
 
-def tune(task, encoder, batches, args, optimizer, losses, save):
+def train_lora(task, encoder, batches, args, optimizer, losses, save):
     """Train LoRA, maps and head on the batches behind those that have one of the losses, a list
     that grows; save() every --save-every steps."""
     llm = encoder[0]
@@ -921,7 +921,7 @@ def finetune(args):
         if value.dim():  # Adam's counts, on the CPU, are alike
             dist.broadcast(value.data, 0)
     meta = {"settings": settings, "frame": encoder[1].frame, "losses": losses}
-    tune(task, encoder, batches, args, optimizer, losses,
+    train_lora(task, encoder, batches, args, optimizer, losses,
          functools.partial(save_tensors, partial, kept, meta))
     # what was learned, and what it takes from each part of the prompt
     drops = ("", "user vector", "user profile", "item vector")

@@ -276,6 +276,6 @@ echo; echo "done in $((SECONDS - start)) s: $OUT/report.md"; echo
 awk '/^\|/ { print; table = 1; next } table { exit }' < "$OUT/report.md" || true
 echo; awk -F'\t' '{ printf "%s %s s   ", $1, $2 } END { print "" }' < "$OUT/steps.tsv"
 echo; echo "next: follow one pair through all steps, and see what a user gets (--user: another one)"
-for command in "hnlmrec.py trace" "eval.py recommend"; do
-  printf '  %s %s --run %q\n' "$PY" "$command" "$OUT"
-done
+printf '  %s hnlmrec.py trace --run %q\n' "$PY" "$OUT"
+BEST=$([[ $HAVE_JUDGE == 1 ]] && echo full || echo hnlmrec)
+printf '  %s eval.py recommend --run %q --model model-%s.safetensors\n' "$PY" "$OUT" "$BEST"
