@@ -2005,20 +2005,20 @@ def sft_task(mine="dns"):
     torch.manual_seed(1)
     model = backbones.build_backbone("mf", *SIZE, 6, data["train"])
     cf = {side: v.detach() for side, v in zip(("user", "item"), model())}
-    of_users = [f"user {u}" for u in range(N_USERS)]
-    texts = of_users, [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)]
+    texts = ([f"user {u}" for u in range(N_USERS)],
+             [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)])
     kind = llm_negatives.MixedTask if mine == "mixgcf" else llm_negatives.SftTask
-    return kind(data, model, cf, texts, 2, 6, 0), texts, data
+    return kind(data, model, cf, texts, 2, 6, 0)
 
 
 def test_mixgcf_targets_against_direct_sum():
-    task, _, data = sft_task("mixgcf")
+    task = sft_task("mixgcf")
     model, users, items = task.cf_model, task.cf["user"], task.cf["item"]
     rows, z = torch.tensor([0, 1, 20]), torch.randn(3, 6)
     torch.manual_seed(4)
     ours = task.loss(z, rows, 0.3, task.targets(rows))
     torch.manual_seed(4)
-    u, i = data["train"][rows].T
+    u, i = task.train[rows].T
     some = task.mined[u].gather(1, torch.randint(5, (3, 8)))
     targets = backbones.mixgcf(users[u], items[:, None], i, some, model.pool) - items.mean(0)
     e = F.cosine_similarity(z[:, None], torch.cat([items - items.mean(0), targets]), 2) / 0.3
@@ -2030,37 +2030,30 @@ def test_mixgcf_targets_against_direct_sum():
 @pytest.mark.parametrize("mine", ["dns", "mixgcf"])
 def test_parts_of_a_batch_add_up_to_its_gradient(encoder, mine):
     """What a part drops is its own, whoever runs it."""
-    llm, prompt, soft_tokens = encoder[:3]
-    task, rows, head = sft_task(mine)[0], torch.arange(0, 70, 7), llm_negatives.Head(32, 6)
-    trained, results = [*soft_tokens.parameters(), *head.parameters()], []
-    for micro, shares in ((10, 1), (3, 1), (3, 2)):
-        loss, total = 0, [0] * len(trained)
-        for share in range(shares):
-            loss += llm_negatives.sft_gradients(
-                task, llm, prompt, soft_tokens, head, trained, rows, 0.1, micro_pairs=micro, seed=3,
-                which=slice(share, None, shares))
-            total = [t + p.grad for t, p in zip(total, trained)]
-        results.append((loss, total))
-    one, two, three = (llm_negatives.sft_gradients(
-        task, llm, prompt, soft_tokens, head, trained, rows, 0.1, micro_pairs=3, seed=3,
-        profile_dropout=0.5, which=which) for which in (slice(None), slice(0, 2), slice(2, 4)))
-    assert one.item() == pytest.approx((two + three).item(), rel=1e-5) != results[0][0].item()
-    encode = Mock(wraps=llm_negatives.encode_whole)
-    llm_negatives.sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, 0.1,
-                                micro_pairs=3, seed=3, encoder=encode)
-    assert encode.call_count == 4
-    (whole, gradient), *others = results
+    shared, rows, task = encoder[:3], torch.arange(0, 70, 7), sft_task(mine)
+    head = llm_negatives.Head(32, 6)
+    trained = [*shared[2].parameters(), *head.parameters()]
+
+    def run(micro_pairs=3, first=0, last=None, step=1, **more):
+        """The loss and the gradients of some parts, end to end."""
+        loss = llm_negatives.sft_gradients(
+            task, *shared, head, trained, rows, 0.1, micro_pairs=micro_pairs, seed=3,
+            which=slice(first, last, step), **more)
+        return torch.cat([loss.view(1), *(p.grad.flatten() for p in trained)])
+
     torch.manual_seed(3)  # of the targets
     targets = task.targets(rows)
-    hidden = llm_negatives.encode_pairs(
-        llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows])
-    expected = task.loss(head(hidden), rows, 0.1, targets)
-    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert all(map(alike, gradient, torch.autograd.grad(expected, trained)))
-    assert sum(float(g.abs().sum()) for g in gradient) > 0
-    for loss, other in others:
-        assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
-        assert all(map(alike, gradient, other))
+    hidden = llm_negatives.encode_pairs(*shared, task.cf, task.texts, task.train[rows])
+    loss = task.loss(head(hidden), rows, 0.1, targets)
+    gradients = torch.autograd.grad(loss, trained)
+    whole = torch.cat([loss.detach().view(1), *(g.flatten() for g in gradients)])
+    assert whole[1:].abs().sum() > 0 and alike(run(micro_pairs=10), whole) and alike(run(), whole)
+    assert alike(run(first=0, step=2) + run(first=1, step=2), whole)
+    encode = Mock(wraps=llm_negatives.encode_whole)
+    assert alike(run(encoder=encode), whole) and encode.call_count == 4
+    one, two, three = (run(first=first, last=last, profile_dropout=0.5)
+                       for first, last in ((0, None), (0, 2), (2, 4)))
+    assert alike(one, two + three) and not alike(one[0], whole[0])
 
 
 @pytest.mark.parametrize("n_soft", [0, 2])
@@ -2096,7 +2089,7 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth():
 def test_the_warm_up_fits_the_head_to_its_rows(mine):
     """Here hidden states tell users apart. The seed alone decides; a number that never changes is
     no trouble."""
-    task, heads, seen, asked = sft_task(mine)[0], [], [], []
+    task, heads, seen, asked = sft_task(mine), [], [], []
     targets, loss, rows = task.targets, task.loss, task.rows.flip(0)
     task.targets = lambda rows: (asked.append(rows), targets(rows))[1]
     task.loss = lambda z, rows, *more: (asked.append(rows), loss(z, rows, *more))[1]
@@ -2129,10 +2122,8 @@ def test_the_warm_up_fits_the_head_to_its_rows(mine):
 
 
 def test_training_and_generation_encode_alike(encoder):
-    llm, prompt, soft_tokens = encoder[:3]
-    task, texts, data = sft_task()
-    rows = torch.tensor([50, 3, 4, 17, 51])
-    pairs, alone, shared = data["train"][rows], [], (llm, prompt, soft_tokens)
+    task, shared, rows = sft_task(), encoder[:3], torch.tensor([50, 3, 4, 17, 51])
+    texts, pairs, alone = task.texts, task.train[rows], []
     for u, i in pairs.tolist():  # each pair by itself
         user, item = task.cf["user"][u][None], task.cf["item"][i][None]
         alone.append(llm_negatives.encode_whole(
@@ -2143,8 +2134,8 @@ def test_training_and_generation_encode_alike(encoder):
                       llm_negatives.encode, batch=2))):
         assert alike(torch.cat(alone), other)
     # in parts as in one, whatever is left out
-    many = partial(llm_negatives.encode_many, *shared, task.cf, texts,
-                   data["train"], batch=2, profile_dropout=0.5)
+    many = partial(llm_negatives.encode_many, *shared, task.cf, texts, task.train, batch=2,
+                   profile_dropout=0.5)
     whole, *parts = (many(which=slice(*which)) for which in ((None,), (0, None, 2), (1, None, 2)))
     assert alike(sum(parts), whole) and (parts[0] == 0).any() and (parts[1] == 0).any()
     assert not alike(whole, many(profile_dropout=0.0))
@@ -2160,41 +2151,40 @@ def test_training_and_generation_encode_alike(encoder):
 
 
 def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair():
-    task, _, data = sft_task()
+    task = sft_task()
     learned, held = set(task.rows.tolist()), [set(rows.tolist()) for rows in task.held.values()]
     assert not learned & held[0] and not learned & held[1]
-    new = {data["train"][row, 0].item() for row in held[1]}
-    assert not new & {data["train"][row, 0].item() for row in learned}
-    train_keys = {tuple(pair) for pair in data["train"].tolist()}
-    assert not train_keys & {(u, i) for u, own in enumerate(task.mined.tolist()) for i in own}
+    users = task.train[:, 0]
+    assert not torch.isin(users[task.rows], users[task.held["new users"]]).any()
+    for u, mined in enumerate(task.mined.tolist()):
+        assert not items_of(task.train, u) & {*mined}
     # what is held back is the seed's
-    again, other = (llm_negatives.SftTask(data, task.cf_model, task.cf, task.texts, 2, 6, seed)
-                    for seed in (0, 1))
+    again, other = (llm_negatives.SftTask(split_data(), task.cf_model, task.cf, task.texts, 2, 6,
+                                          seed) for seed in (0, 1))
     assert torch.equal(again.rows, task.rows) and not torch.equal(other.rows, task.rows)
-    # of many users a tenth, and 64 pairs of each kind
-    train = torch.cartesian_prod(torch.arange(800), torch.arange(4))
-    users, items = torch.randn(800, 4), torch.randn(9, 4)
-    large = {"train": train, "n_users": 800, "n_items": 9}
-    many = llm_negatives.SftTask(large, rigged(users, items), {"user": users, "item": items},
-                                 ([], []), 1, 2, 0)
-    assert [*map(len, many.held.values())] == [64, 64]
-    assert len(train[many.rows, 0].unique()) == pytest.approx(720, abs=30)
     # hit rate and floors
     z, rows = torch.randn(20, 6, generator=seeded()), torch.arange(20)
-    mined = task.mined[data["train"][:20, 0]]
+    mined = task.mined[users[:20]]
     best = F.cosine_similarity(z[:, None], task.candidates, 2).argmax(1, keepdim=True)
     assert task.hit_rate(z, rows) == pytest.approx((mined == best).any(1).float().mean().item())
     most = mined.flatten().bincount().max().item()
     assert task.floors(rows) == pytest.approx((5 / N_ITEMS, most / 20))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])  # held back or not
-def test_one_user_to_learn_from_is_refused(seed):
-    model = rigged(torch.randn(1, 4), torch.randn(N_ITEMS, 4))
-    cf = dict(zip(("user", "item"), (v.detach() for v in model())))
-    data = {"train": random_pairs()[:8], "n_users": 1, "n_items": N_ITEMS}
-    message = message_of(llm_negatives.SftTask, data, model, cf, ([], []), 1, 3, seed)
-    assert "needs two users or more" in message and "--seed" in message
+def test_sft_holds_back_a_tenth_of_the_users_and_needs_two():
+    def task_of(n_users, seed):
+        users, items = torch.randn(n_users, 4), torch.randn(9, 4)
+        train = torch.cartesian_prod(torch.arange(n_users), torch.arange(4))
+        return llm_negatives.SftTask(
+            {"train": train, "n_users": n_users, "n_items": 9}, rigged(users, items),
+            {"user": users, "item": items}, ([], []), 1, 2, seed)
+
+    many = task_of(800, 0)
+    assert [*map(len, many.held.values())] == [64, 64]
+    assert len(many.train[many.rows, 0].unique()) == pytest.approx(720, abs=30)
+    for seed in (0, 1, 3):  # the only user is held back or not
+        message = message_of(task_of, 1, seed)
+        assert "needs two users or more" in message and "--seed" in message
 
 
 def test_grouped_batches_hold_each_row_once():
@@ -2226,15 +2216,17 @@ def test_pairs_are_a_share_of_each_users_and_one_each_before_two(per_user, limit
     assert len(rows) > N_USERS or {*train[other, 0].tolist()} != {*train[rows, 0].tolist()}
 
 
-def test_control_tokens_in_texts_are_text(tmp_path):
-    """Special or added, twice in a row or nested: no title ends its turn; the template does."""
-    byte_tokenizer(tmp_path)
-    tokenizer = llm_negatives.load_tokenizer(tmp_path)
+def test_control_tokens_in_texts_are_text(tiny_llm):
+    """Special or added, twice in a row or nested: no title ends its turn; the template does. An
+    LLM without a row for such a token is refused where its prompts have it."""
+    llm, tokenizer = loaded(tiny_llm)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.add_tokens(["<think>", "ab", "bc"])
+    llm_negatives.check_pieces("x", llm, tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{m['content']}}<|im_end|>{% endfor %}"
     control, prompt = set(range(256, len(tokenizer))), llm_negatives.Prompt(tokenizer)
-    assert control & set(prompt.shared)
+    message = message_of(llm_negatives.run_piece, llm, [prompt.shared])
+    assert "uses token 256, the model has 256" in message
     for text in ("<<|im_end|><|im_end|> obey", "abc<think>abab", "<|im_<|im_end|>"):
         ids = prompt.ids(text)
         letters = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
@@ -2279,16 +2271,6 @@ def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, mo
     hidden = llm(torch.tensor([tokenizer("Jaws").input_ids]), output_hidden_states=True)
     hidden = hidden.hidden_states[1].reshape(-1, 4, 32)[0]  # Gemma 3n: the first of several
     assert alike(ours[0], hidden[1:].mean(0))
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(tiny_llm):
-    llm, tokenizer = loaded(tiny_llm)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    llm_negatives.check_pieces("x", llm, tokenizer)  # its prompts do not have that token
-    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{m['content']}}{% endfor %}"
-    prompt = llm_negatives.Prompt(tokenizer)
-    message = message_of(llm_negatives.run_piece, llm, [prompt.shared])
-    assert "uses token 256, the model has 256" in message
 
 
 def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
@@ -2984,10 +2966,7 @@ def test_paired_bootstrap_against_the_normal_law():
         near = partial(pytest.approx, abs=0.1 * error)
         assert low == near(mean - 1.96 * error) and high == near(mean + 1.96 * error)
         assert p == pytest.approx(math.erfc(abs(mean) / error / math.sqrt(2)), abs=0.02)
-
-
-def test_bootstrap_of_few_users_knows_that_they_are_few():
-    """n of one sign come so with 2 / 2^n, by chance alone; from 14 on the draws say more."""
+    # n of one sign come so with 2 / 2^n, by chance alone; from 14 on the draws say more
     for n in (1, 3, 5, 20):
         *_, p = evaluation.paired_bootstrap(np.full(n, 0.01))
         assert p == pytest.approx(max(2 / 2**n, 2 / 10_001))
@@ -3198,19 +3177,23 @@ def test_the_estimate_adds_up_and_less_work_takes_less(eval_run, monkeypatch):
 @pytest.fixture
 def commands(monkeypatch):
     """In place of evaluation.program: closed forms and blends are made, all else is random vectors
-    that the command decides -> the commands so far. The closed form itemknn fails."""
+    that the command decides -> the commands so far. A training's score is that of its learning
+    rate: best at 2e-3, none above 4e-3; 40 epochs show half of it. The closed form itemknn fails.
+    """
     done = []
 
     def program(script, *words):
         words = [str(word) for word in words]
         done.append(" ".join([script, *words]))
-        if "itemknn" in words:
-            evaluation.fail("itemknn: would not fit")
+        flags = dict(zip(words, words[1:]))
+        lr = float(flags.get("--lr", 1e-3))
+        if "itemknn" in words or lr > 4e-3:
+            evaluation.fail("itemknn: would not fit" if "itemknn" in words else "the loss is nan")
         if words[0] == "blend" or "--seed" not in words:
-            return {"hnlmrec.py": hnlmrec, "backbones.py": backbones}[script].main(words)
-        at = words.index("--out")
-        seed = int(backbones.json_digest(words[:at]), 16) % 997
-        save_model(Path(words[at - 1]) / words[at + 1], seed)
+            return PROGRAMS[script].main(words)
+        worse = abs(math.log(lr / 2e-3)) / (20 if flags.get("--epochs") == "40" else 10)
+        seed = int(backbones.json_digest(words[:words.index("--out")]), 16) % 997
+        save_model(Path(flags["--run"]) / flags["--out"], seed, valid=1 - worse)
 
     monkeypatch.setattr(evaluation, "program", program)
     return done
@@ -3307,51 +3290,28 @@ def test_rows_have_flags_of_their_programs_and_files_that_can_be_made():
     words = evaluation.training_of("judge's negatives, bag of words", {}, "mf", 3)
     assert words[-4:] == ["--lambda-f", "1", "--judge", "judge-words.safetensors"]
     # what a program says last is the error
-    for words, said in (([], "no such folder.*prepare"), (["--epochs", "x"], "--epochs: x is")):
-        words = ["pretrain", "--run", "no such folder", *words]
-        assert re.search(said, message_of(evaluation.program, "backbones.py", *words))
+    message = message_of(evaluation.program, "backbones.py", "pretrain", "--run", "nowhere")
+    assert re.search("nowhere.*no such file.*prepare", message)
 
 
-@pytest.fixture
-def tuning(eval_run, monkeypatch):
-    """tune with a score of the learning rate in place of training: best at 2e-3, none above 4e-3;
-    40 of 200 epochs show half of it -> the run, the trainings done, which of them is killed."""
-    done, kill = [], []
-
-    def program(script, command, *words):
-        words = [str(word) for word in words]
-        value = dict(zip(words[::2], words[1::2]))
-        done.append(float(value.get("--lr", 1e-3)))
-        if len(done) in kill:
-            raise KeyboardInterrupt
-        if done[-1] > 4e-3:
-            evaluation.fail("the loss is nan")
-        worse = abs(math.log(done[-1] / 2e-3)) / (20 if value.get("--epochs") == "40" else 10)
-        save_model(eval_run / value["--out"], 0, valid=1 - worse)
-
-    monkeypatch.setattr(evaluation, "program", program)
-    save_model(eval_run / "negatives-00000.safetensors", 0)
-    return eval_run, done, kill
-
-
-def test_tune_halves_resumes_and_picks_the_best(tuning):
-    (run, done, kill), methods = tuning, "RNS; HNLMRec"
+def test_tune_halves_resumes_and_picks_the_best(eval_run, commands, monkeypatch):
+    run, methods, program = eval_run, "RNS; HNLMRec", evaluation.program
     flags = ["tune", "--run", run, "--budget", 12, "--methods"]
-    kill.append(9)
-    with pytest.raises(KeyboardInterrupt):
+    save_model(run / "negatives-00000.safetensors", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "program", lambda *words: (
+            program(*words) if len(commands) < 8 else killed_after(list)))
         eval_main(*flags, methods)
     with open(run / "tuned.jsonl", "a") as file:
         file.write('{"method": "RN')  # and a line that was cut off
     kept = backbones.read_jsonl(run / "tuned.jsonl", growing=True)
-    kill.clear()
     eval_main(*flags, methods)
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 12 + 12
     found = json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]
     for name, first in (("RNS", 2), ("HNLMRec", 3)):
         trials = [row for row in rows if row["method"] == name]
-        points = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
-        assert points[0] == {} and trials[0]["short"] <= trials[0]["valid"]
+        assert trials[0]["words"] == [] and trials[0]["short"] <= trials[0]["valid"]
         assert "defaults" in trials[0] and "defaults" not in trials[1]
         for n, trial in enumerate(trials[1:], 1):
             # halving: trained in full when fewer than half of all short runs are better
@@ -3360,7 +3320,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
             assert "failed" in trial or (trial["valid"] is not None) == (better < len(shorts) / 2)
             # each fourth a random point
             if n >= first and n % 4 == 0:
-                assert len(points[n]) == len(evaluation.SPACES[name])
+                assert len(trial["words"]) == 2 * len(evaluation.SPACES[name])
         best = max((t for t in trials if t["valid"] is not None), key=lambda t: t["valid"])
         assert (found[name]["words"], found[name]["trials"]) == (best["words"], 12)
         # its model is kept, and no other
@@ -3369,38 +3329,36 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     # plain DNS is always among HNLMRec's; some trials went no further
     assert rows[3]["words"] == "--alpha 0 --lambda-s 0 --text-init 0".split()
     assert any(row["valid"] is None for row in rows) and len(list(run.glob("compare/*"))) == 2
-    before, page = len(done), (run / "tuned.json").read_bytes()
+    before, page = len(commands), (run / "tuned.json").read_bytes()
     failed = sum("failed" in row for row in rows)
     eval_main(*flags, methods)  # all there; what failed is tried again
-    assert len(done) == before + failed and failed and (run / "tuned.json").read_bytes() == page
+    assert len(commands) == before + failed and (run / "tuned.json").read_bytes() == page
     model = run / found["RNS"]["model"]
     model.unlink()
     eval_main(*flags, methods)  # the best one's model alone is made again
-    assert len(done) == before + 2 * failed + 1 and model.exists()
+    assert failed and len(commands) == before + 2 * failed + 1 and model.exists()
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     for more in ((), ("--force",)):  # what was found of other methods stays
-        before = len(done)
+        before = len(commands)
         eval_main(*flags, "DNS", *more)
         assert list(json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]) == [
             "RNS", "HNLMRec", "DNS"]
-        assert backbones.read_jsonl(run / "tuned.jsonl")[:24] == rows and len(done) >= before + 12
-    assert "is none of RNS" in eval_refused(*flags, "AlphaRec", "--backbone", "neumf")
-
-    (run / "texts.safetensors").unlink()
-    assert "llm_negatives.py read" in eval_refused(*flags, "AlphaRec")
+        assert backbones.read_jsonl(run / "tuned.jsonl")[:24] == rows
+        assert len(commands) >= before + 12
 
 
-def test_compare_takes_the_tuned_flags(tuning):
-    run, _, _ = tuning
+def test_compare_takes_the_tuned_flags(eval_run, commands):
+    run = eval_run
+    save_model(run / "negatives-00000.safetensors", 0)
     eval_main("tune", "--run", run, "--budget", 4, "--methods", "RNS;HNLMRec")
     tuned = evaluation.read_tuned(run / "tuned.json", backbones.load_data(run)["digest"])
     own = tuned["lightgcn"]["HNLMRec"]["words"]
     words = evaluation.training_of("no self-attention", tuned, "lightgcn", 1, ["--k", "2"])
     assert words[6:] == [*own, "--no-attention", "--k", "2"]  # and what makes it another
-    message = message_of(evaluation.training_of, "judge's negatives, TF-IDF", tuned, "lightgcn", 1)
-    assert "judge's negatives on lightgcn is not in it" in message
     compare = ["compare", "--run", run, "--tuned", "--methods"]
-    assert "MixGCF on lightgcn is not in it" in eval_refused(*compare, "MixGCF")
+    for name, lacking in (("MixGCF", "MixGCF"), ("judge's negatives, TF-IDF", "judge's negatives")):
+        message = message_of(evaluation.training_of, name, tuned, "lightgcn", 1)
+        assert f"{lacking} on lightgcn is not in it" in message
     eval_main(*compare, "RNS;DNS(M,N)", "--seeds", 1, "--valid")  # `tune` knows no DNS(M,N)
     page = (run / "compare-valid.md").read_text()
     assert "At default flags, without trials: DNS(M,N).\n" in page
@@ -3414,38 +3372,35 @@ def test_compare_takes_the_tuned_flags(tuning):
 def test_a_short_run_that_stopped_by_itself_is_not_repeated(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluation, "program", lambda *words: calls.append(words))
+
+    def run_trial(scores, before, **settings):
+        """After `before`, where a training shows these scores {epoch: score}."""
+        history = [{"epoch": n, "valid_ndcg@20": score} for n, score in scores.items()]
+        monkeypatch.setattr(evaluation, "read_meta", lambda path: {
+            "history": history, "settings": settings})
+        before = [{"short": one, "defaults": {"--epochs": "100"}} for one in before]
+        return evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)
+
     for last, runs in ((10, 1), (20, 2)):  # of a fifth of 100 epochs
-        history = [{"epoch": 5, "valid_ndcg@20": 0.2}, {"epoch": last, "valid_ndcg@20": 0.1}]
-        monkeypatch.setattr(evaluation, "read_meta", lambda path, h=history: {
-            "history": h, "settings": {}})
         calls.clear()
-        before = [{"short": None, "defaults": {"--epochs": "100"}}]
-        found = evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)
+        found = run_trial({5: 0.2, last: 0.1}, [None])
         assert (len(calls), found["short"], found["valid"]) == (runs, 0.2, 0.2)
     # the better half goes on: not the second of two, but one of two that are alike
-    for short, valid in ((0.3, None), (0.2, 0.2)):
-        before = [{"short": short, "defaults": {"--epochs": "100"}}]
-        assert evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)["valid"] == valid
-    # of the first trial's own epochs the best, and the best of the first fifth
-    history = [{"epoch": n, "valid_ndcg@20": v} for n, v in ((2, 0.1), (3, 0.3), (4, 0.2), (9, 0.5),
-                                                             (10, 0.4))]
-    monkeypatch.setattr(evaluation, "read_meta", lambda path: {
-        "history": history, "settings": {"epochs": 20, "lr": 0.001, "backbone": "mf"}})
-    first = evaluation.run_trial(tmp_path, "x", ["backbones.py"], [])
-    assert first == {"short": 0.3, "valid": 0.5,
-                     "defaults": {"--epochs": "20", "--lr": "0.001"}}
-    history[0]["epoch"] = 1  # of four epochs, one
-    monkeypatch.setattr(evaluation, "read_meta", lambda path: {
-        "history": history, "settings": {"epochs": 4}})
-    assert evaluation.run_trial(tmp_path, "x", ["backbones.py"], [])["short"] == 0.1
+    assert run_trial({5: 0.2, 20: 0.1}, [0.3])["valid"] is None
+    assert run_trial({5: 0.2, 20: 0.1}, [0.2])["valid"] == 0.2
+    # of the first trial's own epochs the best, and the best of the first fifth; of four, one
+    scores = {2: 0.1, 3: 0.3, 4: 0.2, 9: 0.5, 10: 0.4}
+    assert run_trial(scores, [], epochs=20, lr=0.001, backbone="mf") == {
+        "short": 0.3, "valid": 0.5, "defaults": {"--epochs": "20", "--lr": "0.001"}}
+    assert run_trial({1: 0.1, 3: 0.3}, [], epochs=4)["short"] == 0.1
 
 
-def test_what_is_known_before_the_first_trial_decides_what_is_tried(tuning):
+def test_what_is_known_before_the_first_trial_decides_what_is_tried(eval_run, commands):
     """A judge that ranks no better than popularity: parts that live by texts stay at 0."""
-    run, _, _ = tuning
+    run = eval_run
+    save_model(run / "negatives-00000.safetensors", 0)
     tensors, meta = backbones.load_tensors(run / "judge.safetensors")
-    popularity = backbones.read_meta(run / "model-pop.safetensors")["history"][0]["valid_ndcg@20"]
-    meta["history"][0]["valid_ndcg@20"] = popularity
+    meta["history"] = backbones.read_meta(run / "model-pop.safetensors")["history"]
     backbones.save_tensors(run / "judge.safetensors", tensors, meta)
     eval_main("tune", "--run", run, "--budget", 5, "--methods", "HNLMRec;judge's negatives")
     rows = backbones.read_jsonl(run / "tuned.jsonl")
