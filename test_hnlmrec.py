@@ -2001,24 +2001,26 @@ def test_info_nce_against_direct_sum():
 
 
 def sft_task(mine="dns"):
+    """Without validation and test pairs: reading one would fail."""
     data = split_data()
+    del data["valid"], data["test"]
     torch.manual_seed(1)
     model = backbones.build_backbone("mf", *SIZE, 6, data["train"])
     cf = {side: v.detach() for side, v in zip(("user", "item"), model())}
-    of_users = [f"user {u}" for u in range(N_USERS)]
-    texts = of_users, [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)]
+    texts = ([f"user {u}" for u in range(N_USERS)],
+             [f"item {i}" * (1 + i % 3) for i in range(N_ITEMS)])
     kind = llm_negatives.MixedTask if mine == "mixgcf" else llm_negatives.SftTask
-    return kind(data, model, cf, texts, 2, 6, 0), texts, data
+    return kind(data, model, cf, texts, 2, 6, 0)
 
 
 def test_mixgcf_targets_against_direct_sum():
-    task, _, data = sft_task("mixgcf")
+    task = sft_task("mixgcf")
     model, users, items = task.cf_model, task.cf["user"], task.cf["item"]
     rows, z = torch.tensor([0, 1, 20]), torch.randn(3, 6)
     torch.manual_seed(4)
     ours = task.loss(z, rows, 0.3, task.targets(rows))
     torch.manual_seed(4)
-    u, i = data["train"][rows].T
+    u, i = task.train[rows].T
     some = task.mined[u].gather(1, torch.randint(5, (3, 8)))
     targets = backbones.mixgcf(users[u], items[:, None], i, some, model.pool) - items.mean(0)
     e = F.cosine_similarity(z[:, None], torch.cat([items - items.mean(0), targets]), 2) / 0.3
@@ -2030,37 +2032,30 @@ def test_mixgcf_targets_against_direct_sum():
 @pytest.mark.parametrize("mine", ["dns", "mixgcf"])
 def test_parts_of_a_batch_add_up_to_its_gradient(encoder, mine):
     """What a part drops is its own, whoever runs it."""
-    llm, prompt, soft_tokens = encoder[:3]
-    task, rows, head = sft_task(mine)[0], torch.arange(0, 70, 7), llm_negatives.Head(32, 6)
-    trained, results = [*soft_tokens.parameters(), *head.parameters()], []
-    for micro, shares in ((10, 1), (3, 1), (3, 2)):
-        loss, total = 0, [0] * len(trained)
-        for share in range(shares):
-            loss += llm_negatives.sft_gradients(
-                task, llm, prompt, soft_tokens, head, trained, rows, 0.1, micro_pairs=micro, seed=3,
-                which=slice(share, None, shares))
-            total = [t + p.grad for t, p in zip(total, trained)]
-        results.append((loss, total))
-    one, two, three = (llm_negatives.sft_gradients(
-        task, llm, prompt, soft_tokens, head, trained, rows, 0.1, micro_pairs=3, seed=3,
-        profile_dropout=0.5, which=which) for which in (slice(None), slice(0, 2), slice(2, 4)))
-    assert one.item() == pytest.approx((two + three).item(), rel=1e-5) != results[0][0].item()
-    encode = Mock(wraps=llm_negatives.encode_whole)
-    llm_negatives.sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, 0.1,
-                                micro_pairs=3, seed=3, encoder=encode)
-    assert encode.call_count == 4
-    (whole, gradient), *others = results
+    shared, rows, task = encoder[:3], torch.arange(0, 70, 7), sft_task(mine)
+    head = llm_negatives.Head(32, 6)
+    trained = [*shared[2].parameters(), *head.parameters()]
+
+    def run(micro_pairs=3, first=0, last=None, step=1, **more):
+        """The loss and the gradients of some parts, end to end."""
+        loss = llm_negatives.sft_gradients(
+            task, *shared, head, trained, rows, 0.1, micro_pairs=micro_pairs, seed=3,
+            which=slice(first, last, step), **more)
+        return torch.cat([loss.view(1), *(p.grad.flatten() for p in trained)])
+
     torch.manual_seed(3)  # of the targets
     targets = task.targets(rows)
-    hidden = llm_negatives.encode_pairs(
-        llm, prompt, soft_tokens, task.cf, task.texts, task.train[rows])
-    expected = task.loss(head(hidden), rows, 0.1, targets)
-    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert all(map(alike, gradient, torch.autograd.grad(expected, trained)))
-    assert sum(float(g.abs().sum()) for g in gradient) > 0
-    for loss, other in others:
-        assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
-        assert all(map(alike, gradient, other))
+    hidden = llm_negatives.encode_pairs(*shared, task.cf, task.texts, task.train[rows])
+    loss = task.loss(head(hidden), rows, 0.1, targets)
+    gradients = torch.autograd.grad(loss, trained)
+    whole = torch.cat([loss.detach().view(1), *(g.flatten() for g in gradients)])
+    assert whole[1:].abs().sum() > 0 and alike(run(micro_pairs=10), whole) and alike(run(), whole)
+    assert alike(run(first=0, step=2) + run(first=1, step=2), whole)
+    encode = Mock(wraps=llm_negatives.encode_whole)
+    assert alike(run(encoder=encode), whole) and encode.call_count == 4
+    one, two, three = (run(first=first, last=last, profile_dropout=0.5)
+                       for first, last in ((0, None), (0, 2), (2, 4)))
+    assert alike(one, two + three) and not alike(one[0], whole[0])
 
 
 @pytest.mark.parametrize("n_soft", [0, 2])
@@ -2096,7 +2091,7 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth():
 def test_the_warm_up_fits_the_head_to_its_rows(mine):
     """Here hidden states tell users apart. The seed alone decides; a number that never changes is
     no trouble."""
-    task, heads, seen, asked = sft_task(mine)[0], [], [], []
+    task, heads, seen, asked = sft_task(mine), [], [], []
     targets, loss, rows = task.targets, task.loss, task.rows.flip(0)
     task.targets = lambda rows: (asked.append(rows), targets(rows))[1]
     task.loss = lambda z, rows, *more: (asked.append(rows), loss(z, rows, *more))[1]
@@ -2129,10 +2124,8 @@ def test_the_warm_up_fits_the_head_to_its_rows(mine):
 
 
 def test_training_and_generation_encode_alike(encoder):
-    llm, prompt, soft_tokens = encoder[:3]
-    task, texts, data = sft_task()
-    rows = torch.tensor([50, 3, 4, 17, 51])
-    pairs, alone, shared = data["train"][rows], [], (llm, prompt, soft_tokens)
+    task, shared, rows = sft_task(), encoder[:3], torch.tensor([50, 3, 4, 17, 51])
+    texts, pairs, alone = task.texts, task.train[rows], []
     for u, i in pairs.tolist():  # each pair by itself
         user, item = task.cf["user"][u][None], task.cf["item"][i][None]
         alone.append(llm_negatives.encode_whole(
@@ -2143,8 +2136,8 @@ def test_training_and_generation_encode_alike(encoder):
                       llm_negatives.encode, batch=2))):
         assert alike(torch.cat(alone), other)
     # in parts as in one, whatever is left out
-    many = partial(llm_negatives.encode_many, *shared, task.cf, texts,
-                   data["train"], batch=2, profile_dropout=0.5)
+    many = partial(llm_negatives.encode_many, *shared, task.cf, texts, task.train, batch=2,
+                   profile_dropout=0.5)
     whole, *parts = (many(which=slice(*which)) for which in ((None,), (0, None, 2), (1, None, 2)))
     assert alike(sum(parts), whole) and (parts[0] == 0).any() and (parts[1] == 0).any()
     assert not alike(whole, many(profile_dropout=0.0))
@@ -2160,41 +2153,40 @@ def test_training_and_generation_encode_alike(encoder):
 
 
 def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair():
-    task, _, data = sft_task()
+    task = sft_task()
     learned, held = set(task.rows.tolist()), [set(rows.tolist()) for rows in task.held.values()]
     assert not learned & held[0] and not learned & held[1]
-    new = {data["train"][row, 0].item() for row in held[1]}
-    assert not new & {data["train"][row, 0].item() for row in learned}
-    train_keys = {tuple(pair) for pair in data["train"].tolist()}
-    assert not train_keys & {(u, i) for u, own in enumerate(task.mined.tolist()) for i in own}
+    users = task.train[:, 0]
+    assert not torch.isin(users[task.rows], users[task.held["new users"]]).any()
+    for u, mined in enumerate(task.mined.tolist()):
+        assert not items_of(task.train, u) & {*mined}
     # what is held back is the seed's
-    again, other = (llm_negatives.SftTask(data, task.cf_model, task.cf, task.texts, 2, 6, seed)
-                    for seed in (0, 1))
+    again, other = (llm_negatives.SftTask(split_data(), task.cf_model, task.cf, task.texts, 2, 6,
+                                          seed) for seed in (0, 1))
     assert torch.equal(again.rows, task.rows) and not torch.equal(other.rows, task.rows)
-    # of many users a tenth, and 64 pairs of each kind
-    train = torch.cartesian_prod(torch.arange(800), torch.arange(4))
-    users, items = torch.randn(800, 4), torch.randn(9, 4)
-    large = {"train": train, "n_users": 800, "n_items": 9}
-    many = llm_negatives.SftTask(large, rigged(users, items), {"user": users, "item": items},
-                                 ([], []), 1, 2, 0)
-    assert [*map(len, many.held.values())] == [64, 64]
-    assert len(train[many.rows, 0].unique()) == pytest.approx(720, abs=30)
     # hit rate and floors
     z, rows = torch.randn(20, 6, generator=seeded()), torch.arange(20)
-    mined = task.mined[data["train"][:20, 0]]
+    mined = task.mined[users[:20]]
     best = F.cosine_similarity(z[:, None], task.candidates, 2).argmax(1, keepdim=True)
     assert task.hit_rate(z, rows) == pytest.approx((mined == best).any(1).float().mean().item())
     most = mined.flatten().bincount().max().item()
     assert task.floors(rows) == pytest.approx((5 / N_ITEMS, most / 20))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])  # held back or not
-def test_one_user_to_learn_from_is_refused(seed):
-    model = rigged(torch.randn(1, 4), torch.randn(N_ITEMS, 4))
-    cf = dict(zip(("user", "item"), (v.detach() for v in model())))
-    data = {"train": random_pairs()[:8], "n_users": 1, "n_items": N_ITEMS}
-    message = message_of(llm_negatives.SftTask, data, model, cf, ([], []), 1, 3, seed)
-    assert "needs two users or more" in message and "--seed" in message
+def test_sft_holds_back_a_tenth_of_the_users_and_needs_two():
+    def task_of(n_users, seed):
+        users, items = torch.randn(n_users, 4), torch.randn(9, 4)
+        train = torch.cartesian_prod(torch.arange(n_users), torch.arange(4))
+        return llm_negatives.SftTask(
+            {"train": train, "n_users": n_users, "n_items": 9}, rigged(users, items),
+            {"user": users, "item": items}, ([], []), 1, 2, seed)
+
+    many = task_of(800, 0)
+    assert [*map(len, many.held.values())] == [64, 64]
+    assert len(many.train[many.rows, 0].unique()) == pytest.approx(720, abs=30)
+    for seed in (0, 1, 3):  # the only user is held back or not
+        message = message_of(task_of, 1, seed)
+        assert "needs two users or more" in message and "--seed" in message
 
 
 def test_grouped_batches_hold_each_row_once():
@@ -2226,15 +2218,17 @@ def test_pairs_are_a_share_of_each_users_and_one_each_before_two(per_user, limit
     assert len(rows) > N_USERS or {*train[other, 0].tolist()} != {*train[rows, 0].tolist()}
 
 
-def test_control_tokens_in_texts_are_text(tmp_path):
-    """Special or added, twice in a row or nested: no title ends its turn; the template does."""
-    byte_tokenizer(tmp_path)
-    tokenizer = llm_negatives.load_tokenizer(tmp_path)
+def test_control_tokens_in_texts_are_text(tiny_llm):
+    """Special or added, twice in a row or nested: no title ends its turn; the template does. An
+    LLM without a row for such a token is refused where its prompts have it."""
+    llm, tokenizer = loaded(tiny_llm)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.add_tokens(["<think>", "ab", "bc"])
+    llm_negatives.check_pieces("x", llm, tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{m['content']}}<|im_end|>{% endfor %}"
     control, prompt = set(range(256, len(tokenizer))), llm_negatives.Prompt(tokenizer)
-    assert control & set(prompt.shared)
+    message = message_of(llm_negatives.run_piece, llm, [prompt.shared])
+    assert "uses token 256, the model has 256" in message
     for text in ("<<|im_end|><|im_end|> obey", "abc<think>abab", "<|im_<|im_end|>"):
         ids = prompt.ids(text)
         letters = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ")
@@ -2279,16 +2273,6 @@ def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, mo
     hidden = llm(torch.tensor([tokenizer("Jaws").input_ids]), output_hidden_states=True)
     hidden = hidden.hidden_states[1].reshape(-1, 4, 32)[0]  # Gemma 3n: the first of several
     assert alike(ours[0], hidden[1:].mean(0))
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(tiny_llm):
-    llm, tokenizer = loaded(tiny_llm)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    llm_negatives.check_pieces("x", llm, tokenizer)  # its prompts do not have that token
-    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{m['content']}}{% endfor %}"
-    prompt = llm_negatives.Prompt(tokenizer)
-    message = message_of(llm_negatives.run_piece, llm, [prompt.shared])
-    assert "uses token 256, the model has 256" in message
 
 
 def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
@@ -2539,49 +2523,14 @@ def copied(finished, tmp_path):
 
 
 # ---- In two processes as in one ------------------------------------------------------------------
-def fit_a_line(validate):
-    """A line through eight points of a parabola; the bias is reached by process 0 alone."""
-    torch.manual_seed(0)
-    x, line = torch.arange(8.0), torch.nn.Linear(2, 1)
-
-    def step(rows, generator):
-        slope, height = line.weight[0]
-        loss = (slope * x[rows] + height - x[rows] ** 2).pow(2).mean()
-        return (loss + line.bias.sum() if backbones.rank() == 0 else loss), {}
-
-    return fit_mf(line, step, validate, 8, lr=1, epochs=9, batch_size=8, patience=2)
-
-
 def work_of_one_process():
-    """Commands one after another, as most of a command's time goes into imports; then a line."""
-    folder, *commands = sys.argv[1:]
+    """Commands one after another, as most of a command's time goes into imports."""
     dist = torch.distributed
     start = dist.init_process_group
     dist.init_process_group = lambda *args, **more: dist.is_initialized() or start(*args, **more)
-    for command in commands:
+    for command in sys.argv[1:]:
         script, *words = shlex.split(command)
         PROGRAMS[script].main(words)
-    scores = iter([0.3, 0.4, 0.5, 0.4, 0.3] if backbones.rank() == 0 else range(9))
-    torch.save(fit_a_line(lambda: next(scores)), f"{folder}/line{backbones.rank()}")
-
-
-@pytest.fixture(scope="session")
-def twice(finished, tiny_llm, raw, tmp_path_factory):
-    """A copy of `finished` with steps made anew by two processes of torchrun's."""
-    run, commands = tmp_path_factory.mktemp("two") / "run", []
-    shutil.copytree(finished, run)
-    for name, *more in (("profiles.jsonl", "--batch-size", 3, "--out", "profiles-two.jsonl"),
-                        ("sft", "--name", "sft-two"), ("negatives", "--out", "negatives-two"),
-                        ("model-hnlmrec", "--out", "model-two.safetensors")):
-        commands.append(shlex.join(map(str, [*steps_of(tiny_llm, raw)[name], "--run", run, *more])))
-    script = run / "two.py"
-    script.write_text("import test_hnlmrec as t\nt.backbones.run_cli(t.work_of_one_process)\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
-    done = subprocess.run([*torchrun, script, run, *commands], capture_output=True, text=True,
-                          check=False, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0 and done.stdout.count("wrote") == 3, done.stdout + done.stderr
-    return run
 
 
 def assert_same_update(one, other):
@@ -2602,31 +2551,35 @@ def test_gradients_are_averaged_over_processes(monkeypatch):
     assert [p.grad.tolist() for p in (one, two, none)] == [[2, 4], [0, 1.5], [1.5, 1.5]]
 
 
-def test_two_processes_train_one_model(twice):
-    """Pairs shared out, gradients averaged; both stop when process 0 says so."""
-    (one, history), (two, _) = (torch.load(twice / f"line{n}", weights_only=True) for n in (0, 1))
-    alone, _ = fit_a_line(iter([0.3, 0.4, 0.5, 0.4, 0.3]).__next__)
-    assert all(torch.equal(one[name], two[name]) for name in one) and len(history) == 5
-    assert all(torch.allclose(one[name], alone[name], atol=1e-5) for name in one)
+def test_two_processes_make_what_one_makes(copied, tiny_llm, raw):
+    """Steps of `finished` are made anew by two processes of torchrun's."""
+    run, commands = copied, []
+    for name, *more in (("profiles.jsonl", "--batch-size", 3, "--out", "profiles-two.jsonl"),
+                        ("sft", "--name", "sft-two"), ("negatives", "--out", "negatives-two"),
+                        ("model-hnlmrec", "--out", "model-two.safetensors")):
+        commands.append(shlex.join(map(str, [*steps_of(tiny_llm, raw)[name], "--run", run, *more])))
+    script = run / "two.py"
+    script.write_text("import test_hnlmrec as t\nt.backbones.run_cli(t.work_of_one_process)\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
+    done = subprocess.run([*torchrun, script, *commands], capture_output=True, text=True,
+                          check=False, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0 and done.stdout.count("wrote") == 3, done.stdout + done.stderr
 
-
-def test_two_processes_fine_tune_and_generate_what_one_does(twice):
-    """Gradients added up, profiles and shards shared out: the same update, the same files."""
-    profiles, shared = ((twice / f"profiles{two}.jsonl").read_text().splitlines()
+    # llm_negatives.py: gradients added up, profiles and shards shared out: the same update, the
+    # same files
+    profiles, shared = ((run / f"profiles{two}.jsonl").read_text().splitlines()
                         for two in ("", "-two"))
     assert sorted(shared[1:]) == sorted(profiles[1:])
-    assert_same_update(tuned(twice, "sft"), tuned(twice, "sft-two"))
-    one, two = negatives(twice), negatives(twice, "negatives-two")
+    assert_same_update(tuned(run, "sft"), tuned(run, "sft-two"))
+    one, two = negatives(run), negatives(run, "negatives-two")
     assert torch.equal(one["pairs"], two["pairs"])
     assert torch.allclose(one["hidden"], two["hidden"], atol=2e-3)
-
-
-def test_two_processes_train_hnlmrec(twice):
-    """Each draws negatives: the parameters move from the same start as with one process."""
-    data = backbones.load_data(twice)
-    model, meta, two = backbones.load_model(twice / "model-two.safetensors", data)
-    one = load_file(twice / "model-hnlmrec.safetensors")
-    for name, value in hnlmrec.build(twice, Namespace(**meta["settings"]), data).named_parameters():
+    # hnlmrec.py: each draws negatives; the parameters move from the same start as with one process
+    data = backbones.load_data(run)
+    model, meta, two = backbones.load_model(run / "model-two.safetensors", data)
+    one = load_file(run / "model-hnlmrec.safetensors")
+    for name, value in hnlmrec.build(run, Namespace(**meta["settings"]), data).named_parameters():
         moves = [(tensors[name] - value).detach().flatten() for tensors in (one, two)]
         assert name == "projector.key.bias" or all(move.abs().max() > 1e-4 for move in moves), name
         assert name != "backbone.embedding" or F.cosine_similarity(*moves, 0) > 0.5
@@ -2663,8 +2616,7 @@ def negatives(run, name="negatives"):
     return backbones.load_negatives(run, name, backbones.load_data(run))
 
 
-def test_profiles_are_the_llms_for_the_busiest_and_faults_become_metadata(
-        copied, tiny_llm, monkeypatch):
+def test_profiles_are_the_llms_for_the_busiest_else_metadata(copied, tiny_llm, monkeypatch):
     data, written = backbones.load_data(copied), []
     items, rows = (backbones.read_jsonl(copied / f"{kind}.jsonl") for kind in ("items", "users"))
 
@@ -2751,25 +2703,12 @@ def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, mon
     joined = load()
     assert torch.equal(joined["pairs"], torch.cat([load_file(path)["pairs"] for path in shards]))
     assert joined["cf"] == "cf.safetensors"
-    # of another fine-tuning they would be other vectors
-    shutil.copy(copied / "sft.safetensors", copied / "sft-x.safetensors")
-    shutil.copytree(copied / "adapter", copied / "adapter-x")
-    message = llm_refused(copied, tiny_llm, again, "--sft", "sft-x")
-    assert re.search(r"inputs=.*sft\.safe.*, now .*sft-x\.safe.*--force", message)
     tensors, meta = backbones.load_tensors(shards[1])
     meta["settings"]["seed"] = 1
     backbones.save_tensors(shards[1], tensors, meta)
     assert f"{shards[1]}: was made with other settings than {shards[0].name}" in message_of(load)
     shards[0].unlink()
     assert f"{shards[0]}: no such file; make it with `python llm_neg" in message_of(load)
-
-
-def test_generation_may_be_bounded_and_not_fine_tuned(copied, tiny_llm):
-    for n, *flags in ((4,), (30, "--no-finetune")):
-        name = f"negatives-{n}"
-        out = llm_main(copied, tiny_llm, "generate", "--pairs", n, *flags, "--out", name)
-        assert f"{30 - n} users without a pair" in out
-        assert len(negatives(copied, name)["pairs"]) == n
 
 
 def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeypatch):
@@ -2847,13 +2786,17 @@ def test_variants_of_fine_tuning_make_negatives_of_their_own(copied, tiny_llm):
                  f"negatives-{name}")
         made.append(negatives(copied, f"negatives-{name}")["hidden"])
         assert not any(torch.equal(made[-1], other) for other in made[:-1])
+    # of some users a pair; without fine-tuning h is what it is without a LoRA step
+    for name, flags in (("few", "--sft sft-head"), ("zeroshot", "--no-finetune")):
+        out = llm_main(copied, tiny_llm, f"generate --pairs 12 {flags} --out negatives-{name}")
+        assert "18 users without a pair" in out
+    few, zeroshot = negatives(copied, "negatives-few"), negatives(copied, "negatives-zeroshot")
+    assert len(few["pairs"]) == 12 and torch.equal(few["hidden"], zeroshot["hidden"])
+    assert not torch.equal(few["vector"], zeroshot["vector"])  # its head is not trained either
     # steps beside epochs, which --paper sets, win
     assert backbones.read_meta(copied / "sft-head.safetensors")["losses"] == []
     llm_main(copied, tiny_llm, TUNE.partition(" --steps")[0] + " --name sft-epochs --epochs 0.2")
     assert len(backbones.read_meta(copied / "sft-epochs.safetensors")["losses"]) == 2
-    (copied / "profiles.jsonl").rename(copied / "old.jsonl")
-    message = llm_refused(copied, tiny_llm, "generate --out negatives-new")
-    assert "profiles.jsonl: no such file" in message
 
 
 def test_wrong_adapters_llms_and_profiles_are_refused(copied, tiny_llm, tmp_path):
@@ -2984,10 +2927,7 @@ def test_paired_bootstrap_against_the_normal_law():
         near = partial(pytest.approx, abs=0.1 * error)
         assert low == near(mean - 1.96 * error) and high == near(mean + 1.96 * error)
         assert p == pytest.approx(math.erfc(abs(mean) / error / math.sqrt(2)), abs=0.02)
-
-
-def test_bootstrap_of_few_users_knows_that_they_are_few():
-    """n of one sign come so with 2 / 2^n, by chance alone; from 14 on the draws say more."""
+    # n of one sign come so with 2 / 2^n, by chance alone; from 14 on the draws say more
     for n in (1, 3, 5, 20):
         *_, p = evaluation.paired_bootstrap(np.full(n, 0.01))
         assert p == pytest.approx(max(2 / 2**n, 2 / 10_001))
@@ -3180,45 +3120,50 @@ def test_recommend_shows_the_best_and_the_items_nearest_to_z(eval_run):
 def test_the_estimate_adds_up_and_less_work_takes_less(eval_run, monkeypatch):
     # a machine on which one look-up is not disturbed
     monkeypatch.setattr(evaluation.Timer, "repeat", lambda _, n, each: [0.3] * (n - 1) + [0.0016])
-
-    def seconds(*flags):
-        out = eval_main("estimate", "--run", eval_run, *flags)
+    found = []
+    for flags in ("--llm-rows 0", "--llm-rows 5 --trials 4", "--llm-rows 5 --fast"):
+        out = eval_main("estimate", "--run", eval_run, *flags.split())
         assert "this machine at 45% of" in out  # 7.2e-4 s / .0016 s
-        parts = dict(re.findall(r"(\w[\w ]*?) (\d+) s", out))
+        found.append({name: int(n) for name, n in re.findall(r"(\w[\w ]*?) (\d+) s", out)})
         minutes = int(re.search(r"about (\d+) minutes", out)[1])
-        assert minutes == pytest.approx(sum(map(int, parts.values())) / 60, abs=1)
-        return {name: int(value) for name, value in parts.items()}
-
-    whole, few, tried, fast = (seconds("--llm-rows", rows, *more) for rows, *more in (
-        (0,), (5,), (5, "--trials", 4), (5, "--fast")))
-    assert few["LLM"] < whole["LLM"] and fast["LLM"] < few["LLM"]
-    assert few["trials"] == 0 < tried["trials"] and fast["trainings"] < few["trainings"]
+        assert minutes == pytest.approx(sum(found[-1].values()) / 60, abs=1)
+    whole, few, fast = found
+    assert fast["LLM"] < few["LLM"] < whole["LLM"] and fast["trainings"] < whole["trainings"]
+    assert whole["trials"] == 0 < few["trials"]
 
 
 @pytest.fixture
 def commands(monkeypatch):
-    """In place of evaluation.program: closed forms and blends are made, all else is random vectors
-    that the command decides -> the commands so far. The closed form itemknn fails."""
+    """In place of evaluation.program: closed forms, save itemknn, and blends are made, all else is
+    random vectors that the command decides -> the commands so far. A training's score is that of
+    its learning rate: best at 2e-3, none above 4e-3; 40 epochs show half of it."""
     done = []
 
     def program(script, *words):
         words = [str(word) for word in words]
         done.append(" ".join([script, *words]))
-        if "itemknn" in words:
-            evaluation.fail("itemknn: would not fit")
+        flags = dict(zip(words, words[1:]))
+        lr = float(flags.get("--lr", 1e-3))
+        if "itemknn" in words or lr > 4e-3:
+            evaluation.fail("itemknn: would not fit" if "itemknn" in words else "the loss is nan")
         if words[0] == "blend" or "--seed" not in words:
-            return {"hnlmrec.py": hnlmrec, "backbones.py": backbones}[script].main(words)
-        at = words.index("--out")
-        seed = int(backbones.json_digest(words[:at]), 16) % 997
-        save_model(Path(words[at - 1]) / words[at + 1], seed)
+            return PROGRAMS[script].main(words)
+        worse = abs(math.log(lr / 2e-3)) / (20 if flags.get("--epochs") == "40" else 10)
+        seed = int(backbones.json_digest(words[:words.index("--out")]), 16) % 997
+        save_model(Path(flags["--run"]) / flags["--out"], seed, valid=1 - worse)
 
     monkeypatch.setattr(evaluation, "program", program)
     return done
 
 
 def test_compare_makes_each_cell_once_and_evaluates_it(eval_run, commands):
+    def files(*parts):
+        """What was made by commands that have these parts."""
+        return [re.search(r"--out (\S+)", command)[1] for command in commands
+                if all(part in command for part in parts)]
+
     def count(*parts):
-        return sum(all(part in command for part in parts) for command in commands)
+        return len(files(*parts))
 
     rows = ["RNS", "DNS --lr 2e-3", "EASE --ridge 5", "judge's negatives", "in full",
             "in full --dim 8", "text similarity", "all baselines in one score"]
@@ -3239,30 +3184,24 @@ def test_compare_makes_each_cell_once_and_evaluates_it(eval_run, commands):
     # claims: the declared ones, against the best by validation, corrected together
     best = {name: max((row for row in rows if row.split(" --")[0] in names),
                       key=lambda row: found["methods"][row]["valid NDCG@20"])
-            for name, names in (("baseline", ("RNS", "DNS", "EASE")), ("sampler", ("RNS", "DNS")),
-                                ("in full", ("in full",)))}
-    claims = found["claims"]
+            for name, names in (("baseline", ("RNS", "DNS", "EASE")), ("in full", ("in full",)))}
+    claims, sampler = found["claims"], "DNS --lr 2e-3"
     assert [(claim["row"], claim["against"]) for claim in claims] == [
-        (best["in full"], best["baseline"]), ("judge's negatives", best["sampler"]),
+        (best["in full"], best["baseline"]), ("judge's negatives", sampler),
         (best["in full"], "all baselines in one score")]
     assert [claim["p by Holm"] for claim in claims] == evaluation.holm([c["p"] for c in claims])
+    # a difference is of users' means over seeds
+    data = backbones.load_data(eval_run)
+    judged, other = (np.mean([ndcg_of(eval_run / file, data) for file in files(part)], 0)
+                     for part in ("--lambda-f 1 --epochs 1 --run", "--lr 2e-3"))
+    expected = evaluation.paired_bootstrap(judged - other)
+    assert [claims[1][key] for key in ("mean", "low", "high", "p")] == pytest.approx(expected)
     # again nothing is made; with --force all, each once
     before = len(commands)
     eval_main(*flags, ";".join(rows[:6]))
     assert len(commands) == before
     eval_main(*flags, "DNS;in full", "--force")
     assert len(commands) == before + 8 and all("--force" in c for c in commands[before:])
-
-
-def test_a_difference_is_of_users_means_over_seeds(eval_run, commands):
-    eval_main("compare", "--run", eval_run, "--seeds", 3, "--methods", "RNS;judge's negatives")
-    data, means = backbones.load_data(eval_run), []
-    for name in ("judge-s-negatives", "rns"):
-        files = sorted((eval_run / "compare").glob(f"{name}-*"))
-        means.append(np.mean([ndcg_of(file, data) for file in files], 0))
-    claim, = json.loads((eval_run / "compare.json").read_text())["claims"]
-    expected = evaluation.paired_bootstrap(means[0] - means[1])
-    assert [claim[key] for key in ("mean", "low", "high", "p")] == pytest.approx(expected)
 
 
 def test_valid_ranks_the_rows_and_reads_no_test_pair(eval_run, commands, monkeypatch):
@@ -3307,51 +3246,28 @@ def test_rows_have_flags_of_their_programs_and_files_that_can_be_made():
     words = evaluation.training_of("judge's negatives, bag of words", {}, "mf", 3)
     assert words[-4:] == ["--lambda-f", "1", "--judge", "judge-words.safetensors"]
     # what a program says last is the error
-    for words, said in (([], "no such folder.*prepare"), (["--epochs", "x"], "--epochs: x is")):
-        words = ["pretrain", "--run", "no such folder", *words]
-        assert re.search(said, message_of(evaluation.program, "backbones.py", *words))
+    message = message_of(evaluation.program, "backbones.py", "pretrain", "--run", "nowhere")
+    assert re.search("nowhere.*no such file.*prepare", message)
 
 
-@pytest.fixture
-def tuning(eval_run, monkeypatch):
-    """tune with a score of the learning rate in place of training: best at 2e-3, none above 4e-3;
-    40 of 200 epochs show half of it -> the run, the trainings done, which of them is killed."""
-    done, kill = [], []
-
-    def program(script, command, *words):
-        words = [str(word) for word in words]
-        value = dict(zip(words[::2], words[1::2]))
-        done.append(float(value.get("--lr", 1e-3)))
-        if len(done) in kill:
-            raise KeyboardInterrupt
-        if done[-1] > 4e-3:
-            evaluation.fail("the loss is nan")
-        worse = abs(math.log(done[-1] / 2e-3)) / (20 if value.get("--epochs") == "40" else 10)
-        save_model(eval_run / value["--out"], 0, valid=1 - worse)
-
-    monkeypatch.setattr(evaluation, "program", program)
-    save_model(eval_run / "negatives-00000.safetensors", 0)
-    return eval_run, done, kill
-
-
-def test_tune_halves_resumes_and_picks_the_best(tuning):
-    (run, done, kill), methods = tuning, "RNS; HNLMRec"
+def test_tune_halves_resumes_and_picks_the_best(eval_run, commands, monkeypatch):
+    run, methods, program = eval_run, "RNS; HNLMRec", evaluation.program
     flags = ["tune", "--run", run, "--budget", 12, "--methods"]
-    kill.append(9)
-    with pytest.raises(KeyboardInterrupt):
+    save_model(run / "negatives-00000.safetensors", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "program", lambda *words: (
+            program(*words) if len(commands) < 8 else killed_after(list)))
         eval_main(*flags, methods)
     with open(run / "tuned.jsonl", "a") as file:
         file.write('{"method": "RN')  # and a line that was cut off
     kept = backbones.read_jsonl(run / "tuned.jsonl", growing=True)
-    kill.clear()
     eval_main(*flags, methods)
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 12 + 12
     found = json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]
     for name, first in (("RNS", 2), ("HNLMRec", 3)):
         trials = [row for row in rows if row["method"] == name]
-        points = [dict(zip(t["words"][::2], t["words"][1::2])) for t in trials]
-        assert points[0] == {} and trials[0]["short"] <= trials[0]["valid"]
+        assert trials[0]["words"] == [] and trials[0]["short"] <= trials[0]["valid"]
         assert "defaults" in trials[0] and "defaults" not in trials[1]
         for n, trial in enumerate(trials[1:], 1):
             # halving: trained in full when fewer than half of all short runs are better
@@ -3360,7 +3276,7 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
             assert "failed" in trial or (trial["valid"] is not None) == (better < len(shorts) / 2)
             # each fourth a random point
             if n >= first and n % 4 == 0:
-                assert len(points[n]) == len(evaluation.SPACES[name])
+                assert len(trial["words"]) == 2 * len(evaluation.SPACES[name])
         best = max((t for t in trials if t["valid"] is not None), key=lambda t: t["valid"])
         assert (found[name]["words"], found[name]["trials"]) == (best["words"], 12)
         # its model is kept, and no other
@@ -3369,38 +3285,36 @@ def test_tune_halves_resumes_and_picks_the_best(tuning):
     # plain DNS is always among HNLMRec's; some trials went no further
     assert rows[3]["words"] == "--alpha 0 --lambda-s 0 --text-init 0".split()
     assert any(row["valid"] is None for row in rows) and len(list(run.glob("compare/*"))) == 2
-    before, page = len(done), (run / "tuned.json").read_bytes()
+    before, page = len(commands), (run / "tuned.json").read_bytes()
     failed = sum("failed" in row for row in rows)
     eval_main(*flags, methods)  # all there; what failed is tried again
-    assert len(done) == before + failed and failed and (run / "tuned.json").read_bytes() == page
+    assert len(commands) == before + failed and (run / "tuned.json").read_bytes() == page
     model = run / found["RNS"]["model"]
     model.unlink()
     eval_main(*flags, methods)  # the best one's model alone is made again
-    assert len(done) == before + 2 * failed + 1 and model.exists()
+    assert failed and len(commands) == before + 2 * failed + 1 and model.exists()
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     for more in ((), ("--force",)):  # what was found of other methods stays
-        before = len(done)
+        before = len(commands)
         eval_main(*flags, "DNS", *more)
         assert list(json.loads((run / "tuned.json").read_text())["methods"]["lightgcn"]) == [
             "RNS", "HNLMRec", "DNS"]
-        assert backbones.read_jsonl(run / "tuned.jsonl")[:24] == rows and len(done) >= before + 12
-    assert "is none of RNS" in eval_refused(*flags, "AlphaRec", "--backbone", "neumf")
-
-    (run / "texts.safetensors").unlink()
-    assert "llm_negatives.py read" in eval_refused(*flags, "AlphaRec")
+        assert backbones.read_jsonl(run / "tuned.jsonl")[:24] == rows
+        assert len(commands) >= before + 12
 
 
-def test_compare_takes_the_tuned_flags(tuning):
-    run, _, _ = tuning
+def test_compare_takes_the_tuned_flags(eval_run, commands):
+    run = eval_run
+    save_model(run / "negatives-00000.safetensors", 0)
     eval_main("tune", "--run", run, "--budget", 4, "--methods", "RNS;HNLMRec")
     tuned = evaluation.read_tuned(run / "tuned.json", backbones.load_data(run)["digest"])
     own = tuned["lightgcn"]["HNLMRec"]["words"]
     words = evaluation.training_of("no self-attention", tuned, "lightgcn", 1, ["--k", "2"])
     assert words[6:] == [*own, "--no-attention", "--k", "2"]  # and what makes it another
-    message = message_of(evaluation.training_of, "judge's negatives, TF-IDF", tuned, "lightgcn", 1)
-    assert "judge's negatives on lightgcn is not in it" in message
     compare = ["compare", "--run", run, "--tuned", "--methods"]
-    assert "MixGCF on lightgcn is not in it" in eval_refused(*compare, "MixGCF")
+    for name, lacking in (("MixGCF", "MixGCF"), ("judge's negatives, TF-IDF", "judge's negatives")):
+        message = message_of(evaluation.training_of, name, tuned, "lightgcn", 1)
+        assert f"{lacking} on lightgcn is not in it" in message
     eval_main(*compare, "RNS;DNS(M,N)", "--seeds", 1, "--valid")  # `tune` knows no DNS(M,N)
     page = (run / "compare-valid.md").read_text()
     assert "At default flags, without trials: DNS(M,N).\n" in page
@@ -3414,44 +3328,43 @@ def test_compare_takes_the_tuned_flags(tuning):
 def test_a_short_run_that_stopped_by_itself_is_not_repeated(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluation, "program", lambda *words: calls.append(words))
+
+    def run_trial(scores, before, **settings):
+        """After `before`, where a training shows these scores {epoch: score}."""
+        history = [{"epoch": n, "valid_ndcg@20": score} for n, score in scores.items()]
+        monkeypatch.setattr(evaluation, "read_meta", lambda path: {
+            "history": history, "settings": settings})
+        before = [{"short": one, "defaults": {"--epochs": "100"}} for one in before]
+        return evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)
+
     for last, runs in ((10, 1), (20, 2)):  # of a fifth of 100 epochs
-        history = [{"epoch": 5, "valid_ndcg@20": 0.2}, {"epoch": last, "valid_ndcg@20": 0.1}]
-        monkeypatch.setattr(evaluation, "read_meta", lambda path, h=history: {
-            "history": h, "settings": {}})
         calls.clear()
-        before = [{"short": None, "defaults": {"--epochs": "100"}}]
-        found = evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)
+        found = run_trial({5: 0.2, last: 0.1}, [None])
         assert (len(calls), found["short"], found["valid"]) == (runs, 0.2, 0.2)
     # the better half goes on: not the second of two, but one of two that are alike
-    for short, valid in ((0.3, None), (0.2, 0.2)):
-        before = [{"short": short, "defaults": {"--epochs": "100"}}]
-        assert evaluation.run_trial(tmp_path, "x", ["backbones.py"], before)["valid"] == valid
-    # of the first trial's own epochs the best, and the best of the first fifth
-    history = [{"epoch": n, "valid_ndcg@20": v} for n, v in ((2, 0.1), (3, 0.3), (4, 0.2), (9, 0.5),
-                                                             (10, 0.4))]
-    monkeypatch.setattr(evaluation, "read_meta", lambda path: {
-        "history": history, "settings": {"epochs": 20, "lr": 0.001, "backbone": "mf"}})
-    first = evaluation.run_trial(tmp_path, "x", ["backbones.py"], [])
-    assert first == {"short": 0.3, "valid": 0.5,
-                     "defaults": {"--epochs": "20", "--lr": "0.001"}}
-    history[0]["epoch"] = 1  # of four epochs, one
-    monkeypatch.setattr(evaluation, "read_meta", lambda path: {
-        "history": history, "settings": {"epochs": 4}})
-    assert evaluation.run_trial(tmp_path, "x", ["backbones.py"], [])["short"] == 0.1
+    assert run_trial({5: 0.2, 20: 0.1}, [0.3])["valid"] is None
+    assert run_trial({5: 0.2, 20: 0.1}, [0.2])["valid"] == 0.2
+    # of the first trial's own epochs the best, and the best of the first fifth; of four, one
+    scores = {2: 0.1, 3: 0.3, 4: 0.2, 9: 0.5, 10: 0.4}
+    assert run_trial(scores, [], epochs=20, lr=0.001, backbone="mf") == {
+        "short": 0.3, "valid": 0.5, "defaults": {"--epochs": "20", "--lr": "0.001"}}
+    assert run_trial({1: 0.1, 3: 0.3}, [], epochs=4)["short"] == 0.1
 
 
-def test_what_is_known_before_the_first_trial_decides_what_is_tried(tuning):
+def test_what_is_known_before_the_first_trial_decides_what_is_tried(eval_run, commands):
     """A judge that ranks no better than popularity: parts that live by texts stay at 0."""
-    run, _, _ = tuning
+    run, methods = eval_run, "HNLMRec;judge's negatives"
+    save_model(run / "negatives-00000.safetensors", 0)
     tensors, meta = backbones.load_tensors(run / "judge.safetensors")
-    popularity = backbones.read_meta(run / "model-pop.safetensors")["history"][0]["valid_ndcg@20"]
-    meta["history"][0]["valid_ndcg@20"] = popularity
+    meta["history"] = backbones.read_meta(run / "model-pop.safetensors")["history"]
     backbones.save_tensors(run / "judge.safetensors", tensors, meta)
-    eval_main("tune", "--run", run, "--budget", 5, "--methods", "HNLMRec;judge's negatives")
+    eval_main("tune", "--run", run, "--budget", 5, "--methods", methods)
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     assert [row["method"] for row in rows].count("judge's negatives") == 1
     point = dict(zip(rows[-1]["words"][::2], rows[-1]["words"][1::2]))  # a random one
     assert point["--text-init"] == point["--lambda-s"] == "0" and len(point) == 7
+    # one trial beside five: there was nothing to search
+    eval_main("compare", "--run", run, "--tuned", "--valid", "--methods", "judge's negatives")
 
 
 def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
@@ -3645,7 +3558,7 @@ def test_trace_follows_a_pair(finished, monkeypatch):
 
 def test_flags_reach_what_trains(finished, monkeypatch):
     """`build` hands a control's vectors to the projector and the texts' start, keeps dns clear of
-    what is asked, and reads neither validation nor test pairs; nor does fine-tuning."""
+    what is asked, and reads neither validation nor test pairs."""
     data, penalties, make = backbones.load_data(finished), [], backbones.make_sampler
     settings = backbones.read_meta(finished / "model-hnlmrec.safetensors")["settings"]
     monkeypatch.setattr(backbones, "make_sampler", lambda *words, penalty, **more: (
@@ -3671,31 +3584,18 @@ def test_flags_reach_what_trains(finished, monkeypatch):
     build(data, keep_clear="valid")
     listed = penalties[-1](torch.arange(30), torch.arange(40).expand(30, -1)) == torch.inf
     assert sorted(listed.nonzero().tolist()) == sorted(data["valid"].tolist())
-    model, _, cf = backbones.load_model(finished / "cf.safetensors", data)
-    texts = llm_negatives.load_profiles(finished)
-    one, two = (llm_negatives.SftTask(d, model, cf, texts, 1, 5, 0) for d in (data, alone))
-    assert torch.equal(one.mined, two.mined) and torch.equal(one.rows, two.rows)
 
 
-def test_a_search_is_of_the_files_that_its_flags_name(copied, monkeypatch):
-    searched = []
-
-    def run_trial(run, out, command, before):
-        shutil.copy(run / "cf.safetensors", run / out)
-        return searched.append(command) or {"short": 0.1, "valid": 0.1, "defaults": {}}
-
-    monkeypatch.setattr(evaluation, "run_trial", run_trial)
-    monkeypatch.setattr(evaluation, "program", lambda *_: pytest.fail("the model is there"))
-    (copied / "compare").mkdir(exist_ok=True)
+def test_a_search_is_of_the_files_that_its_flags_name(eval_run, commands):
     for times in (1, 1, 2):
-        if times > len(searched):  # at first, and other texts of the same name
-            save_file({"text": torch.randn(N_ITEMS, 5)}, copied / "own.safetensors")
-        cli("eval.py", "tune", "--run", copied, "--methods", "AlphaRec", "--budget", 1, "--out",
-            "tuned-own", "--flags", "--text-vectors own.safetensors")
-        assert len(searched) == times
+        if times > len(commands):  # at first, and other texts of the same name
+            save_file({"text": torch.randn(N_ITEMS, 5)}, eval_run / "own.safetensors")
+        eval_main("tune", "--run", eval_run, "--methods", "AlphaRec", "--budget", 1, "--flags",
+                  "--text-vectors own.safetensors")
+        assert len(commands) == times
 
 
-def test_rows_are_chosen_by_all_users_validation_and_by_as_many_trials(copied, monkeypatch):
+def test_rows_are_chosen_by_all_users_validation(copied):
     cli("backbones.py", "pretrain", "--run", copied, *BUDGET, "--eval-users", 3, "--out",
         "model-few.safetensors")
     data = backbones.load_data(copied)
@@ -3704,15 +3604,6 @@ def test_rows_are_chosen_by_all_users_validation_and_by_as_many_trials(copied, m
         model, _, _ = hnlmrec.load_recommender(row.paths[0], data)
         whole = evaluation.evaluate(model, data, "valid")[1]["NDCG@20"].mean()
         assert comparison.mean(row) == pytest.approx(float(whole), abs=1e-6)
-
-    def cells(**trials):
-        tuned = {name: {"trials": n, "words": []} for name, n in trials.items()}
-        monkeypatch.setattr(evaluation, "read_tuned", lambda *_: {"mf": tuned})
-        flags = {"run": copied, "flags": "", "tuned": "tuned.json", "backbone": "mf"}
-        return evaluation.Cells(Namespace(**flags), "")
-
-    cells(DNS=20, MixGCF=20, **{evaluation.JUDGED: 1})  # its texts say nothing: nothing to search
-    assert "1 to 20 trials" in message_of(cells, DNS=1, MixGCF=20)
 
 
 @pytest.mark.parametrize("more", [[], ["--train-projector"]])
@@ -3794,20 +3685,10 @@ def test_judge_and_blend_go_through(copied):
         scores[choice] = meta["history"][0]["valid_ndcg@20"], meta["parts"]
     (worse, _), (better, parts) = sorted(list(scores.values())[:2])
     assert worse < better and list(scores.values())[2:] == [(better, parts)] * 2
-    (copied / "model-choice.safetensors").unlink()
     texts, _, _ = hnlmrec.load_recommender(copied / "texts.safetensors", data)
     readings = backbones.load_texts(copied, "texts.safetensors", 40)
     oracle = hnlmrec.TextSimilarity(readings, data["train"], 30)
     assert len(readings) == 2 and torch.equal(texts.scores(users), oracle.scores(users))
-
-
-def test_the_best_epoch_is_what_train_writes(copied, monkeypatch):
-    monkeypatch.setattr(hnlmrec, "validation", lambda *a, **b: iter([0.2, 0.1]).__next__)
-    for epochs in (2, 1):
-        cli("hnlmrec.py", "train", "--run", copied, "--dim", 8, *BAND, "--eval-every", 1,
-            "--epochs", epochs, "--out", f"model-{epochs}.safetensors")
-    two, one = (load_file(copied / f"model-{epochs}.safetensors") for epochs in (2, 1))
-    assert all(torch.equal(two[name], one[name]) for name in one)
 
 
 # ---- Lineage: no result of parts that do not belong together; every message's fix works ----------
@@ -3839,15 +3720,13 @@ def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, r
     run_step(copied, steps["data"], "--force")
     message = message_of(run_step, copied, steps["model-full"])  # blends are stale by their parts
     assert "was made with another data.safetensors than the one that is there" in message
-    for name in ("model-hnlmrec", "model-full"):
-        follow(copied, steps, name)
+    made = [follow(copied, steps, name) for name in ("model-hnlmrec", "model-full", "report")]
+    assert made == [["cf", "profiles.jsonl", "sft", "negatives", "texts"],
+                    ["judge", "model-judged", "model-rp3", "model-ease"], ["model-rns"]]
     digest = backbones.load_data(copied)["digest"]
-    for name in ("cf", "sft", "negatives-00000", "judge", "model-hnlmrec", "model-full"):
-        settings = backbones.read_meta(copied / f"{name}.safetensors", check=True)["settings"]
-        assert settings["inputs"]["data.safetensors"] == digest
-    first = json.loads((copied / "profiles.jsonl").read_text().splitlines()[0])
-    assert first["settings"]["inputs"]["data.safetensors"] == digest
-    assert follow(copied, steps, "report") == ["model-rns"]
+    for path in copied.glob("*.safetensors"):
+        settings = backbones.read_meta(path, check=True)["settings"]
+        assert path.stem == "data" or settings["inputs"]["data.safetensors"] == digest
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "cf", "profiles.jsonl", "texts", "judge",
@@ -3967,16 +3846,14 @@ BAD_FLAGS = {
         ("--warmup-pairs 1 --force", "--warmup-pairs 1"), ("--tau-s 0", "--tau-s"),
         ("--mine-first 5 --mine-last 1 --force", "--mine-first 5"),
         ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no"),
-        ("--name sft-x --cf model-rp3.safetensors",
-         "--cf model-rp3.safetensors: is a closed form")],
+        ("--name sft-x --cf model-rp3.safetensors", "model-rp3.safetensors: is a closed form")],
     "llm_negatives.py generate": [
         ("--out *", "--out"), ("--out /x/negatives", "--out"),
         ("--sft cf --out negatives-y", "holds what `pretrain` writes")],
     "llm_negatives.py read": [
         ("--layers 0,9 --out texts-x.safetensors", r"has layers 0 \(its token embeddings\) to 2"),
         ("--layers -1 --out texts-x.safetensors", "give numbers of layers"),
-        ("--out judge.safetensors --force", "--out 'judge"),
-        ("--control no", "--control"),
+        ("--out judge.safetensors --force", "--out 'judge"), ("--control no", "--control"),
         ("--control tfidf --layers 0 --out texts-x.safetensors", "has no layers")],
     "eval.py compare": [
         ("--methods XYZ", "is none of Popularity"), ("--flags '--dim 8 --seed 5'", "by each"),
@@ -3987,7 +3864,7 @@ BAD_FLAGS = {
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
     "eval.py tune": [
         ("--out report", "names files of"), ("--methods EASE", "is none of RNS"),
-        ("--methods 'text similarity'", "is none of RNS")],
+        ("--methods AlphaRec --backbone neumf", "is none of RNS")],
     "eval.py recommend": [
         ("--user u0 --k 41", "catalogue has 40"), ("--user x", "--user x: no such id"),
         ("--user u0 --model sft.safetensors", "not a trained recommender")],
@@ -3999,8 +3876,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("command, words, message", [
     (command, *row) for command, rows in BAD_FLAGS.items() for row in rows])
-def test_refused_flags_end_in_one_line_and_change_no_file(
-        finished, tiny_llm, monkeypatch, command, words, message):
+def test_refused_flags_change_no_file(finished, tiny_llm, monkeypatch, command, words, message):
     def now():
         return {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
