@@ -1497,7 +1497,8 @@ def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path):
     # but a version is no number, and a number rounded in JSON no id
     assert [hnlmrec.id_text(raw) for raw in ("v1.0", "1.0.0", 7.0, "-1.0", "1e5")] == [
         "v1.0", "1.0.0", "7", "-1", "1e5"]
-    assert not any(map(hnlmrec.id_text, (1e17, "1e+5", math.inf, "N/A")))
+    none = (1e17, math.inf, "1e+5", "1.23E+05", "N/A", "null", "i\0", '"i"', "'i'", ["i"], True)
+    assert not any(map(hnlmrec.id_text, none))
     assert [*map(hnlmrec.given_id, (" 7.0", "N/A"))] == ["7", "N/A"]  # of the command line
 
 
@@ -1541,11 +1542,8 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
     ({"timestamp": ""}, ("--since", "1970-01-01"), "line 6: no timestamp"),
     ({"timestamp": ""}, ("--split", "time"), "1 rows have none"),
     ({}, ("--since", "2018-01-01", "--until", "2015-01-01"), "nothing is left"),
-    ({}, ("--min-rating", "6"), "nothing is left"), ({"user": "null"}, (), "'null' is no id"),
-    ({"user": ""}, (), "line 6: user '' is no id"), ({"item": "i\0"}, (), r"'i\x00' is no id"),
+    ({}, ("--min-rating", "6"), "nothing is left"), ({"user": ""}, (), "line 6: user '' is no id"),
     ({"item": "\u200bi5"}, (), r"line 6: item '\u200bi5' is no id"),
-    ({"item": "1.23E+05"}, (), "line 6: item '1.23E+05' is no id"),
-    ({"item": '"i5"'}, (), "is no id"), ({"user": "'u0'"}, (), "is no id"),
     ({"item": "9" * 5000}, (), "999' is no id"), ("u0\ti5", (), "line 6 has 2 fields"),
     ({"text": "x\tmore"}, (), "line 6 has 6 fields, the header 5")])
 def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message):
@@ -1559,8 +1557,7 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
     ("[1, 2]", "line 3"), ("null", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"),
     ("[" * 100000, "line 3"), (json.dumps([{"asin": "x"}] * 999), "one object per line is read"),
     (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
-    ({"reviewerID": None}, "None is no id"), ({"reviewerID": ["u"]}, "['u'] is no id"),
-    ({"reviewerID": True}, "True is no id"), ({"reviewerID": "\ud800"}, "is no id"),
+    ({"reviewerID": None}, "None is no id"), ({"reviewerID": "\ud800"}, "is no id"),
     ({"overall": [5]}, "overall [5] is no number"), ({"overall": True}, "True is no number"),
     ({"unixReviewTime": {}}, "no time"), ('{"reviewerID": "u1", "asin": "i1"}', "no rating")])
 def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
