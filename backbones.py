@@ -962,11 +962,11 @@ def load_texts(run, name, n_items):
     try:  # readings of another catalogue, and damaged ones, are refused
         tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
     except (SafetensorError, OSError) as error:
-        fail(f"--text-vectors {path}: cannot be read as safetensors ({error}); name another file")
+        fail(f"{path}: cannot be read as safetensors ({error}); name another file")
     wrong = [f"{key} is {tuple(text.shape)}" for key, text in tensors.items()
              if text.ndim != 2 or len(text) != n_items or not text.shape[1]]
     if wrong or not tensors:
-        fail(f"--text-vectors {path}: {[*wrong, 'holds no tensor'][0]}, not ({n_items}, width)")
+        fail(f"{path}: {[*wrong, 'holds no tensor'][0]}, not ({n_items}, width)")
     tensors = {key: tensors[key].float() for key in sorted(tensors)}
     check_finite(path, tensors, "fix that row")
     return [*tensors.values()]
@@ -1098,6 +1098,10 @@ def check_inputs(path, inputs):
         if digests(run, name)[name] != digest:
             fail(f"{path}: was made with another {name} than the one that is there; "
                  f"put the former back, or run `{writer_of(path)} --force`")
+        # and what these were made from: beside new texts an old judge is no input of a new blend
+        for file in [run / name] if (run / name).is_file() else run.glob(f"{name}-*.safetensors"):
+            meta = read_header(file)
+            check_inputs(file, meta.get("settings", {}).get("inputs", {}) | meta.get("beside", {}))
 
 
 def skip(path, settings, force=False):
@@ -1150,6 +1154,12 @@ def json_digest(value):
 
 def file_digest(path):
     """The first 16 hex digits of a file's sha256."""
+    stat = os.stat(path)
+    return digest_as_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=64)  # many files name the same profiles as their input
+def digest_as_of(path, *_):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

@@ -365,7 +365,8 @@ class Comparison:
         main, differences, groups, tests = [], [], [], {}
         for row in self.rows:
             figures = {column: self.mean(row, column) for column in self.figures[row.key]}
-            text = {column: f"{x:{FORMS.get(column, '.4f')}}" for column, x in figures.items()}
+            text = {column: "–" if math.isnan(x) else f"{x:{FORMS.get(column, '.4f')}}"
+                    for column, x in figures.items()}
             for column in COLUMNS if self.seeds > 1 else ():
                 text[column] += f" ± {self.figures[row.key][column].std(ddof=1):.4f}"
             main.append([row.label, *(text[column] for column in (*COLUMNS, "valid NDCG@20"))])
@@ -384,7 +385,10 @@ class Comparison:
             self.result["methods"][row.key] = figures | {"by seed": by_seed}
         pair = "validation" if self.split == "valid" else self.split
         count = f"{len(self.users):,} of {self.data['n_users']:,}"
-        lines = ["", f"Users with a {pair} pair: {count}.", "",
+        cold = (~torch.isin(self.users, self.data["train"][:, 0])).sum()
+        unknown = (f" {cold:,} of them have no train pair: nothing is known of them, and most rows "
+                   "rank by untrained vectors or the items' numbers there.") * bool(cold)
+        lines = ["", f"Users with a {pair} pair: {count}.{unknown}", "",
                  *markdown_table(["method", *COLUMNS, "valid NDCG@20"], main)]
         if tests:
             ends = ([test[end] for test in tests.values()] for end in ("mean", "low", "high"))
@@ -427,7 +431,8 @@ def report(args):
     lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison)]
     # what the steps of run.sh took
     if (run / "steps.tsv").exists():
-        steps = [line.split("\t") for line in (run / "steps.tsv").read_text("utf-8").splitlines()]
+        text = (run / "steps.tsv").read_text("utf-8", "replace")
+        steps = [line.split("\t") for line in text.splitlines()]
         lines += ["", "## Steps of the last start", "", *markdown_table(["step", "seconds"], steps)]
     write_page(run / "report.md", lines, run / "metrics.json", comparison.result)
 
@@ -458,7 +463,10 @@ def example_lines(comparison, k=5):
     is such a row), and the real items nearest to the projected z."""
     run, data, rows = comparison.run, comparison.data, comparison.rows
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
-    user = int(comparison.users[0])
+    # one with train pairs and, where there are any, generated negatives
+    having = [data["train"][:, 0], *(z["z_pairs"][:, 0] for z in comparison.with_z.values())]
+    able = torch.stack([torch.isin(comparison.users, users) for users in having]).all(0)
+    user = int(comparison.users[able.byte().argmax()])  # the first such, else the first of all
     held = set(data["test"][data["test"][:, 0] == user, 1].tolist())
 
     def titles(ids):
@@ -475,7 +483,8 @@ def example_lines(comparison, k=5):
     for label, tensors in comparison.with_z.items():
         _, near = nearest_to_z(tensors, data, user, k)
         by_rank = list(dict.fromkeys(near.T[near.T >= 0].tolist()))  # each vector's nearest first
-        lines.append(f"- negatives from the LLM ({markdown(label)}): {titles(by_rank[:k])}")
+        lines.append(f"- negatives from the LLM ({markdown(label)}): "
+                     f"{titles(by_rank[:k]) or 'none was generated for this user'}")
     return lines
 
 
@@ -530,7 +539,8 @@ def compare(args):
     # "DNS --lr 2e-3" is a row of that name. Of TABLE's rows alone the run may lack files
     entries, left_out = {}, []
     for entry in map(str.strip, args.methods.split(";") if args.methods else TABLE):
-        name, mark, words = entry.partition(" --")
+        name, mark, words = entry.partition("--")
+        name = name.strip()
         if args.methods:
             check_row(run, name, METHODS, args.backbone)
         elif not fits(name, args.backbone):
@@ -669,7 +679,8 @@ def program(script, *words):
     words = [str(word) for word in words]
     print("$", script, *words, flush=True)
     done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *words],
-                          capture_output=True, text=True, check=False)
+                          capture_output=True, text=True, check=False,
+                          close_fds=False)  # run.sh's lock stays held while a trial lives
     if done.returncode:
         message = (done.stderr.strip() or "no message").splitlines()[-1]
         fail(f"{script} {' '.join(words[:3])} …: {message.removeprefix('error: ')}")
@@ -788,6 +799,9 @@ def tune(args):
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
     run, data = Path(args.run), load_data(args.run)
     log = run / f"{output_name('--out', args.out, 'eval.py tune')}.jsonl"
+    page = log.with_suffix(".md")
+    if page.exists() and not page.read_text("utf-8").startswith("| method | trials"):
+        fail(f"--out {args.out}: {page} is there and not by `tune`; choose another name")
     names = args.methods.split(";") if args.methods else [
         name for name in SPACES if fits(name, args.backbone)]
     trials = {name.strip(): [] for name in names}
@@ -841,7 +855,7 @@ def tune(args):
         table.append([name, *counts.values(), f"{rows[0]['valid']:.4f}", f"{best['valid']:.4f}",
                       " ".join(best["words"]) or "defaults"])
     header = ["method", "trials", "in full", "valid NDCG@20, defaults", "best", "flags"]
-    write_page(log.with_suffix(".md"), markdown_table(header, table), file,
+    write_page(page, markdown_table(header, table), file,
                {"data": data["digest"], "methods": methods})
 
 
@@ -908,6 +922,8 @@ def recommend(args):
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
     more = f"; … ({len(liked)} items)" if len(liked) > 8 else ""  # eight fit on two lines
     print(f"user {user} liked: {'; '.join(titles[n] for n in liked[:8])}{more}")
+    if not liked:
+        print("note: without a train pair nothing is known of this user: this order is not learned")
     one = torch.tensor([row])
     best, = rank_unseen(model, one, seen_before(data, "test"), args.k)
     scores, = model.scores(one)
@@ -915,7 +931,7 @@ def recommend(args):
     for rank, item in enumerate(best[best >= 0].tolist(), 1):
         print(f"  {rank:>3}  {scores[item]:8.4f}  {titles[item]}")
     # vectors have no title, so that real items stand for the negatives
-    if "z" in tensors:
+    if "z" in tensors and (tensors["z_pairs"][:, 0] == row).any():
         print("hard negatives the LLM made (liked item -> items nearest to the vector):")
         pairs, near = nearest_to_z(tensors, data, row, 3)
         for (_, item), group in zip(pairs[: args.k].tolist(), near.tolist()):

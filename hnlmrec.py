@@ -559,7 +559,7 @@ def text_start(text, train, n_users, dim, std):
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
     items = centred @ components  # (I, min(dim, H))
     users = sum_of_rows(items, *train.T, n_users)
-    scaled = [x * std / x.pow(2).mean() ** 0.5 for x in (users, items)]
+    scaled = [x * std / x.pow(2).mean().clamp(min=1e-24) ** 0.5 for x in (users, items)]
     # further columns are random: at zero on both sides they would have no gradient
     more = torch.randn(len(users) + len(items), dim - items.shape[1], device=items.device) * std
     return torch.cat([torch.cat(scaled), more], 1)
@@ -690,9 +690,13 @@ def load_recommender(path, data):
     """Any recommender from its file, on the device of data["train"] (a dict of load_data) -> (model
     with scores(), meta, tensors): a backbone or closed form; a judge; a blend, which names its
     parts; items' texts, ranked by TextSimilarity."""
-    # a file's header names the command that wrote it
+    # a file's header names the command that wrote it, and the pairs it was made from
     path = Path(path)
-    command = bb.read_header(path).get("settings", {}).get("command")
+    settings = bb.read_header(path).get("settings", {})
+    command, split = settings.get("command"), settings.get("inputs", {}).get("data.safetensors")
+    if split not in (None, data["digest"]):  # another run's train pairs may be test pairs here
+        fail(f"{path}: was made from the pairs of another run, or before this one's changed; "
+             f"name one that was made here, or run `{bb.writer_of(path)} --force`")
     if command == "judge":
         tensors, meta = bb.load_tensors(path, data["train"].device)
         return Judge(tensors, data["train"], data["n_users"]), meta, tensors
@@ -829,7 +833,7 @@ def train_hnlmrec(args):
     tensors = bb.state_of(dict(method.named_children()))
     with torch.no_grad():
         tensors["user"], tensors["item"] = method.backbone.eval()()
-        if table:
+        if table and (args.alpha or args.lambda1):  # else nothing has read or trained z
             z = [method.projector(part[:, None]) for part in method.hidden.split(4096)]
             tensors |= {"z": torch.cat(z).half(), "z_pairs": method.generated["pairs"]}
     bb.check_finite(out, tensors, "nothing was written; lower --lr and run again")
@@ -952,6 +956,7 @@ def trace(args):
     Changes nothing."""
     # the run as it was trained
     run, data = Path(args.run), bb.load_data(args.run)
+    bb.digests(run, args.model)  # refuses one of another run
     tensors, meta = bb.load_tensors(run / args.model)
     s = Namespace(**meta["settings"])
     if s.command != "train" or s.negatives == "none":
@@ -983,6 +988,10 @@ def trace_steps(run, s, data, method, users, items, row):
     """Yield (title, text) of each step on the way of train pair `row`. s: the model's settings."""
     (u, i), titles = method.pairs[row].tolist(), [item["title"] for item in items]
     user, item = users[u]["raw"], items[i]["raw"]
+    # the pair's own generated vector, or where it has none that of another of the user's pairs
+    at = int(method.table(torch.tensor([row]), 1)[0, 0])
+    if at < 0:
+        fail(f"--user {user}: has no generated vector to follow; give another user")
     yield "data", (f"user {user} -> row {u}, item {item} -> row {i}: {titles[i]}; "
                    f"train pair {row} of {len(method.pairs)}")
 
@@ -1003,10 +1012,7 @@ def trace_steps(run, s, data, method, users, items, row):
     prompt = sft["prompt"].replace("{user}", of_user)
     yield "prompt", prompt.replace("{item}", f"{titles[i]}. {of_item}")
 
-    # out of it: the pair's own vector, or where it has none that of another of the user's pairs
-    at = int(method.table(torch.tensor([row]), 1)[0, 0])
-    if at < 0:
-        fail(f"--user {user}: has no generated vector to follow; give another user")
+    # out of it
     other = int(generated["pairs"][at, 1])
     note = "" if other == i else f" (it has none: this is of the pair with {titles[other]})"
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)

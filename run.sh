@@ -234,11 +234,16 @@ print(found if isinstance(found, str) else " ".join(found))' \
     "$OUT/tuned-run.json" "$BACKBONE" "$1" "$2"
 }
 put() {  # put FILE NAME: a model that is there already, as model-NAME.safetensors
-  [[ -n $FORCE || ! -f $OUT/model-$2.safetensors ]] ||
-    cmp -s "$OUT/$1" "$OUT/model-$2.safetensors" ||
+  # a model that was made again has other seconds, and the same digest
+  [[ -n $FORCE || ! -f $OUT/model-$2.safetensors ]] || "$PY" -c 'import sys, backbones as bb
+sys.exit(len({bb.read_header(path).get("digest") for path in sys.argv[1:]}) > 1)' \
+    "$OUT/$1" "$OUT/model-$2.safetensors" ||
     die "$OUT/model-$2.safetensors: was made with other flags; set FORCE=1 to replace it, or OUT"
-  cp "$OUT/$1" "$OUT/model-$2.tmp"
-  mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"
+  if ! { cp "$OUT/$1" "$OUT/model-$2.tmp" &&
+         mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"; }; then
+    rm -f "$OUT/model-$2.tmp"
+    die "$OUT: cannot be written to; make room and run again"
+  fi
 }
 DNS=cf.safetensors  # with its defaults it is the CF model
 if [[ $TUNE != 0 ]]; then

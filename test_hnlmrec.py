@@ -816,6 +816,8 @@ def test_negative_table_prefers_own_vectors_and_counts_the_rest():
     chosen = table(torch.arange(5), 40, seeded())
     assert chosen[1:4, 0].tolist() == [0, 2, 1]
     assert [set(row.tolist()) for row in chosen] == [{0}, {0}, {1, 2}, {1, 2}, {-1}]
+    for generated in (train[[3, 1]], train[:0]):
+        assert "sort" in message_of(hnlmrec.NegativeTable, generated, train, 3, 6)
 
 
 def test_losses_of_pairs_against_direct_sums():
@@ -1283,6 +1285,7 @@ def test_splits():
     last = split(seconds, "last", 0)
     for own in (last[:30][seconds[:30].argsort()], last[30:][seconds[30:].argsort()]):
         assert own.tolist() == [0] * (len(own) - 2) + [1, 2]
+    assert "none of random, last, time" in message_of(split, seconds, "temporal", 0)
 
 
 @pytest.mark.parametrize("moments", [1000, 40])  # all different, and some twenty rows a moment
@@ -2868,7 +2871,8 @@ def test_paired_bootstrap_against_the_normal_law():
         *_, p = evaluation.paired_bootstrap(np.full(n, 0.01))
         assert p == pytest.approx(max(2 / 2**n, 2 / 10_001))
     assert evaluation.paired_bootstrap([0.1, -0.1])[3] == 1
-    assert "no metric" in message_of(evaluation.paired_bootstrap, [0.1, math.nan])
+    for wrong in ([0.1, math.nan], np.ones((2, 9))):  # two seeds are no two users
+        assert "one number a user" in message_of(evaluation.paired_bootstrap, wrong)
 
 
 def test_holm_hand_worked_and_against_its_step_down_test():
@@ -3009,6 +3013,18 @@ def test_report_says_what_its_figures_say(eval_run):
         assert page.split(start)[1].split("\n")[0].count("; Film") == 4
     assert {"uniform", "the judge's likely items", "HNLMRec, projected z"} <= set(found["fhns"])
     assert len(xml.etree.ElementTree.parse(eval_run / "report.svg").findall(".//{*}circle")) == 6
+
+
+def test_users_without_a_train_pair_are_counted_and_no_example(eval_run):
+    data, rows = backbones.load_data(eval_run), evaluation.rows_of_run(eval_run)
+    for first, shown, count in ((0, "u0", ""), (1, "u1", " 1 of them"), (2, "u0", " 2 of them")):
+        cold = {**data, "train": data["train"][data["train"][:, 0] >= first]}
+        found = evaluation.Comparison(eval_run, rows, cold)
+        # u0 and u1 alone have a generated negative: with neither it is the first
+        assert evaluation.example_lines(found)[1] == f"## An example: user {shown}"
+        said = found.sections("x")[1]
+        assert said.startswith(f"Users with a test pair: 12 of 12.{count}")
+        assert ("no train pair" in said) == bool(count)
 
 
 @pytest.mark.parametrize("kept, said", [
@@ -3649,11 +3665,16 @@ def follow(run, steps, file):
     raise AssertionError(made)
 
 
-def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, raw):
+def test_another_split_is_followed_by_the_messages_own_words(copied, finished, tiny_llm, raw):
     """`prepare --force` makes all former files stale: profiles quote what are test pairs now."""
     steps = steps_of(tiny_llm, raw)
     steps["data"] += ["--seed", 3]
     run_step(copied, steps["data"], "--force")
+    # and those of the run with the former split are no models of this one
+    for name, command in (("rns", "recommend"), ("full", "recommend"), ("hnlmrec", "trace")):
+        script = "eval.py" if command == "recommend" else "hnlmrec.py"
+        model = finished / f"model-{name}.safetensors"
+        assert "pairs of another run" in refused(script, command, "--run", copied, "--model", model)
     message = message_of(run_step, copied, steps["model-full"])  # blends are stale by their parts
     assert "was made with another data.safetensors than the one that is there" in message
     made = [follow(copied, steps, name) for name in ("model-hnlmrec", "model-full", "report")]
@@ -3663,6 +3684,17 @@ def test_another_split_is_followed_by_the_messages_own_words(copied, tiny_llm, r
     for path in copied.glob("*.safetensors"):
         settings = backbones.read_meta(path, check=True)["settings"]
         assert path.stem == "data" or settings["inputs"]["data.safetensors"] == digest
+
+
+def test_what_was_made_from_stale_files_is_stale(copied, tiny_llm, raw):
+    """A judge of the former texts is in no blend, though the judge's own file is as it was."""
+    steps = steps_of(tiny_llm, raw)
+    steps["texts"] += ["--layers", "0"]
+    run_step(copied, steps["texts"], "--force")
+    for name in ("model-judged", "model-full"):
+        message = message_of(run_step, copied, steps[name])
+        assert "judge.safetensors: was made with another texts.safetensors than" in message
+    assert follow(copied, steps, "model-full") == ["judge", "model-judged"]
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "cf", "profiles.jsonl", "texts", "judge",
@@ -3800,6 +3832,7 @@ BAD_FLAGS = {
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
     "eval.py tune": [
         ("--out report", "names files of"), ("--methods EASE", "is none of RNS"),
+        ("--out notes", "not by `tune`"),
         ("--methods AlphaRec --backbone neumf", "is none of RNS")],
     "eval.py recommend": [
         ("--user u0 --k 41", "catalogue has 40"), ("--user x", "--user x: no such id"),
