@@ -1069,8 +1069,8 @@ def digests(run, *names):
         path = run / name
         if name.startswith("negatives") and path.suffix not in (".safetensors", ".jsonl"):
             first = shards(name, 1)  # refuses what is no plain name
-            there = run.glob(f"{name}-{'[0-9]' * 5}.safetensors")
-            found[name] = json_digest(digests(run, *(sorted(part.name for part in there) or first)))
+            there = [part.name for part in files_of(path)]
+            found[name] = json_digest(digests(run, *(there or first)))
         elif path.is_file():
             meta = read_header(path)
             found[name] = meta.get("digest") or file_digest(path)
@@ -1082,6 +1082,12 @@ def digests(run, *names):
         else:
             fail(f"{path}: no such file; make it with `{writer_of(path)}`")
     return found
+
+
+def files_of(path):
+    """A file as a list; where there is none, the shards of the negatives of this name."""
+    shard = f"{path.name}-{'[0-9]' * 5}.safetensors"
+    return [path] if path.is_file() else sorted(path.parent.glob(shard))
 
 
 def run_of(path):
@@ -1099,7 +1105,7 @@ def check_inputs(path, inputs):
             fail(f"{path}: was made with another {name} than the one that is there; "
                  f"put the former back, or run `{writer_of(path)} --force`")
         # and what these were made from: beside new texts an old judge is no input of a new blend
-        for file in [run / name] if (run / name).is_file() else run.glob(f"{name}-*.safetensors"):
+        for file in files_of(run / name):
             meta = read_header(file)
             check_inputs(file, meta.get("settings", {}).get("inputs", {}) | meta.get("beside", {}))
 

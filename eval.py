@@ -284,7 +284,7 @@ def seconds_behind(run, path):
         blend = meta["settings"].get("command") == "blend"
         found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
         for name in meta["settings"].get("inputs", {}):
-            for file in (run / name, *run.glob(f"{Path(name).stem}-[0-9][0-9][0-9][0-9][0-9].*")):
+            for file in bb.files_of(run / name):
                 found |= seconds_behind(run, file)
     return found
 
