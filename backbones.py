@@ -1067,10 +1067,9 @@ def digests(run, *names):
     found, run = {}, Path(run)
     for name in names:
         path = run / name
-        if name.startswith("negatives") and path.suffix not in (".safetensors", ".jsonl"):
-            first = shards(name, 1)  # refuses what is no plain name
-            there = [part.name for part in files_of(path)]
-            found[name] = json_digest(digests(run, *(there or first)))
+        parts = files_of(path)
+        if parts != [path]:
+            found[name] = json_digest(digests(run, *(part.name for part in parts)))
         elif path.is_file():
             meta = read_header(path)
             found[name] = meta.get("digest") or file_digest(path)
@@ -1085,9 +1084,11 @@ def digests(run, *names):
 
 
 def files_of(path):
-    """A file as a list; where there is none, the shards of the negatives of this name."""
-    shard = f"{path.name}-{'[0-9]' * 5}.safetensors"
-    return [path] if path.is_file() else sorted(path.parent.glob(shard))
+    """A file, as a list; of a set of generated negatives the shards that are there, else one."""
+    if not path.name.startswith("negatives") or path.suffix in (".safetensors", ".jsonl"):
+        return [path]
+    first = [path.with_name(name) for name in shards(path.name, 1)]  # refuses what is no plain name
+    return sorted(path.parent.glob(f"{path.name}-{'[0-9]' * 5}.safetensors")) or first
 
 
 def run_of(path):
@@ -1104,10 +1105,12 @@ def check_inputs(path, inputs):
         if digests(run, name)[name] != digest:
             fail(f"{path}: was made with another {name} than the one that is there; "
                  f"put the former back, or run `{writer_of(path)} --force`")
-        # and what these were made from: beside new texts an old judge is no input of a new blend
+        # and what these were made from, if it is there: beside new texts an old judge is no input
         for file in files_of(run / name):
-            meta = read_header(file)
-            check_inputs(file, meta.get("settings", {}).get("inputs", {}) | meta.get("beside", {}))
+            meta, beside = read_header(file), run_of(file)
+            older = meta.get("settings", {}).get("inputs", {}) | meta.get("beside", {})
+            check_inputs(file, {one: older[one] for one in older
+                                if files_of(beside / one)[0].exists()})
 
 
 def skip(path, settings, force=False):

@@ -459,14 +459,14 @@ def rows_of_run(run):
 
 
 def example_lines(comparison, k=5):
-    """What the first user with a test pair gets: k titles liked, recommended (in full, where there
+    """What a user with a test pair gets: k titles liked, recommended (in full, where there
     is such a row), and the real items nearest to the projected z."""
     run, data, rows = comparison.run, comparison.data, comparison.rows
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
-    # one with train pairs and, where there are any, generated negatives
-    having = [data["train"][:, 0], *(z["z_pairs"][:, 0] for z in comparison.with_z.values())]
-    able = torch.stack([torch.isin(comparison.users, users) for users in having]).all(0)
-    user = int(comparison.users[able.byte().argmax()])  # the first such, else the first of all
+    # the first of those that have most: train pairs, generated negatives
+    having = [data["train"], *(z["z_pairs"] for z in comparison.with_z.values())]
+    found = sum(torch.isin(comparison.users, pairs[:, 0]).int() for pairs in having)
+    user = int(comparison.users[found.argmax()])
     held = set(data["test"][data["test"][:, 0] == user, 1].tolist())
 
     def titles(ids):
@@ -532,7 +532,7 @@ def compare(args):
     run, data, split = Path(args.run), load_data(args.run), "valid" if args.valid else "test"
     out = args.out or ("compare-valid" if args.valid else "compare")
     page = run / f"{output_name('--out', out, 'eval.py compare')}.md"
-    if page.exists() and not page.read_text("utf-8").startswith("# Comparison: "):
+    if page.exists() and not page.read_text("utf-8", "replace").startswith("# Comparison: "):
         fail(f"--out {out}: {page} is there and not by `compare`; choose another name")
     if args.valid:  # choices are made by it, so that no test pair may be read
         del data["test"]
@@ -800,7 +800,7 @@ def tune(args):
     run, data = Path(args.run), load_data(args.run)
     log = run / f"{output_name('--out', args.out, 'eval.py tune')}.jsonl"
     page = log.with_suffix(".md")
-    if page.exists() and not page.read_text("utf-8").startswith("| method | trials"):
+    if page.exists() and not page.read_text("utf-8", "replace").startswith("| method | trials"):
         fail(f"--out {args.out}: {page} is there and not by `tune`; choose another name")
     names = args.methods.split(";") if args.methods else [
         name for name in SPACES if fits(name, args.backbone)]
@@ -923,7 +923,7 @@ def recommend(args):
     more = f"; … ({len(liked)} items)" if len(liked) > 8 else ""  # eight fit on two lines
     print(f"user {user} liked: {'; '.join(titles[n] for n in liked[:8])}{more}")
     if not liked:
-        print("note: without a train pair nothing is known of this user: this order is not learned")
+        print("note: this user has no train pair, so that at best the order is of what is popular")
     one = torch.tensor([row])
     best, = rank_unseen(model, one, seen_before(data, "test"), args.k)
     scores, = model.scores(one)

@@ -160,9 +160,10 @@ class HNLMRec(nn.Module):
 
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖²
 
-    (‖Θ‖² of f's own parameters stands within lambda_f). backbone: a Backbone; draw: make_sampler's, for e_j; pairs (N, 2): train. For z: projector;
-    hidden (n, H): generated vectors; table: a NegativeTable of them; mined (U, L): the bands.
-    semantic: a SemanticProjector; likely: a LikelyFalse. None will do for a term of weight 0."""
+    (‖Θ‖² of f's own parameters stands within lambda_f). backbone: a Backbone; draw: make_sampler's,
+    for e_j; pairs (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a
+    NegativeTable of them; mined (U, L): the bands. semantic: a SemanticProjector; likely: a
+    LikelyFalse. None will do for a term of weight 0."""
 
     # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
@@ -956,8 +957,9 @@ def trace(args):
     Changes nothing."""
     # the run as it was trained
     run, data = Path(args.run), bb.load_data(args.run)
-    bb.digests(run, args.model)  # refuses one of another run
+    bb.digests(run, args.model)  # refuses one of other pairs; the next but one, of another run
     tensors, meta = bb.load_tensors(run / args.model)
+    bb.check_inputs(run / Path(args.model).name, meta["settings"].get("inputs", {}))
     s = Namespace(**meta["settings"])
     if s.command != "train" or s.negatives == "none":
         fail(f"--model {args.model}: was trained without generated negatives, so none can be "

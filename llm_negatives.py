@@ -223,10 +223,10 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     """Run one piece of the prompt on top of what is cached.
 
-    pieces: B id lists; soft (B, S, H): vectors for the S SOFT places of each, in order; past: what an earlier
-    call returned last; owner: B numbers of its rows, the one that each piece follows, left out: row
-    b follows row b -> hidden states (B, L, H), those of each row's last token (B, H), past (keys
-    and values, mask (B, L0 + L))."""
+    pieces: B id lists; soft (B, S, H): vectors for the S SOFT places of each, in order; past: what
+    an earlier call returned last; owner: B numbers of its rows, the one that each piece follows,
+    left out: row b follows row b -> hidden states (B, L, H), those of each row's last token (B, H),
+    past (keys and values, mask (B, L0 + L))."""
     # what goes in: embeddings of the ids, vectors in the SOFT places
     ids, mask = pad(pieces, llm)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
@@ -922,7 +922,7 @@ def finetune(args):
             dist.broadcast(value.data, 0)
     meta = {"settings": settings, "frame": encoder[1].frame, "losses": losses}
     train_lora(task, encoder, batches, args, optimizer, losses,
-         functools.partial(save_tensors, partial, kept, meta))
+               functools.partial(save_tensors, partial, kept, meta))
     # what was learned, and what it takes from each part of the prompt
     drops = ("", "user vector", "user profile", "item vector")
     report_held(task, *encoder, "after", drops)

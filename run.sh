@@ -236,9 +236,11 @@ print(found if isinstance(found, str) else " ".join(found))' \
 put() {  # put FILE NAME: a model that is there already, as model-NAME.safetensors
   # a model that was made again has other seconds, and the same digest
   [[ -n $FORCE || ! -f $OUT/model-$2.safetensors ]] || "$PY" -c 'import sys, backbones as bb
-sys.exit(len({bb.read_header(path).get("digest") for path in sys.argv[1:]}) > 1)' \
-    "$OUT/$1" "$OUT/model-$2.safetensors" ||
-    die "$OUT/model-$2.safetensors: was made with other flags; set FORCE=1 to replace it, or OUT"
+def main():
+    one, two = sys.argv[1:]
+    if bb.read_meta(one)["digest"] != bb.read_meta(two)["digest"]:
+        bb.fail(f"{two}: was made with other flags; set FORCE=1 to replace it, or OUT")
+bb.run_cli(main)' "$OUT/$1" "$OUT/model-$2.safetensors" || exit 2
   if ! { cp "$OUT/$1" "$OUT/model-$2.tmp" &&
          mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"; }; then
     rm -f "$OUT/model-$2.tmp"

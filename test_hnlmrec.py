@@ -2642,6 +2642,11 @@ def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, mon
     joined = load()
     assert torch.equal(joined["pairs"], torch.cat([load_file(path)["pairs"] for path in shards]))
     assert joined["cf"] == "cf.safetensors"
+    # of another fine-tuning they would be other vectors
+    shutil.copy(copied / "sft.safetensors", copied / "sft-x.safetensors")
+    shutil.copytree(copied / "adapter", copied / "adapter-x")
+    message = llm_refused(copied, tiny_llm, again, "--sft", "sft-x")
+    assert re.search(r"inputs=.*sft\.safe.*, now .*sft-x\.safe.*--force", message)
     tensors, meta = backbones.load_tensors(shards[1])
     meta["settings"]["seed"] = 1
     backbones.save_tensors(shards[1], tensors, meta)
@@ -3688,6 +3693,8 @@ def test_another_split_is_followed_by_the_messages_own_words(copied, finished, t
 
 def test_what_was_made_from_stale_files_is_stale(copied, tiny_llm, raw):
     """A judge of the former texts is in no blend, though the judge's own file is as it was."""
+    shutil.rmtree(copied / "adapter")  # what lies further back and is gone is missed by nobody
+    cli(*RECOMMEND, "--run", copied)
     steps = steps_of(tiny_llm, raw)
     steps["texts"] += ["--layers", "0"]
     run_step(copied, steps["texts"], "--force")
@@ -3695,6 +3702,21 @@ def test_what_was_made_from_stale_files_is_stale(copied, tiny_llm, raw):
         message = message_of(run_step, copied, steps[name])
         assert "judge.safetensors: was made with another texts.safetensors than" in message
     assert follow(copied, steps, "model-full") == ["judge", "model-judged"]
+    # what was written beside is checked, too
+    (copied / "users.jsonl").write_text((copied / "users.jsonl").read_text() + "\n")
+    with pytest.raises(SystemExit, match="another users.jsonl"):
+        backbones.check_inputs(copied / "x", {"judge.safetensors": backbones.read_meta(
+            copied / "judge.safetensors")["digest"]})
+
+
+def test_a_set_of_negatives_is_its_shards(tmp_path):
+    for name in ("negatives-00000", "negatives-00001", "negatives-x-00000", "negatives-x"):
+        (tmp_path / f"{name}.safetensors").touch()
+    (tmp_path / "negatives").touch()  # a file of the same name is none of them
+    for name, found in (("negatives", ["negatives-00000", "negatives-00001"]),
+                        ("negatives-x", ["negatives-x-00000"]),
+                        ("negatives-y", ["negatives-y-00000"]), ("judge.safetensors", ["judge"])):
+        assert [path.stem for path in backbones.files_of(tmp_path / name)] == found
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "cf", "profiles.jsonl", "texts", "judge",
