@@ -531,9 +531,7 @@ def compare(args):
     --valid on the validation pairs, best rows first; no test pair is read."""
     run, data, split = Path(args.run), load_data(args.run), "valid" if args.valid else "test"
     out = args.out or ("compare-valid" if args.valid else "compare")
-    page = run / f"{output_name('--out', out, 'eval.py compare')}.md"
-    if page.exists() and not page.read_text("utf-8", "replace").startswith("# Comparison: "):
-        fail(f"--out {out}: {page} is there and not by `compare`; choose another name")
+    page = page_of(run, out, "compare", "# Comparison: ")
     if args.valid:  # choices are made by it, so that no test pair may be read
         del data["test"]
     # "DNS --lr 2e-3" is a row of that name. Of TABLE's rows alone the run may lack files
@@ -577,6 +575,14 @@ def compare(args):
     else:
         lines += [*comparison.claims(), *comparison.sections(out), *fhns_lines(comparison)]
     write_page(page, lines, run / f"{out}.json", comparison.result)
+
+
+def page_of(run, out, command, first):
+    """The page OUT.md of a command, which begins with `first`. Raises SystemExit2 for another's."""
+    page = run / f"{output_name('--out', out, f'eval.py {command}')}.md"
+    if page.exists() and not page.read_text("utf-8", "replace").startswith(first):
+        fail(f"--out {out}: {page} is there and not by `{command}`; choose another name")
+    return page
 
 
 def check_row(run, name, rows, backbone):
@@ -798,10 +804,8 @@ def tune(args):
     """Search each method's space by `budget` trials, one per line of OUT.jsonl, so that a killed
     search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
     run, data = Path(args.run), load_data(args.run)
-    log = run / f"{output_name('--out', args.out, 'eval.py tune')}.jsonl"
-    page = log.with_suffix(".md")
-    if page.exists() and not page.read_text("utf-8", "replace").startswith("| method | trials"):
-        fail(f"--out {args.out}: {page} is there and not by `tune`; choose another name")
+    page = page_of(run, args.out, "tune", "| method | trials")
+    log = page.with_suffix(".jsonl")
     names = args.methods.split(";") if args.methods else [
         name for name in SPACES if fits(name, args.backbone)]
     trials = {name.strip(): [] for name in names}
