@@ -1057,8 +1057,13 @@ def read_meta(path, check=False):
     if meta.pop("checksum", None) != json_digest(meta):
         fail(f"{path}: its bytes are not as written; delete it and run `{writer_of(path)}` again")
     if check:
-        check_inputs(path, meta["settings"].get("inputs", {}) | meta.get("beside", {}))
+        check_inputs(path, made_from(meta))
     return meta
+
+
+def made_from(meta):
+    """{name: digest} of what a file was made from, and of what was written beside it."""
+    return meta.get("settings", {}).get("inputs", {}) | meta.get("beside", {})
 
 
 def digests(run, *names):
@@ -1107,10 +1112,9 @@ def check_inputs(path, inputs):
                  f"put the former back, or run `{writer_of(path)} --force`")
         # and what these were made from, if it is there: beside new texts an old judge is no input
         for file in files_of(run / name):
-            meta, beside = read_header(file), run_of(file)
-            older = meta.get("settings", {}).get("inputs", {}) | meta.get("beside", {})
-            check_inputs(file, {one: older[one] for one in older
-                                if files_of(beside / one)[0].exists()})
+            older = made_from(read_header(file)).items()
+            check_inputs(file, {one: digest for one, digest in older
+                                if files_of(run_of(file) / one)[0].exists()})
 
 
 def skip(path, settings, force=False):

@@ -921,6 +921,7 @@ def recommend(args):
     titles = [item["title"] for item in items]
     if args.k > len(items):
         fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
+    digests(run, args.model)  # refuses a model of other pairs
     model, _, tensors = load_recommender(run / args.model, data)
     # what the user liked, and the best of the rest; a user may have fewer than k unseen items
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
@@ -935,9 +936,10 @@ def recommend(args):
     for rank, item in enumerate(best[best >= 0].tolist(), 1):
         print(f"  {rank:>3}  {scores[item]:8.4f}  {titles[item]}")
     # vectors have no title, so that real items stand for the negatives
-    if "z" in tensors and (tensors["z_pairs"][:, 0] == row).any():
-        print("hard negatives the LLM made (liked item -> items nearest to the vector):")
+    if "z" in tensors:
         pairs, near = nearest_to_z(tensors, data, row, 3)
+        if len(pairs):
+            print("hard negatives the LLM made (liked item -> items nearest to the vector):")
         for (_, item), group in zip(pairs[: args.k].tolist(), near.tolist()):
             print(f"       {titles[item]} -> " + "; ".join(titles[n] for n in group if n >= 0))
 

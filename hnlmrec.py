@@ -560,6 +560,7 @@ def text_start(text, train, n_users, dim, std):
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
     items = centred @ components  # (I, min(dim, H))
     users = sum_of_rows(items, *train.T, n_users)
+    # the clamp: texts all alike give zeros
     scaled = [x * std / x.pow(2).mean().clamp(min=1e-24) ** 0.5 for x in (users, items)]
     # further columns are random: at zero on both sides they would have no gradient
     more = torch.randn(len(users) + len(items), dim - items.shape[1], device=items.device) * std
@@ -691,13 +692,9 @@ def load_recommender(path, data):
     """Any recommender from its file, on the device of data["train"] (a dict of load_data) -> (model
     with scores(), meta, tensors): a backbone or closed form; a judge; a blend, which names its
     parts; items' texts, ranked by TextSimilarity."""
-    # a file's header names the command that wrote it, and the pairs it was made from
+    # a file's header names the command that wrote it
     path = Path(path)
-    settings = bb.read_header(path).get("settings", {})
-    command, split = settings.get("command"), settings.get("inputs", {}).get("data.safetensors")
-    if split not in (None, data["digest"]):  # another run's train pairs may be test pairs here
-        fail(f"{path}: was made from the pairs of another run, or before this one's changed; "
-             f"name one that was made here, or run `{bb.writer_of(path)} --force`")
+    command = bb.read_header(path).get("settings", {}).get("command")
     if command == "judge":
         tensors, meta = bb.load_tensors(path, data["train"].device)
         return Judge(tensors, data["train"], data["n_users"]), meta, tensors
@@ -957,9 +954,10 @@ def trace(args):
     Changes nothing."""
     # the run as it was trained
     run, data = Path(args.run), bb.load_data(args.run)
-    bb.digests(run, args.model)  # refuses one of other pairs; the next but one, of another run
+    bb.digests(run, args.model)  # refuses a model of other pairs
     tensors, meta = bb.load_tensors(run / args.model)
-    bb.check_inputs(run / Path(args.model).name, meta["settings"].get("inputs", {}))
+    # its inputs are those of this run: another run of the same pairs has other negatives
+    bb.check_inputs(run / Path(args.model).name, bb.made_from(meta))
     s = Namespace(**meta["settings"])
     if s.command != "train" or s.negatives == "none":
         fail(f"--model {args.model}: was trained without generated negatives, so none can be "
