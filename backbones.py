@@ -434,7 +434,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                 best, best_at, best_state = score, epoch, state_of(modules)
             if (epoch - best_at) // eval_every >= patience or stop and stop(history):
                 epochs = progress.total = epoch  # the last one: it ends the line of progress
-        progress.update(epoch, f"loss {logs['loss']:.4f}  valid NDCG@20 {max(best, 0):.4f}")
+        shown = f"  valid NDCG@20 {best:.4f}" if history else ""  # not yet validated
+        progress.update(epoch, f"loss {logs['loss']:.4f}{shown}")
         if epoch == epochs:
             break
     print(f"{label}: best valid NDCG@20 {best:.4f} at epoch {best_at} of {epoch}, "
