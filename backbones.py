@@ -26,9 +26,9 @@ from torch import nn
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
 
 # ==== 1. From pairs to a trained LightGCN =========================================================
-# Shapes: U users, I items, N pairs, B rows of a batch, M candidates, D numbers of a vector, K hops
-# (layer 0 included) of d each. SystemExit2: what `fail` raises, with its message of one line
-# A dense users x items mask would not fit large data: pairs are looked up as sorted keys, or rows
+# Shapes: U users, I items, N pairs, B rows of a batch, M candidates, K hops (layer 0 included) of
+# width d, joined to final vectors of width D. `fail` raises SystemExit2, with a one-line message
+# A dense users x items mask of large data would not fit, so pairs are kept as sorted keys or rows
 
 def pair_keys(pairs, n_items):
     """(N, 2) pairs -> (N,) sorted int64 keys user * n_items + item, looked up by binary search."""
@@ -44,7 +44,7 @@ def contains(keys, users, items, n_items):
 
 
 def user_rows(pairs, n_users):
-    """Pairs (N, 2) as compressed rows, sorted by user, then item: (indptr (U + 1,), items (N,))."""
+    """Pairs (N, 2) -> indptr (U + 1,), items (N,): u has items[indptr[u]:indptr[u + 1]], sorted."""
     width = pairs[:, 1].max() + 1 if len(pairs) else 1
     order = (pairs[:, 0].long() * width + pairs[:, 1]).argsort()
     count = torch.bincount(pairs[:, 0], minlength=n_users)
@@ -52,19 +52,19 @@ def user_rows(pairs, n_users):
 
 
 def rows_of(rows, users):
-    """Items of users (B,): rows of user_rows -> (n,) places in `users` and (n,) items, in order."""
+    """All items of users (B,); rows: from user_rows -> places in `users` (n,) and items (n,)."""
     indptr, items = rows
     count = indptr[users + 1] - indptr[users]
     place = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-    # from a place in the result to one in `items`: where the user's row begins in each
+    # place in the result + shift = place in `items`: the user's row begins elsewhere in each
     shift = indptr[users] - (count.cumsum(0) - count)
     return place, items[torch.arange(len(place), device=users.device) + shift[place]]
 
 
 def take(table, index):
     """Rows of a table: (N, D), (…) -> (…, D), as table[index], with a repeatable backward pass."""
-    # plain indexing's backward pass adds in any order, so that two runs of one seed drift apart. On
-    # a CPU index_select keeps the order, in half of embedding's time; on a GPU embedding alone does
+    # the backward pass of table[index] adds in no fixed order: two runs with one seed drift apart.
+    # On a CPU index_select is repeatable, in half the time of embedding; on a GPU only embedding is
     if table.device.type == "cpu":
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
@@ -80,8 +80,8 @@ def normalized_adjacency(pairs, n_users, n_items):
     """D^-1/2 A D^-1/2 of the graph of pairs (LightGCN eq. 3; NGCF eq. 8): CSR (U + I, U + I)."""
     user, item = pairs[:, 0], pairs[:, 1] + n_users
     source, target = torch.cat([user, item]), torch.cat([item, user])
-    # a node without an edge gets zeros, never NaN: hence the clamp
-    scale = torch.bincount(source, minlength=n_users + n_items).float().clamp(min=1).rsqrt()
+    # a node without an edge has scale inf, but is in no entry of the matrix: its row is all zeros
+    scale = torch.bincount(source, minlength=n_users + n_items).float().rsqrt()
     return sparse_csr(source, target, scale[source] * scale[target], (len(scale), len(scale)))
 
 
@@ -98,10 +98,10 @@ class SymmetricMatmul(torch.autograd.Function):
 
 
 class Backbone(nn.Module):
-    """A recommender of user and item vectors, as the samplers, HNLMRec and the ranking use it:
-    forward() -> (users (U, D), items (I, D)); layers() the same per hop, (U, K, d) and (I, K, d);
-    ego() the parameters that the L2 term acts on, (U, d) and (I, d); scores(users (B,)) -> (B, I),
-    which every recommender here has. Scores are inner products unless a subclass says otherwise."""
+    """A recommender made of user and item vectors. forward() -> (users (U, D), items (I, D));
+    layers(): the same for each hop, (U, K, d) and (I, K, d); ego(): the vectors before propagation,
+    for the L2 term, (U, d) and (I, d); scores(users (B,)) -> (B, I): all that ranking needs, so the
+    closed forms have it too. Scores are inner products unless a subclass overrides them."""
 
     propagates = False  # True: __init__ takes a graph
     std = 0.01  # of the initial vectors: propagation averages, so graph backbones start larger
@@ -111,8 +111,8 @@ class Backbone(nn.Module):
         self.n_users, self.n_items, self.dim = n_users, n_items, dim
         self.embedding = nn.Parameter(torch.empty(n_users + n_items, dim))  # users, then items
         nn.init.normal_(self.embedding, std=self.std)
-        self.texts = None  # a TextVectors, which then makes what `embedding` would be
-        self.final = None  # forward()'s result, kept by scores()
+        self.texts = None  # AlphaRec: a TextVectors, whose output replaces `embedding`
+        self.final = None  # forward()'s result, kept by scores() until other weights are loaded
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "final", None))
 
     def start(self):
@@ -145,7 +145,7 @@ class Backbone(nn.Module):
         return self.score_all(self.final[0][users], self.final[1])
 
     def train(self, mode=True):
-        # called before and after an optimizer's steps: kept vectors are stale
+        # fit calls this before the optimizer's steps and rank_unseen after: drop the kept vectors
         self.final = None
         return super().train(mode)
 
@@ -172,7 +172,7 @@ class LightGCN(Backbone):
             hops.append(SymmetricMatmul.apply(self.adjacency, hops[-1]))
         return torch.stack(hops, 1).split([self.n_users, self.n_items])
 
-    def forward(self):  # Backbone's, with one hop in memory; other layers() need Backbone.forward
+    def forward(self):  # Backbone.forward with one hop in memory; if you change layers(), delete it
         total = hop = self.start()
         for _ in range(self.n_layers):
             hop = SymmetricMatmul.apply(self.adjacency, hop)
@@ -182,8 +182,7 @@ class LightGCN(Backbone):
 # ---- Losses --------------------------------------------------------------------------------------
 def bpr_loss(positive_score, negative_score):
     """BPR (Rendle et al., 2009): -mean ln sigmoid(positive - negative); scores (B,) -> scalar."""
-    # softplus is the same and cannot overflow
-    return F.softplus(negative_score - positive_score).mean()
+    return F.softplus(negative_score - positive_score).mean()  # -ln sigmoid that cannot overflow
 
 
 def l2_loss(*vectors):
@@ -195,9 +194,10 @@ class UnseenSampler:
     """Draws items that a user has not interacted with, uniformly and independently (RNS: Rendle et
     al., BPR, 2009): users (B,), n -> items (B, n). Raises SystemExit2 where a user has them all."""
     def __init__(self, pairs, n_users, n_items):
-        # with the user's seen items s_0 < s_1 < …, s_k - k unseen items lie before s_k. So the r-th
-        # unseen item is r plus the number of k with s_k - k <= r, which a binary search finds. All
-        # users share one sorted array of keys user * stride + (s_k - k). Equal pairs count once
+        # if a user has seen s_0 < s_1 < …, s_k - k unseen items lie before s_k. So unseen item r
+        # (from 0) is r + the number of k with s_k - k <= r, by binary search: with 1 and 3 seen,
+        # s_k - k is 1, 2, and r = 1 gives item 2. All users share one sorted array of keys
+        # user * stride + (s_k - k). Duplicate pairs count once
         keys = pair_keys(pairs, n_items).unique_consecutive()
         users, items = keys // n_items, keys % n_items
         count = torch.bincount(users, minlength=n_users)
@@ -210,7 +210,7 @@ class UnseenSampler:
 
     def __call__(self, users, n, generator=None):
         u = users[:, None].long()  # (B, 1)
-        # one draw for limits of all sizes: the modulo hardly favours any
+        # users differ in their limit: draw far above them all, so that modulo's bias is tiny
         r = torch.randint(2**62, (len(users), n), generator=generator, device=users.device)
         r = r % self.free[u]  # (B, n)
         before = torch.searchsorted(self.keys, u * self.stride + r, right=True)
@@ -233,18 +233,17 @@ def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
 
 def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop
-    mixing (eq. 7-9).
-    users (B, D); item_layers (I, K, d), one slice a hop; positives (B,) and candidates (B, M) item
-    ids; pool((B, K, d)) -> (B, D) joins the hops as the backbone does -> vectors (B, D)."""
+    mixing (eq. 7-9). users (B, D); item_layers (I, K, d); positives (B,), candidates (B, M): ids;
+    pool((B, K, d)) -> (B, D) joins the hops as the backbone does -> vectors (B, D)."""
     # Gradients flow to the chosen candidates and the positives.
-    # One random share per pair and hop, the same for its M candidates: were it drawn for each
-    # candidate, the best one would nearly always be the one drawn closest to the positive, and
-    # training would stall (MovieLens-100K: valid NDCG@20 .19, not .22)
+    # One random share of the positive per pair and hop, the same for all M candidates: if each had
+    # its own, the one with the largest share would nearly always win, and training would stall
+    # (MovieLens-100K: valid NDCG@20 .19, not .22)
     shape, hops = (item_layers.shape[1], len(positives)), []
     shares = torch.rand(shape, generator=generator, device=candidates.device)  # (K, B)
     for k, share in enumerate(shares[:, :, None]):  # (B, 1); hop by hop, holding (B, M, d) at most
         layer = item_layers[:, k]  # (I, d)
-        # mean pooling compares the user as it is with every hop, concatenation a slice of it
+        # hop k meets the whole user vector (mean pooling: D = d) or its k-th slice (joined: D > d)
         query = users.unflatten(1, (-1, layer.shape[1]))  # (B, 1 or K, d)
         query = query[:, min(k, query.shape[1] - 1)]  # (B, d)
         # choose first, then rebuild the chosen one alone: backward never sees (B, M, d). The
@@ -257,8 +256,8 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
 
 
 SAMPLERS = "rns", "pns", "dns", "mixgcf", "ahns"
-# vectors of all (U, D), (I, D); of the batch (B, D) each; ids (B,) whose parameters L2 takes: the
-# negatives', and for mixgcf, whose negatives are no items, the first candidates'
+# all_users (U, D), all_items (I, D); users, positives, negatives of the batch, each (B, D);
+# negative_ids (B,): items for the L2 term; mixgcf's negatives are not items: its first candidates
 Sample = namedtuple("Sample", "all_users all_items users positives negatives negative_ids")
 
 
@@ -303,17 +302,17 @@ def top_k(scores, k):
 
 
 def leave_out(scores, users, seen):
-    """Set those of scores (B, I), contiguous, that are of the users' seen items, rows of user_rows,
-    to -inf, in place."""
+    """Set the users' seen items (seen: from user_rows) to -inf in scores (B, I), contiguous."""
     row, items = rows_of(seen, users)
     scores.view(-1).index_fill_(0, row * scores.shape[1] + items, -torch.inf)
     return scores
 
 
 def best_unseen(scores_at, users, seen, k, n_items, cells=2**23):
-    """The k best items of n rows by scores_at(rows (b,)) -> (b, I), a new tensor; users (n,), whose
-    seen items are left out; cells: scores held at once -> item ids (n, k), -1 where fewer are."""
-    # one table made at once: many small ones between the scores would fragment memory
+    """The k best unseen items of users (n,). scores_at(places in `users` (b,)) -> (b, I), a tensor
+    to overwrite; seen: from user_rows; cells: scores held at once, 2**23 being 32 MiB -> item ids
+    (n, min(k, I)), best first, -1 where a user has fewer unseen items."""
+    # one result for all: many small ones, allocated between the scores, would fragment memory
     result = users.new_empty(len(users), min(k, n_items))
     for rows in torch.arange(len(users), device=users.device).split(max(1, cells // n_items)):
         scores = leave_out(scores_at(rows), users[rows], seen)
@@ -326,7 +325,8 @@ def best_unseen(scores_at, users, seen, k, n_items, cells=2**23):
 def rank_unseen(model, users, seen, k):
     """The k best unseen items of users (n,) by a module with n_items and scores(), which returns
     a new tensor; seen: user_rows of what to leave out -> ids (n, k), best first, padded with -1."""
-    was_training, _ = model.training, model.eval()
+    was_training = model.training
+    model.eval()
     ranked = best_unseen(lambda rows: model.scores(users[rows]), users, seen, k, model.n_items)
     model.train(was_training)
     return ranked
@@ -368,7 +368,6 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
     users_of, items_of = pairs.T.contiguous()
 
     def step(rows, generator):
-        # the positive above the negative
         u, i = users_of[rows], items_of[rows]  # (B,), (B,)
         _, _, users, positives, negatives, j = sample_negatives(u, i, generator)
         bpr = bpr_loss(model.score(users, positives), model.score(users, negatives))
@@ -384,11 +383,11 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
 
 def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, patience, seed,
         label="train", decay=False, stop=None):
-    """Train the parameters of `modules` {name: nn.Module}, as nn.ModuleDict takes them, with Adam;
-    leave them at the best state. step(rows (B,), numbers below n_rows, generator) -> (loss, {name:
-    float}); validate() -> float, higher is better. Stops after `patience` validations without a
-    new best, or where stop(history) says so. decay: the learning rate falls linearly to 0 -> (best
-    state {name.parameter: tensor}, history). Raises SystemExit2 when anything is not finite."""
+    """Train `modules` {name: nn.Module} with Adam and leave them in their best state. step(rows
+    (B,) in range(n_rows), generator) -> (loss, {name: float} to log); validate() -> float, higher
+    is better. Stops after `patience` validations without a new best, or when stop(history) is
+    true. decay: the learning rate falls linearly to 0. Raises SystemExit2 when the loss or a
+    validation is not finite. -> (best state {name.parameter: tensor}, history)."""
     modules = nn.ModuleDict(modules)
     parameters = list(modules.parameters())
     # fused: one pass over each parameter instead of ten
@@ -397,10 +396,10 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     generator = torch.Generator(device).manual_seed(seed)
     # several processes share the order of the rows, and each draws negatives of its own
     draws = generator if world() == 1 else torch.Generator(device).manual_seed(seed + 1 + rank())
-    best, history, done, n_steps = -math.inf, [], 0, epochs * -(-n_rows // batch_size)
+    best, history, done = -math.inf, [], 0
+    n_steps = epochs * math.ceil(n_rows / batch_size)  # for decay
     progress, start = Progress(label, epochs, "epochs"), time.time()
     for epoch in range(1, epochs + 1):
-        # every train row once, in random order
         logs = {}
         modules.train()
         order = torch.randperm(n_rows, generator=generator, device=device)
@@ -420,7 +419,6 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             for name, value in {**values, "loss": loss.item()}.items():
                 logs[name] = logs.get(name, 0.0) + value * len(rows)
         logs = {name: value / n_rows for name, value in logs.items()}
-        # validation: keep a better state, stop after a while without one
         if epoch % eval_every == 0 or epoch == epochs:
             score = torch.tensor(validate(), dtype=torch.float64, device=device)
             if world() > 1:  # process 0's for all: they must stop at the same epoch
@@ -433,7 +431,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             if score > best:
                 best, best_at, best_state = score, epoch, state_of(modules)
             if (epoch - best_at) // eval_every >= patience or stop and stop(history):
-                epochs = progress.total = epoch  # the last one: it ends the line of progress
+                epochs = progress.total = epoch  # stop below; Progress ends its line at the total
         shown = f"  valid NDCG@20 {best:.4f}" if history else ""  # not yet validated
         progress.update(epoch, f"loss {logs['loss']:.4f}{shown}")
         if epoch == epochs:
@@ -461,21 +459,20 @@ def restore(modules, state):
 
 
 def ranking_hits(model, pairs, seen, k):
-    """Which of the k best unseen items are among `pairs` (N, 2): model, seen as rank_unseen's ->
-    users (n,), hits (n, k) bool in rank order, relevant (n,): each user's number of pairs; the
-    lists themselves (n, k), item ids, -1 where a user has fewer unseen items."""
-    # users without a pair have no metric, so they are left out
+    """Rank the users that have held-out `pairs` (N, 2); model, seen, k: as rank_unseen's -> users
+    (n,); hits (n, k) bool, in rank order: whether the item is in the user's pairs; relevant (n,):
+    the number of the user's pairs; ranked (n, k): item ids, padded with -1."""
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)
-    users = relevant.nonzero()[:, 0]
+    users = relevant.nonzero()[:, 0]  # without a pair there is no metric
     ranked = rank_unseen(model, users, seen, k)  # (n, k)
     found = contains(pair_keys(pairs, model.n_items), users[:, None], ranked, model.n_items)
-    # an empty place, -1, was looked up as the last item of the user before
+    # the key of the padding, -1, is that of the previous user's last item: hence ranked >= 0
     return users, found & (ranked >= 0), relevant[users], ranked
 
 
 def ndcg(hits, relevant, k):
-    """NDCG@k per user, binary gains (Järvelin and Kekäläinen, 2002), the ideal list cut at k too:
-    hits (n, >= k) bool in rank order, relevant (n,), 1 or more -> (n,) in [0, 1]."""
+    """NDCG@k per user (Järvelin and Kekäläinen, 2002), binary gains, the ideal list cut at k:
+    hits (n, k or more; I if I < k) bool, by rank, relevant (n,), at least 1 -> (n,) in [0, 1]."""
     discount = 1 / torch.log2(torch.arange(2, k + 2, device=hits.device).double())  # (k,)
     ideal = discount.cumsum(0)[relevant.clamp(max=k) - 1]
     return (hits[:, :k] * discount[: hits.shape[1]]).sum(1) / ideal
@@ -487,8 +484,8 @@ def recall(hits, relevant, k):
 
 
 def validation(model, data, k=20, users=None):
-    """-> validate(): mean NDCG@k of the model as it then is, on data["valid"], data["train"] left
-    out, both (N, 2). users: how many are ranked, the same ones each time; None: all."""
+    """-> validate(): the model's mean NDCG@k on data["valid"] (N, 2); items of data["train"] (N, 2)
+    are not ranked. users: how many users to rank, the same ones at each call; None: all."""
     if not len(data["valid"]):
         fail("data.safetensors: has no validation pair to choose the best epoch by; prepare some")
     seen, pairs = user_rows(data["train"], model.n_users), data["valid"]
@@ -497,12 +494,16 @@ def validation(model, data, k=20, users=None):
         some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))[:users]
         pairs = pairs[torch.isin(pairs[:, 0], everyone[some.to(pairs.device)])]
 
-    return lambda: float(ndcg(*ranking_hits(model, pairs, seen, k)[1:3], k).mean())
+    def validate():
+        _, hits, relevant, _ = ranking_hits(model, pairs, seen, k)
+        return float(ndcg(hits, relevant, k).mean())
+
+    return validate
 
 # ==== 2. The shelf: what is not on the way from pairs to LightGCN =================================
 class NGCF(Backbone):
-    """NGCF (Wang et al., SIGIR 2019), matrix form, eq. 7: E' = LeakyReLU((A + I) E W1 + A E ⊙ E W2)
-    with message dropout, hops L2-normalised and concatenated: D = (n_layers + 1) * dim."""
+    """NGCF (Wang et al., SIGIR 2019), eq. 7: E' = LeakyReLU((A + I) E W1 + (A E ⊙ E) W2), with
+    message dropout; layer 0 and the L2-normalised hops, concatenated: D = (n_layers + 1) * dim."""
 
     propagates, std = True, 0.1
 
@@ -535,8 +536,7 @@ class NeuMF(Backbone):
         half = dim // 2
         self.mlp = nn.Sequential(nn.Linear(dim, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
         self.out = nn.Linear(dim, 1, bias=False)
-        # start as MF plus a small MLP term
-        nn.init.ones_(self.out.weight)
+        nn.init.ones_(self.out.weight)  # start as MF plus a small MLP term
 
     def score(self, users, items):
         users, items = torch.broadcast_tensors(users, items)
@@ -558,12 +558,11 @@ def standardised(text):
 
 
 class TextVectors(nn.Module):
-    """AlphaRec's start (Sheng et al., ICLR 2025): an MLP of two layers on frozen texts (I, H); a
-    user's is the mean of the train items'. forward() -> (U + I, dim), users first."""
+    """AlphaRec (Sheng et al., ICLR 2025): a two-layer MLP on frozen texts (I, H); a user's text is
+    the mean of those of the user's train items. forward() -> (U + I, dim), users first."""
     def __init__(self, text, train, n_users, dim):
         super().__init__()
-        # beyond the paper, which takes texts as they are
-        text = standardised(text)
+        text = standardised(text)  # not in the paper, which takes texts as they are
         count = torch.bincount(train[:, 0], minlength=n_users).clamp(min=1)
         users = sum_of_rows(text, *train.T, n_users) / count[:, None]
         self.register_buffer("text", torch.cat([users, text]), persistent=False)  # (U + I, H)
@@ -612,7 +611,8 @@ class PopularitySampler:
             if not again.any():
                 return drawn
             drawn[again] = self.weight.multinomial(int(again.sum()), True, generator=generator)
-        # whoever has seen nearly all of the weight draws from the unseen items alone
+        # still seen after 8 rounds, mostly for users who have seen most of the weight: draw from
+        # their unseen items alone, 2**24 weights (128 MiB) at a time
         everything = torch.arange(self.n_items, device=users.device)
         again = contains(self.keys, users, drawn, self.n_items).nonzero()  # (n, 2)
         for row, column in (part.T for part in again.split(max(1, 2**24 // self.n_items))):
@@ -635,16 +635,16 @@ def ahns(score, users, items, positives, candidates, alpha=1.0, beta=0.1, power=
 
 
 def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
-    """Softmax cross-entropy of a positive (B,) against N negatives (B, N), -inf to leave n out
+    """Softmax cross-entropy of a positive (B,) against N negatives (B, N), -inf to leave one out
     (Jean et al., ACL 2015; for recommenders Wu et al., TOIS 2024) -> scalar."""
-    # no logQ correction: it would be the same for all of uniformly drawn negatives
+    # no logQ correction: for uniform draws it is one constant for every score, which cancels
     scores = torch.cat([positive_score[:, None], negative_scores], 1) / tau  # (B, 1 + N)
     return (scores.logsumexp(1) - scores[:, 0]).mean()
 
 
 def own_among(drawn, users, rows, n_items):
-    """Which of some items are a user's own: drawn (n,) distinct items, users (B,), rows of
-    user_rows -> (m,) places in `users` and in `drawn`, together an index into a (B, n) table."""
+    """Which of the distinct items `drawn` (n,) are own items of users (B,); rows: from user_rows
+    -> places in `users` (m,) and in `drawn` (m,), together an index into a (B, n) table."""
     slot = torch.full((n_items,), -1, device=drawn.device)  # item -> its place in `drawn`
     slot[drawn] = torch.arange(len(drawn), device=drawn.device)
     row, own = rows_of(rows, users)
@@ -679,15 +679,15 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 
 # ---- Closed forms: computed from the train pairs, without training -------------------------------
 # X (U, I) is the 0/1 matrix of the train pairs; a user's scores are the user's row of X times item
-# weights W (I, I). Here: name -> the flags that it reads, in order of its parameters, and the
-# values that validation chooses from where a flag is not given. RP3beta's exponents lie between 0
-# and 1; fewer neighbours (topk) take out the noise of rare items
+# weights W (I, I). CLOSED_FORMS: name -> its flags, in the order of its function's parameters, each
+# with the values that validation chooses from if the flag is not given. RP3beta's exponents lie
+# between 0 and 1; fewer neighbours (topk) remove the noise of rare items
 TOPK = (0, 20, 50, 100, 200)  # 0: all
 CLOSED_FORMS = {
     "pop": {}, "itemknn": {"shrink": (1.0, 20.0, 100.0, 300.0), "topk": TOPK},
     "rp3": {"rp3_alpha": (0.2, 0.4, 0.6, 0.8, 1.0), "rp3_beta": (0.0, 0.15, 0.3, 0.45, 0.6, 0.8),
             "topk": TOPK},
-    # in steps of about three, which move the ranking little: 12,000 items take half a minute each
+    # a coarse grid: a factor of three changes little, and 12,000 items take half a minute a value
     "ease": {"ridge": (10.0, 30.0, 100.0, 300.0, 1000.0)}}
 
 
@@ -706,8 +706,8 @@ class ItemWeights(nn.Module):
 
 
 def sum_of_rows(weight, place, items, n):
-    """The sum of some rows of weight (I, J), dense or CSR, by place: place, items (P,), as rows_of
-    gives them, or the users and items of train pairs -> (n, J)."""
+    """Row p of the result: the sum of weight[i] over all (p, i) in place, items (P,), which are
+    rows_of's, or the users and items of train pairs. weight (I, J), dense or CSR -> (n, J)."""
     one = torch.ones(len(items), device=items.device, dtype=weight.dtype)
     rows = sparse_csr(place, items, one, (n, len(weight)))
     if weight.layout == torch.sparse_csr and not torch.backends.mkl.is_available():
@@ -718,7 +718,7 @@ def sum_of_rows(weight, place, items, n):
 def popularity(pairs, n_users, n_items):
     """The number of train pairs of each item, alike for all users -> weights (1, I)."""
     count = torch.bincount(pairs[:, 1], minlength=n_items).float()
-    # minus a fraction of 1 that grows with the id: many ties would make ranking slow
+    # break ties by id, by less than 1, which keeps the order of counts: top_k is slow on many ties
     return (count - torch.arange(n_items, device=pairs.device) / n_items)[None]
 
 
@@ -778,7 +778,7 @@ def ease(pairs, n_users, n_items, ridge=200.0):
     row, column, shared = co_occurrence(pairs, torch.ones(n_users, device=pairs.device), n_items)
     gram = torch.zeros(n_items, n_items, dtype=torch.float64, device=pairs.device)
     gram[row, column] = shared.double()
-    # no eigenvalue of X'X is above its largest row sum; float64 holds 16 digits
+    # the largest row sum bounds X'X's eigenvalues; a ratio of 1e10 leaves 6 of float64's 16 digits
     if float(gram.sum(1).max()) > 1e10 * ridge:
         fail(f"--ridge {ridge:g}: is too small beside the data to solve with; raise it")
     gram.diagonal().add_(ridge)
@@ -817,8 +817,8 @@ def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):
     # full Toys & Games (124,813, 11,924: 16,384, 8e-3, M 32); elsewhere a rule of thumb
     n = len(data["train"])
     if not batch_size:
-        # a step propagates over the whole graph: with one batch size an epoch's time would grow as
-        # N squared. So from 2**16 pairs on the power of two below N / 8, within 2**14 and 2**16
+        # a step propagates over the whole graph: with a fixed batch size an epoch's time would grow
+        # as N squared. So from 2**16 pairs on: a power of two, about N / 8, from 2**14 to 2**16
         batch_size = 2048 if n < 2**16 else 2 ** min(max(int(math.log2(n / 8)), 14), 16)
     # in proportion to the batch (Goyal et al., 2017), as far as Adam allows
     lr = lr or min(1e-3 * batch_size / 2048, 8e-3)
@@ -854,9 +854,9 @@ def pretrain(args):
         return
     device, start = start_processes(args.device), time.time()
     data |= {name: data[name].to(device) for name in ("train", "valid")}
-    tensors, history = (compute_closed_form if closed else train_baseline)(args, data, text)
-    # several processes train together, and one writes
-    if rank() == 0:
+    make = compute_closed_form if closed else train_baseline
+    tensors, history = make(args, data, text)
+    if rank() == 0:  # several processes train together, one writes
         check_finite(out, tensors, "nothing was written; lower --lr and run again")
         save_tensors(out, tensors, {"settings": settings, "history": history,
                                     "seconds": time.time() - start})
@@ -864,24 +864,25 @@ def pretrain(args):
 
 
 def train_baseline(args, data, text):
-    """The training of `pretrain`; text (I, H) is AlphaRec's -> tensors of the file, history."""
+    """Train for `pretrain`; text (I, H): AlphaRec's, else None -> tensors of the file, history."""
     torch.manual_seed(args.seed)
-    train, loss = data["train"], args.sampler if args.loss == "bpr" else args.loss
+    train, sampler = data["train"], args.sampler
     model = build_backbone(args.backbone, data["n_users"], data["n_items"], args.dim, train,
                            args.layers, args.cosine, text)
     if args.loss == "softmax":
         step = make_softmax_step(model, train, reg=args.reg, n=args.shared, tau=args.tau)
     else:
-        step = make_step(model, loss, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
+        step = make_step(model, sampler, train, reg=args.reg, m=args.m, n=args.n, beta=args.beta)
+    label = f"{args.backbone} {sampler if args.loss == 'bpr' else args.loss}"
     state, history = fit(
         {"backbone": model}, step, len(train), validation(model, data, users=args.eval_users),
         epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, eval_every=args.eval_every,
-        patience=args.patience, seed=args.seed, label=f"{args.backbone} {loss}")
+        patience=args.patience, seed=args.seed, label=label)
     with torch.no_grad():
         users, items = model.eval()()
-    if text is not None:  # AlphaRec's vectors alone, which load_model makes an MF of
+    if text is not None:  # of AlphaRec only the final vectors are kept; load_model reads them as MF
         state = {"backbone.embedding": torch.cat([users, items])}
-    # beside the parameters the vectors that everything else reads
+    # load_model needs the parameters, everything else the final vectors
     return {**state, "user": users, "item": items}, history
 
 
@@ -900,7 +901,7 @@ def compute_closed_form(args, data, _):
                         **constants})
         return score
 
-    # what was given stays; the rest is searched. A trial takes a second, unlike one of `tune`
+    # given constants stay, the others are searched: here, not in `tune`, since nothing is trained
     constants, score = line_search(score_of, {
         flag: [vars(args)[flag]] if flag in args else values
         for flag, values in CLOSED_FORMS[name].items()})
@@ -1006,7 +1007,7 @@ def load_negatives(run, name, data):
             fail(f"{path}: was made with other settings than {paths[0].name}; run "
                  f"`{writer_of(path)} --force`")
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    # of the inputs (data, fine-tuning, CF model, profiles) the model whose space `vector` is in
+    # inputs, in order: data, fine-tuning, CF model, profiles; `vector` is in the CF model's space
     return {**joined, "cf": list(metas[0]["settings"]["inputs"])[2]}
 
 
@@ -1023,8 +1024,8 @@ def save_tensors(path, tensors, meta):
     # meta["settings"]: the `command` that writes the file, its flags, and `inputs`, the digests of
     # all it is made from; meta["beside"] (optional): those of what was written with it
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    meta = json.loads(json.dumps(meta))
-    # of settings and tensors, not of times: the same result has the same digest again
+    meta = json.loads(json.dumps(meta))  # a copy, as it will be read back: tuples become lists
+    # the digest covers settings and tensors, not times: the same result has the same digest
     meta["digest"] = digest_of_tensors(meta, tensors)
     meta["checksum"] = json_digest(meta)
     write_atomic(path, save(tensors, metadata={"hnlmrec": json.dumps(meta)}))
@@ -1090,7 +1091,7 @@ def digests(run, *names):
 
 
 def files_of(path):
-    """A file, as a list; of a set of generated negatives the shards that are there, else one."""
+    """[path]; for a set of generated negatives its shards: those that exist, else the first."""
     if not path.name.startswith("negatives") or path.suffix in (".safetensors", ".jsonl"):
         return [path]
     first = [path.with_name(name) for name in shards(path.name, 1)]  # refuses what is no plain name
@@ -1111,7 +1112,7 @@ def check_inputs(path, inputs):
         if digests(run, name)[name] != digest:
             fail(f"{path}: was made with another {name} than the one that is there; "
                  f"put the former back, or run `{writer_of(path)} --force`")
-        # and what these were made from, if it is there: beside new texts an old judge is no input
+        # then the inputs' own inputs, if they exist: a judge is stale once its texts have changed
         for file in files_of(run / name):
             older = made_from(read_header(file)).items()
             check_inputs(file, {one: digest for one, digest in older
@@ -1131,7 +1132,7 @@ def skip(path, settings, force=False):
         fail(f"{path}: holds what `{old.get('command')}` writes; choose another name")
     if force:
         return False
-    # of the inputs the names alone: one that has changed has a message of its own, in load_tensors
+    # compare the inputs by name only: load_tensors, below, has a message for changed ones
     old, new = ({**each, "inputs": sorted(each.get("inputs", {}))} for each in (old, new))
     differ = [f"{key}={old.get(key)}, now {new.get(key)}" for key in sorted({**old, **new})
               if old.get(key) != new.get(key)]
@@ -1141,7 +1142,7 @@ def skip(path, settings, force=False):
         if not (path.parent / name).exists():
             print(f"{path.parent / name} is gone: making it and {path.name} again")
             return False
-    load_tensors(path)  # that its inputs are still the same, and its own bytes
+    load_tensors(path)  # for its checks: inputs and bytes must be unchanged
     print(f"skip: {path} is up to date")
     return True
 
@@ -1167,12 +1168,12 @@ def json_digest(value):
 
 
 def file_digest(path):
-    """The first 16 hex digits of a file's sha256."""
+    """The first 16 hex digits of a file's sha256, cached: many files have the same input."""
     stat = os.stat(path)
     return digest_as_of(path, stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=64)  # many files name the same profiles as their input
+@functools.lru_cache(maxsize=64)  # by path, time and size: a changed file is read again
 def digest_as_of(path, *_):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -1189,7 +1190,7 @@ def check_finite(path, tensors, remedy):
             fail(f"{path}: {name}{bad[0].tolist()} is NaN or infinite; {remedy}")
 
 
-# the first word of a file's name -> the command that writes it; other files are pretrain's
+# the first word of a file's name -> the command that writes it; for models see writer_of
 WRITERS = {
     "data": "hnlmrec.py prepare", "items": "hnlmrec.py prepare", "users": "hnlmrec.py prepare",
     "profiles": "llm_negatives.py profile", "sft": "llm_negatives.py finetune",
@@ -1217,8 +1218,8 @@ def writer_of(path):
 
 
 def output_name(flag, name, command, suffix="", word=""):
-    """`name`, if an output of `command` may have it. Raises SystemExit2 naming `flag` otherwise."""
-    # a plain name in the run folder or its compare/, of `word`, if given, and no other command's
+    """`name`, if `command` may write a file of that name. Else SystemExit2, naming `flag`."""
+    # a plain name, or one in compare/; its first word is `word`, if given, and no other command's
     plain = name.removeprefix("compare/") if suffix == ".safetensors" else name
     first = re.split("[-.]", plain.lower())[0]
     if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain) or word not in ("", first):
@@ -1262,7 +1263,7 @@ def write_atomic(path, data):
 
 # ---- Errors, output, progress --------------------------------------------------------------------
 class SystemExit2(SystemExit):
-    """A SystemExit with status 2 that keeps its one-line message, so that tests can read it."""
+    """A SystemExit with status 2 that keeps its message, as one line, for run_cli to print."""
     def __init__(self, message):
         self.message = " ".join(str(message).split())
         super().__init__(self.message)
@@ -1328,8 +1329,7 @@ class Progress:
 
     def update(self, done, extra=""):
         now = time.time()
-        # what a resumed run found finished says nothing about speed
-        if self.first is None:
+        if self.first is None:  # what a resumed run finds finished says nothing about speed
             self.first = (done, now)
             return
         if done < self.total and now - self.shown < (0.2 if self.tty else 20):
@@ -1359,7 +1359,7 @@ def start_processes(device):
     if device != "cpu":
         torch.cuda.set_device(device)
     if os.environ["RANK"] != "0":
-        sys.stdout = io.StringIO()
+        sys.stdout = io.StringIO()  # process 0 alone prints
     print(f"waiting for {os.environ['WORLD_SIZE']} processes", flush=True)
     # half an hour: process 0 may have work of its own before the others
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=30))
@@ -1429,7 +1429,7 @@ def add_run_flags(parser):
     gpus = ["cuda", *gpus] if gpus else []
     parser.add_argument("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
                         help="where to compute, of what PyTorch sees")
-    parser.add_argument("--force", action="store_true", help="remake what other settings made")
+    parser.add_argument("--force", action="store_true", help="remake the output in any case")
 
 
 def add_training_flags(parser, more=(), **sampler):
@@ -1438,12 +1438,12 @@ def add_training_flags(parser, more=(), **sampler):
     group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
                        default="lightgcn", help="recommender")
     group.add_argument("--sampler", choices=SAMPLERS, help="negative sampler of e_j", **sampler)
-    # 0 stands for what sized_to_data makes of the data
+    # epochs, batch size, lr and m of 0 are replaced by sized_to_data
     add_flags(
         group, ("--dim", number(int, 2), 64, "embedding width d"),
         ("--layers", number(int, 1), 3, "propagation layers of lightgcn and ngcf"),
-        ("--epochs", number(int, 0), 0, "passes over the train pairs; 0: 200, of large sets fewer"),
-        ("--batch-size", number(int, 0), 0, "pairs per step; 0: 2048, of large sets up to 65,536"),
+        ("--epochs", number(int, 0), 0, "passes over train pairs; 0: 200, fewer for large data"),
+        ("--batch-size", number(int, 0), 0, "pairs per step; 0: 2048, up to 65,536 for large data"),
         ("--lr", number(float, 0), 0.0, "of Adam; 0: 1e-3 x batch size / 2048, at most 8e-3"),
         ("--reg", number(float, 0), 1e-4, "weight of the L2 term, lambda2"),
         ("--eval-every", number(int, 1), 5, "epochs between validations"),
@@ -1504,16 +1504,16 @@ def main(argv=None):
             fail(f"--{flag}: is read by {reader} alone; leave it out")
     if args.text_vectors and args.backbone in ("neumf", "closed", *CLOSED_FORMS):
         fail(f"--text-vectors: is not for {args.backbone}; leave it out")
-    # several in one start of Python; without ease, where it refuses a catalogue as too large
+    # several models in one start of Python; ease alone may be left out: it refuses large catalogues
     for name in CLOSED_FORMS if closed else args.sampler:
         out = f"model-{name}.safetensors" if several else args.out
         one = {"backbone" if closed else "sampler": name, "out": out}
         try:
             pretrain(argparse.Namespace(**vars(args) | one))
         except SystemExit2 as error:
-            if not closed or name != "ease":
+            if not closed or not error.message.startswith("ease:"):
                 raise
-            if args.force:  # one of an earlier start would be of other data
+            if args.force:  # an older file may have been made from other data
                 (Path(args.run) / out).unlink(missing_ok=True)
             print(f"ease: left out, since {error.message}")
 

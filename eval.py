@@ -7,7 +7,7 @@ estimate   how long run.sh will take
 recommend  one user's top items, and the items nearest to the LLM's negatives
 
 Metrics are over the full ranking of all items that a user has not interacted with in train (and
-valid, when testing). Alone:  python eval.py report --run runs/NAME
+valid, when testing). Example: python eval.py report --run runs/NAME
 """
 
 import html, json, math, re, shlex, subprocess, sys
@@ -39,7 +39,7 @@ FORMS = {"popularity": ".0f", "coverage": ".1%", "Gini": ".3f", "seconds": ".0f"
 
 
 def seen_before(data, split):
-    """Rows, as of user_rows, of what a ranking leaves out: train, and at test valid too."""
+    """What a ranking leaves out, from user_rows: train pairs, and valid ones too when testing."""
     pairs = data["train"] if split == "valid" else torch.cat([data["train"], data["valid"]])
     return user_rows(pairs, data["n_users"])
 
@@ -49,7 +49,7 @@ def evaluate(model, data, split="test", ks=(10, 20)):
     float64}, and the lists behind them (n, max(ks)): item ids, best first, -1 where a user has
     fewer unseen items. Raises SystemExit2 for an empty split."""
     if not len(data[split]):
-        fail(f"data.safetensors: has no {split} pair to measure by; prepare it with some")
+        fail(f"data.safetensors: has no {split} pairs to evaluate on; prepare data that have some")
     seen = seen_before(data, split)
     users, hits, relevant, ranked = ranking_hits(model, data[split], seen, max(ks))
     values = {f"{name}@{k}": metric(hits, relevant, k) for name, metric in METRICS.items()
@@ -58,17 +58,17 @@ def evaluate(model, data, split="test", ks=(10, 20)):
 
 
 def list_statistics(users, ranked, data, split="test"):
-    """What lists (n, k) of users (n,) hold -> I1 … I4: recall of the pairs of each quarter of the
-    items by train popularity, I1 the least, NaN without a pair; popularity: mean train count of a
-    recommended item; coverage: share of the catalogue recommended to anybody; Gini: inequality of
-    how often, 0 (all alike) to 1."""
+    """What the lists `ranked` (n, k) of users (n,) contain -> I1 … I4: recall of held-out pairs, by
+    quarter of the items by train popularity (I1 least; NaN without a pair); popularity: mean train
+    count of a recommended item; coverage: share of items recommended to anybody; Gini: inequality
+    of how often an item is recommended, 0 (all equally) to 1."""
     # over pairs, not users: a user has too few pairs to share them out among quarters
     n_items, real = data["n_items"], ranked >= 0
     count, recommended = torch.bincount(data["train"][:, 1], minlength=n_items), ranked[real]
     pairs = torch.stack([users[:, None].expand_as(ranked)[real], recommended], 1)
     hit = contains(pair_keys(pairs, n_items), *data[split].T, n_items).double()
     quarter = quartiles(count)[data[split][:, 1]]
-    # Gini's index, from the sorted frequencies; items that nobody gets count too
+    # the Gini index by its formula for sorted values; items that nobody is recommended count as 0
     frequency = torch.bincount(recommended, minlength=n_items).double().sort().values
     weight = 2 * torch.arange(1, n_items + 1).double() - n_items - 1
     by_quarter = {f"I{q + 1}": float(hit[quarter == q].mean()) for q in range(4)}
@@ -79,7 +79,7 @@ def list_statistics(users, ranked, data, split="test"):
 
 def quartiles(count):
     """Counts (n,) -> quarter 0 (lowest) … 3 of each."""
-    # each one's place in the order: quarters of one size, though equal counts fall on both sides
+    # argsort twice gives ranks, so quarters have equal size; equal counts may be split between two
     return count.argsort(stable=True).argsort() * 4 // len(count)
 
 
@@ -96,7 +96,7 @@ def paired_bootstrap(difference, draws=10_000, seed=0):
         means[draw] = difference[rng.integers(0, n, n)].mean()
     # + 1: what was measured counts as one of the draws, so that no p is 0
     tail = (min(np.sum(means <= 0), np.sum(means >= 0)) + 1) / (draws + 1)
-    tail = max(tail, 0.5**n)  # few users all have one sign this often by chance
+    tail = max(tail, 0.5**n)  # by chance, n differences are all above 0 (or all below) this often
     return difference.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * tail)
 
 
@@ -109,7 +109,7 @@ def holm(p_values):
     return p.tolist()
 
 # ==== 2. False hard negatives: negatives that are held-out positives ==============================
-# at most so many pairs per rate: its standard error is below .14 percentage points then
+# at most this many pairs per rate: enough for a standard error below .14 percentage points
 MOST = 2**17
 
 
@@ -125,25 +125,25 @@ def fhns_rates(users, items, data):
 
 @torch.no_grad()
 def fhns_of_samplers(model, data, m, seed=0, likely=None):
-    """FHNS of what samplers give a trained backbone for train pairs: the uniform one, DNS (best of
-    m), MixGCF; and of what it ranks highest. likely (U, n), best first: a judge's likely false
-    negatives, which DNS is also kept clear of."""
-    # one draw of candidates for all, so that the samplers differ in their choice alone
+    """FHNS of negatives that samplers draw for train pairs by a trained backbone's scores: uniform,
+    DNS (best of m), MixGCF; and of its own top items. likely (U, n), best first: a judge's likely
+    false negatives; with it, also of DNS kept clear of these, and of these themselves."""
+    # the same candidates for all, so that the samplers differ only in their choice
     generator, seen = torch.Generator().manual_seed(seed), user_rows(data["train"], model.n_users)
     some = torch.randperm(len(data["train"]), generator=generator)[:MOST].sort().values
     (u, i), n_items = data["train"][some].T, model.n_items
     candidates = UnseenSampler(data["train"], model.n_users, n_items)(u, m, generator)  # (n, m)
-    # in parts, since the scores of candidates gather (B, m, D)
+    # in parts, since scoring all candidates at once would gather (n, m, D)
     (users, items), item_layers = model(), model.layers()[1]
     parts = list(zip(u.split(4096), i.split(4096), candidates.split(4096)))
     hardest = [dns(model.score, users[a], items, c) for a, _, c in parts]
     synthetic = [mixgcf(users[a], item_layers, p, c, model.pool, generator) for a, p, c in parts]
-    # MixGCF's negatives are no items, so the nearest ones stand for them
+    # MixGCF's negatives are vectors, so the items nearest to them stand in
     nearest, everyone = nearest_items(torch.cat(synthetic), u, items, seen, 10), u.unique()
     found = {"uniform": (u, candidates[:, :1]), "DNS": (u, torch.cat(hardest)[:, None]),
              "MixGCF, nearest items": (u, nearest),
              "the model's own top items": (everyone, rank_unseen(model, everyone, seen, 10))}
-    if likely is not None:  # as in training; the shares, which only its draws read, do not matter
+    if likely is not None:  # as in training; nothing is drawn by the shares here, so any will do
         penalty = LikelyFalse(likely, torch.ones(likely.shape), n_items).penalty
         clear = [dns(model.score, users[a], items, c, penalty=penalty(a, c)) for a, _, c in parts]
         found |= {"DNS kept clear of the judge's items": (u, torch.cat(clear)[:, None]),
@@ -159,16 +159,16 @@ def fhns_of_vectors(pairs, vectors, items, data):
 
 # ==== The method ends here. What follows are programs =============================================
 # ---- 3. What can be compared, by name ------------------------------------------------------------
-# a row: others' methods by `backbones.py pretrain`, ours and RLMRec by `hnlmrec.py train`, and what
-# has parts by `hnlmrec.py blend`. kind: closed form, sampler, baseline (others' methods), text
-# (untrained), ours, control. flags: of its command. needs: files of the run that it reads. like:
-# the row whose flags, tuned ones too, come before its own. parts of a blend: rows, and files of the
-# run; of A|B one, by validation. stem: its file in a run is model-STEM.safetensors
+# One row of a table. `hnlmrec.py blend` makes it if it has parts, `backbones.py pretrain` if its
+# kind is in BASELINES (except RLMRec-Con), else `hnlmrec.py train`. kind: closed form, sampler,
+# baseline (another paper's model), text (untrained), ours, control. flags: of that command, after
+# those of the row `like`, tuned ones too. needs: files of the run that it reads. parts: rows or
+# files to blend; of A|B the better on validation. stem: `report` reads model-STEM.safetensors
 Method = namedtuple("Method", "kind flags needs like parts stem", defaults=("", (), "", (), ""))
 BASELINES = ("closed form", "sampler", "baseline")
 TEXTS, JUDGE, JUDGED = "texts.safetensors", "judge.safetensors", "judge's negatives"
 CLOSED, EVERY = ("RP3β", "EASE"), ("ItemKNN", "RP3β", "EASE", "RNS", "DNS", "MixGCF")
-# no generated negative and no text: a plain backbone, with what else is asked for
+# a plain backbone: no generated negative, no text. A row's further flags come after these
 PLAIN = "--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0"
 METHODS = {name: Method("closed form", f"--backbone {stem}", stem=stem) for name, stem in (
     ("Popularity", "pop"), ("ItemKNN", "itemknn"), ("RP3β", "rp3"), ("EASE", "ease"))}
@@ -177,10 +177,10 @@ METHODS |= {name: Method("sampler", f"--sampler {name.lower()}", stem=name.lower
 METHODS |= {
     "DNS(M,N)": Method("sampler", "--sampler dns --n 2"),
     "Softmax": Method("baseline", "--loss softmax --cosine", stem="softmax"),
-    # 2 layers and tau .15 as its authors have them
+    # 2 layers and tau .15: its authors' values
     "AlphaRec": Method("baseline", "--loss softmax --cosine --layers 2 --tau 0.15 --text-vectors "
                        + TEXTS, (TEXTS,), stem="alpharec"),
-    # its loss, L_sem, beside BPR and DNS; a user's text is the sum of the train items'
+    # L_sem, its loss, is added to DNS with BPR; a user's text is the sum of the train items'
     "RLMRec-Con": Method("baseline", PLAIN + " --lambda-s 0.01", (TEXTS,), stem="rlmrec"),
     "text similarity": Method("text", parts=(TEXTS,)),
     "RP3β + text similarity": Method("text", parts=("RP3β", TEXTS)),
@@ -201,7 +201,7 @@ METHODS |= {
     "all baselines and text similarity in one score": Method("control", parts=(*EVERY, TEXTS)),
     "DNS kept clear of the judge's items": Method("control", PLAIN + " --keep-clear judge",
                                                   (JUDGE,)),
-    # an oracle: the most that negatives without false ones could win
+    # an oracle: it knows the validation positives and avoids them; test ones stay among its draws
     "DNS kept clear of validation positives": Method("control", PLAIN + " --keep-clear valid")}
 # HNLMRec with one thing changed
 for _row, _flags in (
@@ -240,7 +240,7 @@ TABLE = ("ItemKNN", *CLOSED, "RNS", "DNS", "MixGCF", "AlphaRec", "RLMRec-Con",
          f"{JUDGED}, bag of words", f"{JUDGED}, shuffled texts", "judge alone", "in full",
          "in full, by a bag of words", "in full, by shuffled texts",
          "all baselines in one score", "all baselines and text similarity in one score")
-# what is claimed, of one row against one rival: the best row by validation of some names or kinds
+# claims: a row; names or kinds of its rivals, of which the best on validation is taken; words
 CLAIMS = (("in full", BASELINES, ", the best baseline by validation"),
           (JUDGED, ("sampler",), ", the best sampler by validation"),
           ("HNLMRec", ("sampler",), ", the best sampler by validation"),
@@ -249,13 +249,14 @@ CLAIMS = (("in full", BASELINES, ", the best baseline by validation"),
 
 
 def fits(name, backbone):
-    """Whether a row can be trained on a backbone: NeuMF's score is no cosine."""
+    """Whether a row can be trained on a backbone: NeuMF scores by an MLP, which has no cosine."""
     return backbone != "neumf" or "--cosine" not in METHODS[name].flags
 
 
 def missing_file(run, name):
-    """The first file that a row, or a part of it, reads and the run lacks; None for none."""
-    for file in (*METHODS[name].needs, *"|".join(METHODS[name].parts).split("|")):
+    """The first file that a row or one of its parts needs and the run lacks, or None."""
+    parts = [one for part in METHODS[name].parts for one in part.split("|")]
+    for file in (*METHODS[name].needs, *parts):
         if file in METHODS:
             file = missing_file(run, file)
         if file and not ((run / file).exists() or (run / f"{file}-00000.safetensors").exists()):
@@ -271,16 +272,16 @@ def making_of(run, file):
     return ", then ".join([*before, f"`{command}`"])
 
 # ---- 4. One writer of tables: a report is a comparison, one file per row -------------------------
-# what to evaluate: a row's key in the JSON file, its names in tables and in METHODS (or ""), its
-# kind as Method has it, its model files, one per seed
+# A row to evaluate. key: its name in the JSON file; label: in tables; method: in METHODS ("" for a
+# person's own); kind: as Method has it; paths: of its model files, one per seed
 Row = namedtuple("Row", "key label method kind paths")
 
 
 def seconds_behind(run, path):
-    """{path: own seconds} of a file and of all that it was made from."""
+    """{path: seconds of its own command} for a file and for every file that it was made from."""
     meta, found = bb.read_header(path), {}
-    if meta:  # else not there, or a person's own: no step of ours made it
-        # a blend's seconds hold those of its parts, which are found by themselves
+    if meta:  # empty for a missing file or a person's own, which no step of ours made
+        # a blend's `seconds` include its parts', which the loop below adds: so its own alone
         blend = meta["settings"].get("command") == "blend"
         found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
         for name in meta["settings"].get("inputs", {}):
@@ -290,7 +291,7 @@ def seconds_behind(run, path):
 
 
 class Comparison:
-    """Rows evaluated on one split, and what tables, tests and a picture say of them. ndcg {key:
+    """Evaluates rows on one split and makes tables, tests and a picture. ndcg {key:
     NDCG@20 by seed and user (S, n)}, figures {key: {column: (S,)}}; result: for the JSON file."""
     def __init__(self, run, rows, data, split="test"):
         self.run, self.rows, self.data, self.split = run, rows, data, split
@@ -312,7 +313,7 @@ class Comparison:
         users, values, ranked = evaluate(model, self.data, self.split)
         activity = torch.bincount(self.data["train"][:, 0], minlength=model.n_users)
         quarter, best = quartiles(activity)[users], best_epoch(meta["history"])
-        # rows are compared by it: where training ranked some users alone, all are ranked here
+        # rows are chosen by it, so it must cover all users; training may have ranked only some
         valid = best["valid_ndcg@20"]
         if meta["settings"].get("eval_users"):
             scores = values if self.split == "valid" else evaluate(model, self.data, "valid")[1]
@@ -328,22 +329,22 @@ class Comparison:
         return float(self.figures[row.key][column].mean())
 
     def best(self, wanted):
-        """The best row by validation of some names in METHODS or kinds; None for none."""
+        """The best row, by validation, whose name in METHODS or kind is in `wanted`; or None."""
         # never by test pairs, which would favour whoever is lucky there
         rows = [row for row in self.rows if row.method in wanted or row.kind in wanted]
         return max(rows, key=self.mean, default=None)
 
-    @cache  # large data take seconds
+    @cache  # claims and sections both need it; on large data it takes seconds
     def difference(self, row, other):
-        """NDCG@20 of one row minus another's, by users' means over seeds -> dict: mean, low and
-        high end of the 95 % interval, p; by seed."""
+        """NDCG@20 of one row minus another's, by users' means over seeds -> dict: mean; low and
+        high, the ends of its 95 % interval; p; by seed: the mean of each seed."""
         by_user = self.ndcg[row.key] - self.ndcg[other.key]  # (S, n)
-        # over seeds first: a seed is no extra user
+        # mean over seeds first: a second seed is not a second user
         test = zip(("mean", "low", "high", "p"), paired_bootstrap(by_user.mean(0)))
         return {**dict(test), "by seed": by_user.mean(1).tolist()}
 
     def claims(self):
-        """The declared claims in words, p corrected by Holm over them; also into self.result."""
+        """The lines on CLAIMS, p corrected over all of them (Holm); figures go into self.result."""
         lines, self.result["claims"] = [], []
         found = [(row, rival, words) for name, wanted, words in CLAIMS
                  if (row := self.best((name,))) and (rival := self.best(wanted))]
@@ -379,15 +380,15 @@ class Comparison:
                     key: value for key, value in test.items() if key != "p"}
             differences.append([row.label, *against, text["seconds"], text["seconds of all steps"]])
             groups.append([row.label, *(text[column] for column in GROUPS)])
-            # JSON has no NaN, which a quarter without a pair has
+            # JSON has no NaN: a quarter without a pair becomes null
             figures = {column: None if math.isnan(x) else x for column, x in figures.items()}
             by_seed = self.figures[row.key]["NDCG@20"].tolist()
             self.result["methods"][row.key] = figures | {"by seed": by_seed}
         pair = "validation" if self.split == "valid" else self.split
         count = f"{len(self.users):,} of {self.data['n_users']:,}"
         cold = (~torch.isin(self.users, self.data["train"][:, 0])).sum()
-        unknown = (f" {cold:,} of them have no train pair: nothing is known of them, and most rows "
-                   "rank by untrained vectors or the items' numbers there.") * bool(cold)
+        unknown = (f" {cold:,} of them have no train pair; for these, most rows rank by untrained "
+                   "vectors or by item number.") * bool(cold)
         lines = ["", f"Users with a {pair} pair: {count}.{unknown}", "",
                  *markdown_table(["method", *COLUMNS, "valid NDCG@20"], main)]
         if tests:
@@ -397,8 +398,8 @@ class Comparison:
             write_atomic(self.run / f"{out}.svg", chart.encode())
             best = ", the best baseline by validation" * (self.rival.kind in BASELINES)
             lines += ["", "## Differences", "", f"From {markdown(self.rival.label)}{best}; 95 % "
-                      "intervals by paired bootstrap over users; seconds of the row's own command, "
-                      "and of all that made its files, profiles apart.", "",
+                      "intervals by paired bootstrap over users. s: seconds of the row's command; "
+                      "s, all steps: with the commands that made its files, profiles apart.", "",
                       *markdown_table(["method", "NDCG@20", "seeds above", "s", "s, all steps"],
                                       differences), "", f"![differences]({out}.svg)"]
         return [*lines, "", "## Sparse users, unpopular items", "",
@@ -416,7 +417,7 @@ def report(args):
     """Evaluate all model-*.safetensors on the test pairs -> report.md, report.svg, metrics.json."""
     run, data = Path(args.run), load_data(args.run)
     comparison = Comparison(run, rows_of_run(run), data)
-    # a run may lack any of this and has a report all the same
+    # a report can do without any of these, and says which ones the run lacks
     absent = [name for name in ("in full", JUDGED, "HNLMRec") if not comparison.best((name,))]
     absent += ["a baseline"] * (not comparison.best(BASELINES))
     absent += ["a second model"] * (len(comparison.rows) == 1)
@@ -424,13 +425,12 @@ def report(args):
     # first what a person wants to know: who is ahead, and how to read it
     lines = [f"# Report: {markdown(run.name)}", *comparison.claims(), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
-             "it. Each difference comes with its 95 % interval and its p, which alone is corrected "
-             "by Holm's method. This is one seed; `python eval.py compare --run "
-             f"{shlex.quote(str(run))}` trains the methods with several, at their default flags."]
+             "it. Each difference comes with its 95 % interval and its p; only p is corrected, by "
+             "Holm's method. This is one seed; `python eval.py compare --run "
+             f"{shlex.quote(str(run))}` trains each method with several, at its default flags."]
     lines += ["", f"Left out, since the run lacks them: {', '.join(absent)}."] if absent else []
     lines += [*comparison.sections("report"), *example_lines(comparison), *fhns_lines(comparison)]
-    # what the steps of run.sh took
-    if (run / "steps.tsv").exists():
+    if (run / "steps.tsv").exists():  # by run.sh
         text = (run / "steps.tsv").read_text("utf-8", "replace")
         steps = [line.split("\t") for line in text.splitlines()]
         lines += ["", "## Steps of the last start", "", *markdown_table(["step", "seconds"], steps)]
@@ -448,10 +448,10 @@ def rows_of_run(run):
     paths = {path.stem.removeprefix("model-"): path
              for path in sorted(run.glob("model-?*.safetensors"))}
     if not paths:
-        fail(f"{run}: no model-*.safetensors; train one, as with `python backbones.py pretrain`")
+        fail(f"{run}: no model-*.safetensors; train one, say with `python backbones.py pretrain`")
     rows = [Row(method.stem, name, name, method.kind, (paths.pop(method.stem),))
             for name, method in METHODS.items() if method.stem in paths]
-    # what is left has names of a person's own: a rival, if it came by `pretrain`
+    # the rest have names of the user's own; those that `pretrain` made count as baselines
     for stem, path in paths.items():
         command = read_meta(path)["settings"].get("command")
         rows.append(Row(stem, stem, "", "baseline" if command == "pretrain" else "ours", (path,)))
@@ -459,11 +459,11 @@ def rows_of_run(run):
 
 
 def example_lines(comparison, k=5):
-    """What a user with a test pair gets: k titles liked, recommended (in full, where there
-    is such a row), and the real items nearest to the projected z."""
+    """An example user, with a test pair: k titles of items liked, recommended (by "in full" where
+    there is such a row, else by the last row), and nearest to the projected z."""
     run, data, rows = comparison.run, comparison.data, comparison.rows
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
-    # the first of those that have most: train pairs, generated negatives
+    # the first user who has most of these: train pairs, generated negatives of each model
     having = [data["train"], *(z["z_pairs"] for z in comparison.with_z.values())]
     found = sum(torch.isin(comparison.users, pairs[:, 0]).int() for pairs in having)
     user = int(comparison.users[found.argmax()])
@@ -496,14 +496,14 @@ def nearest_to_z(tensors, data, user, k):
 
 
 def fhns_lines(comparison):
-    """Lines on false hard negatives: of samplers beside the first model of one, of the run's
-    generated negatives, of projected z. Also into comparison.result."""
-    run, data, fhns, likely = comparison.run, comparison.data, {}, None
+    """The section on false hard negatives: of samplers, of the run's generated negatives, and of
+    projected z. Its rates also go into comparison.result."""
+    run, data, fhns = comparison.run, comparison.data, {}
     m, chosen = bb.sized_to_data(data)[3], ""
-    if (run / JUDGE).exists():
-        likely = load_tensors(run / JUDGE)[0]["likely"]
-    # any trained model tells what samplers would give it; the first of a sampler is the plainest
-    for row in [row for row in comparison.rows if row.kind == "sampler"][:1]:
+    likely = load_tensors(run / JUDGE)[0]["likely"] if (run / JUDGE).exists() else None
+    # one model's scores serve all samplers; a sampler's row is the plainest, as no text is in it
+    row = next((row for row in comparison.rows if row.kind == "sampler"), None)
+    if row:
         model, _, _ = load_recommender(row.paths[0], data)
         fhns = fhns_of_samplers(model, data, m, likely=likely)
         chosen = f" Samplers choose among {m} candidates, by the scores of {markdown(row.label)}."
@@ -521,20 +521,20 @@ def fhns_lines(comparison):
     table = [[name, *(f"{row[c]:.2%}" if c in row else "" for c in columns)]
              for name, row in fhns.items()]
     return ["", "## False hard negatives", "", "Share of negatives that are held-out positives of "
-            "their user (valid or test); of a vector, of the nearest real items that are not "
-            f"train items. Over {MOST:,} pairs or users at most.{chosen}", "",
+            "their user (valid or test). For a vector, the nearest items outside train stand "
+            f"in. At most {MOST:,} pairs or users are counted.{chosen}", "",
             *markdown_table(["negatives", *columns], table)] if fhns else []
 
 # ---- 5. compare: a cell is one command, echoed, that trains one model or blends some -------------
 def compare(args):
-    """Train the models that are missing, evaluate and test all -> OUT.md, OUT.json, OUT.svg. With
-    --valid on the validation pairs, best rows first; no test pair is read."""
+    """Train the models that are missing, evaluate all and test their differences -> OUT.md,
+    OUT.json, OUT.svg. --valid: on the validation pairs, best row first; no test pair is read."""
     run, data, split = Path(args.run), load_data(args.run), "valid" if args.valid else "test"
     out = args.out or ("compare-valid" if args.valid else "compare")
     page = page_of(run, out, "compare", "# Comparison: ")
-    if args.valid:  # choices are made by it, so that no test pair may be read
+    if args.valid:  # choices are made by its result, so nothing may read a test pair
         del data["test"]
-    # "DNS --lr 2e-3" is a row of that name. Of TABLE's rows alone the run may lack files
+    # an entry with its flags is one row. TABLE's rows may lack files; those asked for may not
     entries, left_out = {}, []
     for entry in map(str.strip, args.methods.split(";") if args.methods else TABLE):
         name, mark, words = entry.partition("--")
@@ -558,17 +558,16 @@ def compare(args):
     left_out += [f"{name} ({message})" for name, message in cells.failed.items()]
     if not rows:
         fail(f"--methods: no row is left; left out: {'; '.join(left_out)}")
-    # the page
     comparison = Comparison(run, rows, data, split)
     lines = [f"# Comparison: {markdown(run.name)}", "",
              f"{data['n_users']:,} users, {data['n_items']:,} items, {len(data['train']):,} train "
              f"pairs, one split; {args.backbone}, seeds: {args.seeds} (mean ± sd); each model at "
              "its best validation epoch." + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
-    plain = [name for name, _ in entries.values() if METHODS[name].kind != "closed form"
-             and not METHODS[name].parts and not {name, METHODS[name].like} & {*SPACES}]
-    if args.tuned and plain:
-        lines += ["", f"At default flags, without trials: {'; '.join(plain)}."]
+    untuned = [name for name, _ in entries.values() if METHODS[name].kind != "closed form"
+               and not METHODS[name].parts and not {name, METHODS[name].like} & {*SPACES}]
+    if args.tuned and untuned:
+        lines += ["", f"At default flags, without trials: {'; '.join(untuned)}."]
     if args.valid:
         rows.sort(key=comparison.mean, reverse=True)
         lines += comparison.sections(out)
@@ -578,10 +577,10 @@ def compare(args):
 
 
 def page_of(run, out, command, first):
-    """The page OUT.md of a command, which begins with `first`. Raises SystemExit2 for another's."""
+    """The path of OUT.md. Raises SystemExit2 for a page there that does not begin with `first`."""
     page = run / f"{output_name('--out', out, f'eval.py {command}')}.md"
     if page.exists() and not page.read_text("utf-8", "replace").startswith(first):
-        fail(f"--out {out}: {page} is there and not by `{command}`; choose another name")
+        fail(f"--out {out}: {page} exists and is not by `{command}`; choose another name")
     return page
 
 
@@ -596,18 +595,18 @@ def check_row(run, name, rows, backbone):
 
 
 def words_of(flag, text):
-    """The words of a string of flags. Raises SystemExit2 for one that each cell sets itself."""
+    """A string of flags as words. Raises SystemExit2 for one that compare or tune sets itself."""
     for word in text.split():
         if word.split("=")[0] in ("--run", "--backbone", "--seed", "--out", "--force"):
-            fail(f"{flag}: {word} is set by each cell itself; leave it out")
+            fail(f"{flag}: {word} is set by each training itself; leave it out")
     return text.split()
 
 
 def training_of(name, tuned, backbone, seed, more=()):
-    """The words of a row's training: those of the row that it is like, its own, each with its tuned
-    ones (read_tuned's), then `more`."""
+    """The command that trains a row, as words: the script, the flags of the row that it is `like`,
+    its own flags, each followed by the tuned ones (from read_tuned), then `more`."""
     method, words = METHODS[name], []
-    # in this order, since the last of a flag wins
+    # in this order: of a flag given twice the last one counts
     for row in filter(None, (method.like, name)):
         words += METHODS[row].flags.split()
         if tuned and row in SPACES:
@@ -615,7 +614,7 @@ def training_of(name, tuned, backbone, seed, more=()):
                 fail(f"--tuned: {row} on {backbone} is not in it; run `python eval.py tune "
                      f'--methods "{row}" --backbone {backbone}`')
             words += tuned[backbone][row]["words"]
-    # RLMRec's loss is a term of ours, so that `train` makes it
+    # RLMRec-Con is a baseline, but its loss is a term of ours, so `train` makes it
     ours = method.kind not in BASELINES or "--negatives" in method.flags
     script = ["hnlmrec.py", "train"] if ours else ["backbones.py", "pretrain"]
     if method.kind != "closed form":
@@ -630,7 +629,7 @@ class Cells:
         self.args, self.run, self.failed = args, Path(args.run), {}
         self.flags = words_of("--flags", args.flags)
         self.tuned = read_tuned(self.run / args.tuned, digest) if args.tuned else {}
-        # more trials find more, so all have as many, save judge's negatives where texts say nothing
+        # the best of more trials is better, so all need as many; JUDGED may have 1: see tune
         budgets = {trial["trials"] for name, trial in self.tuned.get(args.backbone, {}).items()
                    if name != JUDGED or trial["trials"] > 1}
         if len(budgets) > 1:
@@ -638,33 +637,33 @@ class Cells:
                  "`python eval.py tune` with one --budget for all")
 
     def file(self, name, words, seed):
-        """The name in the run of a row's file; "" for a closed form that would not fit into memory.
-        Raises SystemExit2 for words, its further flags, that nothing in a blend takes."""
+        """Make a row's file, with `words` as further flags -> its name in the run, "" for a closed
+        form that does not fit into memory. Raises SystemExit2 if a blend has no use for words."""
         if name not in METHODS:  # a part that is a file of the run
             return name
         method, seeded, parts = METHODS[name], f"-{self.args.backbone}-seed{seed}", []
         for part in method.parts:
             files = []
             for one in part.split("|"):
-                # a blend's flags are those of what is trained for it, of A|B those of A
+                # a blend passes its flags to the parts it trains, of A|B to A alone
                 plain = files or METHODS.get(one, method).kind == "closed form"
                 files.append(self.file(one, [] if plain else words, seed))
             parts.append("|".join(files))
         command = ["hnlmrec.py", "blend", "--parts", ",".join(filter(None, parts))]
-        closed = method.kind == "closed form"
+        seedless = method.kind == "closed form"
         if not parts:
-            more = words if closed else [*self.flags, *words]
+            more = words if seedless else [*self.flags, *words]
             command = training_of(name, self.tuned, self.args.backbone, seed, more)
-        elif seeded not in command[-1]:
-            closed = True
+        elif seeded not in command[-1]:  # no part is trained
+            seedless = True
             if words:
                 fail(f"--methods {name}: nothing is trained for it; leave {words[0]} out")
-        # other flags are another file; what has no seed is one file for all of them
-        slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ("" if closed else seeded)
+        # the digest: other flags give another file. Without a seed, one file serves all seeds
+        slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ("" if seedless else seeded)
         out = f"compare/{slug}-{json_digest(command)[:6]}.safetensors"
         return self.make(name, out, *command)
 
-    @cache  # once, with --force too
+    @cache  # so that with --force, too, each is made only once
     def make(self, name, out, *command):
         if (self.run / out).exists() and not self.args.force:
             read_meta(self.run / out, check=True)
@@ -674,7 +673,7 @@ class Cells:
         except SystemExit2 as error:
             if METHODS[name].kind != "closed form":
                 raise
-            # such as EASE, whose items x items may not fit: rows do without it
+            # such as EASE, if its items x items do not fit into memory; blends do without it
             self.failed[name] = error.message
             return ""
         return out
@@ -692,13 +691,12 @@ def program(script, *words):
         fail(f"{script} {' '.join(words[:3])} …: {message.removeprefix('error: ')}")
 
 # ---- 6. tune -------------------------------------------------------------------------------------
-# As many trials for every method, on validation: random search (Bergstra and Bengio, JMLR 2012)
-# and, mostly, steps from the best so far. Reads no test pair
-
-# method -> {flag: values to choose from, neighbours beside each other}
+# Every method gets the same number of trials, on validation: random search (Bergstra and Bengio,
+# JMLR 2012), but mostly steps from the best so far. No test pair is read.
+# SPACES has method -> {flag: its values in order, since a step goes to the next one up or down}
 TRAINED = {"lr": [3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "dim": [64, 128, 256, 512],
            "reg": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}
-M = TRAINED | {"m": [0.25, 0.5, 1, 2, 4]}  # m: times the M that follows the catalogue's size
+M = TRAINED | {"m": [0.25, 0.5, 1, 2, 4]}  # m: factors of the M that sized_to_data gives
 SOFTMAX = TRAINED | {"tau": [0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1], "shared": [64, 256, 1024]}
 SPACES = {
     "RNS": TRAINED, "PNS": TRAINED | {"beta": [0, 0.25, 0.5, 0.75, 1]}, "DNS": M, "MixGCF": M,
@@ -709,17 +707,17 @@ SPACES = {
         "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
     "HNLMRec": M | {"text-init": [0, 1], "lambda-s": [0, 0.01], "alpha": [0, 0.02]},
     JUDGED: M | {"lambda-f": [0.1, 0.3, 1, 3], "gamma": [0.05, 0.1, 0.2, 0.5]}}
-# second trial of all but HNLMRec: on sparse data wide vectors with a strong L2 are better by far,
-# and single steps take long to get there; on dense data it ends with its short run
+# the second trial, except of HNLMRec: on sparse data wide vectors with a strong L2 are far better,
+# and single steps take long to get there; on dense data it costs no more than a short run
 WIDE = ["--dim 128 --reg 0.01"]
-# but trials 1 and 2 of HNLMRec: without its parts, which is DNS; texts as initial vectors alone.
-# lambda1 stays: it trains the projector alone, which later trials with alpha need
+# HNLMRec's second and third: without its parts, which is DNS; with texts as initial vectors alone.
+# lambda1 stays: it reaches only the projector, which later trials with alpha need trained
 FIRST = {"HNLMRec": ["--alpha 0 --lambda-s 0 --text-init 0",
                      "--alpha 0 --lambda-s 0 --text-init 1"]}
 
 
 def space_of(name, data, texts=True, widest=512):
-    """A method's space for these data, values as words; no texts: without their parts."""
+    """A method's space for these data, as strings; without texts, flags that need them are 0."""
     space = dict(SPACES[name])
     # vectors of 512 numbers only where they take less than 120 MB
     if (data["n_users"] + data["n_items"]) * 512 > 3e7:
@@ -733,51 +731,51 @@ def space_of(name, data, texts=True, widest=512):
 
 
 def next_point(name, space, before, rng):
-    """Flags of a method's next trial: its defaults, those of FIRST or WIDE, then the best `before`
-    with one flag moved to a neighbour, and each fourth a random point."""
+    """Flags of a method's next trial: its defaults, then FIRST's or WIDE's, then the best of
+    `before` with one flag moved to a neighbour; every fourth time a random point."""
     first = ["", *FIRST.get(name, WIDE if "128" in space.get("dim", []) else [])]
     if len(before) < len(first):
         return first[len(before)].split()
     defaults = before[0].get("defaults", {})
-    for _ in range(20):  # a point that was not tried yet, if there is one
+    for _ in range(20):  # attempts at a point not yet tried: there may be none
         point = {f"--{flag}": values[rng.integers(len(values))] for flag, values in space.items()}
-        if len(before) % 4:  # most random points are poor, and cost a short run
+        if len(before) % 4:  # one step: most random points are poor, and cost a short run
             words, flag = best_trial(before)["words"], list(point)[rng.integers(len(point))]
             best, values = dict(zip(words[::2], words[1::2])), space[flag[2:]]
             now = best.get(flag, defaults.get(flag))
-            if now in values and len(values) > 1:  # a default between two values goes to any
+            if now in values and len(values) > 1:  # else any value: a default may lie between two
                 at = values.index(now)
                 beside = values[max(at - 1, 0):at] + values[at + 1:at + 2]
                 point[flag] = beside[rng.integers(len(beside))]
             point = best | {flag: point[flag]}
-        words = [word for flag, value in point.items() if value != defaults.get(flag)
-                 for word in (flag, value)]
-        if words not in [row["words"] for row in before]:
+        point = {flag: value for flag, value in point.items() if value != defaults.get(flag)}
+        # whatever the order of its flags
+        if point not in [dict(zip(row["words"][::2], row["words"][1::2])) for row in before]:
             break
-    return words
+    return [word for flag_and_value in point.items() for word in flag_and_value]
 
 
 def best_trial(trials):
-    """The first of the trials with the highest validation NDCG@20; trial 0 never fails."""
+    """The first trial with the highest validation NDCG@20; if trial 0 fails, `tune` ends."""
     return max((row for row in trials if row["valid"] is not None), key=lambda row: row["valid"])
 
 
 def run_trial(run, out, command, before):
-    """Train a trial of tune into `out`, after those of its method `before`: the first in full, the
-    others a fifth of the epochs first -> dict: "short", "valid": validation NDCG@20, None where it
-    was not reached; "failed": why; "defaults" of the first: {flag: value}."""
+    """One trial of tune, its model in `out`; `before`: the method's earlier ones. The first runs in
+    full, others a fifth of the epochs, the better half then in full -> dict: "short", "valid":
+    validation NDCG@20 of each run, or None; "failed": why; the first's "defaults" {flag: value}."""
     def train(*more):
         """-> {epoch: validation NDCG@20}, the settings of the model's file."""
         program(*command, *more, "--run", run, "--out", out, "--force")
         meta = read_meta(run / out)
         return {row["epoch"]: row["valid_ndcg@20"] for row in meta["history"]}, meta["settings"]
 
-    if not before:  # it may not fail: no flag of ours is in it
+    if not before:  # not caught if it fails: the flags are the user's, and all trials share them
         scores, settings = train()
         # its own first epochs stand for a short run
         few = max(1, settings["epochs"] // 5)
         early = [score for epoch, score in scores.items() if epoch <= few]
-        # so that no later trial names a default value again
+        # with these, next_point leaves out flags that have their default value
         defaults = {f"--{name.replace('_', '-')}": f"{value:g}" for name, value in settings.items()
                     if isinstance(value, (int, float))}
         return {"short": max(early, default=None), "valid": max(scores.values()),
@@ -801,8 +799,8 @@ def run_trial(run, out, command, before):
 
 
 def tune(args):
-    """Search each method's space by `budget` trials, one per line of OUT.jsonl, so that a killed
-    search resumes where it stopped -> OUT.json: the flags of each method's best trial."""
+    """Search each method's space by --budget trials, one per line of OUT.jsonl: a killed search
+    resumes where it stopped -> OUT.json: the flags of each method's best trial; OUT.md: a table."""
     run, data = Path(args.run), load_data(args.run)
     page = page_of(run, args.out, "tune", "| method | trials")
     log = page.with_suffix(".jsonl")
@@ -812,7 +810,7 @@ def tune(args):
     for name in trials:
         check_row(run, name, SPACES, args.backbone)
     flags = words_of("--flags", args.flags)
-    # former trials by plan, so of the same inputs and flags; --force: other methods' alone
+    # earlier trials by plan (inputs and flags); --force drops these methods' on this backbone
     former, file = read_jsonl(log, growing=True) if log.exists() else [], log.with_suffix(".json")
     done = {json_digest(row["plan"]): row for row in former if not args.force
             or row["method"] not in trials or args.backbone not in row["plan"]["command"]}
@@ -820,14 +818,14 @@ def tune(args):
     # where the judge ranks no better than popularity on validation, texts say nothing
     paths = [path for path in (run / JUDGE, run / "model-pop.safetensors") if path.exists()]
     known = [best_epoch(read_meta(path)["history"])["valid_ndcg@20"] for path in paths]
-    texts = len(known) < 2 or known[0] > known[1]
+    texts = len(known) < 2 or known[0] > known[1]  # judge, popularity
     if not texts:
-        print("the judge ranks no better than popularity: parts that live by texts are left alone")
+        print("the judge ranks no better than popularity: flags of text parts stay at 0")
     # a round is one trial of each method, so that a stopped search leaves them even
     for n, (name, before) in product(range(args.budget), trials.items()):
         if n and name == JUDGED and not texts:
             continue  # nothing to search
-        # a generator of its own: no trial depends on which methods are searched beside it
+        # a generator per trial, so that it does not matter which other methods are searched
         rng = np.random.default_rng([args.seed, n, *name.encode()])
         words = next_point(name, space_of(name, data, texts, args.widest), before, rng)
         command = training_of(name, {}, args.backbone, args.seed, [*flags, *words])
@@ -848,7 +846,7 @@ def tune(args):
         for other in before:
             if other is not best:
                 (run / other["model"]).unlink(missing_ok=True)
-    # the best of each, beside those of former searches
+    # add each method's best to what earlier searches found
     table = []
     for name, rows in trials.items():
         best = best_trial(rows)
@@ -864,9 +862,9 @@ def tune(args):
 
 
 def read_tuned(path, digest, anew=False):
-    """The file of `tune` -> {backbone: {method: its best trial}}. When it is not there, not whole,
-    or of another split: anew: nothing; otherwise raises SystemExit2."""
-    why = "is not there, or not by `tune`"
+    """The file of `tune` -> {backbone: {method: its best trial}}. If it is missing, damaged or of
+    another split: {} with `anew`, else raises SystemExit2."""
+    why = "is missing, or is not by `tune`"
     with suppress(ValueError, KeyError, TypeError, FileNotFoundError):
         tuned = json.loads(path.read_text())
         if tuned["data"] == digest:
@@ -878,8 +876,8 @@ def read_tuned(path, digest, anew=False):
          f"{path.stem} --force`")
 
 # ---- Estimate: what run.sh will take -------------------------------------------------------------
-# `estimate` has the seconds of run.sh's parts from one machine, two idle cores with AMX in bf16,
-# where the look-up below took REFERENCE, and scales them by what it takes here
+# The numbers in `estimate` are seconds of run.sh's parts, measured on one machine (two idle cores,
+# AMX in bf16). The look-up below took REFERENCE there; what it takes here scales them
 REFERENCE = 7.2e-4  # seconds
 
 
@@ -892,17 +890,18 @@ def estimate(args):
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
     # early stopping ends most trainings sooner; with FAST=1 all have 20 epochs
     training = (20 if args.fast else 0.75 * epochs) * -(-n // batch) * step
-    # the LLM's: profiles, fine-tuning, generation, reading
+    # the LLM's: profiles, fine-tuning, generation, reading; 2000 and 12,000 are run.sh's limits
     written = sum(min(args.llm_rows or n, n) for n in (users, items))
     pairs = min(2000 if args.llm_rows else n, 4 * users)
-    llm = written / 9 + 60 + items / 120 + pairs / 45 + min(items, 12_000) / 55
+    read = min(12_000 if args.llm_rows else items, items)
+    llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
     parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * items**3,
-             "trainings": (5 if args.trials else 7) * training,  # two are the best trials
+             "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
         parts |= {"LLM": 0.3 * llm, "judge": 0.15 * parts["judge"]}
-    # looking up vectors is most of a training, and bound by memory: a matrix product would call
-    # some machines half as fast again. The fastest of 50: slower ones were disturbed
+    # a training mostly looks up vectors, bound by memory: timed by a matrix product, some machines
+    # would seem 1.5 times as fast as they are. The fastest of 50: the others were disturbed
     table, rows = torch.randn(2**15, 64), torch.randint(2**15, (2**16,))
     speed = REFERENCE / min(Timer(lambda: table.index_select(0, rows)).repeat(50, 1))
     total = sum(parts.values()) / speed
@@ -913,7 +912,7 @@ def estimate(args):
 # ---- recommend; tables and pictures --------------------------------------------------------------
 @torch.no_grad()
 def recommend(args):
-    """Print one user's best unseen items, and those nearest to the LLM's negatives for them."""
+    """Print a user's best unseen items, and the items nearest to the LLM's negatives for them."""
     run, data = Path(args.run), load_data(args.run)
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
     user = users[0]["raw"] if args.user is None else args.user
@@ -921,21 +920,21 @@ def recommend(args):
     titles = [item["title"] for item in items]
     if args.k > len(items):
         fail(f"--k {args.k}: the catalogue has {len(items)} items; give at most that")
-    digests(run, args.model)  # refuses a model of other pairs
+    digests(run, args.model)  # refuses a model that was made from another run's pairs
     model, _, tensors = load_recommender(run / args.model, data)
     # what the user liked, and the best of the rest; a user may have fewer than k unseen items
     liked = data["train"][data["train"][:, 0] == row, 1].tolist()
     more = f"; … ({len(liked)} items)" if len(liked) > 8 else ""  # eight fit on two lines
     print(f"user {user} liked: {'; '.join(titles[n] for n in liked[:8])}{more}")
     if not liked:
-        print("note: this user has no train pair, so that at best the order is of what is popular")
+        print("note: this user has no train pair, so the order is by popularity at best")
     one = torch.tensor([row])
     best, = rank_unseen(model, one, seen_before(data, "test"), args.k)
     scores, = model.scores(one)
     print("recommended:")
     for rank, item in enumerate(best[best >= 0].tolist(), 1):
         print(f"  {rank:>3}  {scores[item]:8.4f}  {titles[item]}")
-    # vectors have no title, so that real items stand for the negatives
+    # vectors have no titles, so the items nearest to the negatives stand in
     if "z" in tensors:
         pairs, near = nearest_to_z(tensors, data, row, 3)
         if len(pairs):
@@ -965,8 +964,8 @@ def markdown_table(header, rows):
 def svg_chart(title, labels, means, lows, highs):
     """Dots with intervals about a dashed line at 0, a row per label, as SVG text: labels any text;
     means, lows, highs (n,) finite numbers."""
-    # about five ticks at round values. A dot shows its value by position, not by length, so
-    # the axis need not begin at zero; it holds zero all the same, since that is the question
+    # about five ticks at round values. A dot shows its value by position, not by length, so the
+    # axis need not begin at zero. It includes zero all the same, to show which side a dot is on
     low, high = min(*lows, 0.0), max(*highs, 0.0)
     rough = max(high - low, 1e-9) / 5
     power = 10.0 ** math.floor(math.log10(rough))
@@ -1022,27 +1021,27 @@ def main(argv=None):
 
     # what trains many models
     for name, rows, out in (("compare", METHODS, None), ("tune", SPACES, "tuned")):
-        add(name, "--methods", 'such as "DNS;MixGCF"; each of compare may have flags of its own '
-            '("HNLMRec --tau-c 0.1"), which in a blend go to all parts that are trained, but not '
-            "to DNS where it is an alternative; left out: compare takes the usual rows, as far as "
-            "the run has their files, tune all; of: " + "; ".join(rows), default="")
-        add(name, "--out", "first part of the names of what is written", default=out)
-    add("compare tune", "--backbone", "of all that is trained", default="lightgcn")
-    add("compare tune", "--flags", "of every training, in one string", default="")
-    add("compare tune", "--force", "make all trainings anew", action="store_true")
+        add(name, "--methods", 'names separated by ";", such as "DNS;MixGCF". In compare, each may '
+            'have flags ("HNLMRec --tau-c 0.1"), which a blend passes to the parts it trains, of '
+            "alternatives to the first. Default: all in tune; in compare the usual rows, as far "
+            "as the run has their files. Names: " + "; ".join(rows), default="")
+        add(name, "--out", "name of the output files, without the ending", default=out)
+    add("compare tune", "--backbone", "backbone of every trained model", default="lightgcn")
+    add("compare tune", "--flags", "flags for every training, in one string", default="")
+    add("compare tune", "--force", "train again, even what is there", action="store_true")
     add("tune", "--budget", "trials per method", type=number(int, 1), default=20)
-    add("tune", "--widest", "--dim tried at most", type=number(int, 64), default=512)
-    add("tune", "--seed", "of trials and trainings", type=number(int, 0), default=0)
-    add("compare", "--seeds", "seeds 0 to N-1 of training", type=number(int, 1), default=5)
-    add("compare", "--tuned", "take each method's flags from this file of `tune` (tuned.json)",
+    add("tune", "--widest", "largest --dim to try", type=number(int, 64), default=512)
+    add("tune", "--seed", "seed of search and trainings", type=number(int, 0), default=0)
+    add("compare", "--seeds", "train with seeds 0 to N-1", type=number(int, 1), default=5)
+    add("compare", "--tuned", "take each method's flags from a file of `tune` (tuned.json)",
         nargs="?", const="tuned.json", metavar="FILE")
-    add("compare", "--valid", "rank on validation, read no test pair", action="store_true")
-    # what run.sh will do, as it calls this
+    add("compare", "--valid", "evaluate on validation; read no test pair", action="store_true")
+    # what run.sh is about to do: it passes these
     whole = {"type": number(int, 0), "default": 0}
-    add("estimate", "--llm-rows", "users and items each that the LLM writes of; 0: all", **whole)
-    add("estimate", "--trials", "trials of each of two methods", **whole)
-    add("estimate", "--fast", "with FAST=1", action="store_true")
-    add("recommend", "--user", "as in the ratings file; default: the first user", metavar="ID",
+    add("estimate", "--llm-rows", "profiles of users, and of items, by the LLM; 0: all", **whole)
+    add("estimate", "--trials", "trials for each of the two tuned methods", **whole)
+    add("estimate", "--fast", "the run has FAST=1", action="store_true")
+    add("recommend", "--user", "id as in the ratings file; default: the first user", metavar="ID",
         type=given_id)
     add("recommend", "--k", "items to show", type=number(int, 1), default=10)
     add("recommend", "--model", "model, judge or blend inside the run folder",

@@ -1,8 +1,8 @@
 """hnlmrec.py: the recommender trained with the LLM's negatives and the judge, and its data.
 
 prepare   ratings and item metadata -> data.safetensors, items.jsonl, users.jsonl
-judge     texts.safetensors + train pairs -> judge.safetensors: what the texts say a user likes, as
-          a score, and each user's likely false negatives. Needs no LLM
+judge     texts.safetensors + train pairs -> judge.safetensors: a score of how well an item's text
+          fits a user, and each user's likely false negatives. Runs no LLM
 train     data, cf, negatives-*, texts (and judge) .safetensors -> model-hnlmrec.safetensors
               z   = MLP(self-attention over K generated vectors of the user)   Projector
               e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                mix
@@ -14,8 +14,8 @@ trace     follows one (user, item) pair from the raw line to the gradient
 
 The method comes first: negatives and losses, the judge, further pieces. Then the programs.
 
-Alone:  python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta items.tsv
-        python hnlmrec.py train --run runs/NAME
+Example: python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta items.tsv
+         python hnlmrec.py train --run runs/NAME
 """
 
 import ast, codecs, csv, gzip, html.entities, io, json, math, re, time, unicodedata, zlib
@@ -106,7 +106,7 @@ class NegativeTable:
 
     def others(self, users, k, generator=None):
         """Users (B,) -> k rows of each one's generated vectors, drawn at random (B, k)."""
-        # one draw for limits of all sizes: the modulo hardly favours any
+        # one draw for all users, however many vectors each has; the modulo's bias is negligible
         point = torch.randint(2**31, (len(users), k), generator=generator, device=users.device)
         return self.start[users][:, None] + point % self.count[users][:, None].clamp(min=1)
 
@@ -114,7 +114,7 @@ class NegativeTable:
 def mix(z, sampled, alpha):
     """e⁻ = alpha z' + (1 - alpha) e_j, z' being z with e_j's norm (paper, stage 2): z, sampled
     (B, D) -> (B, D)."""
-    # PaperHNLMRec mixes z itself; here alignment trains its direction alone
+    # the norm of z means nothing, since L_align trains by cosines. PaperHNLMRec mixes z as it is
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
 
@@ -124,8 +124,8 @@ def alignment_loss(z, positives, mined, user_ids, tau):
     e_m, a CF-mined hard negative of its user, and away from other users' e_m' and from its own e_i:
     the mean of -ln( exp(c_m) / (exp(c_m) + sum exp(c_m') + exp(c_i)) ),  c_x = cos(z, e_x) / tau.
 
-    z, positives, mined (B, D), gradient into all three; user_ids (B,): rows of one user are no
-    negatives of each other -> scalar."""
+    z, positives, mined (B, D), gradient into all three; user_ids (B,): rows of one user are not
+    each other's negatives -> scalar."""
     z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
     # rows of one user share their mined items; an item mined for another user too stays a negative
     same = user_ids[:, None] == user_ids[None]
@@ -160,10 +160,10 @@ class HNLMRec(nn.Module):
 
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖²
 
-    (‖Θ‖² of f's own parameters stands within lambda_f). backbone: a Backbone; draw: make_sampler's,
-    for e_j; pairs (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a
-    NegativeTable of them; mined (U, L): the bands. semantic: a SemanticProjector; likely: a
-    LikelyFalse. None will do for a term of weight 0."""
+    (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; pairs
+    (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a NegativeTable of
+    them; mined (U, L): the bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a
+    weight of 0 turns off may be None."""
 
     # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
@@ -182,11 +182,11 @@ class HNLMRec(nn.Module):
         self.z, self.steps = None, 0  # what z_of_all keeps between its refreshes
 
     def modules_trained(self):
-        """{name: module} for `fit`: those that are there."""
+        """{name: module} for `fit`, without those that are None."""
         return dict(self.named_children())
 
     def loss(self, rows, generator):
-        """Rows (B,), B >= 1, of the pairs -> (scalar, {term, unweighted: float}). For `fit`."""
+        """For `fit`: rows (B,) of the pairs, B >= 1 -> (scalar, {term: its unweighted value})."""
         u, i = self.pairs[rows].T  # (B,), (B,)
         # which generated vector: the pair's own, else another of its user's; -1: none
         made = self.table(rows, 1, generator)[:, 0] if self.table else None  # (B,)
@@ -263,9 +263,9 @@ class PaperHNLMRec(HNLMRec):
         e⁻  = alpha z + (1 - alpha) e_j
         L   = BPR(e_u, e_i, e⁻) + lambda1 L_CL(e_u, e_i, z) + lambda2 ‖Θ‖².
 
-    z comes straight out of the projector, which, as in the published code, is in no optimizer,
-    unless train_projector: then BPR's gradient, too, trains it, towards easy negatives. hinge:
-    above 0, the margin of a hinge in place of BPR. The paper's weights are in PAPER."""
+    z is not rescaled. As in the published code the projector is in no optimizer, unless
+    train_projector: BPR's gradient then trains it too, towards easy negatives. hinge: above 0, the
+    margin of a hinge in place of BPR. The paper's weights are in PAPER."""
     def __init__(self, *args, hinge=0.0, train_projector=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.hinge, self.train_projector = hinge, train_projector
@@ -324,31 +324,31 @@ def whiten(text):
 
 
 def whitened_texts(readings):
-    """Readings at several layers, a list of (I, H) -> (I, T), whitened, side by side, length 1."""
+    """Readings, a list of (I, H), one per layer -> (I, T), whitened, side by side, of length 1."""
     return F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
 
 
 def similarity(cosine, beta):
-    """exp(beta (cosine - 1)), the summand of soft_maximum."""
+    """exp(beta (cosine - 1)), the summand of soft_maximum. The - 1 keeps it at most 1."""
     return (beta * (cosine - 1)).exp()
 
 
 def soft_maximum(total, count, scale, beta):
     """scale (ln(mean of exp(beta (c - 1))) / beta + 1) of some cosines c: total is the sum of their
     similarity(c, beta), count their number. beta near 0: scale times the mean cosine; large: times
-    the largest."""
+    the largest. It takes a sum so that totals can be shared and one item taken out of them."""
     return scale * ((total / count.clamp(min=1)).clamp(min=1e-12).log() / beta + 1)
 
 
 class Judge(nn.Module):
-    """A recommender by texts and a bias per item: its similarity to the user's train items k,
-    dominated by the most similar one,
+    """A recommender by texts: an item's score is its bias plus its similarity to the user's train
+    items k, above all to the most similar one:
 
         score(u, j) = b_j + soft_maximum over k of cos(h_k, v_j).
 
-    tables: from JudgeMaps.tables(), history and item (I, W): h and v, rows of length 1; bias (I,);
-    shape (2,): scale and beta of soft_maximum. train (N, 2). A user without a train pair is ranked
-    by the biases alone."""
+    tables, from JudgeMaps.tables(): history (I, W): h; item (I, W): v; bias (I,): b; shape (2,):
+    scale and beta of soft_maximum. h and v have length 1. train (N, 2). A user without a train pair
+    is ranked by the biases alone."""
     def __init__(self, tables, train, n_users):
         super().__init__()
         self.history, self.items, self.bias, shape = (
@@ -383,9 +383,9 @@ class Judge(nn.Module):
 
 class JudgeMaps(nn.Module):
     """What the judge learns: two linear maps of the items' texts, history_map for items of a
-    history and item_map for judged ones, and a bias per item. tables() -> the arguments of a Judge.
+    history and item_map for judged ones, and a bias per item. tables() -> a Judge's `tables`.
 
-    readings: a list of (I, H), one per layer; train (N, 2); width: W; beta: where it starts."""
+    readings: a list of (I, H), one per layer; train (N, 2); width: W; beta: its initial value."""
 
     # width 576: the default LLM's own; wider maps overfit small data. beta 4: a cosine of .9
     # then counts five times as much as one of .5
@@ -402,12 +402,12 @@ class JudgeMaps(nn.Module):
         for linear in (self.history_map, self.item_map):
             nn.init.zeros_(linear.weight)
             linear.weight.data[:, first:first + width].fill_diagonal_(1)
-        # starts at half the log popularity: softmax against uniform draws asks for all of it, of
-        # which similarity to the history gives a part
+        # starts at half the log popularity. Against uniform negatives softmax wants all of it, but
+        # popular items are also more similar to histories, which gives a part
         count = torch.bincount(train[:, 1], minlength=len(text)).float()
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
-        # a tenth: Adam's steps have one size for all, and ln beta has further to go than a weight
+        # ln beta / 10: Adam moves every parameter by about lr a step, and ln beta has further to go
         self.tenth_log_beta = nn.Parameter(torch.tensor(float(beta)).log() / 10)
 
     def shape(self):
@@ -437,7 +437,7 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         # their train items, P in all: each one's user (its place in the batch) and slot there
         place, own = rows_of(train_rows, users)
         order = torch.rand(len(own), generator=generator, device=own.device, dtype=torch.float64)
-        order = (place + order).argsort()
+        order = (place + order).argsort()  # shuffled within a user, since only `most` are kept
         place, own = place[order], own[order]
         count = torch.bincount(place, minlength=len(users))
         slot = torch.arange(len(own), device=own.device) - (count.cumsum(0) - count)[place]
@@ -457,11 +457,11 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
 
         # positives: each item by its user's others, as (B, S, S) with S slots a user
         scale, beta = maps.shape()
-        padded = history.new_zeros(2, len(users), int(count.max()), history.shape[1])
-        by_user = [empty.index_put((place, slot), rows)
-                   for empty, rows in zip(padded, (history, own_vectors))]  # (B, S, W) each
-        alike = similarity(by_user[0] @ by_user[1].mT, beta)  # (B, S, S): of history, of item
+        empty = history.new_zeros(len(users), int(count.max()), history.shape[1])  # (B, S, W)
+        past, left_out = (empty.index_put((place, slot), x) for x in (history, own_vectors))
+        alike = similarity(past @ left_out.mT, beta)  # (B, S, S): user, history item, left-out one
         slots = torch.arange(alike.shape[1], device=own.device)
+        # a filled slot of the history, and not the item that is left out itself
         is_other = (slots < count[:, None])[:, :, None] & (slots[:, None] != slots)
         total = (alike * is_other).sum(1)[place, slot]  # (P,)
         others = count[place] - 1
@@ -482,9 +482,8 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
 
 @torch.no_grad()
 def likely_items(judge, n, cells=2**23):
-    """The n unseen items that the judge ranks highest for each user, and how likely each is beside
-    the others: (U, n) int64, (U, n) shares that add up to 1; -1 and share 0 where a user has fewer.
-    """
+    """The n unseen items that the judge ranks highest for each user, (U, n) int64, and their shares
+    (U, n), a softmax of the n scores; -1 and share 0 where a user has fewer."""
     # some users at a time: all scores at once would be U x I
     items, share = [], []
     everyone = torch.arange(judge.n_users, device=judge.bias.device)
@@ -509,8 +508,8 @@ class LikelyFalse:
     def __call__(self, users, generator=None):
         border = self.border[users]  # (B, n)
         point = torch.rand(len(users), 1, generator=generator, device=users.device)
-        # right=True: a share of 0 is never drawn. With nothing listed it would be item 0, but then
-        # the user has no unseen item, which samplers refuse
+        # right=True: a share of 0 is never drawn. A user with nothing listed would get item 0, but
+        # then has no unseen item, and the samplers refuse such a user at the start
         place = torch.searchsorted(border, point * border[:, -1:], right=True)
         drawn = self.listed[users].gather(1, place.clamp(max=border.shape[1] - 1))[:, 0]
         return drawn.clamp(min=0)
@@ -525,8 +524,8 @@ def keep_clear(keys, n_items):
 
     return penalty
 
-# ==== 3. The shelf: further pieces, all beyond the paper but L_sem's projector ====================
-# Texts in the recommender's space: for L_sem, as initial vectors, and as a score
+# ==== 3. Further pieces, all beyond the paper except L_sem's projector ============================
+# Item texts as vectors of the recommender (for L_sem, and to start from), and as a score
 
 class SemanticProjector(nn.Module):
     """Texts in the recommender's space: user ids (A,), item ids (B,) -> (A, D), (B, D), an MLP of
@@ -548,11 +547,11 @@ class SemanticProjector(nn.Module):
 
 
 def text_start(text, train, n_users, dim, std):
-    """Initial vectors that say what the texts say: of an item the first `dim` principal components
-    of the texts, of a user the sum over the train items; both scaled to the mean square std squared
-    that random ones would have. Beyond the paper.
+    """Initial vectors that say what the texts say: an item's is its text projected on
+    the first `dim` principal components, a user's the sum over the train items; both scaled to a
+    root mean square of std, as random ones have. Beyond the paper.
 
-    text (I, H), train (N, 2) -> (U + I, dim), users first; random where a text is narrower."""
+    text (I, H), train (N, 2) -> (U + I, dim), users first; columns beyond H are random."""
     # unlike the judge's texts these are not whitened, which would give all components equal weight
     text = F.normalize(standardised(text), dim=1)
     # the covariance's eigenvectors, of which eigh gives the largest last
@@ -582,15 +581,15 @@ class TextSimilarity(nn.Module):
 # ---- The judge's training ------------------------------------------------------------------------
 def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=8, lr=1e-3, seed=0,
                 validated=5000):
-    """Fit the maps once with each dropout and keep the best on validation: readings: a list of
-    (I, H); train, valid (N, 2); validated: users ranked after each epoch -> (maps, dropout, history
-    of fit)."""
-    # small data, small batches: a 64th of the train pairs, 256 to 2,048
+    """Fit the maps once with each dropout, keep those that are best on validation. readings: a list
+    of (I, H); train, valid (N, 2); validated: how many users are ranked after each epoch -> (maps,
+    dropout, history of fit)."""
+    # small data, small batches: users who have about a 64th of the train pairs, 256 to 2,048
     pairs = min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
     # a user with one train pair has no history to find it by
     taught = (torch.bincount(train[:, 0], minlength=n_users) > 1).nonzero()[:, 0]
-    # every epoch is validated, by 5,000 users: their NDCG's standard error is about .003. The rate
-    # falls to 0 in the last epoch, so that none stops early but the loser
+    # every epoch is validated, on 5,000 users: their NDCG's standard error is about .003. No run
+    # stops early, since the learning rate falls to 0 in the last epoch, except a loser (`behind`)
     best = None
     for dropout in dropouts:
         maps = JudgeMaps(readings, train).to(train.device)
@@ -620,7 +619,7 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
 def in_deviations(scores):
     """Scores (B, I) less their user's mean, in standard deviations of that user's scores."""
     centred = scores - scores.mean(1, keepdim=True)
-    rounding = 1e-6 * scores.abs().amax(1, keepdim=True)  # of scores all alike nothing else is left
+    rounding = 1e-6 * scores.abs().amax(1, keepdim=True)  # all that is left where scores are equal
     return centred / scores.std(1, keepdim=True).clamp(min=rounding + 1e-12)
 
 
@@ -642,8 +641,8 @@ class Blend(nn.Module):
         return total
 
 
-# the weights tried for each part, which start at 1. Factors of two, since NDCG hardly changes
-# within one
+# the weights tried for each part; the search starts at 1. They differ by factors of two: within
+# such a factor NDCG hardly changes
 BLEND_GRID = (0, 0.125, 0.25, 0.5, 1, 2, 4)
 
 
@@ -655,7 +654,7 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
 
     parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 among them; cells: scores held
     -> (weights, each part's NDCG@20 alone)."""
-    # the users that are ranked, and what their lists should hold: some where all would not fit
+    # the users to rank, a random part of them if all would not fit; what their lists should hold
     n_users, n_items = parts[0].n_users, parts[0].n_items
     users, most = valid[:, 0].unique(), max(1, cells // (len(parts) * n_items))
     some = torch.randperm(len(users), generator=torch.Generator().manual_seed(0))[:most]
@@ -665,8 +664,7 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
     scores = []  # (n, I) of each part, in chunks of users
     for part in parts:
         part.eval()  # as Blend has it
-        chunks = [in_deviations(part.scores(some)) for some in users.split(1024)]
-        scores.append(torch.cat(chunks))
+        scores.append(torch.cat([in_deviations(part.scores(u)) for u in users.split(1024)]))
 
     def quality(weights):
         if not any(weights.values()):  # all scores alike: no ranking
@@ -679,8 +677,8 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
         return float(ndcg(contains(keys, users[:, None], ranked, n_items), relevant, 20).mean())
 
     alone = [quality({k: 1}) for k in range(len(parts))]
-    # not from the best part alone: where no single other part adds to it, although two would, the
-    # ascent would end there. reversed, since line_search begins with the last name
+    # not from the best part alone: the ascent would end there if no other part helps by itself,
+    # though two together would. reversed: line_search begins with the last name
     equal = dict.fromkeys(range(len(parts)), 1)
     best, _ = line_search(quality, {k: grid for k in reversed(equal)}, equal)
     return [float(weight) for weight in best.values()], alone
@@ -703,7 +701,7 @@ def load_recommender(path, data):
         # parts are named as seen from the run folder
         parts = [load_recommender(bb.run_of(path) / name, data)[0] for name in meta["parts"]]
         return Blend(parts, tensors["weights"].tolist()), meta, tensors
-    # None: a person's own vectors
+    # texts: of `read`, or vectors of one's own, which name no command; load_model refuses others
     if command == "read" or not command and path.exists() and not path.stem.startswith("model-"):
         readings = bb.load_texts(path.parent, path.name, data["n_items"])
         readings = [text.to(data["train"].device) for text in readings]
@@ -716,7 +714,7 @@ def fit_judge(args):
     """Fit the judge on the items' texts; write its score and each user's likely false negatives."""
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py judge", ".safetensors", "judge")
-    # made with these settings from these inputs, it is there already
+    # a judge made with these settings from these inputs need not be made again
     readings = bb.load_texts(run, args.text_vectors, data["n_items"])
     texts = bb.text_input(run, args.text_vectors)
     settings = bb.settings_of(args) | {
@@ -754,7 +752,7 @@ def fit_judge(args):
 # What the paper and its published code state of this stage; their alpha on Toys is 0.01
 PAPER = {"dim": 512, "layers": 3, "batch_size": 10_000, "lr": 1e-3, "reg": 1e-4, "sampler": "rns",
          "alpha": 1e-4, "lambda1": 1e-3, "tau_c": 0.2, "lambda_s": 0.0, "text_init": 0.0}
-# HNLMRec's numbers: each has a flag of its name
+# HNLMRec's arguments that are numbers (the others default to None): each has a flag of its name
 WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if default is not None]
 
 
@@ -816,8 +814,8 @@ def train_hnlmrec(args):
     if table:
         others = n - table.own - table.without
         print(f"train: {table.own} of {n} train pairs have a generated negative of their own, "
-              f"{others} use their user's other ones, {table.without} are of users without any and "
-              "have a sampled item alone", flush=True)
+              f"{others} use another one of their user's, {table.without} belong to users without "
+              "any and use a sampled item alone", flush=True)
     _, history = fit(
         method.modules_trained(), method.loss, n,
         validation(method.backbone, data, users=args.eval_users), epochs=args.epochs,
@@ -826,8 +824,8 @@ def train_hnlmrec(args):
     if rank():
         return
 
-    # the state of the best validation; the vectors that rank; for the report z of each generated
-    # pair alone (K = 1), so that it is repeatable
+    # saved: the state that was best on validation; the vectors to rank by; for the report, z of
+    # each generated vector by itself (K = 1: no random draw, so that it is repeatable)
     tensors = bb.state_of(dict(method.named_children()))
     with torch.no_grad():
         tensors["user"], tensors["item"] = method.backbone.eval()()
@@ -874,8 +872,8 @@ def build(run, args, data):
         start = text_start(text, train, n_users, backbone.embedding.shape[1], backbone.std)
         backbone.embedding.data.lerp_(start, args.text_init)
 
-    # the sampler of e_j. dns, which alone heeds a penalty, takes a likely false negative only where
-    # all candidates are; or, an oracle, a validation positive: what better negatives could gain
+    # the sampler of e_j. A penalty, which only dns reads, keeps it clear of likely false negatives
+    # or, as an oracle that shows what better negatives could gain, of validation positives
     penalty = None
     if args.lambda_f or args.keep_clear == "judge":
         tensors, _ = bb.load_tensors(run / args.judge, train.device)
@@ -893,7 +891,7 @@ def build(run, args, data):
         parts["mined"] = bb.mine_hard_negatives(cf_model, train, args.mine_first, args.mine_last)
         parts["hidden"] = hidden.to(train.device)
         parts["table"] = NegativeTable(generated["pairs"].to(train.device), train, n_users, n_items)
-    # for trace: a model that was trained before a weight was added has it at its default
+    # `if name in args`: trace may read the settings of a model older than a weight
     parts |= {name: getattr(args, name) for name in WEIGHTS if name in args}
     if args.paper:
         parts |= {"hinge": args.hinge, "train_projector": args.train_projector}
@@ -930,7 +928,8 @@ def blend(args):
 
     # the parts, and their weights by validation, with each choice of alternatives
     loaded = {name: load_recommender(run / name, data) for name in names}
-    seconds, best = sum(meta.get("seconds", 0.0) for _, meta, _ in loaded.values()), (-1.0,)
+    seconds = sum(meta.get("seconds", 0.0) for _, meta, _ in loaded.values())
+    best = -1.0, None, None  # score, chosen parts, weights
     for chosen in product(*filter(None, choices)):
         parts = [loaded[name][0] for name in chosen]
         weights, alone = blend_weights(parts, data["train"], data["valid"])
@@ -956,7 +955,7 @@ def trace(args):
     run, data = Path(args.run), bb.load_data(args.run)
     bb.digests(run, args.model)  # refuses a model of other pairs
     tensors, meta = bb.load_tensors(run / args.model)
-    # its inputs are those of this run: another run of the same pairs has other negatives
+    # and one of another run of the same pairs, whose negatives are not those that are here
     bb.check_inputs(run / Path(args.model).name, bb.made_from(meta))
     s = Namespace(**meta["settings"])
     if s.command != "train" or s.negatives == "none":
@@ -1088,7 +1087,7 @@ def prepare(args):
     user_of_line = dict(rows[["line", "user"]][rows["part"] == 0].tolist())
     reviews = read_reviews(source, form, user_of_line, s.reviews_per_user, counts)
     users = [{"raw": raw, "reviews": reviews[n]} for n, raw in enumerate(users)]
-    # write, the data last: it names the rest. A run killed in between is not taken for whole
+    # the data last, since it has the others' digests: a killed `prepare` never looks complete
     out.unlink(missing_ok=True)
     for name, lines in (("items.jsonl", items), ("users.jsonl", users)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -1121,13 +1120,13 @@ def prepare_settings(args):
     *preset, published = PRESETS.get(args.preset, [None])
     s |= dict(zip(s, preset)) | {name: getattr(args, name) for name in s
                                  if getattr(args, name) is not None}
-    # the files that there are; each is read twice at most, never held whole
+    # the files that were given; each is read twice at most, never held whole
     files = (files if own else {"reviews": args.reviews}) | {"meta": args.meta}
     files = {role: path for role, path in files.items() if path}
     for path in files.values():
         if not Path(path).is_file():  # a pipe could not be read twice
             fail(f"{path}: no such file, or a folder, pipe or device; give a file")
-    # by their digests an edited file is seen, wherever it lies
+    # digests, not paths: an edited file is noticed, and a moved one is the same file
     s |= {"seed": args.seed, "reviews_per_user": args.reviews_per_user, "command": "prepare",
           "files": {role: bb.file_digest(path) for role, path in files.items()}}
     return Namespace(**s), files, published
@@ -1162,9 +1161,8 @@ def filter_pairs(rows, users, path, s, counts):
 
 
 def latest(user, item, rating, seconds):
-    """Of each (user, item) the row latest in time -> their indices, int (P,), ascending.
-
-    Where times are equal or missing, the lowest rating: the order of the file decides nothing."""
+    """The latest row of each (user, item) -> indices, int (P,), ascending. Where times are equal or
+    missing, it is the one with the lowest rating: the order of the file decides nothing."""
     pair = user.astype(np.int64) * (item.max(initial=0) + 1) + item
     order = np.lexsort((rating, -seconds, pair))  # NaN comes last in each
     return np.sort(order[np.diff(pair[order], prepend=-1) != 0])
@@ -1172,9 +1170,8 @@ def latest(user, item, rating, seconds):
 
 def k_core(user, item, k):
     """Drop users and items with fewer than k interactions until all that remain have k or more.
-
-    int (N,), (N,) -> bool (N,) kept."""
-    # dropping a user may make an item too rare, and so on to a fixed point
+    user, item (N,): int codes -> bool (N,), which interactions are kept."""
+    # dropping a user may make an item too rare, which may make another user too rare, and so on
     keep = np.ones(len(user), bool)
     while k > 1:
         ok = (np.bincount(user, keep)[user] >= k) & (np.bincount(item, keep)[item] >= k) & keep
@@ -1248,8 +1245,8 @@ def read_pairs(files, s, counts):
 
 
 def id_text(raw):
-    """An id as text, alike however it is written: without spaces around it, 1.0 as 1, é as one
-    character. None when it is not an id."""
+    """An id as text, the same however it was written: without spaces around it, 1.0 as 1, é as one
+    character. None if it is not an id."""
     if isinstance(raw, (bool, dict, list)):
         return None
     name = unicodedata.normalize("NFC", str(raw)).strip()
@@ -1259,8 +1256,8 @@ def id_text(raw):
     return name if 0 < len(name) <= 200 and not NO_ID.search(name) else None
 
 
-# what programs write where there is none; in quotes; rounded by a spreadsheet; a control,
-# zero-width or direction character, or half of a character
+# not an id: what programs write for a missing one; one in quotes, or rounded by a spreadsheet; one
+# with a control, zero-width or direction character, or with half of a character
 NO_ID = re.compile(
     r"^(?:null|none|nan|inf|#?n/a|<na>|([\"']).*\1|\d(?:[.,]\d+)?e\+\d\d?)$|[\x00-\x1f\x7f-\x9f\xad"
     r"\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]", re.I)
@@ -1268,14 +1265,14 @@ NO_ID = re.compile(
 
 def given_id(text):
     """An id from the command line, in the form that the run's files have it."""
-    return id_text(text) or text  # what is no id is found nowhere, as `row_of` says
+    return id_text(text) or text  # if it is not an id, `row_of` will not find it and says so
 
 
 def renumber(codes, names):
     """Codes (N,) of the kept rows -> 0 … n-1 in the order of the raw ids, the n raw ids."""
     kept, codes = np.unique(codes, return_inverse=True)
     kept = [names[code] for code in kept]
-    # so that the file's order does not decide the numbers; ids by value, of which 1 and 01 are two
+    # the order of the file must not decide the numbers. Numeric ids go by value, 01 before 1
     keys = [(int(name) if name.isascii() and name.isdecimal() else math.inf, name)
             for name in kept]
     order = np.array(sorted(range(len(kept)), key=keys.__getitem__))
@@ -1283,8 +1280,8 @@ def renumber(codes, names):
 
 
 def interactions(path, fmt, counts):
-    """(line, user, item, rating, seconds) of each row; NaN where none is. Times: seconds, milli-,
-    micro- or nanoseconds since 1970, one unit a file, or ISO dates."""
+    """(line, user, item, rating, seconds) of each row; NaN for a missing number. Times: ISO dates,
+    or seconds, milli-, micro- or nanoseconds since 1970, in one unit throughout the file."""
     form, unit = format_of(fmt, path), 0  # unit of the times: not known yet
     for n, row in form.rows(path):
         ids = [row.get(form.user), row.get(form.item)]
@@ -1296,7 +1293,7 @@ def interactions(path, fmt, counts):
             fail(f"{path}: line {n}: {name} {quote(row.get(name))} is no id (no such column, "
                  "empty, null, quoted, rounded, too long or with unseen characters); fix that line "
                  f"(columns: {quote([*row])})")
-        # a number, or nothing; never something else that is taken for nothing
+        # an empty field is NaN; anything else that is not a number is refused, never ignored
         name, wrong = form.rating, "no number; write it as 4.5"
         try:
             rating = parse_number(row.get(name))
@@ -1310,7 +1307,7 @@ def interactions(path, fmt, counts):
                 # as seconds, 20160301 would be a day of August 1970
                 day = not unit and CALENDAR.fullmatch(f"{size:.0f}")
                 unit = unit or next((u for u in (1, 1e3, 1e6) if size < 7.3e9 * u), 1e9)
-                # 7.3e9 seconds: the year 2200
+                # after 2200 (7.3e9 s) or, in finer units, before 1973 (1e8 s): another unit
                 if day or size >= 7.3e9 * unit or unit > 1 and size < 1e8 * unit:
                     raise ValueError
         except ValueError:
@@ -1329,10 +1326,10 @@ def parse_number(value, dates=False):
     if value is None or value == "":
         return math.nan
     text = str(value).strip()
-    # a time that a spreadsheet rounded, 8.81251E+11, would put a user's pairs into one moment
+    # times that a spreadsheet rounded, such as 8.81251E+11, would give many pairs the same moment
     if NUMBER.fullmatch(text) and not (dates and ROUNDED.fullmatch(text)):
         return float(text)
-    return iso_seconds(text if dates else "")
+    return iso_seconds(text if dates else "")  # "" is no date: ValueError
 
 
 def iso_seconds(text):
@@ -1347,8 +1344,8 @@ OF_PAIRS, LETTER = re.compile("rating|review|score|comment", re.I), re.compile(r
 def read_items(path, form, raw_items, counts):
     """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
     repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
-    # found {id: {column: text}}; seen: rows of each; held: the wanted ids in each column; differ:
-    # those whose rows differ in it
+    # found {id: {column: text}}; seen {id: number of rows}; held {column: the wanted ids that its
+    # first 10,000 rows hold, to suggest the right one}; differ {column: ids whose rows differ}
     found, seen, wanted = {}, Counter(), set(raw_items)
     held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
@@ -1373,7 +1370,9 @@ def read_items(path, form, raw_items, counts):
             remedy = f"column {quote(best)} has {len(held[best]):,}: rename it to {form.item!r}"
         said = (f"{path}: column {form.item!r} has {len(found):,} of the {len(wanted):,} items "
                 f"(such as {quote(min(wanted))}); {remedy}, or give another file or --format")
-        print(f"  WARNING: {said}") if found else fail(said)
+        if not found:
+            fail(said)
+        print(f"  WARNING: {said}")
 
     columns = next(iter(found.values()), {}).keys()
     # flat: one file of pairs and metadata, a row for a pair
@@ -1382,14 +1381,15 @@ def read_items(path, form, raw_items, counts):
     counts["repeated metadata rows (fullest kept)"] += 0 if flat else seen.total() - len(found)
     left_out = columns & set(form[:4]) - {"title"}  # a pair's in any file; a text may be the item's
     for name in columns if flat else ():
-        # left out is what differs between rows of one item, or stands under a name that columns of
-        # pairs have; and numbers, which may be made of the item's pairs, such as a mean rating
+        # leave out what differs between rows of one item, or has a name that columns about pairs
+        # have; and numbers, which may be counted from held-out pairs, such as a mean rating
         about = (differ[name] or OF_PAIRS.search(name) or any(is_called(name, r) for r in ROLES)
                  or not any(LETTER.search(fields[name]) for fields in found.values()))
-        # a title may be written in two ways, but not of a fifth of the items: a review has one too
+        # a few titles are written in two ways; over a fifth of the repeated items: reviews' titles
         if name == "title":
             about = len(differ[name]) > repeated / 5
-        left_out |= {name} if about or not repeated else set()
+        if about or not repeated:  # where no item has two rows, nobody can tell
+            left_out.add(name)
     if left_out:
         print("  left out of the items' texts, as about a pair, or counted from pairs (if it is "
               "the item's: one row an item, no column of users, and a name that no column of the "
@@ -1407,7 +1407,7 @@ def read_items(path, form, raw_items, counts):
 
 def fullness(fields, left_out=()):
     """Sort key of an item's fields, without the columns left out: (whether there is a title, length
-    of all, title, the other texts as one). No ties but equals."""
+    of all, title, the other texts as one). Equal keys have equal texts: row order is irrelevant."""
     title, *texts = ("" if name in left_out else text for name, text in fields.items())
     text = ". ".join(filter(None, texts))
     return bool(title), len(title) + len(text), title, text
@@ -1444,12 +1444,13 @@ def read_reviews(path, form, user_of_line, per_user, counts, limit=200):
         if n in user_of_line and len(texts[user_of_line[n]]) < per_user:
             text = clean(row.get(form.text), counts, f"{path}: line {n}")
             counts[f"reviews cut to {limit} characters"] += len(text) > limit
-            texts[user_of_line[n]] += [text[:limit].rstrip()] if text else []
+            if text:
+                texts[user_of_line[n]].append(text[:limit].rstrip())
     return texts
 
 
 HALF = re.compile(r"[\ud800-\udfff]")  # of a character: valid in JSON, not in UTF-8
-# and of direction, and those of no width
+# control characters, those of text direction, and those without width
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # csv rules of quoting, in a file with tabs
 ENTITY = re.compile(r"&(#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|\w+;)")
@@ -1495,16 +1496,15 @@ def clean(value, counts, where=""):
         return ""
     return " ".join(CONTROL.sub(" ", plain).split())
 
-# ---- prepare -------------------------------------------------------------------------------------
-# Readers, which yield (line, {column: value}) and hold nothing; formats; summary; flags
-# cp1252: Latin-1, and quotes and dashes where that has control characters
+# ---- prepare: readers, which yield (line, {column: value}) row by row; formats; summary ----------
+# cp1252 is Latin-1, with quotes and dashes in place of some control characters
 codecs.register_error(
     "latin", lambda bad: (bad.object[bad.start:bad.end].decode("cp1252", "replace"), bad.end))
 
 
 def text_lines(path, errors="strict"):
-    """The lines of a text file in UTF-8, plain or in gzip. errors: how bytes that are none are
-    read, `latin`: as Latin-1. Raises SystemExit2 for anything else."""
+    """The lines of a UTF-8 text file, plain or gzipped. errors="latin" reads bytes that are not
+    UTF-8 as Latin-1. Raises SystemExit2 if the file cannot be unpacked or decoded."""
     try:
         with open(path, "rb") as file:
             whole = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
@@ -1516,12 +1516,12 @@ def text_lines(path, errors="strict"):
 
 
 def table_rows(path, header=""):
-    """The rows of a delimited file; header: of one without. Raises SystemExit2 for a malformed
-    header or row, and for a quote left open in its row."""
+    """(line, {column: value}) of a delimited file. header: given for a file without one. Raises
+    SystemExit2 for a malformed header or row, and for a quote that is left open."""
     csv.field_size_limit(2**20)  # a review can be long, a field of a MiB is a quote left open
     # without a header: MovieLens, which is in Latin-1 where nobody has converted it
     lines = text_lines(path, "latin" if header else "strict")
-    # the first line says what cannot be a table, the header what separates the fields
+    # the first line shows whether this can be a table, the header which separator it has
     start = next(lines, "")
     first, lines = header or start, chain([header, start] if header else [start], lines)
     if re.match(r"[{[]|\d+( \d+)+\s*$", start):
@@ -1544,8 +1544,8 @@ def table_rows(path, header=""):
             line, end = end + 1, reader.line_num - added
             if row and len(row) != len(columns):
                 fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
-            # of a text of several lines, those as wide as a row, with numbers where it has, and
-            # without prose's space behind a comma
+            # a quote left open swallows whole rows: a line inside a text looks like one if it has
+            # as many fields, numbers where this row has them, and no space after a comma
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
                 unlike = (b.startswith(" ") or NUMBER.fullmatch(a) and not NUMBER.fullmatch(b)
@@ -1559,7 +1559,7 @@ def table_rows(path, header=""):
 
 
 def json_rows(path):
-    """The objects of a JSON-lines file. Raises SystemExit2 for any other line."""
+    """(line, object) of a JSON-lines file, blank lines skipped; SystemExit2 for any other line."""
     for n, line in enumerate(text_lines(path), 1):
         if not line.strip():
             continue
@@ -1578,9 +1578,9 @@ def json_rows(path):
 ROLES = ("user", "item", "rating", "timestamp", "text")
 GENRES = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
           "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western").split()
-# reader; columns of the interactions, in the order of ROLES, the last of which may be missing; of
-# the metadata, whose ids have the name that they have there: title (+: a year that is put behind
-# it), texts (*: all others); the headers of both files where they have none
+# name: (reader; the interactions' columns in the order of ROLES, the last ones may be missing; the
+# metadata's title and text columns (title+year: the year goes behind it, *: all other columns; the
+# id's column has the interactions' name); if the files have no header line, the headers of both)
 FORMATS = {
     "table": (table_rows, "user item rating timestamp text", "title *"),
     "recbole": (table_rows, "user_id item_id rating timestamp", "title+release_year *"),
@@ -1642,7 +1642,7 @@ def column_of(names, role, path):
 
 def print_summary(rows, parts, users, items):
     """Print what was read, PAIR (N,), and its split, {name: pairs (N, 2)}; users, items: rows."""
-    # ranges, of what no filter sees too: a rating of 1e9, a time of 1970
+    # the ranges show what no filter catches: a rating of 1e9, a time in 1970
     for name, write in (("rating", "{:g}".format),
                         ("seconds", lambda x: str(np.datetime64(int(x), "s"))[:10])):
         values = rows[name][~np.isnan(rows[name])]
@@ -1710,16 +1710,16 @@ def main(argv=None):
     p = command("prepare", "read, filter, split",
                 "--format recbole --reviews ml-100k.inter --meta ml-100k.item")
     p.add_argument("--run", required=True, metavar="DIR", help="folder for this run's files")
-    p.add_argument("--format", choices=list(FORMATS), help="(preset's, else table: a header line, "
-                   "then rows separated by tabs, commas, semicolons or bars)")
+    p.add_argument("--format", choices=list(FORMATS), help="of both files (preset's, else table: a "
+                   "header line, then fields separated by tabs, commas, semicolons, bars or ::)")
     p.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
     p.add_argument("--meta", metavar="FILE", help="item metadata; without it items have no text")
     bb.add_flags(
-        p, ("--reviews-per-user", number(int, 0), 2, "review texts of a profile, of train pairs"),
+        p, ("--reviews-per-user", number(int, 0), 2, "reviews of train pairs in a user's profile"),
         ("--k-core", number(int, 1), None, "interactions each user and item must have (preset's, "
-         "else 5)"), ("--seed", number(int, 0), 0, "decides a random split, with the rows' order"))
+         "else 5)"), ("--seed", number(int, 0), 0, "of a random split; the rows' order counts too"))
     p.add_argument("--preset", choices=list(PRESETS), help="its format and filters; flags win")
-    p.add_argument("--min-rating", type=stars, help="keep ratings of so many stars or more; "
+    p.add_argument("--min-rating", type=stars, help="keep ratings of at least so many stars; "
                    "`none`: all (preset's, else 4); of a repeated pair the latest counts")
     p.add_argument("--since", type=date, help="keep pairs from this day on: 2015-01-01, UTC")
     p.add_argument("--until", type=date, help="keep pairs before this day")
@@ -1733,9 +1733,9 @@ def main(argv=None):
     bb.add_run_flags(p)
     bb.add_flags(
         p, ("--text-vectors", str, "texts.safetensors", texts),
-        ("--likely", number(int, 1), 20, "likely false negatives listed of each user"),
+        ("--likely", number(int, 1), 20, "likely false negatives to list for each user"),
         ("--epochs", number(int, 1), 8, "passes over the users"),
-        ("--lr", number(float, 0, open_low=True), 1e-3, "of the first step; it falls to 0"),
+        ("--lr", number(float, 0, open_low=True), 1e-3, "learning rate at first; it falls to 0"),
         ("--seed", number(int, 0), 0, "decides draws and dropout"),
         ("--out", str, "judge.safetensors", "output file inside the run folder"))
     p.add_argument("--dropout", nargs="+", type=number(float, 0, 0.95), default=[0.0, 0.5],
@@ -1767,13 +1767,13 @@ def main(argv=None):
     g.add_argument("--attention", action=BooleanOptionalAction, default=True,
                    help="self-attention in the projector; --no-attention is an ablation")
     g.add_argument("--keep-clear", choices=["none", "judge", "valid"], default="none",
-                   help="items that dns never takes: the judge's likely ones (so with --lambda-f), "
-                        "or the user's validation positives, an oracle")
+                   help="items that dns takes only if it must: the judge's likely ones (--lambda-f "
+                        "implies it), or the user's validation positives, an oracle")
     g = p.add_argument_group("what it is trained with")
     bb.add_flags(
         g, ("--negatives", str, "negatives", "first part of the shards' names, or `none`"),
         ("--text-vectors", str, "texts.safetensors", texts),
-        ("--judge", str, "judge.safetensors", "where L_false gets its likely false negatives"),
+        ("--judge", str, "judge.safetensors", "likely items of --lambda-f and --keep-clear judge"),
         ("--cf", str, "cf.safetensors", "CF vectors that L_align's hard negatives are mined with"),
         ("--out", str, "model-hnlmrec.safetensors", "output file inside the run folder"))
     g.add_argument("--control", choices=["none", "random", "shuffled"], default="none",
@@ -1784,8 +1784,8 @@ def main(argv=None):
                 "--parts 'model-judged.safetensors|model-dns.safetensors,judge.safetensors'")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder")
     p.add_argument("--parts", required=True, metavar="FILES",
-                   help="models, judges or texts inside the run folder, comma-separated; of A|B "
-                        "the one that validation chooses")
+                   help="models, judges or texts inside the run folder, comma-separated; A|B: "
+                        "whichever makes the better blend on validation")
     p.add_argument("--force", action="store_true", help="remake the output")
     p.add_argument("--out", default="model-full.safetensors", help="output file")
 

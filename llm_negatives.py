@@ -1,13 +1,13 @@
 """llm_negatives.py: an LLM reads items, writes profiles, makes hard negatives.
 
-read      items.jsonl -> texts.safetensors: what a frozen LLM makes of each item's title and
-          metadata, a tensor (I, H) a layer, for the judge and the text start.
+read      items.jsonl -> texts.safetensors: a frozen LLM's mean hidden states of each item's title
+          and metadata, one tensor (I, H) per layer, for the judge and the initial vectors.
 profile   items.jsonl, users.jsonl, train pairs -> profiles.jsonl: a sentence on what an item is
           like and who would enjoy it, and one on what a user enjoys.
 finetune  cf.safetensors, profiles.jsonl -> adapter/ (LoRA, peft's format), sft.safetensors
-          (soft-token maps, head). h(u, i) is the LLM's hidden state at the last prompt token,
-          z = head(h), in centred CF space (the z of hnlmrec.py is what its projector makes of h);
-          InfoNCE pulls z to the CF vectors of the hard negatives mined for u:
+          (soft-token maps, head). h(u, i) is the LLM's hidden state at the last prompt token;
+          z = head(h) lies in the space of the centred CF item vectors e_j (hnlmrec.py's z is its
+          projector's output instead). InfoNCE pulls z towards the hard negatives mined for u:
               L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
                        / sum_{j} exp(cos(z, e_j) / tau_s) )
 generate  the same prompts and encoder -> negatives-00000.safetensors …: h and z of train pairs.
@@ -40,18 +40,20 @@ from backbones import (
     start_processes, sum_over, user_rows, world, write_atomic, writer_of)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
-# Four pieces, so that what is shared is computed once:
+# Shapes: U users, I items, N train pairs, d numbers of a CF vector, H of a hidden state, L tokens,
+# B rows of a batch, R pairs of G users. SystemExit2: what `fail` raises, with a one-line message
+# The prompt has four pieces; what several prompts share is computed once:
 #     instruction | user: profile | item: title and profile | item vector, user vector
-# The user vector comes last: the last token's hidden state, which is read, then starts from e_u and
-# gathers the rest by attention. On ML-100K (frozen LLM of 8 layers, a head fitted on 3,000 pairs) a
-# linear map recovers e_u of new users from h with R2 .39, and for .93 of the held-back pairs the
-# item nearest to z is a mined one; with each vector after its own text R2 .03 and .78.
+# The user vector comes last, so that h, the last token's hidden state, starts from e_u and gathers
+# the rest by attention. On ML-100K (frozen LLM of 8 layers, head fitted on 3,000 pairs) a linear
+# map recovers e_u of new users from h with R2 .39, and for .93 of the held-back pairs the item
+# nearest to z is a mined one. With each vector right after its own text: R2 .03, and .78.
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
 INSTRUCTION = ("Name a hard negative: an item close to this user's taste that the user would still "
                "not choose.")
 PLACE = "<<pieces>>"  # stands for the text of the user's turn while a chat template is rendered
-# where a reasoning LLM's thoughts begin; with a slash after the bracket they end
+# the mark that opens a reasoning LLM's thoughts (<think>); the closing one has a slash (</think>)
 THINK = re.compile(r"[<\[◁][\w:]*(?:think|thought|reason)\w*[>\]▷]", re.IGNORECASE)
 
 
@@ -63,8 +65,8 @@ def chat_frame(tokenizer, instruction, examples=()):
     roles = ["system", *["user", "assistant"] * len(examples), "user"]
     turns = [{"role": role, "content": text} for role, text in zip(roles, contents)]
     text = (tokenizer.bos_token or "") + "\n".join([*contents, ""])
-    # a template may ignore or refuse the system role: then the first user turn carries it; or the
-    # examples: then one user turn carries everything
+    # n contents go into the first turn. A template may ignore or refuse the system role: then the
+    # first user turn carries it too (n = 2); or the examples: then one user turn carries everything
     for n in (1, 2, len(turns)) if tokenizer.chat_template else ():
         first = {"role": "system" if n == 1 else "user", "content": "\n".join(contents[:n])}
         try:  # a template that can think is told not to
@@ -79,7 +81,7 @@ def chat_frame(tokenizer, instruction, examples=()):
         fail("--llm: its chat template does not print the instruction, and the user's turn once; "
              "give an LLM whose template does")
     head, tail = text.split(PLACE)
-    # thoughts that the template opens are closed; of several channels the answer's is opened
+    # close the thoughts that the template opens; where an LLM has channels, open the answer's
     opened = THINK.findall(tail)
     if opened and tail.rstrip().endswith(opened[-1]):
         tail += f"\n{opened[-1][0]}/{opened[-1][1:]}\n\n"
@@ -89,7 +91,7 @@ def chat_frame(tokenizer, instruction, examples=()):
 
 
 def frame_ids(tokenizer, text):
-    """Token ids of a part of a chat template, in which control tokens are control tokens."""
+    """Token ids of a part of a chat template; unlike in text_ids, control tokens count as such."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -104,9 +106,8 @@ def control_tokens(tokenizer):
 
 def text_ids(tokenizer, text):
     """Token ids of titles, reviews and profiles: text and nothing else."""
-    # a control token that is spelled out is cut after its first character, so that no title can end
-    # its turn; the library's split_special_tokens=True does so in some kinds of tokenizer alone,
-    # and not for added tokens that are not called special ("<think>")
+    # a control token in a text is cut after its first character, so that no title can end its turn;
+    # split_special_tokens=True does so in some tokenizers only, not for unmarked ones ("<think>")
     ids = []
     while found := control_tokens(tokenizer).search(text):
         ids += frame_ids(tokenizer, text[: found.start() + 1])
@@ -115,8 +116,8 @@ def text_ids(tokenizer, text):
 
 
 class Prompt:
-    """Token ids of the prompt's pieces. n_soft: soft tokens for each vector, 0 for the ablation
-    without CF vectors. frame: (head, tail) as an earlier step rendered it; None: rendered now."""
+    """The prompt's pieces as token ids. n_soft: soft tokens per CF vector, 0 for none (ablation);
+    max_tokens: of each text; frame: the result of an earlier chat_frame(), None: call it now."""
     def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.frame = head, tail = frame or chat_frame(tokenizer, INSTRUCTION)
@@ -143,8 +144,8 @@ class Prompt:
 
 
 class SoftTokens(nn.Module):
-    """Learned maps R^d -> n_soft * R^H, one for users and one for items, scaled to the norm of the
-    LLM's own token embeddings. user (U, d), item (I, d): the CF vectors."""
+    """Learned linear maps, one of users and one of items: a CF vector (d,) -> (n_soft, H), each row
+    scaled to `norm`, that of the LLM's token embeddings. user (U, d), item (I, d): CF vectors."""
     def __init__(self, user, item, hidden_size, norm, n_soft=1):
         super().__init__()
         self.n_soft, self.hidden_size = n_soft, hidden_size
@@ -166,11 +167,11 @@ class SoftTokens(nn.Module):
 
 def pad(pieces, llm):
     """List of id lists -> ids (B, L) and mask (B, L) int64, padded on the right, on the LLM's
-    device. Raises SystemExit2 for a token that it has no row for."""
+    device. Raises SystemExit2 for an id beyond the LLM's embeddings."""
     table, length = llm.get_input_embeddings().weight, max(map(len, pieces))
     ids = torch.tensor([piece + [0] * (length - len(piece)) for piece in pieces])
     mask = [[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces]
-    # on a GPU an id beyond the table ends in an assertion without a line number
+    # on a GPU such an id would fail later, in an assertion that does not say where
     if (ids >= len(table)).any():
         fail(f"--llm: its tokenizer or chat template uses token {ids.max()}, the model has "
              f"{len(table)}; resize the model's embeddings, or give another LLM")
@@ -181,8 +182,8 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
                  owner):
     """What encode() computes, written plainly: each pair's whole prompt in one forward pass, no
     cache. Arguments and result as encode()."""
-    # slower, but the only form that gradient checkpointing allows, which runs layers twice; and the
-    # oracle that encode() is tested against
+    # slower, but gradient checkpointing needs it, since it runs each layer twice and would fill a
+    # cache twice; also the oracle that encode() is tested against
     prefixes, pieces = [prompt.user(text) for text in user_texts], []
     for user, text in zip(owner.tolist(), item_texts):
         pieces.append(prompt.shared + prefixes[user] + prompt.item(text))
@@ -223,10 +224,10 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     """Run one piece of the prompt on top of what is cached.
 
-    pieces: B id lists; soft (B, S, H): vectors for the S SOFT places of each, in order; past: what
-    an earlier call returned last; owner: B numbers of its rows, the one that each piece follows,
-    left out: row b follows row b -> hidden states (B, L, H), those of each row's last token (B, H),
-    past (keys and values, mask (B, L0 + L))."""
+    pieces: B id lists; soft (B, S, H): vectors for the S SOFT places of each, in order; past: the
+    third result of an earlier call; owner: the row of `past` that each piece continues (left out:
+    piece b continues row b) -> hidden states (B, L, H); each row's at its last token (B, H); new
+    past: (keys and values per layer, mask (B, L0 + L))."""
     # what goes in: embeddings of the ids, vectors in the SOFT places
     ids, mask = pad(pieces, llm)
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, H)
@@ -252,7 +253,7 @@ def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
 
 def check_window(llm, length):
     """Refuse a prompt longer than the LLM's attention window, or than its positions."""
-    # padding would take places of a shorter window, so that rows would depend on each other
+    # padding counts in a window: a shorter one would make a row depend on the others' lengths
     config = llm.config.get_text_config()
     for name in "sliding_window attention_chunk_size window_size max_position_embeddings".split():
         window = getattr(config, name, None)
@@ -285,8 +286,8 @@ class Head(nn.Module):
     """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d)."""
     def __init__(self, hidden_size, dim):
         super().__init__()
-        # of the frozen LLM's hidden states: a few of their dimensions are a hundred times larger
-        # than the rest and would drown them
+        # of the frozen LLM's hidden states, set by fit_head(): a few of their dimensions are a
+        # hundred times larger than the rest and would drown them
         self.register_buffer("mean", torch.zeros(hidden_size))
         self.register_buffer("std", torch.ones(hidden_size))
         self.linear = nn.Linear(hidden_size, dim)
@@ -309,17 +310,17 @@ def info_nce(z, candidates, positive, tau, ignore=None):
 
 
 class SftTask:
-    """The data of fine-tuning; no valid or test pair is read. data: from load_data; cf_model:
-    a Backbone; cf: its vectors, {"user" (U, d), "item" (I, d)}; texts: (user profiles, item texts);
-    first, last: the mined ranks. Raises SystemExit2 when no pair is left to learn from."""
+    """Data and loss of supervised fine-tuning; no valid or test pair is read. data: load_data's;
+    cf_model: a Backbone; cf: its vectors, {"user" (U, d), "item" (I, d)}; texts: (user profiles,
+    item texts); first, last: the mined ranks. Raises SystemExit2 for one user, or no pair left."""
     def __init__(self, data, cf_model, cf, texts, first, last, seed):
         self.cf, self.texts, self.train, self.cf_model = cf, texts, data["train"], cf_model
-        self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, L)
+        self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, last - first + 1)
         # centred, so that cosine compares what tells items apart and not the direction that all
         # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
         # Held back: pairs of users that fine-tuning sees, and all pairs of a tenth of the users,
-        # which it never sees. 64 of each give hit rates a standard error of .06.
+        # which it never sees. With 64 of each, hit rates have a standard error of .06 at most.
         self.generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=self.generator)
         new_user = torch.rand(data["n_users"], generator=self.generator) < 0.1
@@ -333,8 +334,7 @@ class SftTask:
                  f"{len(self.rows)} train pairs are left; give more data, or another --seed")
 
     def is_mined(self, rows):
-        """(R, I) bool: the mined hard negatives of each row's user."""
-        # made for a batch, never for all users at once
+        """(R, I) bool: the mined hard negatives of each row's user; (U, I) would be too large."""
         users = self.train[rows, 0]
         none = torch.zeros(len(rows), len(self.candidates), dtype=torch.bool, device=users.device)
         return none.scatter_(1, self.mined[users], True)
@@ -344,7 +344,7 @@ class SftTask:
 
     def loss(self, z, rows, tau, targets=None, first=0):
         """InfoNCE of z (R, d) over the whole catalogue: the user's mined items are positives, all
-        others negatives, item i and u's other train items included."""
+        others negatives, even u's train items. Only MixedTask uses targets and first."""
         return info_nce(z, self.candidates, self.is_mined(rows), tau)
 
     def hit_rate(self, z, rows):
@@ -361,14 +361,14 @@ class SftTask:
 def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed,
                   profile_dropout=0.0, encoder=encode, which=slice(None)):
     """One step's loss on rows (B,) of train -> scalar, its gradient left in .grad of the parameters
-    `trained`. micro_pairs: pairs of a part; which: the parts that are run here."""
+    `trained`. micro_pairs: pairs per part; which: a slice, the parts that this process runs."""
     torch.manual_seed(seed)
     targets, loss = task.targets(rows), torch.zeros((), device=rows.device)
-    for p in trained:  # zeros, not None: what no part reaches has a gradient too
+    for p in trained:  # zeros, not None: sum_over() needs a gradient even where no part is run here
         p.grad = torch.zeros_like(p)
-    # memory holds the activations of one part at a time; their gradients add up to the batch's
+    # memory holds the activations of one part at a time; the parts' gradients add up to the batch's
     for n, part in list(enumerate(rows.split(micro_pairs)))[which]:
-        torch.manual_seed(seed * 1009 + n)  # dropout is the part's own: a resumed run repeats it
+        torch.manual_seed(seed * 1009 + n)  # the same dropout in any process and any resumed run
         hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "",
                               profile_dropout, encoder)
         part_loss = task.loss(head(hidden), part, tau, targets, n * micro_pairs)
@@ -379,16 +379,15 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
 
 
 class MixedTask(SftTask):
-    """The same with MixGCF's mixtures of pair and band as targets, in place of the band."""
+    """SftTask with MixGCF's mixtures of a pair and mined items as positives, instead of these."""
     @functools.cached_property
     def item_layers(self):
         return self.cf_model.layers()[1].detach()  # (I, K, d)
 
     def targets(self, rows):
-        """What MixGCF makes of each row's pair and 8 mined items -> (R, d)."""
+        """What MixGCF makes of each row's pair and 8 of its user's mined items -> (B, d)."""
         u, i = self.train[rows].T
-        # 8 candidates, make_sampler's default
-        pick = torch.randint(self.mined.shape[1], (len(u), 8), device=u.device)
+        pick = torch.randint(self.mined.shape[1], (len(u), 8), device=u.device)  # make_sampler's 8
         some = self.mined[u].gather(1, pick)
         mixed = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool)
         return mixed - self.cf["item"].mean(0)
@@ -428,15 +427,14 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
 
 
 def fit_head(task, head, hidden, rows, tau, seed=0):
-    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H) of rows (N,) -> the
-    last loss. Linear probing, then fine-tuning: Kumar et al., ICLR 2022."""
-    # LoRA then starts from a head that reads what the soft tokens and the text brought
+    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H) of rows (N,), so that
+    LoRA starts from a head that can read them (Kumar et al., ICLR 2022) -> the last loss."""
     head.mean.copy_(hidden.mean(0))
     head.std.copy_(hidden.std(0).clamp(min=1e-4))
     generator = torch.Generator(hidden.device).manual_seed(seed)
-    torch.manual_seed(seed)  # of MixGCF's targets
-    # 300 steps of 3e-3 take seconds, and more do not raise the held-back hit rates; dropout .3,
-    # since 2,048 pairs are few for the head's weights
+    torch.manual_seed(seed)  # MixGCF's targets draw from the global generator
+    # 300 steps at 3e-3 take seconds, and more do not raise the held-back hit rates; dropout .3,
+    # since 2,048 pairs are few for so many weights
     optimizer, dropout = torch.optim.Adam(head.parameters(), lr=3e-3), 0.3
     for _ in range(300):
         pick = torch.randperm(len(rows), generator=generator, device=hidden.device)[:2048]
@@ -460,21 +458,21 @@ def learning_rate(step, steps):
 
 
 def add_lora(llm, targets, r, alpha, dropout):
-    """LoRA (Hu et al., ICLR 2022) on the linear layers named in `targets`, its weights float32
-    whatever the LLM's. Prints what it is on; raises SystemExit2 when a name matches no layer."""
+    """Put LoRA (Hu et al., ICLR 2022) on the linear layers named in `targets`, in float32 whatever
+    the LLM's format. Prints which they are; raises SystemExit2 when a name matches no layer."""
     from peft import LoraConfig, get_peft_model  # here, since it takes two seconds to import
 
     # GPT-2's linear layers are Conv1D, which keeps its weights as (in, out)
     linear = [f".{name}" for name, module in llm.named_modules()
               if isinstance(module, (nn.Linear, Conv1D))]
     kinds = Counter(name.rpartition(".")[2] for name in linear)
-    # the end of a layer's path, as in peft, which would pass over a name that matches nothing
+    # a target is the end of a layer's path, as in peft, which silently skips one without a match
     found = {target: sum(name.endswith(f".{target}") for name in linear) for target in targets}
     on = ", ".join(f"{name} ×{count}" for name, count in found.items())
     if not all(found.values()):
         there = ", ".join(f"{name} ×{count}" for name, count in kinds.items())
-        fail(f"--lora-targets {','.join(targets)}: the LLM has no linear layer of a name ({on}); "
-             f"name some of those it has: {there or 'none'}")
+        fail(f"--lora-targets {','.join(targets)}: a name matches no linear layer ({on}); choose "
+             f"from those the LLM has: {there or 'none'}")
     print(f"LoRA on {len(found)} of {len(kinds)} kinds of linear layer: {on}")
     warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it as Conv1D needs
     return get_peft_model(llm, LoraConfig(
@@ -483,12 +481,12 @@ def add_lora(llm, targets, r, alpha, dropout):
 # ==== 3. Generation, offline ======================================================================
 def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
     """Which train pairs (N, 2) get a generated negative -> row numbers (n,), sorted by pair.
-    per_user: of each user at most; limit: in all, one of each user before a second; 0: all."""
+    per_user: most pairs per user; limit: most in all, one of each user before a second; 0: all."""
     # users one after another, the pairs of each in random order
     generator = torch.Generator().manual_seed(seed)
     key = torch.rand(len(train), generator=generator, dtype=torch.float64)
-    order = torch.argsort(train[:, 0].double() + key * 0.999)  # 1 could round up to the next user
-    # each pair's place among its user's
+    order = torch.argsort(train[:, 0].double() + key * 0.999)  # below user + 1 despite rounding
+    # each pair's place among those of its user, from 0
     count = torch.bincount(train[:, 0], minlength=n_users)
     place = torch.arange(len(train)) - (count.cumsum(0) - count)[train[order, 0]]
     if per_user:
@@ -503,11 +501,11 @@ def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
 @torch.no_grad()
 def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_dropout=0.0,
                 batch=64, which=slice(None), label=""):
-    """encode_pairs over many pairs (n, 2) -> (n, H) float32. batch: pairs per call; which: blocks
-    that are run here, zeros elsewhere; label: of the line of progress, "": none."""
+    """encode_pairs over many pairs (n, 2) -> (n, H) float32. batch: pairs per call; which: a slice,
+    the blocks run here (rows of others stay zero); label: the progress line's, "" for no line."""
     encoder = functools.partial(encode, batch=batch)
     hidden = torch.zeros(len(pairs), llm.config.get_text_config().hidden_size, device=pairs.device)
-    # a user's pairs together; in blocks of four calls, among which encode() sorts by length
+    # a user's pairs stay together; a block is four calls, across which encode() sorts by length
     order = pairs[:, 0].argsort(stable=True)
     blocks = order.split(4 * batch) if len(order) else ()  # of none, split makes an empty block
     blocks, done = list(enumerate(blocks))[which], 0
@@ -524,13 +522,13 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
 # ==== 4. Reading: what a frozen LLM makes of each text alone ======================================
 @torch.no_grad()
 def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
-    """The mean of a layer's hidden states over a text's tokens -> a list of (I, H) float32, one a
-    layer. llm: a decoder without its head; layers: 0 the token embeddings, a bag of words; the last
-    that `llm` has is taken after the final norm."""
-    # The first position absorbs unneeded attention, and its state is a hundred times
-    # larger than the rest (Xiao et al., attention sinks, ICLR 2024). So the tokenizer's first token
-    # (BOS) stands in front and is left out of the mean. Where there is none, the text's own first
-    # token is left out, save in layer 0, the embeddings, which have no attention
+    """For each layer, the mean hidden state over each text's tokens -> a list of (I, H) float32.
+    llm: a decoder without its head; layers: their numbers, 0 for the token embeddings (a bag of
+    words); the last layer of `llm` is read after its final norm."""
+    # The first position absorbs unneeded attention, and its state is a hundred times larger than
+    # the rest (Xiao et al., attention sinks, ICLR 2024). So the beginning-of-sequence token (BOS)
+    # goes in front and is left out of the mean. Where a tokenizer has none, the text's own first
+    # token is left out, except in layer 0: token embeddings involve no attention
     sink = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # each text once: in bf16 a text that stands in two batches would have two readings
     once = {text: k for k, text in enumerate(dict.fromkeys(texts))}
@@ -547,7 +545,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
                           output_hidden_states=True).hidden_states[1:]
         for layer, rows in zip(layers, result):
             weight = mask.float()
-            if sink or layer:  # a text of one token is all there is
+            if sink or layer:  # without BOS, a text's only token is kept
                 weight[:, 0] = 0 if sink else (mask.sum(1) == 1).float()
             weight /= weight.sum(1, keepdim=True).clamp(min=1)
             # Gemma 3n has several versions of its states, of which the first is active
@@ -597,21 +595,20 @@ EXAMPLES = {"item": (
      "Enjoys melodic records, rich harmonies and calm solos."))}
 # how each answer begins: about a user a small LLM would begin by copying the list
 BEGINNING = {"item": "", "user": "Enjoys"}
-WITHOUT_LLM = {"item": "{}", "user": "Likes {}."}  # of an item's text, of a user's titles
+WITHOUT_LLM = {"item": "{}", "user": "Likes {}."}  # filled with an item's text, a user's titles
 
-
-# abbreviations, whose full stop ends no sentence
+# abbreviations: their full stop does not end a sentence
 ABBREVIATIONS = ("mr mrs ms dr st jr sr prof mt ft gen lt col sgt capt rev vol no inc ltd co vs "
                  "etc feat ed").split()
 FULL_STOPS = "。｡！？।॥؟۔։።။។"  # of other scripts
 
 
 def sentence_ends(text):
-    """The places in `text` after which a sentence ends -> list of ints."""
+    """Where sentences end in `text` -> list of ints, each the place right after a stop."""
     ends = []
     for mark in re.finditer(rf"[.!?]+[\"'”’)\]]*(?=\s|$)|[{FULL_STOPS}]+[”’」』）]*", text):
         word = re.search(r"[^\s(\"'“‘]*$", text[:mark.start()])[0]
-        # a stop that belongs to its word: "L.A.", "J.", "Dr.", and "5." that is cut before "5.1"
+        # a stop that belongs to its word: "L.A.", "J.", "Dr."; a final "5." may be a cut-off "5.1"
         inside = ("." in word or word.lower() in ABBREVIATIONS or re.fullmatch(r"[^\W\d]", word)
                   or mark.end() == len(text) and re.search(r"(^|\D)\d{1,2}$", word))
         # nor does a sentence end before a small letter: "Super Mario Bros. fans", "Jeopardy! fans"
@@ -640,10 +637,11 @@ def is_whole(text):
 def answer(text, tokenizer):
     """An LLM's answer without its thoughts: <think>…</think>, [THINK]…[/THINK], channels
     ("<|channel|>analysis<|message|>…"). "" while it holds only thoughts."""
+    # what follows the last closing mark, which is THINK with a slash after the bracket
     text = re.split(THINK.pattern.replace("◁]", "◁]/"), text, flags=re.IGNORECASE)[-1]
-    text = THINK.split(text)[0]  # a thought that is not ended
+    text = THINK.split(text)[0]  # without a thought that has not ended
     said, *parts = control_tokens(tokenizer).split(text)
-    if parts and not said.strip():  # of channels the final one alone is the answer
+    if parts and not said.strip():  # channels: the answer is the part after the name "final"
         final = [part for name, part in zip(parts, parts[1:]) if name.strip() == "final"]
         said = final[-1] if final else ""
     return re.sub(r"^[^\n]{,80}:\s*\n", "", said).lstrip()  # without "Here is the sentence:"
@@ -667,8 +665,8 @@ def fault_of(sentence, title):
     # seven words in a row are no coincidence; a small LLM's own phrases share five or six
     shown = sum((*EXAMPLES["item"], *EXAMPLES["user"]), tuple(SYSTEM.values()))
     copied = any(runs_of(words, 7) & runs_of(words_of(text), 7) for text in shown)
-    request = words[:1] in (["item"], ["liked"]) or sentence.count(": ") > 1  # its own form
-    # four characters of Han are no four words
+    request = words[:1] in (["item"], ["liked"]) or sentence.count(": ") > 1  # a request's form
+    # four words in a row that recur, of over 7 characters: four Han characters may be one
     again = any(n > 1 and sum(map(len, run)) > 7 for run, n in runs_of(words, 4).items())
     new = set(words) - {*words_of(title), "a", "an", "the", "is"}
     faults = {"empty": not words, "prompt": copied or request,
@@ -694,12 +692,12 @@ def end_tokens(model, tokenizer):
 
 
 def best_new(logits, written, tokenizer):
-    """Greedy choice without repeated pairs of tokens (no repeated n-gram: Paulus et al., 2018), and
-    without "X and X". logits (B, V), written: B id lists -> list of B ids."""
-    # small LLMs loop otherwise
+    """Greedy choice among the 8 best tokens that avoids repeated pairs (Paulus et al., 2018), "X X"
+    and "X and X": small LLMs loop otherwise. logits (B, V), written: B id lists -> B ids."""
     def is_new(token, ids):
         again = token in ids[-2:] or (*ids[-1:], token) in zip(ids, ids[1:])
-        # digits may repeat, as in 2000, commas, and letters that are tokens in other scripts
+        # only tokens with two letters in a row are barred: digits (2000), commas and single
+        # letters, which are whole tokens in some scripts, may repeat
         return not again or not re.search(r"[^\W\d]{2}", tokenizer.decode([token]))
 
     chosen = []
@@ -722,7 +720,7 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     cache, alive = DynamicCache(keys_values), list(range(len(requests)))
     written, texts = [[] for _ in requests], [""] * len(requests)
     for step in range(new_tokens):
-        # write one token in each row, and see which rows are at their end
+        # one more token per unfinished text; `row` counts in requests, `place` in what is left
         chosen = best_new(to_logits(last), [written[row] for row in alive], tokenizer)
         unfinished = []
         for place, (row, token) in enumerate(zip(alive, chosen)):
@@ -741,7 +739,7 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
         ids = torch.tensor([written[row][-1:] for row in alive], device=device)
         last = base(input_ids=ids, attention_mask=full, position_ids=full.sum(1, keepdim=True) - 1,
                     past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
-    # what the limit has cut may end within a word
+    # a text cut by the token limit may end within a word, which is dropped
     for row in (alive[place] for place in unfinished):
         if not sentence_ends(texts[row]):
             texts[row] = (texts[row].rpartition(" ")[0] or texts[row]).rstrip(".")
@@ -749,9 +747,9 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
 
 # ==== The method ends here. Programs: finetune, generate, read, profile ===========================
 LORA_DROPOUT = 0.05  # the paper's
-PROFILE_DROPOUT = 0.2  # share of users without a profile: no reliance on a known user's text
-LR_MAPS = 3e-4  # of soft-token maps and head: below LoRA's default, as the head is fitted before
-ITEMS_PER_USER = 2  # pairs of a user in a step: the prefix is shared, and a batch has many users
+PROFILE_DROPOUT = 0.2  # share of users whose profile is left blank: the LLM must not rely on it
+LR_MAPS = 3e-4  # of soft-token maps and head: below LoRA's default, since the head is fitted first
+ITEMS_PER_USER = 2  # a user's pairs drawn together: they share a prefix, yet a step has many users
 
 
 def encode_rows(task, llm, prompt, soft_tokens, rows, drop="", dropout=0.0, label=""):
@@ -778,7 +776,7 @@ def load_encoder(llm, s, cf, device, frame=None):
     """The encoder before fine-tuning -> (llm, prompt, soft_tokens, head). llm: folder or id; s: the
     settings of `finetune`; cf: {"user" (U, d), "item" (I, d)}; frame: as Prompt's."""
     model, tokenizer = load_llm(llm, AutoModel, s.dtype, device, s.llm_layers), load_tokenizer(llm)
-    # process 0's for all, unless it comes from a file: then not all may be here
+    # all use process 0's; one from a file is not sent, since in generate() some may have no work
     frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]
     prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, frame)
     check_pieces(llm, model, tokenizer)
@@ -804,8 +802,8 @@ def prepare_training(args, cf, frame):
     lora = {f"lora.{name}": p for name, p in llm.named_parameters() if p.requires_grad}
     maps = dict(nn.ModuleDict({"soft": soft_tokens, "head": head}).named_parameters())
     optimizer = torch.optim.AdamW([{"params": [*lora.values()]}, {"params": [*maps.values()]}])
-    # beside the parameters, what the warm-up standardises by, and Adam's moments, which Adam itself
-    # would make in its first step; its count of steps belongs on the CPU
+    # also saved: the mean and std that the warm-up sets, and Adam's state, made here and not in its
+    # first step, so that a saved one can be copied into it. Adam keeps its step count on the CPU
     kept = lora | maps | {"head.mean": head.mean, "head.std": head.std}
     for name, p in (lora | maps).items():
         state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
@@ -831,11 +829,11 @@ def training_order(task, warmup_pairs, steps, size):
 
 def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     """Fit the head on the frozen LLM's hidden states of `rows`."""
-    # what the figures below are to be compared with: neither needs an LLM
+    # two baselines for the hit rates printed below; neither needs an LLM
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
     n_items, n_mined, at_chance = len(task.candidates), task.mined.shape[1], ""
-    if args.mine == "dns":  # MixGCF's target is one among all and the batch's
+    if args.mine == "dns":  # with MixGCF each pair has one positive, not n_mined
         at_chance = f"loss at chance ln({n_items}/{n_mined}) = {math.log(n_items / n_mined):.3f}; "
     print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; {at_chance}hit rates "
           f"without an LLM: chance {chance:.3f}, best single item {popular:.3f}")
@@ -847,8 +845,8 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
 
 
 def train_lora(task, encoder, batches, args, optimizer, losses, save):
-    """Train LoRA, maps and head on the batches behind those that have one of the losses, a list
-    that grows; save() every --save-every steps."""
+    """Train LoRA, maps and head, a step per batch. losses: one of each step already done; their
+    batches are skipped, and each new step appends its own. save(): every --save-every steps."""
     llm = encoder[0]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     steps, progress = len(batches), Progress("finetune", len(batches), "steps")
@@ -891,7 +889,7 @@ def finetune(args):
         "inputs": digests(run, "data.safetensors", args.cf, args.profiles)}
     if skip(out, settings, args.force):
         return
-    with contextlib.redirect_stdout(io.StringIO()):  # it is no "skip"
+    with contextlib.redirect_stdout(io.StringIO()):  # it would print "skip", but this resumes
         resumed = skip(partial, settings, args.force)
     state, saved = load_tensors(partial) if resumed else ({}, {})
     # the data: train pairs, what CF mined for their users, texts
@@ -914,7 +912,7 @@ def finetune(args):
     losses = saved.get("losses", [])
     if saved:
         print(f"finetune: resumes after step {len(losses)} of {steps}")
-    else:  # LoRA begins at zero: it would cost a third and add nothing
+    else:  # LoRA still adds zero: to run it would cost a third and change nothing
         with encoder[0].disable_adapter():
             warm_up(task, *encoder, warm, args)
     for value in kept.values() if world() > 1 else ():  # all start alike, to the last bit
@@ -925,7 +923,7 @@ def finetune(args):
                functools.partial(save_tensors, partial, kept, meta))
     # what was learned, and what it takes from each part of the prompt
     drops = ("", "user vector", "user profile", "item vector")
-    report_held(task, *encoder, "after", drops)
+    report_held(task, *encoder, "after fine-tuning", drops)
     if rank() == 0:
         save_tuned(out, *encoder, meta | {"seconds": time.time() - start})
         partial.unlink(missing_ok=True)
@@ -967,7 +965,7 @@ def load_sft(run, name, llm, device, lora=True):
     if s.llm != llm_digest(llm):
         fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run "
              f"`{writer_of(path)} --force`")
-    # in the number format of fine-tuning; the numbers of maps and head come from the file
+    # any vectors of width d will do here: load_state_dict() replaces all that is made from them
     some = tensors["soft.mean"].cpu()  # (2, d)
     model, prompt, soft_tokens, head = load_encoder(
         llm, s, {"user": some, "item": some}, device, meta["frame"])
@@ -988,7 +986,7 @@ def generate(args):
     (n, H) = h(u, i), vector f16 (n, d) = head(h)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
-    # what the result depends on; CF vectors and profiles are those of fine-tuning
+    # what the result depends on; load_negatives() takes the third input for the CF model's file
     sft = f"{args.sft}.safetensors"
     meta = load_tensors(run / sft)[1]
     tuned = meta["settings"]
@@ -996,7 +994,7 @@ def generate(args):
         fail(f"--sft {args.sft}: {run / sft} holds what `{tuned['command']}` writes; give the "
              "--name of a finished fine-tuning")
     settings = settings_of(args, "paper", "batch_size", "sft") | {
-        "llm": llm_digest(args.llm),  # load_negatives finds the CF model by this order
+        "llm": llm_digest(args.llm),
         "inputs": digests(run, "data.safetensors", sft, tuned["cf"], tuned["profiles"])}
     # which shards are missing, and whose pairs they hold
     paths = [run / name for name in shards(args.out, data["n_users"])]
@@ -1006,7 +1004,7 @@ def generate(args):
     users, train = data["train"][rows, 0], data["train"].to(args.device)
     print(f"generate: {len(rows)} pairs, {len(todo)} of {len(paths)} shards to make; "
           f"{data['n_users'] - len(users.unique())} users without a pair")
-    # each process makes shards of its own; what that needs is loaded when there are some
+    # each process makes its own shards, and loads the LLM only if it has some to make
     mine = todo[rank()::world()]
     if mine:
         llm, prompt, soft_tokens, head, _ = load_sft(run, args.sft, args.llm, args.device,
@@ -1066,13 +1064,13 @@ def read(args):
         readings = [tf_idf([text_ids(tokenizer, text) for text in texts])]
     else:
         try:
-            # one more than are read: behind the last there is the final norm
+            # one layer more than is read: the final norm changes the states of the last one
             llm = load_llm(args.llm, AutoModel, args.dtype, args.device, min(layers[-1] + 1, depth))
         except SystemExit:  # a family whose layers depend on each other cannot be cut
             llm = load_llm(args.llm, AutoModel, args.dtype, args.device)
-        if args.control == "random":  # the same architecture, that has read nothing yet
+        if args.control == "random":  # the same architecture, untrained
             llm = AutoModel.from_config(llm.config).to(args.device, llm.dtype).eval()
-        # the words of all items, the layers of the most popular ones: layers are what takes time
+        # layer 0 for all items, the others for the most popular ones only: these take the time
         readings = [] if layers[0] else read_layers(llm, tokenizer, texts, [0])
         popular = busiest(data["train"][:, 1], len(texts), args.most)
         some, deep = [texts[n] for n in popular], [layer for layer in layers if layer]
@@ -1089,7 +1087,7 @@ def read(args):
 
 
 def busiest(column, count, most):
-    """The `most` numbers below `count` most frequent in a column of pairs (N,); 0: all -> list."""
+    """The `most` busiest (0: all) of `count` users or items, by pairs in column (N,) -> list."""
     pairs = torch.bincount(column, minlength=count)
     return pairs.argsort(descending=True, stable=True)[:most or None].tolist()
 
@@ -1108,8 +1106,8 @@ def read_profiles(path):
 
 class Profiles:
     """profiles.jsonl in the making, and the LLM that writes it. made: {(kind, raw id): text} so
-    far, frames: {kind: (head, tail)}, both of an earlier start too. Raises SystemExit2 when that
-    had other settings, unless force."""
+    far; frames: {kind: (head, tail)}. Both go on from what an earlier start wrote. Raises
+    SystemExit2 when that was made with other settings, unless --force."""
     def __init__(self, args, path, settings):
         self.args, self.path, self.settings = args, path, settings
         self.frames, self.made, self.faults, old = {}, {}, Counter(), settings
@@ -1141,8 +1139,8 @@ class Profiles:
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def add(self, kind, rows, requests, titles, texts):
-        """Profiles of the items or users that are lacking: of the numbers in `requests` {number:
-        text} the LLM's sentence; of the others, and where it has a fault, what `texts` say."""
+        """Add the missing profiles of all items or users (rows, titles, texts: one of each). The
+        LLM writes those in `requests` {number: text}; the rest, and faults, come from `texts`."""
         keys = [(kind, row["raw"]) for row in rows]
         plain = [WITHOUT_LLM[kind].format(text) for text in texts]
         self.made |= {key: plain[n] for n, key in enumerate(keys) if n not in requests}
@@ -1286,9 +1284,9 @@ def load_tokenizer(llm):
 
 
 def load_llm(llm, cls, dtype, device, layers=0):
-    """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers > 0: its first
-    ones alone. cls: AutoModel (hidden states) or AutoModelForCausalLM (logits). Raises SystemExit2
-    when there are fewer layers, or when weights are missing."""
+    """The model of a Hugging Face id or a local folder, in eval mode, frozen. layers: how many of
+    its layers to keep, 0: all. cls: AutoModel (hidden states) or AutoModelForCausalLM (logits).
+    Raises SystemExit2 when there are fewer layers, or when weights are missing."""
     config = from_library(llm, "model", AutoConfig.from_pretrained)
     if getattr(config, "is_encoder_decoder", False):
         fail(f"--llm {llm}: {config.model_type} is an encoder with a decoder; give a causal LM")
@@ -1299,7 +1297,7 @@ def load_llm(llm, cls, dtype, device, layers=0):
     text.num_hidden_layers = layers or depth
     model, loaded = from_library(llm, "model", cls.from_pretrained, config=config, dtype=dtype,
                                  use_safetensors=True, output_loading_info=True)  # no pickle
-    # the library draws what is missing at random
+    # the library would silently fill in random weights for those that are missing
     missing = sorted(loaded["missing_keys"]) + sorted(map(str, loaded["mismatched_keys"]))
     if missing:
         fail(f"--llm {llm}: its files lack {len(missing)} of its weights (the first: "
@@ -1310,8 +1308,8 @@ def load_llm(llm, cls, dtype, device, layers=0):
 @torch.no_grad()
 def check_pieces(name, llm, tokenizer):
     """Refuse an LLM that cannot be run in pieces."""
-    # a few tokens by its plain call and by run_piece, padding between, must have the same hidden
-    # states. One check in place of a list of families: per-layer embeddings, states of linear
+    # a plain call and two of run_piece, with padding in between, must give the same hidden states.
+    # One check replaces a list of unsupported families: per-layer embeddings, states of linear
     # attention and positions that count padding all show here
     ids, why = text_ids(tokenizer, "Two old friends sail around the world alone."), "other states"
     try:
@@ -1363,6 +1361,7 @@ PAPER = {"llm": "meta-llama/Meta-Llama-3-8B-Instruct", "llm_layers": 0, "dtype":
 def main(argv=None):
     parser = Parser(prog="llm_negatives.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    # types of arguments: int from 0, int from 1, float above 0
     count, some, above = number(int, 0), number(int, 1), number(float, 0, open_low=True)
 
     def command(name, text, example):
@@ -1401,15 +1400,15 @@ def main(argv=None):
     p = command("finetune", "LoRA with InfoNCE against CF-mined hard negatives", "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
     p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
-    p.add_argument("--name", default="sft", help="of the output: NAME.safetensors, adapter-…/")
+    p.add_argument("--name", default="sft", help="of the output, as sft-2 (its LoRA: adapter-2/)")
     p.add_argument("--mine", choices=["dns", "mixgcf"], default="dns",
                    help="targets: the mined items, or MixGCF's mixture of them")
     add_band_flags(p)
     p.add_argument("--tau-s", type=above, default=0.05, help="InfoNCE temperature")
-    p.add_argument("--soft-tokens", type=count, default=1, help="of each CF vector; 0: an ablation")
+    p.add_argument("--soft-tokens", type=count, default=1, help="per CF vector; 0: none (ablation)")
     p.add_argument("--max-tokens", type=some, default=48,
-                   help="of a user's profile, and of an item's title and profile; then cut")
-    p.add_argument("--llm-layers", type=count, default=8, help="first layers, kept; 0: all")
+                   help="at which a user's profile, and an item's title with profile, are cut")
+    p.add_argument("--llm-layers", type=count, default=8, help="first layers to keep; 0: all")
     p.add_argument("--lora-rank", type=some, default=8, help="LoRA r")
     p.add_argument("--lora-alpha", type=above, default=16, help="LoRA alpha")
     p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers")
@@ -1417,26 +1416,27 @@ def main(argv=None):
     p.add_argument("--steps", type=count, help="LoRA steps (60, or those of --epochs)")
     p.add_argument("--epochs", type=number(float, 0), default=0,
                    help="passes over the pairs, where --steps is left out")
-    p.add_argument("--users-per-step", type=some, default=16, help="users, with up to 2 pairs each")
+    p.add_argument("--users-per-step", type=some, default=16,
+                   help="half the number of pairs in a step, which are mostly two per user")
     p.add_argument("--micro-pairs", type=some, default=16,
-                   help="pairs a LoRA step holds at once; its parts are what torchrun shares out")
-    p.add_argument("--checkpointing", action="store_true", help="of gradients: less memory, slower")
+                   help="pairs per part of a step: held in memory at once, shared out by torchrun")
+    p.add_argument("--checkpointing", action="store_true", help="less memory, but slower steps")
     p.add_argument("--lr", type=above, default=5e-4, help="learning rate of LoRA")
     p.add_argument("--save-every", type=some, default=20, help="steps a killed run may lose")
 
     p = command("generate", "write the hard negatives of the train pairs", "--pairs-per-user 8")
     p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
-    p.add_argument("--pairs-per-user", type=count, default=0, help="of each user; 0: all")
+    p.add_argument("--pairs-per-user", type=count, default=0, help="most pairs per user; 0: all")
     p.add_argument("--pairs", type=count, default=0,
-                   help="pairs in all, at most: one of each user while they last; 0: all")
+                   help="most pairs in all, one of each user before any second one; 0: all")
     p.add_argument("--finetune", action=BooleanOptionalAction, default=True,
-                   help="by the fine-tuned LLM; --no-finetune: before it, a zero-shot ablation")
+                   help="use the fine-tuned LLM; --no-finetune: the original, a zero-shot ablation")
     p.add_argument("--batch-size", type=some, default=96,
-                   help="prompts a call; users' prefixes, up to four times as many")
+                   help="prompts per call; of users' prefixes up to four times as many")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
 
     args = parser.parse_args(argv)
-    if args.paper:  # the paper's values as defaults, and once more
+    if args.paper:  # parse again, with the paper's values as defaults
         values = {name: value for name, value in PAPER.items() if name in vars(args)}
         commands.choices[args.command].set_defaults(**values)
         args = parser.parse_args(argv)

@@ -11,18 +11,18 @@
 #   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
 #   DATA=… META=…      your interactions and items files
 #   FORMAT=table PRESET=… MIN_RATING=… K_CORE=…      as `hnlmrec.py prepare --help`
-#   WHOLE=1            lifts the limits that hold these steps to a few minutes each: the LLM writes
-#                      profiles of all users and items, reads all items, is fine-tuned for longer
-#                      and generates four negatives per user; trials try widths up to 512
-#   TUNE=4             trials on validation each for DNS and the judge's negatives, to choose their
-#                      flags: 4 on your own data, 2 with FAST=1; 0 on MovieLens, whose flags, below,
-#                      were chosen in the same way before
+#   WHOLE=1            lifts the limits that keep the LLM's steps and the trials to a few minutes
+#                      each: profiles for all users and items, all items read, longer fine-tuning,
+#                      four negatives per user, trials with widths up to 512
+#   TUNE=4             number of trials that choose the flags of DNS, and as many for the judge's
+#                      negatives, on validation: 4 on your own data (2 with FAST=1), 0 on MovieLens,
+#                      for which earlier trials chose the flags below
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
-# Paths are seen from the folder of run.sh. Let a first start finish its set-up before a second one.
-# A step is skipped when its output exists and its inputs and settings are unchanged. FORCE=1 runs
-# every step again. Runs under bash 3.2, the version on macOS: no ${x,,}, no mapfile, and no array
-# that may be empty, since bash 3.2 counts an empty array as unset.
+# Paths are relative to the folder of run.sh. Let the first run finish its set-up before you start
+# another. A step is skipped when its output exists and its inputs and settings are unchanged;
+# FORCE=1 runs every step again. It runs under bash 3.2, the version on macOS: no ${x,,}, no
+# mapfile, and no array that may be empty, which bash 3.2 with set -u takes for unset.
 set -euo pipefail
 unset CDPATH  # cd would print what it finds there
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -32,7 +32,7 @@ folder() {  # folder PATH VARIABLE
   mkdir -p "$1" 2>/dev/null && [[ -w $1 ]] ||
     die "$1: cannot be written to; set $2 to a folder that can"
 }
-# of other programs' output only errors are shown
+# other programs (pip, Hugging Face) print errors only
 export PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 
@@ -53,7 +53,7 @@ if [[ ! -x $PY || -e $VENV/unfinished ]]; then  # unfinished: an earlier run.sh 
   : > "$VENV/unfinished"
   "$PYTHON" -m venv "$VENV" ||
     die "$VENV: $PYTHON cannot make a virtual environment (on Debian: apt install python3-venv)"
-  rm -f "$VENV/unfinished" "$VENV/requirements.done"  # done: of one that has lost its Python
+  rm -f "$VENV/unfinished" "$VENV/requirements.done"  # a new environment: nothing is installed yet
 fi
 if ! cmp -s requirements.txt "$VENV/requirements.done"; then
   echo "set-up: installing requirements.txt into $VENV"
@@ -139,8 +139,8 @@ fi
 [[ -z ${MIN_RATING:-} ]] || SOURCE+=(--min-rating "$MIN_RATING")
 [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
-# flags of the steps: words without spaces, so that plain strings do (see bash 3.2 above).
-# What the LLM's steps do at most, whatever the data's size: about two minutes each on two cores
+# flags of the steps: strings, not arrays (see bash 3.2 above), split at spaces where unquoted.
+# These limits keep each LLM step to about two minutes on two cores, whatever the size of the data
 PROFILE="--history 3 --llm-rows 200" READ="--most 12000"
 GENERATE="--pairs-per-user 4 --pairs 2000" FINETUNE="--warmup-pairs 1024 --steps 20"
 SIZE="--llm-rows 200" WIDEST="--widest 128"  # of trials: 512 takes ten times as long
@@ -149,8 +149,8 @@ if [[ $WHOLE == 1 ]]; then
 fi
 TRAIN= JUDGE= HNLMREC= JUDGED= TRIALS=4
 if [[ -z ${DATA:-} ]]; then
-  # on MovieLens validation does not want the semantic alignment; the judge's negatives have the
-  # flags that eight trials chose for LightGCN
+  # on MovieLens validation preferred no semantic alignment; eight trials with LightGCN chose the
+  # flags of the judge's negatives
   HNLMREC="--lambda-s 0" TRIALS=0
   [[ $BACKBONE != lightgcn ]] || JUDGED="--lr 0.00126 --reg 5.05e-06 --m 16 --gamma 0.05"
 fi
@@ -163,16 +163,16 @@ if [[ $FAST == 1 ]]; then
 fi
 TUNE=${TUNE:-$TRIALS}
 BUDGET="--backbone $BACKBONE --seed $SEED $TRAIN"
-FORCE=$([[ $FORCE == 1 ]] && echo --force || true)
+FORCE=$([[ $FORCE == 1 ]] && echo --force || true)  # FORCE= step: the command has no such flag
 
-# ---- one run at a time in a folder: a lock of the system, held while a step of it lives ---------
+# ---- one run at a time in a folder: a system lock, held until run.sh and its steps have ended ---
 folder "$OUT" OUT
 folder "$OUT/.lock" OUT
 [[ -O $OUT/.lock ]] ||
   die "$OUT: another user's run.sh is or was there; remove $OUT/.lock once it has ended, or set OUT"
 exec 9> "$OUT/.lock/held"
-# by Python, since macOS has no flock: the lock belongs to the open file and outlives that process.
-# A disk without locks is no reason to stop
+# locked by Python, since macOS has no flock command: the lock belongs to the open file 9, so it
+# outlives that Python. A disk without locks is no reason to stop
 "$PY" -c 'import fcntl
 try:
     fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,9 +183,9 @@ except OSError as error:
   die "$OUT: another run.sh is at work there; wait for it or set OUT"
 
 # ---- the steps ----------------------------------------------------------------------------------
-step() {  # in the background: bash hears no signal before the end of what runs in the foreground
+step() {  # in the background: bash runs no trap until a foreground command has ended
   local begin=$SECONDS name="${1%.py} $2" word
-  for word in "$@"; do  # which model, where a step makes one
+  for word in "$@"; do  # add the model that the step makes to its name in steps.tsv
     [[ ! $word =~ ^(closed|rns|mixgcf|model-[^,]*)$ ]] || name="$name ${word%.safetensors}"
   done
   echo; printf '$ %q' "$PY"; printf ' %q' "$@" ${FORCE:+$FORCE}; echo
@@ -211,7 +211,7 @@ step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns
 # what the texts say: read by the frozen LLM, weighed by the judge
 step llm_negatives.py read --run "$OUT" --llm "$LLM" --seed "$SEED" $READ
 step hnlmrec.py judge --run "$OUT" --seed "$SEED" $JUDGE
-# texts that say nothing make no judge; then the judge's rows and the texts' start are left out
+# `judge` writes none if it cannot learn (all texts alike): leave out its rows and the text start
 HAVE_JUDGE=0
 [[ ! -f $OUT/judge.safetensors ]] || HAVE_JUDGE=1
 
@@ -227,14 +227,14 @@ CLOSED=,model-rp3.safetensors
 # ease refuses a catalogue whose items x items do not fit
 [[ ! -f $OUT/model-ease.safetensors ]] || CLOSED+=,model-ease.safetensors
 NONE="--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --lambda-f 1"
-of_trial() {  # of_trial METHOD KEY: the words or the model of its best trial
+of_trial() {  # of_trial METHOD KEY: its best trial's flags (KEY: words) or file (model)
   "$PY" -c 'import json, sys
 found = json.load(open(sys.argv[1]))["methods"][sys.argv[2]][sys.argv[3]][sys.argv[4]]
 print(found if isinstance(found, str) else " ".join(found))' \
     "$OUT/tuned-run.json" "$BACKBONE" "$1" "$2"
 }
-put() {  # put FILE NAME: a model that is there already, as model-NAME.safetensors
-  # a model that was made again has other seconds, and the same digest
+put() {  # put FILE NAME: copy it to model-NAME.safetensors; FORCE=1: over a different one, too
+  # by digest: the headers of two equal models still differ in the seconds they took
   [[ -n $FORCE || ! -f $OUT/model-$2.safetensors ]] || "$PY" -c 'import sys, backbones as bb
 def main():
     one, two = sys.argv[1:]
@@ -247,7 +247,7 @@ bb.run_cli(main)' "$OUT/$1" "$OUT/model-$2.safetensors" || exit 2
     die "$OUT: cannot be written to; make room and run again"
   fi
 }
-DNS=cf.safetensors  # with its defaults it is the CF model
+DNS=cf.safetensors  # DNS with default flags is the CF model
 if [[ $TUNE != 0 ]]; then
   METHODS=DNS
   [[ $HAVE_JUDGE == 0 ]] || METHODS="DNS;judge's negatives"
@@ -272,7 +272,7 @@ if [[ $HAVE_JUDGE == 1 ]]; then
     --parts "model-judged.safetensors|model-dns.safetensors,judge.safetensors$CLOSED"
 else
   echo "judge: left out, and with it the judge's negatives and the blend"
-  # of an earlier start there may be some
+  # an earlier run with other texts may have left these
   [[ -z $FORCE ]] || rm -f "$OUT"/model-judged.safetensors "$OUT"/model-full.safetensors
 fi
 FORCE= step eval.py report --run "$OUT" > /dev/null

@@ -667,6 +667,7 @@ def test_closed_forms_at_once_do_without_ease_alone(small_run, monkeypatch):
     made = {path.stem for path in small_run.glob("model-*")}
     assert made == {"model-pop", "model-itemknn", "model-rp3"}
     save_model(small_run / "model-ease.safetensors", 0)  # of other data: nobody may take it
+    assert "model-ease.safetensors" in message_of(cli, *run)  # an old file is not "left out"
     assert "ease: left out" in cli(*run, "--force")
     assert not (small_run / "model-ease.safetensors").exists()
     monkeypatch.setattr(backbones, "item_knn", lambda *_: backbones.fail("1 items: too many"))
@@ -3336,6 +3337,9 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
     before[0]["defaults"] = {"--m": "8"}
     moves = {" ".join(evaluation.next_point("RNS", space, before, rng)) for _ in range(100)}
     assert moves == {*of_lr, of_m + "6"}
+    before[2] = {"words": ["--k", "7", "--lr", "1"], "valid": 0.2}  # --lr 1 --k 7 was tried
+    moves = {" ".join(evaluation.next_point("RNS", space, before, rng)) for _ in range(100)}
+    assert moves == {"--lr 3 --k 7", of_m + "6"}
     # before that, defaults and wide vectors, where a search may have these
     for widest, words in ((64, None), (128, ["--dim", "128", "--reg", "0.01"])):
         wide = evaluation.space_of("RNS", {"n_users": 5, "n_items": 9}, widest=widest)
