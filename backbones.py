@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-# torch warns once that its sparse matrices are in beta; the products used here are tested
+# torch warns once that its sparse matrices are in beta, and unchecked; the products here are tested
 warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant checks)")
 
 # ==== 1. From pairs to a trained LightGCN =========================================================
@@ -63,8 +63,8 @@ def rows_of(rows, users):
 
 def take(table, index):
     """Rows of a table: (N, D), (…) -> (…, D), as table[index], with a repeatable backward pass."""
-    # the backward pass of table[index] adds in no fixed order: two runs with one seed drift apart.
-    # On a CPU index_select is repeatable, in half the time of embedding; on a GPU only embedding is
+    # on a CPU table[index]'s backward pass adds in no fixed order: two runs with one seed drift
+    # apart; index_select's is repeatable, faster than embedding's. On a GPU index_select's is not
     if table.device.type == "cpu":
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
@@ -100,8 +100,8 @@ class SymmetricMatmul(torch.autograd.Function):
 class Backbone(nn.Module):
     """A recommender made of user and item vectors. forward() -> (users (U, D), items (I, D));
     layers(): the same for each hop, (U, K, d) and (I, K, d); ego(): the vectors before propagation,
-    for the L2 term, (U, d) and (I, d); scores(users (B,)) -> (B, I): all that ranking needs, so the
-    closed forms have it too. Scores are inner products unless a subclass overrides them."""
+    for the L2 term, (U, d) and (I, d); scores(users (B,)) -> (B, I): with n_items all that ranking
+    needs; closed forms have both. Scores are inner products unless a subclass overrides them."""
 
     propagates = False  # True: __init__ takes a graph
     std = 0.01  # of the initial vectors: propagation averages, so graph backbones start larger
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         self.embedding = nn.Parameter(torch.empty(n_users + n_items, dim))  # users, then items
         nn.init.normal_(self.embedding, std=self.std)
         self.texts = None  # AlphaRec: a TextVectors, whose output replaces `embedding`
-        self.final = None  # forward()'s result, kept by scores() until other weights are loaded
+        self.final = None  # forward()'s result, kept by scores() until train(), eval() or loading
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "final", None))
 
     def start(self):
@@ -291,7 +291,7 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 
 # ---- Full ranking: the top k of all unseen items, by any recommender's scores(users) -> (B, I) ---
 def top_k(scores, k):
-    """Ids (B, k) of the k highest of scores (B, I), best first; equal ones by id, lowest first."""
+    """Ids (B, min(k, I)) of the highest of scores (B, I), best first; ties by id, lowest first."""
     # torch.topk leaves ties in any order; one more than k shows a tie across the border
     more = min(k + 1, scores.shape[1])
     values, index = scores.topk(more, dim=1)
@@ -324,7 +324,7 @@ def best_unseen(scores_at, users, seen, k, n_items, cells=2**23):
 @torch.no_grad()
 def rank_unseen(model, users, seen, k):
     """The k best unseen items of users (n,) by a module with n_items and scores(), which returns
-    a new tensor; seen: user_rows of what to leave out -> ids (n, k), best first, padded with -1."""
+    a new tensor; seen: user_rows to leave out -> ids (n, min(k, I)), best first, padded with -1."""
     was_training = model.training
     model.eval()
     ranked = best_unseen(lambda rows: model.scores(users[rows]), users, seen, k, model.n_items)
@@ -339,8 +339,8 @@ BAND = 0.1985, 0.298
 
 
 def mining_band(data, first=0, last=0):
-    """The ranks first..last that are mined, 1 the best; 0: BAND's share of the catalogue, but
-    never beyond any user's unseen items. data: load_data's. SystemExit2 where last < first."""
+    """The mined ranks first..last, 1 the best; 0: BAND's share of the catalogue, within all users'
+    unseen items unless the given end is not. data: load_data's. SystemExit2 where last < first."""
     n_items, most_seen = data["n_items"], int(torch.bincount(data["train"][:, 0]).max())
     low, high = (max(1, min(n_items - most_seen, round(part * n_items))) for part in BAND)
     # where one end is given the other moves, if it must
@@ -356,7 +356,7 @@ def mine_hard_negatives(model, train, first, last):
     train (N, 2) alone -> item ids (U, last - first + 1). Raises SystemExit2 for too few items."""
     seen = user_rows(train, model.n_users)
     if model.n_items - int(seen[0].diff().max()) < last:
-        fail(f"--mine-last {last}: some user has fewer than {last} unseen items; lower it")
+        fail(f"--mine-last {last}: a user has fewer than {last} unseen; lower it or --mine-first")
     everyone = torch.arange(model.n_users, device=train.device)
     return rank_unseen(model, everyone, seen, last)[:, first - 1:]
 
@@ -373,7 +373,7 @@ def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
         bpr = bpr_loss(model.score(users, positives), model.score(users, negatives))
         if not reg:
             return bpr, {"bpr": bpr.item()}
-        # L2 on the parameters, not on what propagation makes of them
+        # L2 on the parameters (AlphaRec: its MLP's output), not on what propagation makes of them
         ego_users, ego_items = model.ego()
         l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, j))
         return bpr + reg * l2, {"bpr": bpr.item()}
@@ -390,7 +390,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     validation is not finite. -> (best state {name.parameter: tensor}, history)."""
     modules = nn.ModuleDict(modules)
     parameters = list(modules.parameters())
-    # fused: one pass over each parameter instead of ten
+    # fused: one pass over each parameter instead of seven
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     device = parameters[0].device
     generator = torch.Generator(device).manual_seed(seed)
@@ -460,7 +460,7 @@ def restore(modules, state):
 
 def ranking_hits(model, pairs, seen, k):
     """Rank the users that have held-out `pairs` (N, 2); model, seen, k: as rank_unseen's -> users
-    (n,); hits (n, k) bool, in rank order: whether the item is in the user's pairs; relevant (n,):
+    (n,); hits (n, k; I if I < k) bool, by rank: if the item is in the user's pairs; relevant (n,):
     the number of the user's pairs; ranked (n, k): item ids, padded with -1."""
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)
     users = relevant.nonzero()[:, 0]  # without a pair there is no metric
@@ -536,7 +536,7 @@ class NeuMF(Backbone):
         half = dim // 2
         self.mlp = nn.Sequential(nn.Linear(dim, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
         self.out = nn.Linear(dim, 1, bias=False)
-        nn.init.ones_(self.out.weight)  # start as MF plus a small MLP term
+        nn.init.ones_(self.out.weight)  # GMF and MLP weigh alike; at first the MLP's part is larger
 
     def score(self, users, items):
         users, items = torch.broadcast_tensors(users, items)
@@ -545,13 +545,13 @@ class NeuMF(Backbone):
         return self.out(joined)[..., 0]
 
     def score_all(self, users, items):
-        # no inner product to rank with: walk the catalogue, about 16 MiB of activations at a time
+        # no inner product to rank with: walk the catalogue, with tensors of about 16 MiB at most
         chunk = max(1, 2**22 // max(1, len(users) * self.dim))
         return torch.cat([self.score(users[:, None], part[None]) for part in items.split(chunk)], 1)
 
 
 def standardised(text):
-    """Texts' vectors (I, H) -> float32, mean 0 and deviation 1 in each dimension."""
+    """Texts' vectors (I, H), I > 1 -> float32, by dimension mean 0, deviation 1 (constant: 0)."""
     # a few dimensions of an LLM's hidden states are a hundred times larger and would drown the rest
     text = text.float()
     return (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
@@ -716,8 +716,8 @@ def sum_of_rows(weight, place, items, n):
 
 
 def popularity(pairs, n_users, n_items):
-    """The number of train pairs of each item, alike for all users -> weights (1, I)."""
-    count = torch.bincount(pairs[:, 1], minlength=n_items).float()
+    """Train pairs of each item, equal counts by id, alike for all users -> weights (1, I)."""
+    count = torch.bincount(pairs[:, 1], minlength=n_items).double()  # float32 would round to ties
     # break ties by id, by less than 1, which keeps the order of counts: top_k is slow on many ties
     return (count - torch.arange(n_items, device=pairs.device) / n_items)[None]
 
@@ -773,7 +773,7 @@ def ease(pairs, n_users, n_items, ridge=200.0):
     """EASE (Steck, WWW 2019): the W of least ||X - X W||^2 + ridge ||W||^2 with a zero diagonal.
     With P = (X'X + ridge I)^-1: W_ij = -P_ij / P_jj (eq. 8). pairs (N, 2) -> dense (I, I). Raises
     SystemExit2 for more than 23,170 items, or a ridge too small to invert with."""
-    if n_items > 23_170:  # 4 GiB for a table in float64, two at the peak
+    if n_items > 23_170:  # 4 GiB for a table in float64, two at the peak besides co_occurrence's
         fail(f"ease: {n_items} x {n_items} weights would not fit into memory; take --backbone rp3")
     row, column, shared = co_occurrence(pairs, torch.ones(n_users, device=pairs.device), n_items)
     gram = torch.zeros(n_items, n_items, dtype=torch.float64, device=pairs.device)
@@ -805,7 +805,7 @@ def mrr(hits, relevant, k):
 @torch.no_grad()
 def nearest_items(vectors, users, items, seen, k):
     """The k items nearest to each vector by cosine, the user's seen items left out: vectors (n, D),
-    users (n,), items (I, D), seen: from user_rows -> item ids (n, k), padded with -1."""
+    users (n,), items (I, D), seen: from user_rows -> item ids (n, min(k, I)), padded with -1."""
     items = F.normalize(items.float(), dim=-1)
     return best_unseen(lambda rows: F.normalize(vectors[rows].float(), dim=-1) @ items.T, users,
                        seen, k, len(items))
@@ -822,7 +822,7 @@ def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):
         batch_size = 2048 if n < 2**16 else 2 ** min(max(int(math.log2(n / 8)), 14), 16)
     # in proportion to the batch (Goyal et al., 2017), as far as Adam allows
     lr = lr or min(1e-3 * batch_size / 2048, 8e-3)
-    # epochs x steps x N below 4e9 is about an hour of LightGCN on two cores
+    # epochs x steps x N below 4e9: about an hour of LightGCN on two cores; but 10 epochs at least
     epochs = epochs or min(max(int(4e9 / (math.ceil(n / batch_size) * n)), 10), 200)
     # sqrt(I) / 4: the best of M has rank I / M on average, and the right rank grows with I.
     # 4 to 64: fewer give nothing hard, and to score more would take most of a step
@@ -917,7 +917,7 @@ def compute_closed_form(args, data, _):
 
 
 def line_search(score_of, grid, point=None):
-    """Coordinate ascent: from `point`, else the middle of a grid {name: values in order}, the best
+    """Coordinate ascent: from a `point` of a grid {name: values in order}, or its middle, the best
     value of one name at a time, until none gives a better one -> (point {name: value}, score)."""
     point = point or {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
     names, before = list(point), None
@@ -938,7 +938,7 @@ def load_data(run):
 
 def load_model(path, data):
     """A backbone or closed form from its file, on the device of data["train"] -> (model in eval
-    mode, meta, all tensors). Raises SystemExit2 for other files and splits."""
+    mode, meta, all tensors). SystemExit2 for other files, or one of a split changed since."""
     # a closed form's file has item weights, dense or as the parts of a CSR; a backbone's its state
     tensors, meta = load_tensors(path, data["train"].device)
     s, shape = meta["settings"], (data["n_users"], data["n_items"])
@@ -1033,7 +1033,7 @@ def save_tensors(path, tensors, meta):
 
 def load_tensors(path, device="cpu"):
     """Read ({name: tensor}, meta) back. Raises SystemExit2 when the file is missing, not ours or
-    damaged, has a NaN, or when a file that it was made from has changed since."""
+    damaged, not finite, or when a file that it was made from has changed since."""
     meta, tensors = read_meta(path, check=True), load_file(path)
     again = f"delete it and run `{writer_of(path)}` again"
     if digest_of_tensors(meta, tensors) != meta["digest"]:
@@ -1057,7 +1057,8 @@ def read_meta(path, check=False):
         fail(f"{path}: no such file; make it with `{writer_of(path)}`")
     meta = read_header(path)
     if meta.pop("checksum", None) != json_digest(meta):
-        fail(f"{path}: its bytes are not as written; delete it and run `{writer_of(path)}` again")
+        fail(f"{path}: is damaged or not ours; name another, or delete it and run "
+             f"`{writer_of(path)}` again")
     if check:
         check_inputs(path, made_from(meta))
     return meta
@@ -1094,7 +1095,7 @@ def files_of(path):
     """[path]; for a set of generated negatives its shards: those that exist, else the first."""
     if not path.name.startswith("negatives") or path.suffix in (".safetensors", ".jsonl"):
         return [path]
-    first = [path.with_name(name) for name in shards(path.name, 1)]  # refuses what is no plain name
+    first = [path.with_name(name) for name in shards(path.name, 1)]  # refuses all but a plain name
     return sorted(path.parent.glob(f"{path.name}-{'[0-9]' * 5}.safetensors")) or first
 
 
@@ -1148,7 +1149,7 @@ def skip(path, settings, force=False):
 
 
 def settings_of(args, *others):
-    """The flags that decide what a step writes: all but where it runs and the names in `others`."""
+    """The flags that decide what a step writes: without run, out, force, device and `others`."""
     left_out = ("run", "out", "force", "device", *others)
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
@@ -1240,7 +1241,7 @@ def read_jsonl(path, growing=False):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            fail(f"{path}: line {n} is not whole; delete it and run `{writer_of(path)}` again")
+            fail(f"{path}: line {n} is not whole; delete the file, run `{writer_of(path)}` again")
     return rows
 
 
@@ -1263,15 +1264,15 @@ def write_atomic(path, data):
 
 # ---- Errors, output, progress --------------------------------------------------------------------
 class SystemExit2(SystemExit):
-    """A SystemExit with status 2 that keeps its message, as one line, for run_cli to print."""
+    """A SystemExit whose message is one line. run_cli gives it status 2; in other people's programs
+    Python prints the message and gives status 1."""
     def __init__(self, message):
         self.message = " ".join(str(message).split())
         super().__init__(self.message)
-        self.code = 2
 
 
 def fail(message):
-    """End the program with one line on standard error and exit status 2."""
+    """Raise SystemExit2: one line on standard error, and under run_cli status 2."""
     raise SystemExit2(message)
 
 
@@ -1284,7 +1285,7 @@ class Output(io.FileIO):
 
 
 def run_cli(main):
-    """Run `main()` as a program: errors end in one line and status 2, Ctrl-C and kill in 130."""
+    """Run `main()` as a program: known errors end in a line and status 2, Ctrl-C, kill in 130."""
     # what the terminal cannot show is escaped; where output is closed, sys.stdout is None
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(Output(1, "w", closefd=False)), sys.stdout.encoding, "backslashreplace",
@@ -1344,10 +1345,10 @@ class Progress:
 
 # ---- Processes of torchrun -----------------------------------------------------------------------
 def start_processes(device):
-    """-> the device of this process: `device`, or under torchrun a GPU of its own."""
+    """-> the device of this process: `device`; of cuda, under torchrun, a GPU of its own."""
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1") or world() > 1:  # alone, or started
         return device
-    # without torchrun no other process would come, and this one would wait forever
+    # without torchrun no other process would come, and this one would wait in vain
     numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")]
     if "TORCHELASTIC_RUN_ID" not in os.environ or not all(map(str.isdecimal, numbers)):
         fail("WORLD_SIZE: is set, but torchrun did not start this; unset it, or run `torchrun "
@@ -1401,7 +1402,8 @@ def number(kind, low, high=None, open_low=False):
             if low <= value <= high and math.isfinite(value) and (value > low or not open_low):
                 return value
         raise argparse.ArgumentTypeError(
-            f"{text} is outside {'[('[open_low]}{low}, {high}], or not of type {kind.__name__}")
+            f"{text} is outside {'[('[open_low]}{low}, {high}], not finite or not of type "
+            f"{kind.__name__}")
 
     return parse
 
@@ -1429,7 +1431,7 @@ def add_run_flags(parser):
     gpus = ["cuda", *gpus] if gpus else []
     parser.add_argument("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
                         help="where to compute, of what PyTorch sees")
-    parser.add_argument("--force", action="store_true", help="remake the output in any case")
+    parser.add_argument("--force", action="store_true", help="remake this command's output")
 
 
 def add_training_flags(parser, more=(), **sampler):
@@ -1478,7 +1480,7 @@ def main(argv=None):
     unset = argparse.SUPPRESS  # not among the args, so not among the settings either
     add_flags(
         p.add_argument_group("closed forms (pop, itemknn, rp3, ease; closed: all four), which read "
-                             "no other flag; what is left out is chosen by validation"),
+                             "no training flag; what is left out is chosen by validation"),
         ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),
         ("--rp3-alpha", number(float, 0), unset, "rp3: exponent of the transition probabilities"),
         ("--rp3-beta", number(float, 0), unset, "rp3: exponent of the popularity taken out"),
@@ -1486,6 +1488,8 @@ def main(argv=None):
         ("--ridge", number(float, 0, open_low=True), unset, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
     closed = args.backbone == "closed"
+    if args.backbone in CLOSED_FORMS:
+        args.sampler = args.sampler[:1]  # not read: one model
     several = closed or len(args.sampler) > 1
     if several and args.out != "cf.safetensors":
         fail(f"--out {args.out}: several models go to model-NAME.safetensors; leave it out")

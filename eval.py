@@ -1,7 +1,7 @@
 """eval.py: evaluates trained models and the negatives they are trained with.
 
 report     runs/NAME/model-*.safetensors, on the test pairs -> report.md, report.svg, metrics.json
-compare    methods x seeds, on the test pairs or --valid -> compare.md, compare.json, compare.svg
+compare    methods x seeds, on the test pairs -> compare.md, .json, .svg; --valid: compare-valid.*
 tune       the same number of trials for each method, on validation -> tuned.json, tuned.md
 estimate   how long run.sh will take
 recommend  one user's top items, and the items nearest to the LLM's negatives
@@ -29,7 +29,7 @@ from backbones import (
     row_of, run_cli, user_rows, write_atomic)
 from hnlmrec import LikelyFalse, given_id, load_recommender
 
-# ==== 1. Metrics. A model is any recommender: n_users, n_items, scores(users (B,)) -> (B, I) ======
+# ==== 1. Metrics. A model is any nn.Module with n_users, n_items, scores(users (B,)) -> new (B, I)
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
 # what the tables show; the others go into the JSON files
 COLUMNS = ["Recall@10", "Recall@20", "NDCG@10", "NDCG@20"]
@@ -46,8 +46,8 @@ def seen_before(data, split):
 
 def evaluate(model, data, split="test", ks=(10, 20)):
     """Metrics of every user with a pair in `split` (valid or test) -> users (n,), {name@k: (n,)
-    float64}, and the lists behind them (n, max(ks)): item ids, best first, -1 where a user has
-    fewer unseen items. Raises SystemExit2 for an empty split."""
+    float64}, and the lists behind them (n, min(max(ks), I)): item ids, best first, -1 where a
+    user has fewer unseen items. Raises SystemExit2 for an empty split."""
     if not len(data[split]):
         fail(f"data.safetensors: has no {split} pairs to evaluate on; prepare data that have some")
     seen = seen_before(data, split)
@@ -79,7 +79,7 @@ def list_statistics(users, ranked, data, split="test"):
 
 def quartiles(count):
     """Counts (n,) -> quarter 0 (lowest) … 3 of each."""
-    # argsort twice gives ranks, so quarters have equal size; equal counts may be split between two
+    # argsort twice gives ranks, so quarters have equal size, or one more; equal counts may be split
     return count.argsort(stable=True).argsort() * 4 // len(count)
 
 
@@ -163,7 +163,7 @@ def fhns_of_vectors(pairs, vectors, items, data):
 # kind is in BASELINES (except RLMRec-Con), else `hnlmrec.py train`. kind: closed form, sampler,
 # baseline (another paper's model), text (untrained), ours, control. flags: of that command, after
 # those of the row `like`, tuned ones too. needs: files of the run that it reads. parts: rows or
-# files to blend; of A|B the better on validation. stem: `report` reads model-STEM.safetensors
+# files to blend, of A|B what blends better (valid). stem: `report` reads model-STEM.safetensors
 Method = namedtuple("Method", "kind flags needs like parts stem", defaults=("", (), "", (), ""))
 BASELINES = ("closed form", "sampler", "baseline")
 TEXTS, JUDGE, JUDGED = "texts.safetensors", "judge.safetensors", "judge's negatives"
@@ -177,7 +177,7 @@ METHODS |= {name: Method("sampler", f"--sampler {name.lower()}", stem=name.lower
 METHODS |= {
     "DNS(M,N)": Method("sampler", "--sampler dns --n 2"),
     "Softmax": Method("baseline", "--loss softmax --cosine", stem="softmax"),
-    # 2 layers and tau .15: its authors' values
+    # 2 layers and tau .15 (Games: .2): its authors' values
     "AlphaRec": Method("baseline", "--loss softmax --cosine --layers 2 --tau 0.15 --text-vectors "
                        + TEXTS, (TEXTS,), stem="alpharec"),
     # L_sem, its loss, is added to DNS with BPR; a user's text is the sum of the train items'
@@ -203,7 +203,7 @@ METHODS |= {
                                                   (JUDGE,)),
     # an oracle: it knows the validation positives and avoids them; test ones stay among its draws
     "DNS kept clear of validation positives": Method("control", PLAIN + " --keep-clear valid")}
-# HNLMRec with one thing changed
+# HNLMRec with one thing changed; but --control replaces the items' texts, too
 for _row, _flags in (
         ("random vectors", "--control random"), ("no semantic alignment", "--lambda-s 0"),
         ("vectors shuffled between pairs", "--control shuffled"),
@@ -278,9 +278,9 @@ Row = namedtuple("Row", "key label method kind paths")
 
 
 def seconds_behind(run, path):
-    """{path: seconds of its own command} for a file and for every file that it was made from."""
+    """{path: seconds of its command, 0 of `prepare`} for a file and all .safetensors behind it."""
     meta, found = bb.read_header(path), {}
-    if meta:  # empty for a missing file or a person's own, which no step of ours made
+    if meta:  # empty for a .jsonl, a missing file or a person's own
         # a blend's `seconds` include its parts', which the loop below adds: so its own alone
         blend = meta["settings"].get("command") == "blend"
         found[path] = meta["history"][0]["seconds"] if blend else meta.get("seconds", 0.0)
@@ -399,7 +399,7 @@ class Comparison:
             best = ", the best baseline by validation" * (self.rival.kind in BASELINES)
             lines += ["", "## Differences", "", f"From {markdown(self.rival.label)}{best}; 95 % "
                       "intervals by paired bootstrap over users. s: seconds of the row's command; "
-                      "s, all steps: with the commands that made its files, profiles apart.", "",
+                      "s, all steps: with those that made its files, but for prepare, profile.", "",
                       *markdown_table(["method", "NDCG@20", "seeds above", "s", "s, all steps"],
                                       differences), "", f"![differences]({out}.svg)"]
         return [*lines, "", "## Sparse users, unpopular items", "",
@@ -425,7 +425,7 @@ def report(args):
     # first what a person wants to know: who is ahead, and how to read it
     lines = [f"# Report: {markdown(run.name)}", *comparison.claims(), "",
              "NDCG@20 is 1 when a user's held-out items head the list of twenty, 0 when none is in "
-             "it. Each difference comes with its 95 % interval and its p; only p is corrected, by "
+             "it. Each verdict comes with its 95 % interval and its p; only p is corrected, by "
              "Holm's method. This is one seed; `python eval.py compare --run "
              f"{shlex.quote(str(run))}` trains each method with several, at its default flags."]
     lines += ["", f"Left out, since the run lacks them: {', '.join(absent)}."] if absent else []
@@ -448,7 +448,7 @@ def rows_of_run(run):
     paths = {path.stem.removeprefix("model-"): path
              for path in sorted(run.glob("model-?*.safetensors"))}
     if not paths:
-        fail(f"{run}: no model-*.safetensors; train one, say with `python backbones.py pretrain`")
+        fail(f"{run}: no model-*.safetensors; run `{bb.writer_of(run / 'model-rns.safetensors')}`")
     rows = [Row(method.stem, name, name, method.kind, (paths.pop(method.stem),))
             for name, method in METHODS.items() if method.stem in paths]
     # the rest have names of the user's own; those that `pretrain` made count as baselines
@@ -561,8 +561,9 @@ def compare(args):
     comparison = Comparison(run, rows, data, split)
     lines = [f"# Comparison: {markdown(run.name)}", "",
              f"{data['n_users']:,} users, {data['n_items']:,} items, {len(data['train']):,} train "
-             f"pairs, one split; {args.backbone}, seeds: {args.seeds} (mean ± sd); each model at "
-             "its best validation epoch." + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
+             f"pairs, one split; {args.backbone}, seeds: {args.seeds}"
+             + " (mean ± sd)" * (args.seeds > 1) + "; each model at its best validation epoch."
+             + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
     untuned = [name for name, _ in entries.values() if METHODS[name].kind != "closed form"
                and not METHODS[name].parts and not {name, METHODS[name].like} & {*SPACES}]
@@ -611,8 +612,8 @@ def training_of(name, tuned, backbone, seed, more=()):
         words += METHODS[row].flags.split()
         if tuned and row in SPACES:
             if row not in tuned.get(backbone, {}):
-                fail(f"--tuned: {row} on {backbone} is not in it; run `python eval.py tune "
-                     f'--methods "{row}" --backbone {backbone}`')
+                fail(f"--tuned: {row} on {backbone} is not in it; run `python eval.py tune --run … "
+                     f'--budget … --methods "{row}" --backbone {backbone}`')
             words += tuned[backbone][row]["words"]
     # RLMRec-Con is a baseline, but its loss is a term of ours, so `train` makes it
     ours = method.kind not in BASELINES or "--negatives" in method.flags
@@ -638,7 +639,7 @@ class Cells:
 
     def file(self, name, words, seed):
         """Make a row's file, with `words` as further flags -> its name in the run, "" for a closed
-        form that does not fit into memory. Raises SystemExit2 if a blend has no use for words."""
+        form that failed (too large, say). Raises SystemExit2 if a blend has no use for words."""
         if name not in METHODS:  # a part that is a file of the run
             return name
         method, seeded, parts = METHODS[name], f"-{self.args.backbone}-seed{seed}", []
@@ -691,8 +692,8 @@ def program(script, *words):
         fail(f"{script} {' '.join(words[:3])} …: {message.removeprefix('error: ')}")
 
 # ---- 6. tune -------------------------------------------------------------------------------------
-# Every method gets the same number of trials, on validation: random search (Bergstra and Bengio,
-# JMLR 2012), but mostly steps from the best so far. No test pair is read.
+# Every method gets as many trials (JUDGED may have 1: see tune), on validation: random search
+# (Bergstra and Bengio, JMLR 2012), but mostly steps from the best so far. No test pair is read.
 # SPACES has method -> {flag: its values in order, since a step goes to the next one up or down}
 TRAINED = {"lr": [3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "dim": [64, 128, 256, 512],
            "reg": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]}
@@ -820,7 +821,7 @@ def tune(args):
     known = [best_epoch(read_meta(path)["history"])["valid_ndcg@20"] for path in paths]
     texts = len(known) < 2 or known[0] > known[1]  # judge, popularity
     if not texts:
-        print("the judge ranks no better than popularity: flags of text parts stay at 0")
+        print("the judge ranks no better than popularity: trials only move text parts to 0")
     # a round is one trial of each method, so that a stopped search leaves them even
     for n, (name, before) in product(range(args.budget), trials.items()):
         if n and name == JUDGED and not texts:
@@ -882,7 +883,7 @@ REFERENCE = 7.2e-4  # seconds
 
 
 def estimate(args):
-    """Print roughly how long `bash run.sh` will take with this data, before it starts."""
+    """Print roughly how long `bash run.sh` takes on this data with LightGCN and SmolLM2."""
     data = load_data(args.run)
     n, users, items = len(data["train"]), data["n_users"], data["n_items"]
     batch, _, epochs, _ = bb.sized_to_data(data)
@@ -895,7 +896,8 @@ def estimate(args):
     pairs = min(2000 if args.llm_rows else n, 4 * users)
     read = min(12_000 if args.llm_rows else items, items)
     llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
-    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * items**3,
+    ease = items**3 * (items <= 23_170)  # above that it is refused, at once
+    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * ease,
              "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
@@ -1027,10 +1029,10 @@ def main(argv=None):
             "as the run has their files. Names: " + "; ".join(rows), default="")
         add(name, "--out", "name of the output files, without the ending", default=out)
     add("compare tune", "--backbone", "backbone of every trained model", default="lightgcn")
-    add("compare tune", "--flags", "flags for every training, in one string", default="")
+    add("compare tune", "--flags", "of each training, in one string (--flags=--cosine)", default="")
     add("compare tune", "--force", "train again, even what is there", action="store_true")
     add("tune", "--budget", "trials per method", type=number(int, 1), default=20)
-    add("tune", "--widest", "largest --dim to try", type=number(int, 64), default=512)
+    add("tune", "--widest", "largest --dim, defaults apart", type=number(int, 64), default=512)
     add("tune", "--seed", "seed of search and trainings", type=number(int, 0), default=0)
     add("compare", "--seeds", "train with seeds 0 to N-1", type=number(int, 1), default=5)
     add("compare", "--tuned", "take each method's flags from a file of `tune` (tuned.json)",

@@ -1,7 +1,7 @@
 """hnlmrec.py: the recommender trained with the LLM's negatives and the judge, and its data.
 
 prepare   ratings and item metadata -> data.safetensors, items.jsonl, users.jsonl
-judge     texts.safetensors + train pairs -> judge.safetensors: a score of how well an item's text
+judge     texts, data .safetensors -> judge.safetensors: a score of how well an item's text
           fits a user, and each user's likely false negatives. Runs no LLM
 train     data, cf, negatives-*, texts (and judge) .safetensors -> model-hnlmrec.safetensors
               z   = MLP(self-attention over K generated vectors of the user)   Projector
@@ -105,15 +105,15 @@ class NegativeTable:
         return chosen.masked_fill((self.count[users] == 0)[:, None], -1)
 
     def others(self, users, k, generator=None):
-        """Users (B,) -> k rows of each one's generated vectors, drawn at random (B, k)."""
+        """Users (B,) who have generated vectors -> k rows of each one's, drawn at random (B, k)."""
         # one draw for all users, however many vectors each has; the modulo's bias is negligible
         point = torch.randint(2**31, (len(users), k), generator=generator, device=users.device)
         return self.start[users][:, None] + point % self.count[users][:, None].clamp(min=1)
 
 
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z' + (1 - alpha) e_j, z' being z with e_j's norm (paper, stage 2): z, sampled
-    (B, D) -> (B, D)."""
+    """e⁻ = alpha z' + (1 - alpha) e_j (paper, stage 2; there z' is z, here z with e_j's norm): z,
+    sampled (B, D) -> (B, D)."""
     # the norm of z means nothing, since L_align trains by cosines. PaperHNLMRec mixes z as it is
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
@@ -167,7 +167,7 @@ class HNLMRec(nn.Module):
 
     # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
-    refresh = 20  # steps between new values of z for BPR: meanwhile a z hardly moves
+    refresh = 20  # steps between new values of z for BPR: old and new have a cosine of about .9
 
     # reg is lambda2; gamma weighs e_i > e_f within L_false; tau_c is of both alignments; k is K
     def __init__(self, backbone, draw, pairs, *, projector=None, table=None, hidden=None,
@@ -312,13 +312,13 @@ class PaperHNLMRec(HNLMRec):
 def whiten(text):
     """Texts (I, H) -> (I, H), rows of length 1 whose inner products are cosines of whitened texts:
     centred, turned to principal axes, the strongest last, each divided by its deviation."""
-    # standardising each dimension is not enough: what all texts share, spread over many
+    # standardising each dimension is not enough: a few strong axes, each spread over many
     # dimensions, would decide the cosines
     text = text.float()
     centred = text - text.mean(0)
     variance, axes = torch.linalg.eigh(centred.T @ centred)  # (H,), (H, H)
     # an axis with less than 1e-4 of the largest variance counts as having that much, so that
-    # rounding is not blown up; + 1e-24: texts all alike give zeros
+    # rounding is not blown up; + 1e-24: no division by 0 where texts are all alike
     scale = variance.clamp(min=variance[-1] * 1e-4 + 1e-24) ** -0.5
     return F.normalize(centred @ axes * scale, dim=1)
 
@@ -336,7 +336,7 @@ def similarity(cosine, beta):
 def soft_maximum(total, count, scale, beta):
     """scale (ln(mean of exp(beta (c - 1))) / beta + 1) of some cosines c: total is the sum of their
     similarity(c, beta), count their number. beta near 0: scale times the mean cosine; large: times
-    the largest. It takes a sum so that totals can be shared and one item taken out of them."""
+    the largest, while that mean is above 1e-12. It takes a sum, to share it or take an item out."""
     return scale * ((total / count.clamp(min=1)).clamp(min=1e-12).log() / beta + 1)
 
 
@@ -382,8 +382,8 @@ class Judge(nn.Module):
 
 
 class JudgeMaps(nn.Module):
-    """What the judge learns: two linear maps of the items' texts, history_map for items of a
-    history and item_map for judged ones, and a bias per item. tables() -> a Judge's `tables`.
+    """What the judge learns: two linear maps of the items' texts, history_map for a history's items
+    and item_map for judged ones, a bias per item, scale and beta. tables() -> a Judge's `tables`.
 
     readings: a list of (I, H), one per layer; train (N, 2); width: W; beta: its initial value."""
 
@@ -397,7 +397,7 @@ class JudgeMaps(nn.Module):
         self.history_map = nn.Linear(text.shape[1], width, bias=False)
         self.item_map = nn.Linear(text.shape[1], width, bias=False)
         # identities: an untrained judge compares the W strongest axes of the first reading, which
-        # `whiten` puts last
+        # `whiten` puts last (of a narrower one all, and the next one's weakest)
         first = max(0, readings[0].shape[1] - width)
         for linear in (self.history_map, self.item_map):
             nn.init.zeros_(linear.weight)
@@ -482,8 +482,8 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
 
 @torch.no_grad()
 def likely_items(judge, n, cells=2**23):
-    """The n unseen items that the judge ranks highest for each user, (U, n) int64, and their shares
-    (U, n), a softmax of the n scores; -1 and share 0 where a user has fewer."""
+    """The n <= I unseen items that the judge ranks highest for each user, (U, n) int64, and their
+    shares (U, n), a softmax of the n scores; -1 and share 0 where a user has fewer."""
     # some users at a time: all scores at once would be U x I
     items, share = [], []
     everyone = torch.arange(judge.n_users, device=judge.bias.device)
@@ -559,9 +559,9 @@ def text_start(text, train, n_users, dim, std):
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
     items = centred @ components  # (I, min(dim, H))
     users = sum_of_rows(items, *train.T, n_users)
-    # the clamp: texts all alike give zeros
+    # the clamp: zeros, as texts all alike may give, stay zeros
     scaled = [x * std / x.pow(2).mean().clamp(min=1e-24) ** 0.5 for x in (users, items)]
-    # further columns are random: at zero on both sides they would have no gradient
+    # further columns are random: at zero on both sides plain BPR would give them no gradient
     more = torch.randn(len(users) + len(items), dim - items.shape[1], device=items.device) * std
     return torch.cat([torch.cat(scaled), more], 1)
 
@@ -652,7 +652,7 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
     each in turn takes the value of the grid that is best beside the others, until none improves. A
     part that does not help gets 0.
 
-    parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 among them; cells: scores held
+    parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 first; cells: scores held
     -> (weights, each part's NDCG@20 alone)."""
     # the users to rank, a random part of them if all would not fit; what their lists should hold
     n_users, n_items = parts[0].n_users, parts[0].n_items
@@ -724,7 +724,7 @@ def fit_judge(args):
     device = bb.start_processes(args.device)
     train, valid = data["train"].to(device), data["valid"].to(device)
     readings = [text.to(device) for text in readings]
-    # nothing to learn from is no error: say so, leave the judge out, go on
+    # nothing to learn from is not an error: say so, leave the judge out, go on
     alike = all((text == text[0]).all() for text in readings)
     if alike or (torch.bincount(train[:, 0]) < 2).all():
         out.unlink(missing_ok=True)  # with --force there may be a judge of an earlier start
@@ -757,7 +757,7 @@ WEIGHTS = [name for name, default in HNLMRec.__init__.__kwdefaults__.items() if 
 
 
 def check_flags(args, default):
-    """Raise SystemExit2 for flags of `train` that do not go together, or that nothing would read.
+    """Raise SystemExit2 for flags of `train` that clash, and for some that nothing reads.
     default(name): a flag's default."""
     plain, texts = args.negatives == "none", args.lambda_s or args.text_init
     likely = args.lambda_f or args.keep_clear == "judge"
@@ -988,7 +988,9 @@ def trace_steps(run, s, data, method, users, items, row):
     (u, i), titles = method.pairs[row].tolist(), [item["title"] for item in items]
     user, item = users[u]["raw"], items[i]["raw"]
     # the pair's own generated vector, or where it has none that of another of the user's pairs
-    at = int(method.table(torch.tensor([row]), 1)[0, 0])
+    draw = torch.Generator().manual_seed(0)
+    sets = method.table(torch.tensor([row]), method.k, draw)  # (1, K), for z too
+    at = int(sets[0, 0])
     if at < 0:
         fail(f"--user {user}: has no generated vector to follow; give another user")
     yield "data", (f"user {user} -> row {u}, item {item} -> row {i}: {titles[i]}; "
@@ -1021,9 +1023,8 @@ def trace_steps(run, s, data, method, users, items, row):
              for n in nearest[0].tolist() if n >= 0]
     yield "generated", (f"h {vector_text(generated['hidden'][at].float())}{note}\n"
                         f"items nearest to head(h): {'; '.join(named)}")
-    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        z = method.projector(method.hidden[method.table(torch.tensor([row]), method.k, draw)])[0]
+        z = method.projector(method.hidden[sets])[0]
         vectors = [table[n] for table, n in zip(method.backbone(), (u, i))]
     of_u, of_i = (F.cosine_similarity(z, vector, 0) for vector in vectors)
     yield "projector", f"z {vector_text(z)}; cos(z, e_u) {of_u:.3f}, cos(z, e_i) {of_i:.3f}"
@@ -1120,7 +1121,7 @@ def prepare_settings(args):
     *preset, published = PRESETS.get(args.preset, [None])
     s |= dict(zip(s, preset)) | {name: getattr(args, name) for name in s
                                  if getattr(args, name) is not None}
-    # the files that were given; each is read twice at most, never held whole
+    # the files that were given; each is read three times at most, never held whole
     files = (files if own else {"reviews": args.reviews}) | {"meta": args.meta}
     files = {role: path for role, path in files.items() if path}
     for path in files.values():
@@ -1144,7 +1145,7 @@ def filter_pairs(rows, users, path, s, counts):
     if not core.any():
         fail(f"{path}: nothing is left ({dict(counts)}); lower --k-core or --min-rating, or widen "
              "the days")
-    # the split draws its random numbers in this order: with another one, all splits would change
+    # a random split draws its numbers in this order: with another one, all of them would change
     first = [np.unique(rows[name], return_index=True, return_inverse=True)[1:]
              for name in ("item", "user")]
     order = np.lexsort([at[code] for at, code in first])
@@ -1162,7 +1163,7 @@ def filter_pairs(rows, users, path, s, counts):
 
 def latest(user, item, rating, seconds):
     """The latest row of each (user, item) -> indices, int (P,), ascending. Where times are equal or
-    missing, it is the one with the lowest rating: the order of the file decides nothing."""
+    missing, it is the one with the lowest rating; if these are equal too, the first."""
     pair = user.astype(np.int64) * (item.max(initial=0) + 1) + item
     order = np.lexsort((rating, -seconds, pair))  # NaN comes last in each
     return np.sort(order[np.diff(pair[order], prepend=-1) != 0])
@@ -1190,7 +1191,7 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
     user, item, seconds (N,) -> int (N,)."""
     if how not in ("random", "last", "time"):
         fail(f"split {how!r}: is none of random, last, time")
-    if how == "time":  # rows of one moment stay together: the shares are nearly met
+    if how == "time":  # rows of one moment stay together: the shares may be far from met
         n_valid, n_test = (max(1, int(len(user) * share)) for share in (valid, test))
         valid_from, test_from = np.sort(seconds)[[-n_valid - n_test, -n_test]]
         return np.where(seconds >= test_from, 2, np.where(seconds >= valid_from, 1, 0))
@@ -1290,15 +1291,15 @@ def interactions(path, fmt, counts):
             counts["rows whose id is 1.0, read as 1, or é in two characters, read as one"] += 1
         if None in pair:
             name = form[pair.index(None)]
-            fail(f"{path}: line {n}: {name} {quote(row.get(name))} is no id (no such column, "
+            fail(f"{path}: line {n}: {name} {quote(row.get(name))} is not an id (no such column, "
                  "empty, null, quoted, rounded, too long or with unseen characters); fix that line "
                  f"(columns: {quote([*row])})")
-        # an empty field is NaN; anything else that is not a number is refused, never ignored
-        name, wrong = form.rating, "no number; write it as 4.5"
+        # an empty field, or nan, is NaN; all else that is not a number is refused, never ignored
+        name, wrong = form.rating, "not a number; write it as 4.5"
         try:
             rating = parse_number(row.get(name))
             name, wrong = form.timestamp, (
-                "no time, a rounded one, a day, or not in the unit of the rows before; write it as "
+                "not a time, a rounded one, a day, or not in the unit of the rows before; write it as "
                 "2016-03-01 12:30:00, or all in seconds since 1970")
             moment = parse_number(row.get(name), dates=True)
             # the unit of the times follows from the first of them, and all others have to agree
@@ -1322,7 +1323,7 @@ CALENDAR = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:
 
 
 def parse_number(value, dates=False):
-    """A number, with `dates` also an ISO date; NaN where it is empty; ValueError for all else."""
+    """A number, with `dates` also an ISO date; NaN for an empty field or nan; else ValueError."""
     if value is None or value == "":
         return math.nan
     text = str(value).strip()
@@ -1343,9 +1344,9 @@ OF_PAIRS, LETTER = re.compile("rating|review|score|comment", re.I), re.compile(r
 
 def read_items(path, form, raw_items, counts):
     """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
-    repeated rows the fullest counts. Raises SystemExit2 when no item is found."""
-    # found {id: {column: text}}; seen {id: number of rows}; held {column: the wanted ids that its
-    # first 10,000 rows hold, to suggest the right one}; differ {column: ids whose rows differ}
+    repeated rows the fullest counts. Raises SystemExit2 for a file that has none of them."""
+    # found {id: {column: text}}; seen {id: number of rows}; held {column: the wanted ids that it
+    # has before line 10,000, to suggest the right one}; differ {column: ids whose rows differ}
     found, seen, wanted = {}, Counter(), set(raw_items)
     held, differ = defaultdict(set), defaultdict(set)
     for n, row in form.meta(path) if path else ():
@@ -1358,7 +1359,7 @@ def read_items(path, form, raw_items, counts):
         old = found.get(raw, fields)
         found[raw] = max(old, fields, key=fullness)
         seen[raw] += 1
-        for name in fields:  # a title that one row alone has is no second title
+        for name in fields:  # a title that only one row has is not a second title
             other = fields[name].casefold() != old[name].casefold()
             if other and (name != "title" or fields[name] and old[name]):
                 differ[name].add(raw)
@@ -1407,7 +1408,7 @@ def read_items(path, form, raw_items, counts):
 
 def fullness(fields, left_out=()):
     """Sort key of an item's fields, without the columns left out: (whether there is a title, length
-    of all, title, the other texts as one). Equal keys have equal texts: row order is irrelevant."""
+    of all, title, the other texts as one). Equal keys: equal texts, unless columns are left out."""
     title, *texts = ("" if name in left_out else text for name, text in fields.items())
     text = ". ".join(filter(None, texts))
     return bool(title), len(title) + len(text), title, text
@@ -1450,7 +1451,7 @@ def read_reviews(path, form, user_of_line, per_user, counts, limit=200):
 
 
 HALF = re.compile(r"[\ud800-\udfff]")  # of a character: valid in JSON, not in UTF-8
-# control characters, those of text direction, and those without width
+# control characters, those that turn text round, and most without width (not joiners, marks)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # csv rules of quoting, in a file with tabs
 ENTITY = re.compile(r"&(#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|\w+;)")
@@ -1468,11 +1469,11 @@ PROGRAM = re.compile(r"\bvar \w+ ?=.*;|\bfunction ?\w* ?\([^)]*\) ?\{|\(new Date
 def clean(value, counts, where=""):
     """A raw field as one line of text: lists joined, HTML entities decoded, tags, scripts, control
     characters and runs of white space taken out. counts: a Counter of repairs. Raises SystemExit2,
-    which says where, for what is no text."""
+    which says where, for anything but text."""
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, (clean(one, counts, where) for one in value)))
     if isinstance(value, (bool, dict)):
-        fail(f"{where}: {quote(value)} is no text; fix that line")
+        fail(f"{where}: {quote(value)} is not text; fix that line")
     # a year is a number in JSON, NaN is none
     text = HALF.sub("\ufffd", str(value))
     if value is None or text.lower() in ("nan", "null", "none", "<na>"):
@@ -1482,7 +1483,7 @@ def clean(value, counts, where=""):
     if '""' in text and QUOTED.fullmatch(text):
         counts["texts in quotes as csv writes them (taken off)"] += 1
         text = text[1:-1].replace('""', '"')
-    # &amp;amp; is in the wild; what is no entity (AT&T, Q&notes;) stays as it stands
+    # &amp;amp; is in the wild; what is not one (AT&T, Q&notes;) stays as it stands
     decoded, further = None, text
     while decoded != further:
         decoded = further
@@ -1545,7 +1546,7 @@ def table_rows(path, header=""):
             if row and len(row) != len(columns):
                 fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
             # a quote left open swallows whole rows: a line inside a text looks like one if it has
-            # as many fields, numbers where this row has them, and no space after a comma
+            # as many fields, its first one word, numbers where this row has, no space after a comma
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
                 unlike = (b.startswith(" ") or NUMBER.fullmatch(a) and not NUMBER.fullmatch(b)
@@ -1570,7 +1571,7 @@ def json_rows(path):
                 row = parse(line)
                 break
         if not isinstance(row, dict):
-            fail(f"{path}: line {n} is no JSON object ({quote(line.strip())}); one object per line "
+            fail(f"{path}: line {n} is not a JSON object ({quote(line.strip())}); one object per line "
                  "is read (`jq -c .[] FILE` makes them of an array)")
         yield n, row
 
@@ -1596,7 +1597,7 @@ FORMATS = {
     "yelp": (json_rows, "user_id business_id stars date text", "name city categories"),
 }
 # the paper's filters: format, --min-rating, --since, --until, --k-core; users, items, pairs as the
-# paper prints them
+# paper prints them (electronics2023's cannot be a 10-core's: 1.8 pairs a user)
 PRESETS = {
     "toys": ("amazon2018", 4.0, "2015-01-01", "2018-01-01", 10, (22338, 9023, 200511)),
     "cds": ("amazon2018", 4.0, "2014-01-01", "2016-01-01", 10, (19385, 8279, 186535)),
@@ -1650,7 +1651,7 @@ def print_summary(rows, parts, users, items):
             continue
         low, middle, high = np.quantile(values, [0, 0.5, 1])
         far = 100 * max(abs(middle), 1)
-        if name == "seconds":  # 20 years; positions in a history, small numbers, are no dates
+        if name == "seconds":  # 20 years; positions in a history, small numbers, are not dates
             far = 20 * 365.25 * 86400 if middle > 1e8 else np.inf
         odd = (np.abs(values - middle) > far).sum()
         note = f"; NOTE: {odd:,} far from the median, {write(middle)}" if odd else ""
@@ -1723,8 +1724,8 @@ def main(argv=None):
                    "`none`: all (preset's, else 4); of a repeated pair the latest counts")
     p.add_argument("--since", type=date, help="keep pairs from this day on: 2015-01-01, UTC")
     p.add_argument("--until", type=date, help="keep pairs before this day")
-    p.add_argument("--split", choices=["random", "last", "time"], help="80/10/10 per user (the "
-                   "default), each user's last two in time, or 80/10/10 by one cut in time for all")
+    p.add_argument("--split", choices=["random", "last", "time"], help="80/10/10 per user, at "
+                   "least one each (default), each user's last two, or 80/10/10 by one cut in time")
     for name in PARTS:
         p.add_argument(f"--{name}-file", metavar="FILE", help="your own split: give all three")
     p.add_argument("--force", action="store_true", help="remake what was made with other settings")
@@ -1794,7 +1795,7 @@ def main(argv=None):
     p.add_argument("--user", metavar="ID", type=given_id, help="the user's id in the ratings file; "
                    "default: the first with a generated negative")
     p.add_argument("--item", metavar="ID", type=given_id,
-                   help="a train item of that user (left out: the first)")
+                   help="a train item of that user; left out: the first with a generated negative")
     p.add_argument("--model", default="model-hnlmrec.safetensors", help="model file of `train`")
     args = parser.parse_args(argv)
     if args.command == "train":

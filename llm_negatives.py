@@ -1,7 +1,7 @@
 """llm_negatives.py: an LLM reads items, writes profiles, makes hard negatives.
 
 read      items.jsonl -> texts.safetensors: a frozen LLM's mean hidden states of each item's title
-          and metadata, one tensor (I, H) per layer, for the judge and the initial vectors.
+          and metadata, one tensor (I, H) per layer, for the judge, the initial vectors and L_sem.
 profile   items.jsonl, users.jsonl, train pairs -> profiles.jsonl: a sentence on what an item is
           like and who would enjoy it, and one on what a user enjoys.
 finetune  cf.safetensors, profiles.jsonl -> adapter/ (LoRA, peft's format), sft.safetensors
@@ -46,8 +46,8 @@ from backbones import (
 #     instruction | user: profile | item: title and profile | item vector, user vector
 # The user vector comes last, so that h, the last token's hidden state, starts from e_u and gathers
 # the rest by attention. On ML-100K (frozen LLM of 8 layers, head fitted on 3,000 pairs) a linear
-# map recovers e_u of new users from h with R2 .39, and for .93 of the held-back pairs the item
-# nearest to z is a mined one. With each vector right after its own text: R2 .03, and .78.
+# map recovers e_u of new users from h with R2 .5, and the item nearest to z is a mined one for .86
+# of known users' held-back pairs, .2 of new ones'. With each vector after its text: .1, .6, .2.
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
 INSTRUCTION = ("Name a hard negative: an item close to this user's taste that the user would still "
@@ -151,14 +151,14 @@ class SoftTokens(nn.Module):
         self.n_soft, self.hidden_size = n_soft, hidden_size
         self.register_buffer("norm", torch.as_tensor(float(norm)))
         # standardised first: the mean, which every user shares and which is mostly popularity,
-        # would otherwise fill the token
+        # would otherwise be a part of every token (on ML-100K 13 % of e_u's mean square)
         self.register_buffer("mean", torch.stack([user.mean(0), item.mean(0)]))  # (2, d)
         self.register_buffer("std", torch.stack([user.std(0), item.std(0)]).clamp(min=1e-6))
         self.maps = nn.ModuleList(nn.Linear(user.shape[1], n_soft * hidden_size, bias=False)
                                   for _ in range(2 if n_soft else 0))
 
     def forward(self, side, vectors):
-        """side 0 users, 1 items; vectors (B, d) -> (B, n_soft, H), each of norm `norm`."""
+        """side 0 users, 1 items; vectors (B, d) -> (B, n_soft, H) of norm `norm`, the mean's 0."""
         if not self.n_soft:
             return vectors.new_zeros(len(vectors), 0, self.hidden_size)
         x = self.maps[side]((vectors - self.mean[side]) / self.std[side])
@@ -181,7 +181,7 @@ def pad(pieces, llm):
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
                  owner):
     """What encode() computes, written plainly: each pair's whole prompt in one forward pass, no
-    cache. Arguments and result as encode()."""
+    cache. Arguments (save batch) and result as encode()."""
     # slower, but gradient checkpointing needs it, since it runs each layer twice and would fill a
     # cache twice; also the oracle that encode() is tested against
     prefixes, pieces = [prompt.user(text) for text in user_texts], []
@@ -212,7 +212,7 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 
     # the items, each on top of its user; the item's soft tokens before the user's, as in the prompt
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
-    # in calls of similar lengths, so that little of one is padding; a single call keeps the order
+    # in calls of similar lengths, so that little of one is padding; with batch 0 the order is kept
     lengths, result = [len(piece) if batch else 0 for piece in pieces], []
     order = torch.tensor(lengths, device=owner.device).argsort(stable=True)
     for part in order.split(batch or len(order)):
@@ -259,7 +259,7 @@ def check_window(llm, length):
         window = getattr(config, name, None)
         if isinstance(window, int) and 0 < window < length:  # some LLMs write 0 for none
             fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
-                 "lower --max-tokens or --history, or give another LLM")
+                 "lower --max-tokens, --history or --new-tokens, or give another LLM")
 
 
 def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0,
@@ -286,8 +286,8 @@ class Head(nn.Module):
     """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d)."""
     def __init__(self, hidden_size, dim):
         super().__init__()
-        # of the frozen LLM's hidden states, set by fit_head(): a few of their dimensions are a
-        # hundred times larger than the rest and would drown them
+        # of the frozen LLM's hidden states, set by fit_head(): a few of their dimensions are ten
+        # to fifty times larger than the rest and would drown them
         self.register_buffer("mean", torch.zeros(hidden_size))
         self.register_buffer("std", torch.ones(hidden_size))
         self.linear = nn.Linear(hidden_size, dim)
@@ -320,7 +320,7 @@ class SftTask:
         # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
         # Held back: pairs of users that fine-tuning sees, and all pairs of a tenth of the users,
-        # which it never sees. With 64 of each, hit rates have a standard error of .06 at most.
+        # which it never sees. With 64 of each, hit rates have a standard error of .0625 at most.
         self.generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=self.generator)
         new_user = torch.rand(data["n_users"], generator=self.generator) < 0.1
@@ -399,7 +399,7 @@ class MixedTask(SftTask):
         target = torch.zeros(len(z), len(targets), dtype=torch.bool, device=z.device)
         target[:, first:first + len(z)].fill_diagonal_(True)
         positive = torch.cat([torch.zeros_like(mined), target], 1)  # (R, I + B)
-        # mined items are as good as their mixture, so they are no negatives
+        # mined items are as good as their mixture, so they are not negatives
         ignore = torch.cat([mined, torch.zeros_like(target)], 1)
         return info_nce(z, torch.cat([self.candidates, targets]), positive, tau, ignore)
 
@@ -505,7 +505,7 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
     the blocks run here (rows of others stay zero); label: the progress line's, "" for no line."""
     encoder = functools.partial(encode, batch=batch)
     hidden = torch.zeros(len(pairs), llm.config.get_text_config().hidden_size, device=pairs.device)
-    # a user's pairs stay together; a block is four calls, across which encode() sorts by length
+    # by user; a block, which may end amid a user's pairs, is four calls; encode() sorts by length
     order = pairs[:, 0].argsort(stable=True)
     blocks = order.split(4 * batch) if len(order) else ()  # of none, split makes an empty block
     blocks, done = list(enumerate(blocks))[which], 0
@@ -577,7 +577,7 @@ def tf_idf(id_lists, width=512):
 # ==== 5. Profiles: a sentence per item, and per user ==============================================
 # A system prompt, as in the paper; an item's metadata -> item profile; titles and profiles of some
 # of a user's train items -> user profile. Worked examples stand before the request as turns: the
-# shared prefix is run once, so they cost nothing, and a small LLM then writes about the item
+# shared prefix is run once, so they cost little, and a small LLM then writes about the item
 # instead of "A classic, a classic." Of the examples tried, these had the fewest words copied into
 # its answers.
 
@@ -659,10 +659,10 @@ def runs_of(words, n):
 
 
 def fault_of(sentence, title):
-    """Why a sentence is no profile -> "empty", "prompt" (it repeats a text of the prompt), "loop"
-    (it repeats itself), "title" (and no more), "cut" (it has no end), or "" for a good one."""
+    """What is wrong with a sentence -> "empty", "prompt" (it repeats a text of the prompt), "loop"
+    (it repeats itself), "title" (and no more), "cut" (it has no end), or "" for a good profile."""
     words = words_of(sentence)
-    # seven words in a row are no coincidence; a small LLM's own phrases share five or six
+    # seven words in a row are not a coincidence; a small LLM's own phrases share five or six
     shown = sum((*EXAMPLES["item"], *EXAMPLES["user"]), tuple(SYSTEM.values()))
     copied = any(runs_of(words, 7) & runs_of(words_of(text), 7) for text in shown)
     request = words[:1] in (["item"], ["liked"]) or sentence.count(": ") > 1  # a request's form
@@ -676,7 +676,7 @@ def fault_of(sentence, title):
 
 
 def end_tokens(model, tokenizer):
-    """Ids that end an answer -> set of ints."""
+    """Ids that end an answer -> set of ints (and None, where a name is missing)."""
     # the tokenizer and the generation config may each name another one
     named = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
@@ -692,8 +692,8 @@ def end_tokens(model, tokenizer):
 
 
 def best_new(logits, written, tokenizer):
-    """Greedy choice among the 8 best tokens that avoids repeated pairs (Paulus et al., 2018), "X X"
-    and "X and X": small LLMs loop otherwise. logits (B, V), written: B id lists -> B ids."""
+    """Greedy choice among the 8 best tokens that avoids repeated pairs, "X X" and "X and X" (Paulus
+    et al., 2018: triples), since small LLMs loop. logits (B, V), written: B id lists -> B ids."""
     def is_new(token, ids):
         again = token in ids[-2:] or (*ids[-1:], token) in zip(ids, ids[1:])
         # only tokens with two letters in a row are barred: digits (2000), commas and single
@@ -861,7 +861,8 @@ def train_lora(task, encoder, batches, args, optimizer, losses, save):
                              encoder=encode_whole if args.checkpointing else encode)
         sum_over([loss, *(p.grad for p in trained)])  # each process ran its share of the parts
         if not math.isfinite(loss):
-            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr or use --dtype fp32")
+            fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr or use --dtype fp32, "
+                 "with --force")
         torch.nn.utils.clip_grad_norm_(trained, 1.0)  # a rare large step does more harm than good
         optimizer.step()
         # what a person sees, and what a killed run resumes from
@@ -921,7 +922,7 @@ def finetune(args):
     meta = {"settings": settings, "frame": encoder[1].frame, "losses": losses}
     train_lora(task, encoder, batches, args, optimizer, losses,
                functools.partial(save_tensors, partial, kept, meta))
-    # what was learned, and what it takes from each part of the prompt
+    # what was learned, and what it takes from the user's two parts and the item's vector
     drops = ("", "user vector", "user profile", "item vector")
     report_held(task, *encoder, "after fine-tuning", drops)
     if rank() == 0:
@@ -1011,7 +1012,7 @@ def generate(args):
                                                      args.finetune)
         cf, _ = load_tensors(run / tuned["cf"], args.device)
         texts = load_profiles(run, tuned["profiles"])
-        # the zero-shot ablation: maps and head are untrained too
+        # the zero-shot ablation: maps and head are untrained too, save the head's mean and std
         if not args.finetune:
             torch.manual_seed(args.seed)
             for module in (*soft_tokens.maps, head.linear):
@@ -1020,10 +1021,10 @@ def generate(args):
         begin = time.time()
         pairs = train[rows[users // SHARD_USERS == k]]
         hidden = encode_many(llm, prompt, soft_tokens, cf, texts, pairs, batch=args.batch_size,
-                             label=f"generate {paths[k].name}").half()
+                             label=f"generate {paths[k].name}").half()  # inf above 65,504
         with torch.no_grad():
             tensors = {"hidden": hidden, "vector": head(hidden.float()).half()}
-        check_finite(paths[k], tensors, "use --dtype fp32 in finetune")  # beyond float16
+        check_finite(paths[k], tensors, "use --dtype fp32 in finetune, else another LLM")
         save_tensors(paths[k], {"pairs": pairs, **tensors},
                      {"settings": settings, "seconds": time.time() - begin})
     print(f"generate: {len(mine)} shards made, {len(paths)} are there, {time.time() - start:.0f} s")
@@ -1255,8 +1256,8 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def pick_dtype(name, device):
     """auto, fp32, bf16 or fp16 -> the name of a torch dtype."""
-    # auto is bf16 where the processor has instructions for it (GPU: as CUDA says; CPU: AVX512-BF16,
-    # AMX or Arm's BF16). Nothing is timed, so that a machine always decides alike
+    # auto is bf16 where the processor has instructions for it (GPU: as CUDA says; CPU, in Linux
+    # alone: AVX512-BF16, AMX or Arm's BF16). Nothing is timed, so that a machine decides alike
     has_bf16 = False
     if str(device).startswith("cuda"):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1341,7 +1342,7 @@ def llm_digest(llm):
     if not Path(llm).is_dir():
         config = from_library(llm, "model", AutoConfig.from_pretrained)
         return f"{llm}@{getattr(config, '_commit_hash', None)}"
-    # whole files, each time: about a second a gigabyte, less than loading takes
+    # whole files, each time: about a second a gigabyte, more than loading cached ones takes
     digest, read_from = hashlib.sha256(), "json jinja txt model tiktoken safetensors bin".split()
     for path in sorted(Path(llm).rglob("*")):
         name = str(path.relative_to(llm))
@@ -1382,15 +1383,15 @@ def main(argv=None):
     p.add_argument("--layers", default="",
                    help="such as 0,12; 0: a bag of words; left out: 0, 2/5 and 2/3 of the depth")
     p.add_argument("--control", choices=["none", "shuffled", "random", "tfidf"], default="none",
-                   help="texts given to items at random, an LLM of random weights, or TF-IDF")
+                   help="texts of other items, an LLM of random weights, or TF-IDF (whole texts)")
     p.add_argument("--most", type=count, default=0, help="popular items the layers read; 0: all")
-    p.add_argument("--profiles", metavar="FILE", help="profiles to read after the items' metadata")
+    p.add_argument("--profiles", metavar="FILE", help="of the run folder, read after the metadata")
     p.add_argument("--out", default="texts.safetensors", help="output file inside the run folder")
 
     p = command("profile", "write a text profile of each user and item", "--profiles template")
     p.add_argument("--profiles", choices=["llm", "template"], default="llm",
                    help="who writes them; template uses metadata alone")
-    p.add_argument("--history", type=some, default=4, help="train items in a user's prompt")
+    p.add_argument("--history", type=some, default=4, help="train items that make a user's profile")
     p.add_argument("--new-tokens", type=some, default=40, help="tokens written at most")
     p.add_argument("--llm-rows", type=count, default=0,
                    help="popular items, and users of many pairs, that the LLM writes for; 0: all")

@@ -16,7 +16,7 @@
 #                      four negatives per user, trials with widths up to 512
 #   TUNE=4             number of trials that choose the flags of DNS, and as many for the judge's
 #                      negatives, on validation: 4 on your own data (2 with FAST=1), 0 on MovieLens,
-#                      for which earlier trials chose the flags below
+#                      where earlier ones with LightGCN chose the flags of the judge's negatives
 #   PYTHON=python3     the interpreter for the virtual environment .venv
 #   VENV=.venv ASSETS=assets   where that and the downloads go
 # Paths are relative to the folder of run.sh. Let the first run finish its set-up before you start
@@ -32,11 +32,11 @@ folder() {  # folder PATH VARIABLE
   mkdir -p "$1" 2>/dev/null && [[ -w $1 ]] ||
     die "$1: cannot be written to; set $2 to a folder that can"
 }
-# other programs (pip, Hugging Face) print errors only
+# pip prints errors only, Hugging Face no progress bars
 export PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 export HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
 
-# ---- set-up: a virtual environment, remade only when requirements.txt changes -------------------
+# ---- set-up: a virtual environment, made once; pip runs again when requirements.txt changes -----
 [[ $# -le 1 && ( $# -eq 0 || $1 == test ) ]] ||
   die "usage: bash run.sh [test]; settings go in variables, see the top of run.sh"
 [[ ${FAST:-0}${WHOLE:-0}${FORCE:-0} =~ ^[01]{3}$ ]] || die "FAST, WHOLE, FORCE: each is 1 or 0"
@@ -112,7 +112,7 @@ transformers.logging.disable_progress_bar()
 model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, gguf_file=file, dtype=torch.float32)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-# the weights are plain float32 now; save_pretrained refuses while these two say otherwise
+# plain float32 now: save_pretrained refuses a quantizer, and config.json would still say gguf
 model.hf_quantizer = None
 del model.config.quantization_config
 model.save_pretrained(out)
@@ -140,19 +140,19 @@ fi
 [[ -z ${K_CORE:-} ]] || SOURCE+=(--k-core "$K_CORE")
 OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || true)}
 # flags of the steps: strings, not arrays (see bash 3.2 above), split at spaces where unquoted.
-# These limits keep each LLM step to about two minutes on two cores, whatever the size of the data
+# These limits keep each LLM step to a few minutes on two cores; fine-tuning grows with the items
 PROFILE="--history 3 --llm-rows 200" READ="--most 12000"
 GENERATE="--pairs-per-user 4 --pairs 2000" FINETUNE="--warmup-pairs 1024 --steps 20"
-SIZE="--llm-rows 200" WIDEST="--widest 128"  # of trials: 512 takes ten times as long
+SIZE="--llm-rows 200" WIDEST="--widest 128"  # of trials: 512 takes several times as long
 if [[ $WHOLE == 1 ]]; then
   PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE= WIDEST=
 fi
-TRAIN= JUDGE= HNLMREC= JUDGED= TRIALS=4
+TRAIN= JUDGE= HNLMREC= JUDGED="--lambda-f 1" TRIALS=4
 if [[ -z ${DATA:-} ]]; then
   # on MovieLens validation preferred no semantic alignment; eight trials with LightGCN chose the
   # flags of the judge's negatives
   HNLMREC="--lambda-s 0" TRIALS=0
-  [[ $BACKBONE != lightgcn ]] || JUDGED="--lr 0.00126 --reg 5.05e-06 --m 16 --gamma 0.05"
+  [[ $BACKBONE != lightgcn ]] || JUDGED+=" --lr 0.00126 --reg 5.05e-06 --m 16 --gamma 0.05"
 fi
 [[ $BACKBONE != mf ]] || TRAIN="--reg 1e-2"
 if [[ $FAST == 1 ]]; then
@@ -211,7 +211,7 @@ step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns
 # what the texts say: read by the frozen LLM, weighed by the judge
 step llm_negatives.py read --run "$OUT" --llm "$LLM" --seed "$SEED" $READ
 step hnlmrec.py judge --run "$OUT" --seed "$SEED" $JUDGE
-# `judge` writes none if it cannot learn (all texts alike): leave out its rows and the text start
+# `judge` writes none if it cannot learn (texts alike, say): leave out its rows and the text start
 HAVE_JUDGE=0
 [[ ! -f $OUT/judge.safetensors ]] || HAVE_JUDGE=1
 
@@ -226,7 +226,7 @@ step backbones.py pretrain --run "$OUT" --backbone closed
 CLOSED=,model-rp3.safetensors
 # ease refuses a catalogue whose items x items do not fit
 [[ ! -f $OUT/model-ease.safetensors ]] || CLOSED+=,model-ease.safetensors
-NONE="--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0 --lambda-f 1"
+NONE="--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0"
 of_trial() {  # of_trial METHOD KEY: its best trial's flags (KEY: words) or file (model)
   "$PY" -c 'import json, sys
 found = json.load(open(sys.argv[1]))["methods"][sys.argv[2]][sys.argv[3]][sys.argv[4]]

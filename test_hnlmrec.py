@@ -98,11 +98,11 @@ def items_of(pairs, user):
 
 
 def message_of(call, *args, **more):
-    """The one line with which a call ends the program; its status is 2."""
+    """The one line with which a call ends the program."""
     with pytest.raises(SystemExit) as error:
         call(*args, **more)
     message = error.value.message  # printable: without a line end; nothing is quoted at length
-    assert error.value.code == 2 and message.isprintable() and len(message) < 2000
+    assert error.value.code == message and message.isprintable() and len(message) < 2000
     return message
 
 
@@ -660,6 +660,14 @@ def test_line_search_ends_where_no_single_step_is_better():
         assert len(set(tried)) == len(tried)
 
 
+def test_popularity_keeps_the_order_of_large_counts():
+    """In float32 2,100 - 11,999 / 12,000 is 2,099, the score of item 0."""
+    many, few = (torch.stack([torch.arange(n), torch.full((n,), item)], 1)
+                 for n, item in ((2100, 11_999), (2099, 0)))
+    weight = backbones.popularity(torch.cat([few, many]), 2100, 12_000)
+    assert backbones.top_k(weight, 2).tolist() == [[11_999, 0]]
+
+
 def test_closed_forms_at_once_do_without_ease_alone(small_run, monkeypatch):
     run = ("backbones.py", "pretrain", "--run", small_run, "--backbone", "closed")
     monkeypatch.setattr(backbones, "ease", lambda *_: backbones.fail("ease: 1 x 1 would not fit"))
@@ -672,6 +680,8 @@ def test_closed_forms_at_once_do_without_ease_alone(small_run, monkeypatch):
     assert not (small_run / "model-ease.safetensors").exists()
     monkeypatch.setattr(backbones, "item_knn", lambda *_: backbones.fail("1 items: too many"))
     assert "too many" in message_of(cli, *run, "--force")
+    # one closed form alone reads no samplers, and is one model
+    cli(*run[:-1], "pop", "--sampler", "rns", "dns", "--out", "model-ours.safetensors")
 
 
 def test_closed_forms_and_softmax_by_command(small_run):
@@ -717,6 +727,7 @@ def test_closed_forms_and_softmax_by_command(small_run):
         best = max(row["valid_ndcg@20"] for row in meta["history"])
         assert backbones.validation(model, data)() == pytest.approx(best)
     save_file({"text": torch.randn(N_ITEMS, 5)}, run / "own.safetensors")  # other texts
+    assert "not ours; name another" in message_of(backbones.load_tensors, run / "own.safetensors")
     assert re.search("own.safetensors.*--force", message_of(pretrain, *words))
 
 
@@ -1498,7 +1509,7 @@ def test_ids_sort_alike_in_any_order_and_lose_their_spaces(tmp_path):
         _, items, users, out = prepared(tmp_path / "a", lines, "--k-core", 1)
         assert [row["raw"] for row in users] == [one] and len(items) == 6
         assert "4 rows whose id is 1.0, read as 1" in out
-    # but a version is no number, and a number rounded in JSON no id
+    # but a version is not a number, and a number rounded in JSON no id
     assert [hnlmrec.id_text(raw) for raw in ("v1.0", "1.0.0", 7.0, "-1.0", "1e5")] == [
         "v1.0", "1.0.0", "7", "-1", "1e5"]
     none = (1e17, math.inf, "1e+5", "1.23E+05", "N/A", "null", "i\0", '"i"', "'i'", ["i"], True)
@@ -1539,16 +1550,16 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
     ({"rating": ""}, (), "line 6: no rating"), ({"rating": "nan"}, (), "line 6: no rating"),
     ({"rating": "inf"}, (), "line 6"), ({"rating": "1_0"}, (), "line 6"),
     ({"rating": "4,5"}, (), "write it as 4.5"),
-    ({"rating": "five"}, (), "rating 'five' is no number"),
-    ({"timestamp": "yesterday"}, (), "timestamp 'yesterday' is no time"),
+    ({"rating": "five"}, (), "rating 'five' is not a number"),
+    ({"timestamp": "yesterday"}, (), "timestamp 'yesterday' is not a time"),
     ({"timestamp": "1,460,000,000"}, (), "no time"),
     ({"timestamp": "1456790400000"}, (), "unit of the rows before"),  # among seconds
     ({"timestamp": ""}, ("--since", "1970-01-01"), "line 6: no timestamp"),
     ({"timestamp": ""}, ("--split", "time"), "1 rows have none"),
     ({}, ("--since", "2018-01-01", "--until", "2015-01-01"), "nothing is left"),
-    ({}, ("--min-rating", "6"), "nothing is left"), ({"user": ""}, (), "line 6: user '' is no id"),
-    ({"item": "\u200bi5"}, (), r"line 6: item '\u200bi5' is no id"),
-    ({"item": "9" * 5000}, (), "999' is no id"), ("u0\ti5", (), "line 6 has 2 fields"),
+    ({}, ("--min-rating", "6"), "nothing is left"), ({"user": ""}, (), "line 6: user '' is not an id"),
+    ({"item": "\u200bi5"}, (), r"line 6: item '\u200bi5' is not an id"),
+    ({"item": "9" * 5000}, (), "999' is not an id"), ("u0\ti5", (), "line 6 has 2 fields"),
     ({"text": "x\tmore"}, (), "line 6 has 6 fields, the header 5")])
 def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message):
     fields = dict(zip(HEAD.split("\t"), GRID[4].split("\t")))
@@ -1561,8 +1572,8 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
     ("[1, 2]", "line 3"), ("null", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"),
     ("[" * 100000, "line 3"), (json.dumps([{"asin": "x"}] * 999), "one object per line is read"),
     (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
-    ({"reviewerID": None}, "None is no id"), ({"reviewerID": "\ud800"}, "is no id"),
-    ({"overall": [5]}, "overall [5] is no number"), ({"overall": True}, "True is no number"),
+    ({"reviewerID": None}, "None is not an id"), ({"reviewerID": "\ud800"}, "is not an id"),
+    ({"overall": [5]}, "overall [5] is not a number"), ({"overall": True}, "True is not a number"),
     ({"unixReviewTime": {}}, "no time"), ('{"reviewerID": "u1", "asin": "i1"}', "no rating")])
 def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
     rows, row = json_grid(), row if isinstance(row, str) else json_grid()[7] | row
@@ -1614,9 +1625,9 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     (TABLE, ["item\tkind", *ITEMS[1:]], "no column 'title', only ['item', 'kind']"),
     (TABLE, ["item,title,kind", 'i0,"12""', "i1,Film,drama", 'i2,x",y'], "line 2"),  # hides i1
     (TABLE, ITEMS[:1], "has 0 of the 6 items"), (json_grid(), ["[1]"], "line 1"),
-    (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is no text"),
-    (json_grid(), [{"asin": "i1", "title": "t", "category": {"en": 5}}], "is no text"),
-    (json_grid(reviewText={"en": "x"}), None, "{'en': 'x'} is no text")])
+    (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is not text"),
+    (json_grid(), [{"asin": "i1", "title": "t", "category": {"en": 5}}], "is not text"),
+    (json_grid(reviewText={"en": "x"}), None, "{'en': 'x'} is not text")])
 def test_files_that_are_refused(tmp_path, lines, meta, message):
     name = "r.tsv" if isinstance(lines[-1], str) else "r.json"
     assert message in refused_lines(tmp_path / "a", lines, "--k-core", 1, meta=meta, name=name)
@@ -2191,7 +2202,9 @@ def test_prompts_longer_than_an_attention_window_are_refused(family, tmp_path):
     llm.config.sliding_window = 0  # as some families say that they have none
     llm_negatives.check_window(llm, 41)
     llm.config.max_position_embeddings = 40
-    assert "embeddings of 40 tokens" in message_of(llm_negatives.check_window, llm, 41)
+    message = message_of(llm_negatives.check_window, llm, 41)
+    assert "embeddings of 40 tokens" in message
+    assert all(flag in message for flag in ("--max-tokens", "--history", "--new-tokens"))
 
 
 @pytest.mark.parametrize("name, family, more", [
@@ -3043,7 +3056,8 @@ def test_a_run_of_one_model_has_a_report_that_says_what_is_left_out(eval_run, ke
     assert said in page.split("Left out")[1].split("\n")[0] and "An example" in page
     assert "## Differences" not in page
     (eval_run / f"model-{kept}.safetensors").unlink()
-    assert "no model-" in eval_refused("report", "--run", eval_run)
+    assert "no model-" in (message := eval_refused("report", "--run", eval_run))
+    assert "--out model-rns.safetensors`" in message  # what `pretrain` writes else, it does not read
 
 
 def test_seconds_of_a_row_are_those_of_all_its_files_once(eval_run):
@@ -3085,7 +3099,13 @@ def test_the_estimate_adds_up_and_less_work_takes_less(eval_run, monkeypatch):
         found.append({name: int(n) for name, n in re.findall(r"(\w[\w ]*?) (\d+) s", out)})
         minutes = int(re.search(r"about (\d+) minutes", out)[1])
         assert minutes == pytest.approx(sum(found[-1].values()) / 60, abs=1)
-    whole, few, fast = found
+    data = backbones.load_data(eval_run)
+    for n_items in (23_170, 23_171):  # EASE refuses more items, at once
+        monkeypatch.setattr(evaluation, "load_data", lambda _, n=n_items: data | {"n_items": n})
+        out = eval_main("estimate", "--run", eval_run)
+        found.append(int(re.search(r"closed forms (\d+) s", out)[1]))
+    whole, few, fast, most, more = found
+    assert more < most / 10
     assert fast["LLM"] < few["LLM"] < whole["LLM"] and fast["trainings"] < whole["trainings"]
     assert whole["trials"] == 0 < few["trials"]
 
@@ -3168,6 +3188,7 @@ def test_valid_ranks_the_rows_and_reads_no_test_pair(eval_run, commands, monkeyp
     page = eval_main("compare", "--run", eval_run, "--seeds", 1, "--valid", "--methods",
                      "DNS;DNS --m 2;RNS;EASE;in full")
     found = json.loads((eval_run / "compare-valid.json").read_text())
+    assert "seeds: 1; each model" in page  # without "mean ± sd"
     assert "claims" not in found and "fhns" not in found and "False hard" not in page
     rows = [float(line.split()[-2]) for line in page.split("\n\n")[3].splitlines()[2:]]
     assert rows == sorted(rows, reverse=True) and len(rows) == 5
@@ -3273,6 +3294,7 @@ def test_compare_takes_the_tuned_flags(eval_run, commands):
     for name, lacking in (("MixGCF", "MixGCF"), ("judge's negatives, TF-IDF", "judge's negatives")):
         message = message_of(evaluation.training_of, name, tuned, "lightgcn", 1)
         assert f"{lacking} on lightgcn is not in it" in message
+        assert "tune --run … --budget …" in message
     eval_main(*compare, "RNS;DNS(M,N)", "--seeds", 1, "--valid")  # `tune` knows no DNS(M,N)
     page = (run / "compare-valid.md").read_text()
     assert "At default flags, without trials: DNS(M,N).\n" in page
@@ -3310,7 +3332,7 @@ def test_a_short_run_that_stopped_by_itself_is_not_repeated(tmp_path, monkeypatc
 
 
 def test_what_is_known_before_the_first_trial_decides_what_is_tried(eval_run, commands):
-    """A judge that ranks no better than popularity: parts that live by texts stay at 0."""
+    """A judge that ranks no better than popularity: trials only move text parts to 0."""
     run, methods = eval_run, "HNLMRec;judge's negatives"
     save_model(run / "negatives-00000.safetensors", 0)
     tensors, meta = backbones.load_tensors(run / "judge.safetensors")
@@ -3513,6 +3535,16 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     assert f"item {items[first]['raw']} -> row {first}:" in out
     held = items[data["test"][data["test"][:, 0] == u][0, 1]]["raw"]
     assert "no train pair" in refused("hnlmrec.py", *trace, users[u]["raw"], "--item", held)
+    # of a pair without a vector of its own, h, z and the step are made of one other vector
+    made, rows = {tuple(pair) for pair in shard["pairs"].tolist()}, []
+    u, i = next(pair for pair in data["train"].tolist() if tuple(pair) not in made)
+    draw = hnlmrec.NegativeTable.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(hnlmrec.NegativeTable, "__call__",
+                      lambda *words: (rows.append(draw(*words)), rows[-1])[1])
+        out = cli("hnlmrec.py", *trace, users[u]["raw"], "--item", items[i]["raw"])
+    assert "(it has none: this is of the pair with" in out
+    assert len({int(some[0, 0]) for some in rows[:-1]}) == 1  # the last are L_align's
     monkeypatch.setattr(backbones, "row_of", lambda *_: 30)  # the row of a user without train pairs
     assert "--user u1: has no train pair" in refused("hnlmrec.py", *trace, "u1")
 
@@ -3817,7 +3849,8 @@ BAD_FLAGS = {
         *((f"{evaluation.PLAIN} --lambda-f 1 {words}", "nothing reads it") for words in (
                "--k 2", "--no-attention", "--cf x", "--mine-last 9", "--tau-c 1",
                "--text-vectors x")),
-        ("--alpha 1.5", r"1.5 is outside \[0, 1\]"), ("--tau-c 0", r"0 is outside \(0, inf\]"),
+        ("--lambda1 inf", "not finite"), ("--alpha 1.5", r"1.5 is outside \[0, 1\]"),
+        ("--tau-c 0", r"0 is outside \(0, inf\]"),
         ("--control cleared", "invalid choice: 'cleared'"), ("", "now .* --force`"),
         ("--out texts.safetensors --force", OTHERS), ("--out cf.safetensors --force", OTHERS),
         ("--lambda-f 1 --judge cf.safetensors --out x.safetensors", "not a judge; name"),
