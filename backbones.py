@@ -237,8 +237,8 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     pool((B, K, d)) -> (B, D) joins the hops as the backbone does -> vectors (B, D)."""
     # Gradients flow to the chosen candidates and the positives.
     # One random share of the positive per pair and hop, the same for all M candidates: if each had
-    # its own, the one with the largest share would nearly always win, and training would stall
-    # (MovieLens-100K: valid NDCG@20 .19, not .22)
+    # its own, the one with the largest share would often win, and training would gain less
+    # (MovieLens-100K: valid NDCG@20 .238, not .257)
     shape, hops = (item_layers.shape[1], len(positives)), []
     shares = torch.rand(shape, generator=generator, device=candidates.device)  # (K, B)
     for k, share in enumerate(shares[:, :, None]):  # (B, 1); hop by hop, holding (B, M, d) at most
@@ -552,7 +552,7 @@ class NeuMF(Backbone):
 
 def standardised(text):
     """Texts' vectors (I, H), I > 1 -> float32, by dimension mean 0, deviation 1 (constant: 0)."""
-    # a few dimensions of an LLM's hidden states are a hundred times larger and would drown the rest
+    # a few dimensions of an LLM's hidden states are up to fifty times larger and would drown the rest
     text = text.float()
     return (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
 

@@ -1299,8 +1299,8 @@ def interactions(path, fmt, counts):
         try:
             rating = parse_number(row.get(name))
             name, wrong = form.timestamp, (
-                "not a time, a rounded one, a day, or not in the unit of the rows before; write it as "
-                "2016-03-01 12:30:00, or all in seconds since 1970")
+                "not a time, a rounded one, a day, or not in the unit of the rows before; write it "
+                "as 2016-03-01 12:30:00, or all in seconds since 1970")
             moment = parse_number(row.get(name), dates=True)
             # the unit of the times follows from the first of them, and all others have to agree
             if moment and moment == moment:
@@ -1571,8 +1571,8 @@ def json_rows(path):
                 row = parse(line)
                 break
         if not isinstance(row, dict):
-            fail(f"{path}: line {n} is not a JSON object ({quote(line.strip())}); one object per line "
-                 "is read (`jq -c .[] FILE` makes them of an array)")
+            fail(f"{path}: line {n} is not a JSON object ({quote(line.strip())}); one object per "
+                 "line is read (`jq -c .[] FILE` makes them of an array)")
         yield n, row
 
 

@@ -433,8 +433,8 @@ def fit_head(task, head, hidden, rows, tau, seed=0):
     head.std.copy_(hidden.std(0).clamp(min=1e-4))
     generator = torch.Generator(hidden.device).manual_seed(seed)
     torch.manual_seed(seed)  # MixGCF's targets draw from the global generator
-    # 300 steps at 3e-3 take seconds, and more do not raise the held-back hit rates; dropout .3,
-    # since 2,048 pairs are few for so many weights
+    # 300 steps at 3e-3 take half a minute of one core, longer with more items; more steps do not
+    # raise the held-back hit rates; dropout .3, since 2,048 pairs are few for so many weights
     optimizer, dropout = torch.optim.Adam(head.parameters(), lr=3e-3), 0.3
     for _ in range(300):
         pick = torch.randperm(len(rows), generator=generator, device=hidden.device)[:2048]
@@ -793,7 +793,7 @@ def prepare_training(args, cf, frame):
     llm, prompt, soft_tokens, head = load_encoder(args.llm, args, cf, args.device, frame)
     if args.checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
-    # on a CPU the backward pass of the fused attention makes a step a third longer
+    # on a CPU the backward pass of the fused attention makes a step in bf16 a third longer
     if args.device == "cpu":
         llm.set_attn_implementation("eager")
     targets = args.lora_targets.replace(" ", "").split(",")
@@ -913,7 +913,7 @@ def finetune(args):
     losses = saved.get("losses", [])
     if saved:
         print(f"finetune: resumes after step {len(losses)} of {steps}")
-    else:  # LoRA still adds zero: to run it would cost a third and change nothing
+    else:  # LoRA still adds zero: to run it would cost up to a third and change nothing
         with encoder[0].disable_adapter():
             warm_up(task, *encoder, warm, args)
     for value in kept.values() if world() > 1 else ():  # all start alike, to the last bit

@@ -1552,12 +1552,12 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
     ({"rating": "4,5"}, (), "write it as 4.5"),
     ({"rating": "five"}, (), "rating 'five' is not a number"),
     ({"timestamp": "yesterday"}, (), "timestamp 'yesterday' is not a time"),
-    ({"timestamp": "1,460,000,000"}, (), "no time"),
+    ({"timestamp": "1,460,000,000"}, (), "not a time"),
     ({"timestamp": "1456790400000"}, (), "unit of the rows before"),  # among seconds
     ({"timestamp": ""}, ("--since", "1970-01-01"), "line 6: no timestamp"),
     ({"timestamp": ""}, ("--split", "time"), "1 rows have none"),
     ({}, ("--since", "2018-01-01", "--until", "2015-01-01"), "nothing is left"),
-    ({}, ("--min-rating", "6"), "nothing is left"), ({"user": ""}, (), "line 6: user '' is not an id"),
+    ({}, ("--min-rating", "6"), "nothing is left"), ({"user": ""}, (), "user '' is not an id"),
     ({"item": "\u200bi5"}, (), r"line 6: item '\u200bi5' is not an id"),
     ({"item": "9" * 5000}, (), "999' is not an id"), ("u0\ti5", (), "line 6 has 2 fields"),
     ({"text": "x\tmore"}, (), "line 6 has 6 fields, the header 5")])
@@ -1574,7 +1574,7 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
     (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
     ({"reviewerID": None}, "None is not an id"), ({"reviewerID": "\ud800"}, "is not an id"),
     ({"overall": [5]}, "overall [5] is not a number"), ({"overall": True}, "True is not a number"),
-    ({"unixReviewTime": {}}, "no time"), ('{"reviewerID": "u1", "asin": "i1"}', "no rating")])
+    ({"unixReviewTime": {}}, "not a time"), ('{"reviewerID": "u1", "asin": "i1"}', "no rating")])
 def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
     rows, row = json_grid(), row if isinstance(row, str) else json_grid()[7] | row
     assert message in refused_lines(tmp_path / "a", [*rows[:2], row, *rows[2:]], name="r.json")
@@ -2724,6 +2724,21 @@ def test_an_adapter_that_cannot_be_written_leaves_no_litter(copied, tiny_llm, mo
     tune(copied, tiny_llm, "sft-full")
 
 
+def test_what_is_not_finite_says_how_to_go_on(copied, tiny_llm, tmp_path):
+    message = message_of(tune, copied, tiny_llm, "sft-nan", "--lr", 1e30, "--save-every", 1)
+    assert "lower --lr" in message and "--force" in message
+    assert "--force" in message_of(tune, copied, tiny_llm, "sft-nan")  # without it: refused
+    tune(copied, tiny_llm, "sft-nan", "--force")
+    # shards are float16, whatever --dtype was
+    large = shutil.copytree(tiny_llm, tmp_path / "large llm")
+    weights = load_file(large / "model.safetensors")
+    weights["model.norm.weight"] *= 3e5
+    save_file(weights, large / "model.safetensors", {"format": "pt"})
+    tune(copied, large, "sft-large", "--steps", 0)
+    message = llm_refused(copied, large, "generate --sft sft-large --out negatives-large")
+    assert "NaN or infinite" in message and "another LLM" in message
+
+
 def test_checkpointing_does_not_change_the_step(copied, tiny_llm, monkeypatch):
     monkeypatch.setattr(llm_negatives, "PROFILE_DROPOUT", 0)
     monkeypatch.setattr(llm_negatives, "LORA_DROPOUT", 0)
@@ -3057,7 +3072,7 @@ def test_a_run_of_one_model_has_a_report_that_says_what_is_left_out(eval_run, ke
     assert "## Differences" not in page
     (eval_run / f"model-{kept}.safetensors").unlink()
     assert "no model-" in (message := eval_refused("report", "--run", eval_run))
-    assert "--out model-rns.safetensors`" in message  # what `pretrain` writes else, it does not read
+    assert "--out model-rns.safetensors`" in message  # by itself pretrain makes cf.safetensors
 
 
 def test_seconds_of_a_row_are_those_of_all_its_files_once(eval_run):
