@@ -56,6 +56,8 @@ if [[ ! -x $PY || -e $VENV/unfinished ]]; then  # unfinished: an earlier run.sh 
   rm -f "$VENV/unfinished" "$VENV/requirements.done"  # a new environment: nothing is installed yet
 fi
 if ! cmp -s requirements.txt "$VENV/requirements.done"; then
+  "$PY" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "$VENV: its Python is older than 3.10; remove it, or set VENV to another folder"
   echo "set-up: installing requirements.txt into $VENV"
   folder "$VENV" VENV
   "$PY" -m pip install -r requirements.txt pytest ||
