@@ -843,9 +843,8 @@ def tune(args):
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in done.values()).encode())
         before.append(done[key])
         # the best one's model is kept, so that nobody has to train it again
-        best = best_trial(before)
         for other in before:
-            if other is not best:
+            if other is not best_trial(before):
                 (run / other["model"]).unlink(missing_ok=True)
     # add each method's best to what earlier searches found
     table = []

@@ -162,8 +162,8 @@ class HNLMRec(nn.Module):
 
     (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; pairs
     (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a NegativeTable of
-    them; mined (U, L): the bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a
-    weight of 0 turns off may be None."""
+    them; mined (U, L): bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a weight
+    of 0 turns off may be None."""
 
     # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
@@ -990,8 +990,7 @@ def trace_steps(run, s, data, method, users, items, row):
     # the pair's own generated vector, or where it has none that of another of the user's pairs
     draw = torch.Generator().manual_seed(0)
     sets = method.table(torch.tensor([row]), method.k, draw)  # (1, K), for z too
-    at = int(sets[0, 0])
-    if at < 0:
+    if (at := int(sets[0, 0])) < 0:
         fail(f"--user {user}: has no generated vector to follow; give another user")
     yield "data", (f"user {user} -> row {u}, item {item} -> row {i}: {titles[i]}; "
                    f"train pair {row} of {len(method.pairs)}")
@@ -1374,7 +1373,6 @@ def read_items(path, form, raw_items, counts):
         if not found:
             fail(said)
         print(f"  WARNING: {said}")
-
     columns = next(iter(found.values()), {}).keys()
     # flat: one file of pairs and metadata, a row for a pair
     repeated = sum(n > 1 for n in seen.values())
@@ -1386,8 +1384,7 @@ def read_items(path, form, raw_items, counts):
         # have; and numbers, which may be counted from held-out pairs, such as a mean rating
         about = (differ[name] or OF_PAIRS.search(name) or any(is_called(name, r) for r in ROLES)
                  or not any(LETTER.search(fields[name]) for fields in found.values()))
-        # a few titles are written in two ways; over a fifth of the repeated items: reviews' titles
-        if name == "title":
+        if name == "title":  # a few are written in two ways; over a fifth: reviews' titles
             about = len(differ[name]) > repeated / 5
         if about or not repeated:  # where no item has two rows, nobody can tell
             left_out.add(name)
