@@ -552,7 +552,7 @@ class NeuMF(Backbone):
 
 def standardised(text):
     """Texts' vectors (I, H), I > 1 -> float32, by dimension mean 0, deviation 1 (constant: 0)."""
-    # a few dimensions of an LLM's hidden states are up to fifty times larger and would drown the rest
+    # a few dimensions of an LLM's hidden states are up to 50 times larger and would drown the rest
     text = text.float()
     return (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
 
@@ -769,11 +769,14 @@ def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, topk=0):
     return nearest_neighbours(row, column, value, n_items, topk)
 
 
+EASE_ITEMS = 23_170  # 4 GiB for a table in float64, two at the peak besides co_occurrence's
+
+
 def ease(pairs, n_users, n_items, ridge=200.0):
     """EASE (Steck, WWW 2019): the W of least ||X - X W||^2 + ridge ||W||^2 with a zero diagonal.
     With P = (X'X + ridge I)^-1: W_ij = -P_ij / P_jj (eq. 8). pairs (N, 2) -> dense (I, I). Raises
-    SystemExit2 for more than 23,170 items, or a ridge too small to invert with."""
-    if n_items > 23_170:  # 4 GiB for a table in float64, two at the peak besides co_occurrence's
+    SystemExit2 for more than EASE_ITEMS items, or a ridge too small to invert with."""
+    if n_items > EASE_ITEMS:
         fail(f"ease: {n_items} x {n_items} weights would not fit into memory; take --backbone rp3")
     row, column, shared = co_occurrence(pairs, torch.ones(n_users, device=pairs.device), n_items)
     gram = torch.zeros(n_items, n_items, dtype=torch.float64, device=pairs.device)

@@ -738,11 +738,14 @@ def next_point(name, space, before, rng):
     if len(before) < len(first):
         return first[len(before)].split()
     defaults = before[0].get("defaults", {})
+    # as {flag: value}, so that the order of flags does not matter
+    tried = [dict(zip(row["words"][::2], row["words"][1::2])) for row in before]
+    best = tried[before.index(best_trial(before))]
     for _ in range(20):  # attempts at a point not yet tried: there may be none
         point = {f"--{flag}": values[rng.integers(len(values))] for flag, values in space.items()}
         if len(before) % 4:  # one step: most random points are poor, and cost a short run
-            words, flag = best_trial(before)["words"], list(point)[rng.integers(len(point))]
-            best, values = dict(zip(words[::2], words[1::2])), space[flag[2:]]
+            flag = list(point)[rng.integers(len(point))]
+            values = space[flag[2:]]
             now = best.get(flag, defaults.get(flag))
             if now in values and len(values) > 1:  # else any value: a default may lie between two
                 at = values.index(now)
@@ -750,8 +753,7 @@ def next_point(name, space, before, rng):
                 point[flag] = beside[rng.integers(len(beside))]
             point = best | {flag: point[flag]}
         point = {flag: value for flag, value in point.items() if value != defaults.get(flag)}
-        # whatever the order of its flags
-        if point not in [dict(zip(row["words"][::2], row["words"][1::2])) for row in before]:
+        if point not in tried:
             break
     return [word for flag_and_value in point.items() for word in flag_and_value]
 
@@ -843,9 +845,9 @@ def tune(args):
             write_atomic(log, "".join(json.dumps(row) + "\n" for row in done.values()).encode())
         before.append(done[key])
         # the best one's model is kept, so that nobody has to train it again
-        for other in before:
-            if other is not best_trial(before):
-                (run / other["model"]).unlink(missing_ok=True)
+        best = best_trial(before)
+        for other in (row for row in before if row is not best):
+            (run / other["model"]).unlink(missing_ok=True)
     # add each method's best to what earlier searches found
     table = []
     for name, rows in trials.items():
@@ -889,13 +891,13 @@ def estimate(args):
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
     # early stopping ends most trainings sooner; with FAST=1 all have 20 epochs
-    training = (20 if args.fast else 0.75 * epochs) * -(-n // batch) * step
+    training = (20 if args.fast else 0.75 * epochs) * math.ceil(n / batch) * step
     # the LLM's: profiles, fine-tuning, generation, reading; 2000 and 12,000 are run.sh's limits
     written = sum(min(args.llm_rows or n, n) for n in (users, items))
     pairs = min(2000 if args.llm_rows else n, 4 * users)
     read = min(12_000 if args.llm_rows else items, items)
     llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
-    ease = items**3 * (items <= 23_170)  # above that it is refused, at once
+    ease = items**3 * (items <= bb.EASE_ITEMS)  # above that it is refused, at once
     parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * ease,
              "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}

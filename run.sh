@@ -28,6 +28,7 @@ unset CDPATH  # cd would print what it finds there
 cd "$(dirname "${BASH_SOURCE[0]}")"
 die() { echo "error: $*" >&2; exit 2; }
 [[ -f hnlmrec.py ]] || die "$PWD: lacks hnlmrec.py; run run.sh in its own folder, not by a link"
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; }  # recent PYTHON
 folder() {  # folder PATH VARIABLE
   mkdir -p "$1" 2>/dev/null && [[ -w $1 ]] ||
     die "$1: cannot be written to; set $2 to a folder that can"
@@ -47,8 +48,7 @@ command -v "$PYTHON" >/dev/null || die "$PYTHON: not found; set PYTHON to a Pyth
 VENV=${VENV:-.venv}
 PY=$VENV/bin/python
 if [[ ! -x $PY || -e $VENV/unfinished ]]; then  # unfinished: an earlier run.sh was killed in here
-  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    die "$PYTHON: is older than Python 3.10; set PYTHON to a newer one"
+  recent "$PYTHON" || die "$PYTHON: is older than Python 3.10; set PYTHON to a newer one"
   folder "$VENV" VENV
   : > "$VENV/unfinished"
   "$PYTHON" -m venv "$VENV" ||
@@ -56,7 +56,7 @@ if [[ ! -x $PY || -e $VENV/unfinished ]]; then  # unfinished: an earlier run.sh 
   rm -f "$VENV/unfinished" "$VENV/requirements.done"  # a new environment: nothing is installed yet
 fi
 if ! cmp -s requirements.txt "$VENV/requirements.done"; then
-  "$PY" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  recent "$PY" ||
     die "$VENV: its Python is older than 3.10; remove it, or set VENV to another folder"
   echo "set-up: installing requirements.txt into $VENV"
   folder "$VENV" VENV
