@@ -855,7 +855,8 @@ def pretrain(args):
     settings["inputs"] = digests(run, *inputs)
     if skip(out, settings, args.force):
         return
-    device, start = start_processes(args.device), time.time()
+    # closed forms on a CPU: cuSPARSE may return zeros for sparse products as large as theirs
+    device, start = start_processes("cpu" if closed else args.device), time.time()
     data |= {name: data[name].to(device) for name in ("train", "valid")}
     make = compute_closed_form if closed else train_baseline
     tensors, history = make(args, data, text)
@@ -1316,9 +1317,9 @@ def run_cli(main):
     except OSError as error:  # a full disk, an unwritable folder: the old file is untouched
         message = f"{error.filename or 'output'}: {error.strerror or error}; fix that, run it again"
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{type(error).__name__} {error}".lower():
+        if not re.search("out of memory|alloc|ALLOC|MemoryError", repr(error)):
             raise
-        message = "out of memory; lower --batch-size, --m or --k, or --dim"
+        message = "out of memory; lower --batch-size, --micro-pairs, --m, --k or --dim"
     print(f"error: {message}", file=sys.stderr, flush=True)
     if world() > 1:
         os._exit(2)

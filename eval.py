@@ -368,7 +368,7 @@ class Comparison:
             figures = {column: self.mean(row, column) for column in self.figures[row.key]}
             text = {column: "–" if math.isnan(x) else f"{x:{FORMS.get(column, '.4f')}}"
                     for column, x in figures.items()}
-            for column in COLUMNS if self.seeds > 1 else ():
+            for column in COLUMNS if len({*row.paths}) > 1 else ():
                 text[column] += f" ± {self.figures[row.key][column].std(ddof=1):.4f}"
             main.append([row.label, *(text[column] for column in (*COLUMNS, "valid NDCG@20"))])
             # against the rival. No p here: with one in each row, some would be small by chance
@@ -561,7 +561,7 @@ def compare(args):
     comparison = Comparison(run, rows, data, split)
     lines = [f"# Comparison: {markdown(run.name)}", "",
              f"{data['n_users']:,} users, {data['n_items']:,} items, {len(data['train']):,} train "
-             f"pairs, one split; {args.backbone}, seeds: {args.seeds}"
+             f"pairs, one split, one seed of judge and LLM; {args.backbone}, seeds: {args.seeds}"
              + " (mean ± sd)" * (args.seeds > 1) + "; each model at its best validation epoch."
              + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []

@@ -650,7 +650,7 @@ BLEND_GRID = (0, 0.125, 0.25, 0.5, 1, 2, 4)
 def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
     """The weights with the highest validation NDCG@20, by coordinate ascent: from equal weights,
     each in turn takes the value of the grid that is best beside the others, until none improves. A
-    part that does not help gets 0.
+    part that does not help on these pairs gets 0; noise may help a little there, by chance.
 
     parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 first; cells: scores held
     -> (weights, each part's NDCG@20 alone)."""
@@ -912,8 +912,8 @@ def controlled(vectors, control, generator):
 
 def blend(args):
     """Combine several recommenders into one score, with the weights that are best on validation; a
-    part that does not help gets weight 0. Of alternatives, A|B, it takes the one that makes the
-    better blend on validation. The file holds the weights and the names of the parts' files."""
+    part that does not help there gets weight 0. Of alternatives, A|B, it takes the one that makes
+    the better blend there. The file holds the weights and the names of the parts' files."""
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
     choices = [re.findall("[^|]+", part) for part in re.findall("[^,]+", args.parts)]

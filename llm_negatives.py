@@ -216,7 +216,7 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     lengths, result = [len(piece) if batch else 0 for piece in pieces], []
     order = torch.tensor(lengths, device=owner.device).argsort(stable=True)
     for part in order.split(batch or len(order)):
-        _, last, _ = run_piece(llm, [pieces[r] for r in part], soft[part], past, owner[part])
+        last = run_piece(llm, [pieces[r] for r in part.tolist()], soft[part], past, owner[part])[1]
         result.append(last.float())
     return torch.cat(result)[order.argsort()]
 
@@ -967,15 +967,15 @@ def load_sft(run, name, llm, device, lora=True):
         fail(f"{path}: was fine-tuned on another LLM than --llm {llm}; give that one, or run "
              f"`{writer_of(path)} --force`")
     # any vectors of width d will do here: load_state_dict() replaces all that is made from them
-    some = tensors["soft.mean"].cpu()  # (2, d)
-    model, prompt, soft_tokens, head = load_encoder(
-        llm, s, {"user": some, "item": some}, device, meta["frame"])
+    some = dict.fromkeys(("user", "item"), tensors["soft.mean"].cpu())  # (2, d)
+    model, prompt, soft_tokens, head = load_encoder(llm, s, some, device, meta["frame"])
     nn.ModuleDict({"soft": soft_tokens, "head": head}).load_state_dict(tensors)
     if lora:
         from peft import PeftModel  # here, since it takes two seconds to import
         adapter = path.with_name("adapter" + name.removeprefix("sft"))
         try:  # in the LLM's number format, so that nothing is converted in each layer
-            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False,
+                                              torch_device="cpu").eval()  # else by way of a GPU
         except Exception as error:  # noqa: BLE001 as in from_library
             fail(f"{adapter}: does not fit --llm {llm} ({type(error).__name__}: "
                  f"{str(error)[:200]}); run `{writer_of(path)} --force`")

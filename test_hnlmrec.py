@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-# no test needs a network: without this a look-up of a model that is not there takes 20 s
-os.environ["HF_HUB_OFFLINE"] = "1"
+# no test needs a network, nor a GPU: a look-up of a model that is not there would take 20 s
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -782,6 +782,7 @@ def test_a_failed_write_names_its_file_and_leaves_the_old_one(tmp_path, monkeypa
     (KeyboardInterrupt(), 130, "stopped; finished steps are kept"),
     (OSError(28, "Disk full", "cf.safetensors"), 2, "error: cf.safetensors: Disk full; fix that"),
     (RuntimeError("CUDA out of memory"), 2, "error: out of memory; lower --batch-size"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: out of memory; lower --batch-size"),
     (backbones.SystemExit2("one\n  line"), 2, "error: one line")])
 def test_programs_end_in_one_line(raised, status, line, monkeypatch, capsys):
     monkeypatch.setattr(backbones.signal, "signal", lambda *_: None)
@@ -790,6 +791,14 @@ def test_programs_end_in_one_line(raised, status, line, monkeypatch, capsys):
         backbones.run_cli(lambda: (_ for _ in ()).throw(raised))
     said = capsys.readouterr().err.strip()
     assert error.value.code == status and said.startswith(line) and "\n" not in said
+
+
+def test_a_crash_on_a_gpu_is_not_called_a_lack_of_memory(monkeypatch):
+    monkeypatch.setattr(backbones.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", None)
+    raised = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        backbones.run_cli(lambda: (_ for _ in ()).throw(raised))
 
 
 def test_progress_says_rate_and_time_left(monkeypatch, capsys):
@@ -3162,6 +3171,10 @@ def test_compare_makes_each_cell_once_and_evaluates_it(eval_run, commands):
             "in full --dim 8", "text similarity", "all baselines in one score"]
     flags = ["compare", "--run", eval_run, "--seeds", 2, "--flags", "--epochs 1", "--methods"]
     page = eval_main(*flags, ";".join(rows))
+    # a spread only where seeds have models of their own
+    for name in rows:
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} | 0."))
+        assert ("±" in line) == (name not in ("EASE --ridge 5", "text similarity"))
     # trained are RNS, DNS twice, the judge's negatives twice and MixGCF, two seeds each
     assert [count("--seed", part) for part in ("rns", "dns", "2e-3", "--lambda-f 1", "mixgcf")] == [
         2, 4, 2, 4, 2]
