@@ -351,14 +351,34 @@ def mining_band(data, first=0, last=0):
 
 
 @torch.no_grad()
-def mine_hard_negatives(model, train, first, last):
-    """Each user's unseen items at ranks first..last of a trained recommender's full ranking, from
-    train (N, 2) alone -> item ids (U, last - first + 1). Raises SystemExit2 for too few items."""
+def mine_hard_negatives(model, train, first, last, users=None):
+    """The unseen items at ranks first..last of a trained recommender's full ranking for users (n,),
+    all if left out, from train (N, 2) alone -> item ids (n, last - first + 1). Raises SystemExit2
+    for too few items."""
     seen = user_rows(train, model.n_users)
     if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: a user has fewer than {last} unseen; lower it or --mine-first")
-    everyone = torch.arange(model.n_users, device=train.device)
-    return rank_unseen(model, everyone, seen, last)[:, first - 1:]
+    users = torch.arange(model.n_users, device=train.device) if users is None else users
+    # some users at a time: the ranks down to `last` take three times the band's memory
+    parts = [rank_unseen(model, some, seen, last)[:, first - 1:].clone()
+             for some in users.split(max(1, 2**26 // last))]
+    return torch.cat(parts)
+
+
+class Bands:
+    """mine_hard_negatives for the users that are asked for: bands[users (n,)] -> (n, L). Each is
+    ranked once; for all users of large data the bands, a tenth of U x I, would not fit."""
+    def __init__(self, model, train, first, last):
+        self.mine = functools.partial(mine_hard_negatives, model, train, first, last)
+        self.place = torch.full((model.n_users,), -1, device=train.device)  # user -> row of items
+        self.items = self.mine(users=self.place[:0])  # (users so far, L)
+
+    def __getitem__(self, users):
+        new = users[self.place[users] < 0].unique()
+        if len(new):
+            self.place[new] = torch.arange(len(new), device=new.device) + len(self.items)
+            self.items = torch.cat([self.items, self.mine(users=new)])
+        return self.items[self.place[users]]
 
 # ---- The training step and the loop: baselines and HNLMRec differ in the step alone --------------
 def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
@@ -726,8 +746,9 @@ def co_occurrence(pairs, user_weight, n_items):
     """X' diag(user_weight (U,)) X; with weights of 1, the numbers of users that two items share ->
     its entries: row, column, value (n,). Raises SystemExit2 where it would not fit."""
     count = torch.bincount(pairs[:, 0], minlength=len(user_weight))
-    if min(int((count**2).sum()), n_items**2) > 2**28:  # entries of 20 bytes, and some copies
-        fail(f"{n_items} items: too many share users, the table would not fit; raise --k-core")
+    if min(int((count**2).sum()), n_items**2) > 2**27:  # entries: 70 bytes each at item_knn's peak
+        fail(f"{n_items} items: too many share users, the table would not fit; raise prepare's "
+             f"--k-core, or leave out users with the most pairs (one has {int(count.max())})")
     (user, item), one = pairs.T, torch.ones(len(pairs), device=pairs.device)
     right = sparse_csr(user, item, one, (len(count), n_items)).to_sparse_coo()
     left = sparse_csr(item, user, user_weight[user], (n_items, len(count))).to_sparse_coo()
@@ -736,7 +757,8 @@ def co_occurrence(pairs, user_weight, n_items):
 
 
 def nearest_neighbours(row, column, value, n_items, topk):
-    """Item weights from their entries (n,): no diagonal, of each row the topk highest (0: all)."""
+    """Item weights from their entries (n,), by row, then column: no diagonal, of each row the topk
+    highest (0: all)."""
     kept = (row != column).nonzero()[:, 0]
     if topk:
         # by row, the highest first: two stable sorts, so that equal ones go by id
@@ -744,8 +766,10 @@ def nearest_neighbours(row, column, value, n_items, topk):
         kept = kept[row[kept].argsort(stable=True)]
         count = torch.bincount(row[kept], minlength=n_items)
         place = torch.arange(len(kept), device=row.device) - (count.cumsum(0) - count)[row[kept]]
-        kept = kept[place < topk]
-    return sparse_csr(row[kept], column[kept], value[kept], (n_items, n_items))
+        kept = kept[place < topk].sort().values
+    # not by sparse_csr, which would sort once more, in twice the memory
+    indptr = F.pad(torch.bincount(row[kept], minlength=n_items).cumsum(0), (1, 0))
+    return torch.sparse_csr_tensor(indptr, column[kept], value[kept], (n_items, n_items))
 
 
 def item_knn(pairs, n_users, n_items, shrink=20.0, topk=0):
@@ -1319,7 +1343,8 @@ def run_cli(main):
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|alloc|ALLOC|MemoryError", repr(error)):
             raise
-        message = "out of memory; lower --batch-size, --micro-pairs, --m, --k or --dim"
+        message = ("out of memory; lower --batch-size, --micro-pairs, --warmup-pairs, --m, --k or "
+                   "--dim, or raise prepare's --k-core")
     print(f"error: {message}", file=sys.stderr, flush=True)
     if world() > 1:
         os._exit(2)
@@ -1512,18 +1537,18 @@ def main(argv=None):
             fail(f"--{flag}: is read by {reader} alone; leave it out")
     if args.text_vectors and args.backbone in ("neumf", "closed", *CLOSED_FORMS):
         fail(f"--text-vectors: is not for {args.backbone}; leave it out")
-    # several models in one start of Python; ease alone may be left out: it refuses large catalogues
+    # several models in one start of Python; of closed, those that refuse large data are left out
     for name in CLOSED_FORMS if closed else args.sampler:
         out = f"model-{name}.safetensors" if several else args.out
         one = {"backbone" if closed else "sampler": name, "out": out}
         try:
             pretrain(argparse.Namespace(**vars(args) | one))
         except SystemExit2 as error:
-            if not closed or not error.message.startswith("ease:"):
+            if not closed or "would not fit" not in error.message:
                 raise
             if args.force:  # an older file may have been made from other data
                 (Path(args.run) / out).unlink(missing_ok=True)
-            print(f"ease: left out, since {error.message}")
+            print(f"{name}: left out, since {error.message}")
 
 
 if __name__ == "__main__":

@@ -891,14 +891,16 @@ def estimate(args):
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
     step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
     # early stopping ends most trainings sooner; with FAST=1 all have 20 epochs
-    training = (20 if args.fast else 0.75 * epochs) * math.ceil(n / batch) * step
+    ranking = 3e-9 * users * items  # of all users: a validation, every five epochs
+    training = (20 if args.fast else 0.75 * epochs) * (math.ceil(n / batch) * step + ranking / 5)
     # the LLM's: profiles, fine-tuning, generation, reading; 2000 and 12,000 are run.sh's limits
     written = sum(min(args.llm_rows or n, n) for n in (users, items))
     pairs = min(2000 if args.llm_rows else n, 4 * users)
     read = min(12_000 if args.llm_rows else items, items)
     llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
     ease = items**3 * (items <= bb.EASE_ITEMS)  # above that it is refused, at once
-    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * ease,
+    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * ease
+             + 50 * ranking,  # about 30 validations, most of sparse tables
              "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout

@@ -162,7 +162,7 @@ class HNLMRec(nn.Module):
 
     (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; pairs
     (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a NegativeTable of
-    them; mined (U, L): bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a weight
+    them; mined (U, L), or Bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a weight
     of 0 turns off may be None."""
 
     # pairs per step that L_align and L_sem see: more only cost time
@@ -223,10 +223,9 @@ class HNLMRec(nn.Module):
             a = rows[made >= 0][:self.align_rows]  # (A,)
             u_a, i_a = self.pairs[a].T
             z = self.projector(self.hidden[self.table(a, self.k, generator)])  # (A, D)
-            pick = torch.randint(self.mined.shape[1], (len(a),), generator=generator,
-                                 device=a.device)
-            items = sample.all_items.detach()
-            mined = take(items, self.mined[u_a, pick])  # (A, D)
+            band, items = self.mined[u_a], sample.all_items.detach()  # (A, L), (I, D)
+            pick = torch.randint(band.shape[1], (len(a), 1), generator=generator, device=a.device)
+            mined = take(items, band.gather(1, pick)[:, 0])  # (A, D)
             align = alignment_loss(z, take(items, i_a), mined, u_a, self.tau_c)
             loss = loss + self.lambda1 * align
             logs["align"] = align.item()
@@ -363,8 +362,9 @@ class Judge(nn.Module):
         return similarity(self.history[rows] @ self.items.T, self.beta)
 
     @torch.no_grad()
-    def scores(self, users, most=2**28, block=2**11):
+    def scores(self, users, most=2**28, block=None):
         """users (B,) -> (B, I), a new tensor."""
+        block = block or min(2**11, 2**25 // self.n_items + 1)  # items; 128 MiB of similarities
         place, own = rows_of(self.train_rows, users)
         # an item is in many histories: up to 16,384 items all similarities are kept, 1 GiB
         if self.n_items**2 <= most:
@@ -888,9 +888,11 @@ def build(run, args, data):
     # the generated vectors, and the hard negatives that the CF model mines, which z is to lie near
     if generated:
         cf_model, _, _ = bb.load_model(run / args.cf, data)
-        parts["mined"] = bb.mine_hard_negatives(cf_model, train, args.mine_first, args.mine_last)
+        pairs = generated["pairs"].to(train.device)
+        parts["mined"] = bb.Bands(cf_model, train, args.mine_first, args.mine_last)
+        parts["mined"][pairs[:, 0]]  # in one go: L_align asks for no other user's
         parts["hidden"] = hidden.to(train.device)
-        parts["table"] = NegativeTable(generated["pairs"].to(train.device), train, n_users, n_items)
+        parts["table"] = NegativeTable(pairs, train, n_users, n_items)
     # `if name in args`: trace may read the settings of a model older than a weight
     parts |= {name: getattr(args, name) for name in WEIGHTS if name in args}
     if args.paper:
@@ -1007,8 +1009,9 @@ def trace_steps(run, s, data, method, users, items, row):
     scores = cf_model.scores(torch.tensor([u]))[0]
     yield "CF", (f"e_u {vector_text(cf['user'][u])}\ne_i {vector_text(cf['item'][i])}\nscore "
                  f"{scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of {len(scores)}")
-    mined = "; ".join(titles[n] for n in method.mined[u, :5].tolist())
-    yield "mined", f"unseen ranks {s.mine_first}–{s.mine_last}: {mined}; …"
+    mined = method.mined[torch.tensor([u])][0].tolist()
+    named = "; ".join(titles[n] for n in mined[:5])
+    yield "mined", f"unseen ranks {s.mine_first}–{s.mine_last}: {named}; …"
     prompt = sft["prompt"].replace("{user}", of_user)
     yield "prompt", prompt.replace("{item}", f"{titles[i]}. {of_item}")
 
@@ -1018,7 +1021,7 @@ def trace_steps(run, s, data, method, users, items, row):
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     centred, seen = cf["item"] - cf["item"].mean(0), user_rows(data["train"], data["n_users"])
     nearest = bb.nearest_items(generated["vector"][at][None], torch.tensor([u]), centred, seen, 5)
-    named = [titles[n] + (" (mined)" if n in method.mined[u] else "")
+    named = [titles[n] + " (mined)" * (n in mined)
              for n in nearest[0].tolist() if n >= 0]
     yield "generated", (f"h {vector_text(generated['hidden'][at].float())}{note}\n"
                         f"items nearest to head(h): {'; '.join(named)}")
@@ -1460,7 +1463,7 @@ TAG = re.compile(
 BLOCK = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)", re.I | re.S)
 # what a page's own program or style sheet looks like when its tags are gone
 PROGRAM = re.compile(r"\bvar \w+ ?=.*;|\bfunction ?\w* ?\([^)]*\) ?\{|\(new Date\(\)\)|"
-                     r"\bdocument\.\w+[(.=]|[.#]?[\w-]+ ?\{[^{}]*[\w-]+ ?:[^{}]+;[^{}]*\}", re.S)
+                     r"\bdocument\.\w+[(.=]|[\w-] ?\{(?=[^{}]*\})[^{}]*[\w-] ?:[^{}][^{};]*;", re.S)
 
 
 def clean(value, counts, where=""):

@@ -34,9 +34,9 @@ from transformers import logging as transformers_logging
 from transformers.pytorch_utils import Conv1D
 
 from backbones import (
-    SHARD_USERS, Parser, Progress, add_band_flags, add_run_flags, check_finite, check_inputs,
-    digests, fail, load_data, load_model, load_tensors, mine_hard_negatives, mining_band, mixgcf,
-    number, output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
+    SHARD_USERS, Bands, Parser, Progress, add_band_flags, add_run_flags, check_finite,
+    check_inputs, digests, fail, load_data, load_model, load_tensors, mining_band, mixgcf, number,
+    output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
     start_processes, sum_over, user_rows, world, write_atomic, writer_of)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
@@ -315,7 +315,7 @@ class SftTask:
     item texts); first, last: the mined ranks. Raises SystemExit2 for one user, or no pair left."""
     def __init__(self, data, cf_model, cf, texts, first, last, seed):
         self.cf, self.texts, self.train, self.cf_model = cf, texts, data["train"], cf_model
-        self.mined = mine_hard_negatives(cf_model, self.train, first, last)  # (U, last - first + 1)
+        self.mined = Bands(cf_model, self.train, first, last)
         # centred, so that cosine compares what tells items apart and not the direction that all
         # popular items share
         self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
@@ -387,8 +387,9 @@ class MixedTask(SftTask):
     def targets(self, rows):
         """What MixGCF makes of each row's pair and 8 of its user's mined items -> (B, d)."""
         u, i = self.train[rows].T
-        pick = torch.randint(self.mined.shape[1], (len(u), 8), device=u.device)  # make_sampler's 8
-        some = self.mined[u].gather(1, pick)
+        band = self.mined[u]  # (B, L)
+        pick = torch.randint(band.shape[1], (len(u), 8), device=u.device)  # make_sampler's 8
+        some = band.gather(1, pick)
         mixed = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool)
         return mixed - self.cf["item"].mean(0)
 
@@ -832,7 +833,7 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     # two baselines for the hit rates printed below; neither needs an LLM
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
-    n_items, n_mined, at_chance = len(task.candidates), task.mined.shape[1], ""
+    n_items, n_mined, at_chance = len(task.candidates), task.mined.items.shape[1], ""
     if args.mine == "dns":  # with MixGCF each pair has one positive, not n_mined
         at_chance = f"loss at chance ln({n_items}/{n_mined}) = {math.log(n_items / n_mined):.3f}; "
     print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; {at_chance}hit rates "
@@ -905,6 +906,7 @@ def finetune(args):
     if steps is None:  # 60 end within a minute or two, and LoRA learns little after them
         steps = math.ceil(args.epochs * len(task.rows) / size) if args.epochs else 60
     warm, batches = training_order(task, args.warmup_pairs, steps, size)
+    task.mined[task.train[torch.cat([warm, *batches]), 0]]  # mines for these users in one go
     # the encoder; a resumed run keeps the chat template's rendering, which may print the date
     encoder, optimizer, kept = prepare_training(args, cf, saved.get("frame"))
     for name, value in state.items():

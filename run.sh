@@ -225,9 +225,10 @@ step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" $GENERAT
 
 # baselines: closed forms, then samplers
 step backbones.py pretrain --run "$OUT" --backbone closed
-CLOSED=,model-rp3.safetensors
-# ease refuses a catalogue whose items x items do not fit
-[[ ! -f $OUT/model-ease.safetensors ]] || CLOSED+=,model-ease.safetensors
+CLOSED=
+for name in rp3 ease; do  # a form whose items x items do not fit is left out
+  [[ ! -f $OUT/model-$name.safetensors ]] || CLOSED+=,model-$name.safetensors
+done
 NONE="--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0"
 of_trial() {  # of_trial METHOD KEY: its best trial's flags (KEY: words) or file (model)
   "$PY" -c 'import json, sys

@@ -205,6 +205,19 @@ def test_mined_negatives_are_the_band_which_is_a_share_of_the_catalogue(n_items,
     assert "fewer than 25" in message_of(backbones.mine_hard_negatives, model, train[1:], 2, 25)
 
 
+def test_bands_are_mined_once_and_for_those_alone_who_are_asked_for(monkeypatch):
+    train, ranked = split_data()["train"], []
+    model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 8, train)
+    mined, bands = (form(model, train, 2, 6)
+                    for form in (backbones.mine_hard_negatives, backbones.Bands))
+    monkeypatch.setattr(model, "scores", lambda users, scores=model.scores: (
+        ranked.extend(users.tolist()), scores(users))[1])
+    for users in ([3, 1, 3], [1], [0, 3, 5]):
+        assert torch.equal(bands[torch.tensor(users)], mined[users])
+    assert ranked == [1, 3, 0, 5]
+    assert "fewer than 25" in message_of(backbones.Bands, model, train[1:], 2, 25)
+
+
 # ---- Backbones -----------------------------------------------------------------------------------
 def dense_adjacency(pairs):
     a = torch.zeros(N_USERS + N_ITEMS, N_USERS + N_ITEMS)
@@ -668,7 +681,10 @@ def test_popularity_keeps_the_order_of_large_counts():
     assert backbones.top_k(weight, 2).tolist() == [[11_999, 0]]
 
 
-def test_closed_forms_at_once_do_without_ease_alone(small_run, monkeypatch):
+def test_closed_forms_at_once_do_without_those_that_do_not_fit(small_run, monkeypatch):
+    heavy = torch.stack([torch.zeros(11_600), torch.arange(11_600)], 1).long()  # one has all items
+    assert "would not fit; raise prepare's --k-core, or leave out users with the most pairs (one " \
+        "has 11600)" in message_of(backbones.item_knn, heavy, 1, 11_600)
     run = ("backbones.py", "pretrain", "--run", small_run, "--backbone", "closed")
     monkeypatch.setattr(backbones, "ease", lambda *_: backbones.fail("ease: 1 x 1 would not fit"))
     assert "ease: left out, since ease: 1 x 1" in cli(*run)
@@ -2118,7 +2134,7 @@ def test_sft_holds_back_users_and_pairs_and_reads_no_held_out_pair():
     assert not learned & held[0] and not learned & held[1]
     users = task.train[:, 0]
     assert not torch.isin(users[task.rows], users[task.held["new users"]]).any()
-    for u, mined in enumerate(task.mined.tolist()):
+    for u, mined in enumerate(task.mined[torch.arange(N_USERS)].tolist()):
         assert not items_of(task.train, u) & {*mined}
     # what is held back is the seed's
     again, other = (llm_negatives.SftTask(split_data(), task.cf_model, task.cf, task.texts, 2, 6,
