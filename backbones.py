@@ -351,33 +351,30 @@ def mining_band(data, first=0, last=0):
 
 
 @torch.no_grad()
-def mine_hard_negatives(model, train, first, last, users=None):
+def mine_hard_negatives(model, train, users, first, last):
     """The unseen items at ranks first..last of a trained recommender's full ranking for users (n,),
-    all if left out, from train (N, 2) alone -> item ids (n, last - first + 1). Raises SystemExit2
-    for too few items."""
+    from train (N, 2) alone -> ids (n, last - first + 1). Raises SystemExit2 for too few items."""
     seen = user_rows(train, model.n_users)
     if model.n_items - int(seen[0].diff().max()) < last:
         fail(f"--mine-last {last}: a user has fewer than {last} unseen; lower it or --mine-first")
-    users = torch.arange(model.n_users, device=train.device) if users is None else users
     # some users at a time: the ranks down to `last` take three times the band's memory
-    parts = [rank_unseen(model, some, seen, last)[:, first - 1:].clone()
-             for some in users.split(max(1, 2**26 // last))]
-    return torch.cat(parts)
+    return torch.cat([rank_unseen(model, some, seen, last)[:, first - 1:].clone()
+                      for some in users.split(max(1, 2**26 // last))])
 
 
 class Bands:
     """mine_hard_negatives for the users that are asked for: bands[users (n,)] -> (n, L). Each is
     ranked once; for all users of large data the bands, a tenth of U x I, would not fit."""
     def __init__(self, model, train, first, last):
-        self.mine = functools.partial(mine_hard_negatives, model, train, first, last)
+        self.mine = lambda users: mine_hard_negatives(model, train, users, first, last)
         self.place = torch.full((model.n_users,), -1, device=train.device)  # user -> row of items
-        self.items = self.mine(users=self.place[:0])  # (users so far, L)
+        self.items = self.mine(self.place[:0])  # (users so far, L)
 
     def __getitem__(self, users):
         new = users[self.place[users] < 0].unique()
         if len(new):
             self.place[new] = torch.arange(len(new), device=new.device) + len(self.items)
-            self.items = torch.cat([self.items, self.mine(users=new)])
+            self.items = torch.cat([self.items, self.mine(new)])
         return self.items[self.place[users]]
 
 # ---- The training step and the loop: baselines and HNLMRec differ in the step alone --------------
@@ -757,8 +754,7 @@ def co_occurrence(pairs, user_weight, n_items):
 
 
 def nearest_neighbours(row, column, value, n_items, topk):
-    """Item weights from their entries (n,), by row, then column: no diagonal, of each row the topk
-    highest (0: all)."""
+    """Weights from entries (n,) by row, then column: no diagonal, a row's topk highest (0: all)."""
     kept = (row != column).nonzero()[:, 0]
     if topk:
         # by row, the highest first: two stable sorts, so that equal ones go by id
@@ -1343,8 +1339,7 @@ def run_cli(main):
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|alloc|ALLOC|MemoryError", repr(error)):
             raise
-        message = ("out of memory; lower --batch-size, --micro-pairs, --warmup-pairs, --m, --k or "
-                   "--dim, or raise prepare's --k-core")
+        message = "out of memory; lower --batch-size, --micro-pairs, --m, --k or --dim"
     print(f"error: {message}", file=sys.stderr, flush=True)
     if world() > 1:
         os._exit(2)

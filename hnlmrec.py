@@ -162,7 +162,7 @@ class HNLMRec(nn.Module):
 
     (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; pairs
     (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a NegativeTable of
-    them; mined (U, L), or Bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a weight
+    them; mined (U, L): Bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a weight
     of 0 turns off may be None."""
 
     # pairs per step that L_align and L_sem see: more only cost time
@@ -812,6 +812,7 @@ def train_hnlmrec(args):
     method = build(run, args, data)
     n, table = len(data["train"]), method.table
     if table:
+        method.mined[table.users]  # mined in one go: L_align asks for no other user's
         others = n - table.own - table.without
         print(f"train: {table.own} of {n} train pairs have a generated negative of their own, "
               f"{others} use another one of their user's, {table.without} belong to users without "
@@ -888,11 +889,9 @@ def build(run, args, data):
     # the generated vectors, and the hard negatives that the CF model mines, which z is to lie near
     if generated:
         cf_model, _, _ = bb.load_model(run / args.cf, data)
-        pairs = generated["pairs"].to(train.device)
         parts["mined"] = bb.Bands(cf_model, train, args.mine_first, args.mine_last)
-        parts["mined"][pairs[:, 0]]  # in one go: L_align asks for no other user's
         parts["hidden"] = hidden.to(train.device)
-        parts["table"] = NegativeTable(pairs, train, n_users, n_items)
+        parts["table"] = NegativeTable(generated["pairs"].to(train.device), train, n_users, n_items)
     # `if name in args`: trace may read the settings of a model older than a weight
     parts |= {name: getattr(args, name) for name in WEIGHTS if name in args}
     if args.paper:
@@ -988,7 +987,7 @@ def trace(args):
 def trace_steps(run, s, data, method, users, items, row):
     """Yield (title, text) of each step on the way of train pair `row`. s: the model's settings."""
     (u, i), titles = method.pairs[row].tolist(), [item["title"] for item in items]
-    user, item = users[u]["raw"], items[i]["raw"]
+    user, item, whose = users[u]["raw"], items[i]["raw"], torch.tensor([u])
     # the pair's own generated vector, or where it has none that of another of the user's pairs
     draw = torch.Generator().manual_seed(0)
     sets = method.table(torch.tensor([row]), method.k, draw)  # (1, K), for z too
@@ -1006,10 +1005,9 @@ def trace_steps(run, s, data, method, users, items, row):
     yield "profiles", f"item: {of_item}\nuser: {of_user}"
     generated = method.generated
     cf_model, _, cf = bb.load_model(run / generated["cf"], data)
-    scores = cf_model.scores(torch.tensor([u]))[0]
+    scores, mined = cf_model.scores(whose)[0], method.mined[whose][0].tolist()
     yield "CF", (f"e_u {vector_text(cf['user'][u])}\ne_i {vector_text(cf['item'][i])}\nscore "
                  f"{scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of {len(scores)}")
-    mined = method.mined[torch.tensor([u])][0].tolist()
     named = "; ".join(titles[n] for n in mined[:5])
     yield "mined", f"unseen ranks {s.mine_first}–{s.mine_last}: {named}; …"
     prompt = sft["prompt"].replace("{user}", of_user)
@@ -1020,7 +1018,7 @@ def trace_steps(run, s, data, method, users, items, row):
     note = "" if other == i else f" (it has none: this is of the pair with {titles[other]})"
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     centred, seen = cf["item"] - cf["item"].mean(0), user_rows(data["train"], data["n_users"])
-    nearest = bb.nearest_items(generated["vector"][at][None], torch.tensor([u]), centred, seen, 5)
+    nearest = bb.nearest_items(generated["vector"][at][None], whose, centred, seen, 5)
     named = [titles[n] + " (mined)" * (n in mined)
              for n in nearest[0].tolist() if n >= 0]
     yield "generated", (f"h {vector_text(generated['hidden'][at].float())}{note}\n"
@@ -1032,7 +1030,7 @@ def trace_steps(run, s, data, method, users, items, row):
     yield "projector", f"z {vector_text(z)}; cos(z, e_u) {of_u:.3f}, cos(z, e_i) {of_i:.3f}"
 
     # a step with this pair alone, in training mode: with dropout where the backbone has any
-    score = float(method.backbone.scores(torch.tensor([u]))[0, i])
+    score = float(method.backbone.scores(whose)[0, i])
     method.backbone.train()
     loss, logs = method.loss(torch.tensor([row]), draw.manual_seed(0))
     loss.backward()

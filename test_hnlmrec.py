@@ -197,19 +197,20 @@ def test_mined_negatives_are_the_band_which_is_a_share_of_the_catalogue(n_items,
     assert backbones.mining_band(data, *flags) == band
     train = split_data()["train"]
     model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, train)
-    mined, scores = backbones.mine_hard_negatives(model, train, 2, 6), model()[0] @ model()[1].T
+    mine = partial(backbones.mine_hard_negatives, model)
+    mined, scores = mine(train, torch.arange(N_USERS), 2, 6), model()[0] @ model()[1].T
     for u in range(N_USERS):
         assert mined[u].tolist() == by_score(scores[u].detach(), items_of(train, u))[1:6]
-    assert backbones.mine_hard_negatives(model, train, 24, 24).shape == (N_USERS, 1)  # all of 24
+    assert mine(train, torch.arange(4), 24, 24).shape == (4, 1)  # all of 24
     # user 0 has seen five, the others six
-    assert "fewer than 25" in message_of(backbones.mine_hard_negatives, model, train[1:], 2, 25)
+    assert "fewer than 25" in message_of(mine, train[1:], torch.arange(4), 2, 25)
 
 
 def test_bands_are_mined_once_and_for_those_alone_who_are_asked_for(monkeypatch):
     train, ranked = split_data()["train"], []
     model = backbones.build_backbone("mf", N_USERS, N_ITEMS, 8, train)
-    mined, bands = (form(model, train, 2, 6)
-                    for form in (backbones.mine_hard_negatives, backbones.Bands))
+    mined = backbones.mine_hard_negatives(model, train, torch.arange(N_USERS), 2, 6)
+    bands = backbones.Bands(model, train, 2, 6)
     monkeypatch.setattr(model, "scores", lambda users, scores=model.scores: (
         ranked.extend(users.tolist()), scores(users))[1])
     for users in ([3, 1, 3], [1], [0, 3, 5]):
@@ -901,7 +902,7 @@ def hnlmrec_parts(form=hnlmrec.HNLMRec, backbone="mf", generated=None, **more):
     method = form(
         model, backbones.make_sampler(model, "rns", train), train, projector=projector,
         hidden=hidden, table=hnlmrec.NegativeTable(generated, train, N_USERS, N_ITEMS),
-        mined=backbones.mine_hard_negatives(model, train, 1, 5),
+        mined=backbones.mine_hard_negatives(model, train, torch.arange(N_USERS), 1, 5),
         semantic=hnlmrec.SemanticProjector(torch.randn(N_ITEMS, 16), train, N_USERS, 8),
         likely=hnlmrec.LikelyFalse(split_data()["test"][:, 1:], torch.ones(N_USERS, 1), N_ITEMS),
         **{"lambda_s": 0.0, "reg": 0.0, "k": 2} | more)
@@ -3563,7 +3564,7 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     model, _, cf = backbones.load_model(finished / "cf.safetensors", data)
     assert f"score {cf['user'][u] @ cf['item'][i]:.3f}" in out
     assert f"norm {shard['hidden'][5].float().norm():.3f}" in out
-    mined = backbones.mine_hard_negatives(model, data["train"], 1, 5)[u].tolist()
+    mined = backbones.mine_hard_negatives(model, data["train"], torch.tensor([u]), 1, 5)[0].tolist()
     assert "; ".join(items[n]["title"] for n in mined) in out.split("4. mined")[1]
     prompt = out.split("5. prompt")[1].split("6. generated")[0]
     assert llm_negatives.INSTRUCTION in prompt and f"{items[i]['title']}." in prompt
