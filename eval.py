@@ -898,9 +898,9 @@ def estimate(args):
     pairs = min(2000 if args.llm_rows else n, 4 * users)
     read = min(12_000 if args.llm_rows else items, items)
     llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
-    ease = items**3 * (items <= bb.EASE_ITEMS)  # above that it is refused, at once
-    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": 10 + 1.7e-10 * ease
-             + 50 * ranking,  # about 30 validations, most of sparse tables
+    # EASE inverts a table, or is refused at once; all of them take some 30 validations, slow ones
+    closed = 10 + 1.7e-10 * items**3 * (items <= bb.EASE_ITEMS) + 50 * ranking
+    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": closed,
              "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout

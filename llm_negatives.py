@@ -836,8 +836,9 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     n_items, n_mined, at_chance = len(task.candidates), task.mined.items.shape[1], ""
     if args.mine == "dns":  # with MixGCF each pair has one positive, not n_mined
         at_chance = f"loss at chance ln({n_items}/{n_mined}) = {math.log(n_items / n_mined):.3f}; "
-    print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; {at_chance}hit rates "
-          f"without an LLM: chance {chance:.3f}, best single item {popular:.3f}")
+    print(f"finetune: {len(task.rows)} train pairs, {len(held)} held back; mined ranks "
+          f"{args.mine_first}–{args.mine_last} of {n_items}; {at_chance}hit rates without an LLM: "
+          f"chance {chance:.3f}, best single item {popular:.3f}")
     if len(rows):
         hidden = encode_rows(task, llm, prompt, soft_tokens, rows, "", PROFILE_DROPOUT, "warm-up")
         loss = fit_head(task, head, hidden, rows, args.tau_s, args.seed)
