@@ -812,7 +812,8 @@ def train_hnlmrec(args):
     method = build(run, args, data)
     n, table = len(data["train"]), method.table
     if table:
-        method.mined[table.users]  # mined in one go: L_align asks for no other user's
+        if args.lambda1 and not args.paper:  # L_align's, in one go: it asks for no other user's
+            method.mined[table.users.unique()]
         others = n - table.own - table.without
         print(f"train: {table.own} of {n} train pairs have a generated negative of their own, "
               f"{others} use another one of their user's, {table.without} belong to users without "

@@ -907,7 +907,7 @@ def finetune(args):
     if steps is None:  # 60 end within a minute or two, and LoRA learns little after them
         steps = math.ceil(args.epochs * len(task.rows) / size) if args.epochs else 60
     warm, batches = training_order(task, args.warmup_pairs, steps, size)
-    task.mined[task.train[torch.cat([warm, *batches]), 0]]  # mines for these users in one go
+    task.mined[task.train[torch.cat([warm, *batches]), 0].unique()]  # mines for them in one go
     # the encoder; a resumed run keeps the chat template's rendering, which may print the date
     encoder, optimizer, kept = prepare_training(args, cf, saved.get("frame"))
     for name, value in state.items():
