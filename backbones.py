@@ -339,27 +339,33 @@ BAND = 0.1985, 0.298
 
 
 def mining_band(data, first=0, last=0):
-    """The mined ranks first..last, 1 the best; 0: BAND's share of the catalogue, within all users'
-    unseen items unless the given end is not. data: load_data's. SystemExit2 where last < first."""
-    n_items, most_seen = data["n_items"], int(torch.bincount(data["train"][:, 0]).max())
-    low, high = (max(1, min(n_items - most_seen, round(part * n_items))) for part in BAND)
+    """The mined ranks first..last, 1 the best; 0: BAND's share of the catalogue. data: load_data's.
+    Raises SystemExit2 where last < first, or beyond the catalogue."""
+    n_items, count = data["n_items"], torch.bincount(data["train"][:, 0])
+    low, high = (max(1, round(part * n_items)) for part in BAND)
     # where one end is given the other moves, if it must
     first, last = first or min(low, last or low), last or max(high, first)
-    if first > last:
-        fail(f"--mine-first {first}: lies after --mine-last {last}; give the better rank first")
+    if not first <= last <= n_items:
+        fail(f"--mine-first {first}: is not followed by a --mine-last of at most {n_items}")
+    if few := int((count > n_items - last).sum()):
+        print(f"{few} users have fewer than {last} unseen items: their last ones are mined instead")
     return first, last
 
 
 @torch.no_grad()
 def mine_hard_negatives(model, train, users, first, last):
     """The unseen items at ranks first..last of a trained recommender's full ranking for users (n,),
-    from train (N, 2) alone -> ids (n, last - first + 1). Raises SystemExit2 for too few items."""
+    from train (N, 2) alone; users with fewer have their last ones (repeating the best if they must)
+    -> ids (n, last - first + 1). Raises SystemExit2 for a user who has all items."""
     seen = user_rows(train, model.n_users)
-    if model.n_items - int(seen[0].diff().max()) < last:
-        fail(f"--mine-last {last}: a user has fewer than {last} unseen; lower it or --mine-first")
+    end = (model.n_items - seen[0].diff()[users]).clamp(max=last)  # (n,)
+    if not end.all():
+        fail(f"user row {int(users[end.argmin()])}: has all {model.n_items} items; remove the user")
+    back = torch.arange(first - last - 1, 0, device=users.device)  # (L,): places from the end
     # some users at a time: the ranks down to `last` take three times the band's memory
-    return torch.cat([rank_unseen(model, some, seen, last)[:, first - 1:].clone()
-                      for some in users.split(max(1, 2**26 // last))])
+    parts = zip(*(x.split(max(1, 2**26 // last)) for x in (users, end[:, None])))
+    return torch.cat([rank_unseen(model, u, seen, last).gather(1, (e + back).clamp(min=0))
+                      for u, e in parts])
 
 
 class Bands:
@@ -1288,8 +1294,7 @@ def write_atomic(path, data):
 
 # ---- Errors, output, progress --------------------------------------------------------------------
 class SystemExit2(SystemExit):
-    """A SystemExit whose message is one line. run_cli gives it status 2; in other people's programs
-    Python prints the message and gives status 1."""
+    """A SystemExit with a one-line message; status 2 by run_cli, 1 in other people's programs."""
     def __init__(self, message):
         self.message = " ".join(str(message).split())
         super().__init__(self.message)

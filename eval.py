@@ -563,7 +563,8 @@ def compare(args):
              f"{data['n_users']:,} users, {data['n_items']:,} items, {len(data['train']):,} train "
              f"pairs, one split, one seed of judge and LLM; {args.backbone}, seeds: {args.seeds}"
              + " (mean ± sd)" * (args.seeds > 1) + "; each model at its best validation epoch."
-             + f" Flags by trials ({args.tuned})." * bool(args.tuned)]
+             + f" Flags by trials ({args.tuned})." * bool(args.tuned)
+             + " The pairs below chose these epochs: for choices, not for claims." * args.valid]
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
     untuned = [name for name, _ in entries.values() if METHODS[name].kind != "closed form"
                and not METHODS[name].parts and not {name, METHODS[name].like} & {*SPACES}]

@@ -1010,7 +1010,9 @@ def trace_steps(run, s, data, method, users, items, row):
     yield "CF", (f"e_u {vector_text(cf['user'][u])}\ne_i {vector_text(cf['item'][i])}\nscore "
                  f"{scores[i]:.3f}: rank {int((scores > scores[i]).sum()) + 1} of {len(scores)}")
     named = "; ".join(titles[n] for n in mined[:5])
-    yield "mined", f"unseen ranks {s.mine_first}–{s.mine_last}: {named}; …"
+    seen = user_rows(data["train"], data["n_users"])
+    last = min(s.mine_last, len(scores) - int(seen[0].diff()[u]))  # of a user with few unseen items
+    yield "mined", f"unseen ranks {max(1, last - s.mine_last + s.mine_first)}–{last}: {named}; …"
     prompt = sft["prompt"].replace("{user}", of_user)
     yield "prompt", prompt.replace("{item}", f"{titles[i]}. {of_item}")
 
@@ -1018,7 +1020,7 @@ def trace_steps(run, s, data, method, users, items, row):
     other = int(generated["pairs"][at, 1])
     note = "" if other == i else f" (it has none: this is of the pair with {titles[other]})"
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
-    centred, seen = cf["item"] - cf["item"].mean(0), user_rows(data["train"], data["n_users"])
+    centred = cf["item"] - cf["item"].mean(0)
     nearest = bb.nearest_items(generated["vector"][at][None], whose, centred, seen, 5)
     named = [titles[n] + " (mined)" * (n in mined)
              for n in nearest[0].tolist() if n >= 0]
@@ -1067,6 +1069,10 @@ def prepare(args):
     own, source = s.split == "own", next(iter(files.values()))
     # interactions: one row per pair, the latest, since a withdrawn rating is no positive
     read, users, items = read_pairs(files, s, counts)
+    form = format_of(s.format, source)
+    unread = [name for name in next(form.rows(source))[1] if name and name not in form[:5]]
+    if s.format == "table" and unread:  # one of these may be meant, by a name that no rule knows
+        print(f"  not read as {', '.join(ROLES)} of a pair: {', '.join(unread)}")
     rows = read[latest(*(read[name] for name in ("user", "item", "rating", "seconds")))]
     counts["earlier rows of a repeated pair"] += len(read) - len(rows)
     if not own:
@@ -1084,7 +1090,6 @@ def prepare(args):
         if not len(parts[name]):
             fail(f"{source}: --split {s.split} leaves {name} empty; use --split random")
     # texts: of the items, and of the train pairs' reviews alone
-    form = format_of(s.format, source)
     items = read_items(files.get("meta"), form, items, counts)
     user_of_line = dict(rows[["line", "user"]][rows["part"] == 0].tolist())
     reviews = read_reviews(source, form, user_of_line, s.reviews_per_user, counts)
@@ -1228,7 +1233,8 @@ def read_pairs(files, s, counts):
                 counts["rows outside --since and --until"] += 1
                 continue
             if by_rating and stars != stars:
-                fail(f"{path}: line {n}: no rating; fix such lines, or give --min-rating none")
+                fail(f"{path}: line {n}: no rating, or its column has another name; fix that, or "
+                     "give --min-rating none")
             pair = users.setdefault(user, len(users)), items.setdefault(item, len(items))
             if own and part_of.setdefault(pair, part) != part:
                 fail(f"{path}: line {n}: {quote(user)}, {quote(item)} is in another part too")
@@ -1450,8 +1456,9 @@ def read_reviews(path, form, user_of_line, per_user, counts, limit=200):
 
 
 HALF = re.compile(r"[\ud800-\udfff]")  # of a character: valid in JSON, not in UTF-8
-# control characters, those that turn text round, and most without width (not joiners, marks)
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
+JOINED = {0x2060: None, 0xfeff: None}  # without width, and no space for a line to break at
+# control characters, those that turn text round, and most others without width (not marks)
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]+")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')  # csv rules of quoting, in a file with tabs
 ENTITY = re.compile(r"&(#\d{1,7};|#[xX][0-9a-fA-F]{1,6};|\w+;)")
 TAG = re.compile(
@@ -1461,8 +1468,8 @@ TAG = re.compile(
     r"(?:\s[^<>]*)?/?>", re.I | re.S)
 BLOCK = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)", re.I | re.S)
 # what a page's own program or style sheet looks like when its tags are gone
-PROGRAM = re.compile(r"\bvar \w+ ?=.*;|\bfunction ?\w* ?\([^)]*\) ?\{|\(new Date\(\)\)|"
-                     r"\bdocument\.\w+[(.=]|[\w-] ?\{(?=[^{}]*\})[^{}]*[\w-] ?:[^{}][^{};]*;", re.S)
+PROGRAM = re.compile(r"(?as)\bvar \w+ ?=.*;|\bfunction ?\w* ?\([^)]*\) ?\{|\(new Date\(\)\)|"
+                     r"\bdocument\.\w+[(.=]|[\w-] ?\{(?=[^{}]*\})[^{}]*[\w-] ?:[^{}][^{};]*;")
 
 
 def clean(value, counts, where=""):
@@ -1494,7 +1501,7 @@ def clean(value, counts, where=""):
     if PROGRAM.search(plain):
         counts["texts that were a page's script or style (left out)"] += 1
         return ""
-    return " ".join(CONTROL.sub(" ", plain).split())
+    return " ".join(CONTROL.sub(" ", plain.translate(JOINED)).split())
 
 # ---- prepare: readers, which yield (line, {column: value}) row by row; formats; summary ----------
 # cp1252 is Latin-1, with quotes and dashes in place of some control characters
@@ -1545,12 +1552,15 @@ def table_rows(path, header=""):
             if row and len(row) != len(columns):
                 fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
             # a quote left open swallows whole rows: a line inside a text looks like one if it has
-            # as many fields, its first one word, numbers where this row has, no space after a comma
+            # as many fields, its first one word, with a digit if this row's has one, numbers where
+            # this row has them, no space after a comma
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
                 unlike = (b.startswith(" ") or NUMBER.fullmatch(a) and not NUMBER.fullmatch(b)
                           for a, b in zip(row, inside))
-                if len(inside) == len(row) and len(inside[0].split()) == 1 and not any(unlike):
+                alike = re.search(r"\d", inside[0]) or not re.search(r"\d", row[0])
+                alike = alike and len(inside) == len(row) and len(inside[0].split()) == 1
+                if alike and not any(unlike):
                     fail(f"{path}: line {line}: its quote has whole rows inside; close it")
             if row:
                 yield line, dict(zip(columns, row))

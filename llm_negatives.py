@@ -19,7 +19,7 @@ One process:   python llm_negatives.py finetune --run runs/NAME
 Several GPUs:  torchrun --nproc-per-node N -- llm_negatives.py finetune --run runs/NAME
 """
 
-import contextlib, functools, hashlib, io, json, math, os, re, shutil, time, warnings
+import contextlib, functools, hashlib, io, json, math, os, re, shutil, time, unicodedata, warnings
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
 from pathlib import Path
@@ -601,13 +601,13 @@ WITHOUT_LLM = {"item": "{}", "user": "Likes {}."}  # filled with an item's text,
 # abbreviations: their full stop does not end a sentence
 ABBREVIATIONS = ("mr mrs ms dr st jr sr prof mt ft gen lt col sgt capt rev vol no inc ltd co vs "
                  "etc feat ed").split()
-FULL_STOPS = "。｡！？।॥؟۔։።။។"  # of other scripts
+FULL_STOPS = "。｡．！？।॥؟۔։።။។"  # of other scripts
 
 
 def sentence_ends(text):
     """Where sentences end in `text` -> list of ints, each the place right after a stop."""
     ends = []
-    for mark in re.finditer(rf"[.!?]+[\"'”’)\]]*(?=\s|$)|[{FULL_STOPS}]+[”’」』）]*", text):
+    for mark in re.finditer(rf"[.!?]+[\"'”’“»)\]]*(?=\s|$)|[{FULL_STOPS}]+[”’」』）]*", text):
         word = re.search(r"[^\s(\"'“‘]*$", text[:mark.start()])[0]
         # a stop that belongs to its word: "L.A.", "J.", "Dr."; a final "5." may be a cut-off "5.1"
         inside = ("." in word or word.lower() in ABBREVIATIONS or re.fullmatch(r"[^\W\d]", word)
@@ -619,7 +619,7 @@ def sentence_ends(text):
     return ends
 
 
-def first_sentence(text):
+def whole_sentences(text):
     """One line, up to the last sentence's end; without an end, up to the last word."""
     # a token limit must not leave half a sentence
     text = " ".join(text.split())
@@ -651,7 +651,11 @@ def answer(text, tokenizer):
 def words_of(text):
     # kana and Han are written without spaces: there each character counts
     one = r"\u3040-\u30ff\u3400-\u9fff"
-    return re.findall(rf"[{one}]|[^\W{one}]+", text.lower())
+    # accents and vowel signs are no \w, and would cut words: leave them out; not those of Thai and
+    # Lao, where nothing else parts words
+    text = "".join(c for c in text.lower()
+                   if unicodedata.category(c)[0] != "M" or "ก" < c <= "\u0eff")
+    return re.findall(rf"[{one}]|[^\W{one}]+", text)
 
 
 def runs_of(words, n):
@@ -672,7 +676,8 @@ def fault_of(sentence, title):
     new = set(words) - {*words_of(title), "a", "an", "the", "is"}
     faults = {"empty": not words, "prompt": copied or request,
               "loop": again or len(set(words)) < 0.6 * len(words), "title": len(new) < 3,
-              "cut": not re.search(rf"[.!?…{FULL_STOPS}][\"'”’)\]」』）]*$", sentence)}
+              # a letter of Thai or Lao, which have no full stop, counts as an end
+              "cut": not re.search(rf"[.!?…{FULL_STOPS}ก-\u0eff][\"'”’“»)\]」』）]*$", sentence)}
     return next((fault for fault, found in faults.items() if found), "")
 
 
@@ -744,7 +749,7 @@ def write_texts(model, tokenizer, past, requests, new_tokens, ends):
     for row in (alive[place] for place in unfinished):
         if not sentence_ends(texts[row]):
             texts[row] = (texts[row].rpartition(" ")[0] or texts[row]).rstrip(".")
-    return [first_sentence(text.split("\n")[0]) for text in texts]
+    return [whole_sentences(text.split("\n")[0]) for text in texts]
 
 # ==== The method ends here. Programs: finetune, generate, read, profile ===========================
 LORA_DROPOUT = 0.05  # the paper's
@@ -1084,6 +1089,8 @@ def read(args):
         if deep and len(popular) < len(texts):
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
                   f"the others have {'their words and ' * (not layers[0])}the mean of the layers")
+        if long := sum(len(text_ids(tokenizer, text)) > 64 for text in texts):
+            print(f"read: {long} of {len(texts)} texts have over 64 tokens: the rest is not read")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
     check_finite(out, tensors, "use --dtype fp32")
     save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start})

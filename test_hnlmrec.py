@@ -189,21 +189,28 @@ def test_nearest_items_and_rankings_hold_no_seen_item_even_when_few_are_left():
 
 
 @pytest.mark.parametrize("n_items, most, flags, band", [
-    (1008, 300, (0, 0), (200, 300)), (14, 6, (0, 0), (3, 4)), (14, 12, (0, 0), (2, 2)),
+    (1008, 300, (0, 0), (200, 300)), (14, 10, (0, 0), (3, 4)), (14, 12, (0, 0), (3, 4)),
     (99, 30, (5, 60), (5, 60)), (99, 30, (0, 15), (15, 15)), (99, 30, (40, 0), (40, 40))])
-def test_mined_negatives_are_the_band_which_is_a_share_of_the_catalogue(n_items, most, flags, band):
+def test_mined_negatives_are_the_band_which_is_a_share_of_the_catalogue(
+        n_items, most, flags, band, capsys):
     train = torch.tensor([[0, 0]] * most + [[1, 0]])  # one of two users has seen most
     data = {"n_items": n_items, "train": train}
     assert backbones.mining_band(data, *flags) == band
+    assert ("1 users have fewer than 4 unseen" in capsys.readouterr().out) == (most == 12)
+    assert "of at most" in message_of(backbones.mining_band, data, 1, n_items + 1)
     train = split_data()["train"]
     model = backbones.build_backbone("lightgcn", N_USERS, N_ITEMS, 8, train)
     mine = partial(backbones.mine_hard_negatives, model)
     mined, scores = mine(train, torch.arange(N_USERS), 2, 6), model()[0] @ model()[1].T
     for u in range(N_USERS):
         assert mined[u].tolist() == by_score(scores[u].detach(), items_of(train, u))[1:6]
-    assert mine(train, torch.arange(4), 24, 24).shape == (4, 1)  # all of 24
-    # user 0 has seen five, the others six
-    assert "fewer than 25" in message_of(mine, train[1:], torch.arange(4), 2, 25)
+    # who has fewer unseen items: the last ones, in order; too few of these, and the first is repeated
+    few = torch.tensor([[0, i] for i in range(N_ITEMS - 4)])
+    best = by_score(scores[0].detach(), items_of(few, 0))
+    assert mine(few, torch.tensor([0]), 3, 5).tolist() == [best[1:]]
+    assert mine(few, torch.tensor([0]), 1, 6).tolist() == [[best[0]] * 2 + best]
+    everything = torch.tensor([[2, i] for i in range(N_ITEMS)])
+    assert "user row 2: has all" in message_of(mine, everything, torch.arange(4), 2, 5)
 
 
 def test_bands_are_mined_once_and_for_those_alone_who_are_asked_for(monkeypatch):
@@ -216,7 +223,6 @@ def test_bands_are_mined_once_and_for_those_alone_who_are_asked_for(monkeypatch)
     for users in ([3, 1, 3], [1], [0, 3, 5]):
         assert torch.equal(bands[torch.tensor(users)], mined[users])
     assert ranked == [1, 3, 0, 5]
-    assert "fewer than 25" in message_of(backbones.Bands, model, train[1:], 2, 25)
 
 
 # ---- Backbones -----------------------------------------------------------------------------------
@@ -1625,6 +1631,9 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
     prose = ["item,title,kind", 'i0,Shirt,"Soft.', 'Cotton, washable, imported"']  # no number in it
     meta, form = write_lines(tmp_path / "p.csv", prose), hnlmrec.format_of("table", path)
     assert hnlmrec.read_items(meta, form, ["i0"], Counter())[0]["text"].endswith("imported")
+    for line in ("好看,实用,便宜", "red,green,blue"):  # nor a digit, as the row's id has
+        prose[2] = f'{line}"'
+        assert len(list(hnlmrec.table_rows(write_lines(tmp_path / "p.csv", prose)))) == 1
 
 
 @pytest.mark.parametrize("lines, meta, message", [
@@ -1809,7 +1818,8 @@ def test_amazons_metadata_as_it_is(tmp_path):
     ("&AMP;amp; &#x26;amp;lt;3 &#38;#38;#38;", "& <3 &"),
     ("NaN", ""), ("null", ""), ("None", ""), ("\u200b", ""), ("a\x00b\x9b\r\n\u2028c", "a b c"),
     ("bad \ud83d emoji", "bad \ufffd emoji"),
-    ("{curly} braces: fine",) * 2, ("x\u202ecod.\u202c \u2066y", "x cod. y"), ("&#27;[2J", "[2J")])
+    ("{curly} braces: fine",) * 2, ("x\u202ecod.\u202c \u2066y", "x cod. y"),
+    ("10\u206020", "1020"), ("Набор {размер: 42; цвет: синий;}",) * 2, ("&#27;[2J", "[2J")])
 def test_clean_hand_worked(raw, text):
     assert hnlmrec.clean(raw, Counter()) == text
 
@@ -1920,7 +1930,7 @@ def test_families_encode_as_each_prompt_alone_and_write_as_generate(family, tmp_
         alone = lm.generate(torch.tensor([head + request]), max_new_tokens=6, do_sample=False)
         alone = tokenizer.decode(alone[0, len(head + request):])
         alone = llm_negatives.answer(alone, tokenizer).split("\n")[0].split("!")[0]
-        assert text in (llm_negatives.first_sentence(alone), alone.rpartition(" ")[0])
+        assert text in (llm_negatives.whole_sentences(alone), alone.rpartition(" ")[0])
 
 
 @pytest.mark.parametrize("special", [{}, {"bos_token": "#"}])
@@ -2375,7 +2385,7 @@ def test_number_format_is_the_processors_not_a_timing(monkeypatch):
     ("In the U.S. too", None, False), ("For fans of Dr.", None, False), ("no end", None, False),
     ("Rated 3.5 by", None, False), ("一部电影｡", None, True)])
 def test_sentences(text, first, whole):
-    assert llm_negatives.first_sentence(text) == (first or text)
+    assert llm_negatives.whole_sentences(text) == (first or text)
     assert llm_negatives.is_whole(text) == whole
 
 
@@ -2400,7 +2410,7 @@ def test_a_sentence_ends_its_row_alone(tiny_llm, monkeypatch):
     monkeypatch.setattr(llm_negatives, "is_whole", lambda text: letter in text)
     monkeypatch.setattr(llm_negatives, "sentence_ends", lambda text: [len(text)])
     monkeypatch.setattr(llm_negatives, "answer", lambda text, _: text)
-    monkeypatch.setattr(llm_negatives, "first_sentence", str)
+    monkeypatch.setattr(llm_negatives, "whole_sentences", str)
     monkeypatch.setattr(llm_negatives, "best_new", lambda scores, written, tokenizer: (
         rows.append(len(written)) or best_new(scores, written, tokenizer)))
     texts = llm_negatives.write_texts(model, tokenizer, past, requests, 9, {999})
@@ -2432,7 +2442,10 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
     ("A group of old friends save a group of old friends.", "loop"),
     ("A film for those who love the", "cut"), ("A film for fans of Dr. No.", ""),
     ("一部紧张刺激的科幻电影，适合喜欢科幻电影和冒险的观众。", ""), ("For ages 3 to 5.", ""),
-    ("一款关于贸易与建设的桌面游戏，适合喜欢计划的玩家。", ""), ("桌游。", "title")])
+    ("भारतीय इतिहास और संस्कृति पर आधारित यह उपन्यास उन पाठकों के लिए है जिन्हें राजाओं, युद्धों और "
+     "प्रेम की पुरानी कहानियाँ पढ़ना अच्छा लगता है।", ""), ("Для любителей романа «Кто виноват?»", ""),
+    ("หนังสือเกี่ยวกับประวัติศาสตร์ เหมาะสำหรับผู้อ่านที่ชอบเรื่องราวในอดีต", ""),
+    ("一款关于贸易与建设的桌面游戏，适合喜欢计划的玩家．", ""), ("桌游。", "title")])
 def test_faults_of_profiles(sentence, fault):
     assert llm_negatives.fault_of(sentence, "Jaws (1975)") == fault
 
@@ -3565,7 +3578,7 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     assert f"score {cf['user'][u] @ cf['item'][i]:.3f}" in out
     assert f"norm {shard['hidden'][5].float().norm():.3f}" in out
     mined = backbones.mine_hard_negatives(model, data["train"], torch.tensor([u]), 1, 5)[0].tolist()
-    assert "; ".join(items[n]["title"] for n in mined) in out.split("4. mined")[1]
+    assert "ranks 1–5: " + "; ".join(items[n]["title"] for n in mined) in out.split("4. mined")[1]
     prompt = out.split("5. prompt")[1].split("6. generated")[0]
     assert llm_negatives.INSTRUCTION in prompt and f"{items[i]['title']}." in prompt
     trained, _, _ = backbones.load_model(finished / "model-hnlmrec.safetensors", data)
