@@ -704,8 +704,8 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 # X (U, I) is the 0/1 matrix of the train pairs; a user's scores are the user's row of X times item
 # weights W (I, I). CLOSED_FORMS: name -> its flags, in the order of its function's parameters, each
 # with the values that validation chooses from if the flag is not given. RP3beta's exponents lie
-# between 0 and 1; fewer neighbours (topk) remove the noise of rare items
-TOPK = (0, 20, 50, 100, 200)  # 0: all
+# between 0 and 1; fewer neighbours (topk) of the item that is scored remove the noise of rare items
+TOPK = (0, 5, 10, 20, 50, 100, 200)  # 0: all
 CLOSED_FORMS = {
     "pop": {}, "itemknn": {"shrink": (1.0, 20.0, 100.0, 300.0), "topk": TOPK},
     "rp3": {"rp3_alpha": (0.2, 0.4, 0.6, 0.8, 1.0), "rp3_beta": (0.0, 0.15, 0.3, 0.45, 0.6, 0.8),
@@ -760,15 +760,16 @@ def co_occurrence(pairs, user_weight, n_items):
 
 
 def nearest_neighbours(row, column, value, n_items, topk):
-    """Weights from entries (n,) by row, then column: no diagonal, a row's topk highest (0: all)."""
+    """Weights W from entries (n,) by row, then column: without the diagonal, and of each column,
+    the item that is scored, its topk highest (0: all) -> sparse CSR (I, I)."""
     kept = (row != column).nonzero()[:, 0]
     if topk:
-        # by row, the highest first: two stable sorts, so that equal ones go by id
+        # by column, the highest first: two stable sorts, so that equal ones go by id
         kept = kept[value[kept].argsort(descending=True, stable=True)]
-        kept = kept[row[kept].argsort(stable=True)]
-        count = torch.bincount(row[kept], minlength=n_items)
-        place = torch.arange(len(kept), device=row.device) - (count.cumsum(0) - count)[row[kept]]
-        kept = kept[place < topk].sort().values
+        kept = kept[column[kept].argsort(stable=True)]
+        count = torch.bincount(column[kept], minlength=n_items)
+        before = (count.cumsum(0) - count)[column[kept]]
+        kept = kept[torch.arange(len(kept), device=row.device) - before < topk].sort().values
     # not by sparse_csr, which would sort once more, in twice the memory
     indptr = F.pad(torch.bincount(row[kept], minlength=n_items).cumsum(0), (1, 0))
     return torch.sparse_csr_tensor(indptr, column[kept], value[kept], (n_items, n_items))
@@ -925,6 +926,9 @@ def compute_closed_form(args, data, _):
     form = functools.lru_cache(maxsize=1)(form)  # the last table alone: all would not fit
 
     def score_of(constants):
+        for row in history:
+            if constants.items() <= row.items():  # tried already
+                return row["valid_ndcg@20"]
         score = validation(ItemWeights(form(*shape, *constants.values()), *shape[:2]), data)()
         # epoch 0, so that reports read it as any model's
         history.append({"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start,
@@ -932,9 +936,13 @@ def compute_closed_form(args, data, _):
         return score
 
     # given constants stay, the others are searched: here, not in `tune`, since nothing is trained
-    constants, score = line_search(score_of, {
-        flag: [vars(args)[flag]] if flag in args else values
-        for flag, values in CLOSED_FORMS[name].items()})
+    grid = {flag: [vars(args)[flag]] if flag in args else values
+            for flag, values in CLOSED_FORMS[name].items()}
+    constants, score = line_search(score_of, grid)
+    if "topk" in grid:  # again from there, with all neighbours, topk last: one search may miss them
+        point = constants | {"topk": grid["topk"][0]}
+        again = line_search(score_of, dict(reversed(grid.items())), point)
+        constants, score = max((constants, score), again, key=lambda found: found[1])
     words = "".join(f", --{flag.replace('_', '-')} {value:g}" for flag, value in constants.items())
     print(f"{name}: valid NDCG@20 {score:.4f}{words}; {len(history)} tried, "
           f"{time.time() - start:.0f} s")
@@ -1513,7 +1521,7 @@ def main(argv=None):
         ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),
         ("--rp3-alpha", number(float, 0), unset, "rp3: exponent of the transition probabilities"),
         ("--rp3-beta", number(float, 0), unset, "rp3: exponent of the popularity taken out"),
-        ("--topk", number(int, 0), unset, "itemknn, rp3: neighbours kept of each item; 0: all"),
+        ("--topk", number(int, 0), unset, "itemknn, rp3: neighbours of each scored item; 0: all"),
         ("--ridge", number(float, 0, open_low=True), unset, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
     closed = args.backbone == "closed"

@@ -375,12 +375,12 @@ def test_closed_forms_against_dense_algebra(ours, oracle, constants, monkeypatch
     ranked = backbones.rank_unseen(model, everyone, backbones.user_rows(train, N_USERS), N_ITEMS)
     for u, row in enumerate(ranked.tolist()):
         assert [i for i in row if i >= 0] == by_score(scores[u], items_of(train, u))
-    if oracle in (dense_item_knn, dense_rp3beta):  # topk keeps the highest neighbours
+    if oracle in (dense_item_knn, dense_rp3beta):  # topk: of each item scored
         kept = ours(train, N_USERS, N_ITEMS, *constants, topk=4).to_dense()
         whole = weight.to_dense()
         assert torch.equal(kept[kept != 0], whole[kept != 0])
-        highest = F.pad(whole.topk(4).values, (0, N_ITEMS - 4))
-        assert torch.equal(kept.sort(descending=True).values, highest)
+        highest = F.pad(whole.topk(4, 0).values, (0, 0, 0, N_ITEMS - 4))  # of each scored item
+        assert torch.equal(kept.sort(0, descending=True).values, highest)
 
 
 def test_ease_bears_a_small_ridge_or_names_it_and_large_tables_are_refused():
@@ -707,7 +707,7 @@ def test_closed_forms_at_once_do_without_those_that_do_not_fit(small_run, monkey
     cli(*run[:-1], "pop", "--sampler", "rns", "dns", "--out", "model-ours.safetensors")
 
 
-def test_closed_forms_and_softmax_by_command(small_run):
+def test_closed_forms_and_softmax_by_command(small_run, monkeypatch):
     """Each is saved and loaded as any model; a closed form reads no seed."""
     run, data = small_run, backbones.load_data(small_run)
     pretrain = partial(cli, "backbones.py", "pretrain", "--run", run, "--dim", 8, "--epochs", 2)
@@ -725,13 +725,20 @@ def test_closed_forms_and_softmax_by_command(small_run):
         before = (run / words[-1]).read_bytes()
         pretrain(*words, "--lr", 1, "--seed", 8)
         assert (run / words[-1]).read_bytes() == before
-    # what is left out is chosen on validation: the file is that of the best choice tried
-    pretrain("--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
+    # what is left out is chosen on validation, in two searches, of which the second begins with all
+    # neighbours and tries their number last: the file is that of the best choice tried
+    searches, search = [], backbones.line_search
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "line_search", lambda score_of, grid, *point: (
+            searches.append([*grid, *point]), search(score_of, grid, *point))[1])
+        pretrain("--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
+    assert searches[0] == searches[1][2::-1] and searches[1][3]["topk"] == 0
     model, meta, _ = backbones.load_model(run / "model-best.safetensors", data)
     best = max(meta["history"], key=lambda row: row["valid_ndcg@20"])
     weight = backbones.rp3beta(*shape, best["rp3_alpha"], 0.2, best["topk"])
     assert torch.equal(model.weight.to_dense(), weight.to_dense())
-    assert {row["rp3_beta"] for row in meta["history"]} == {0.2} and len(meta["history"]) > 8
+    tried = {(row["rp3_alpha"], row["rp3_beta"], row["topk"]) for row in meta["history"]}
+    assert {beta for _, beta, _ in tried} == {0.2} and len(meta["history"]) == len(tried) > 8
     for several, names, *words in ((["rns", "dns"], ["rns", "dns"], "--m", 3, "--sampler"),
                                    (["closed"], backbones.CLOSED_FORMS, "--backbone")):
         pretrain(*words, *several, "--force")  # in one start, each as by itself
