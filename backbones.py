@@ -962,7 +962,7 @@ def line_search(score_of, grid, point=None):
     score = functools.cache(lambda *values: score_of(dict(zip(names, values))))  # each once
     while point != before:
         before = point
-        for name in reversed(grid):  # topk first: without it the others find a poorer end
+        for name in reversed(grid):  # topk is the last: without it the others find a poorer end
             point = max((point | {name: value} for value in grid[name]),
                         key=lambda tried: score(*tried.values()))
     return point, score(*point.values())

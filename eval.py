@@ -899,7 +899,7 @@ def estimate(args):
     pairs = min(2000 if args.llm_rows else n, 4 * users)
     read = min(12_000 if args.llm_rows else items, items)
     llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
-    # EASE inverts a table, or is refused at once; all of them take some 30 validations, slow ones
+    # EASE inverts a table, or is refused at once; all of them take some 50 validations
     closed = 10 + 1.7e-10 * items**3 * (items <= bb.EASE_ITEMS) + 50 * ranking
     parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": closed,
              "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials

@@ -204,7 +204,7 @@ def test_mined_negatives_are_the_band_which_is_a_share_of_the_catalogue(
     mined, scores = mine(train, torch.arange(N_USERS), 2, 6), model()[0] @ model()[1].T
     for u in range(N_USERS):
         assert mined[u].tolist() == by_score(scores[u].detach(), items_of(train, u))[1:6]
-    # who has fewer unseen items: the last ones, in order; too few of these, and the first is repeated
+    # who has fewer unseen items: the last ones, in order; of too few, the first again
     few = torch.tensor([[0, i] for i in range(N_ITEMS - 4)])
     best = by_score(scores[0].detach(), items_of(few, 0))
     assert mine(few, torch.tensor([0]), 3, 5).tolist() == [best[1:]]
@@ -2449,8 +2449,9 @@ def test_no_two_tokens_are_written_twice_but_digits_are():
     ("A group of old friends save a group of old friends.", "loop"),
     ("A film for those who love the", "cut"), ("A film for fans of Dr. No.", ""),
     ("一部紧张刺激的科幻电影，适合喜欢科幻电影和冒险的观众。", ""), ("For ages 3 to 5.", ""),
-    ("भारतीय इतिहास और संस्कृति पर आधारित यह उपन्यास उन पाठकों के लिए है जिन्हें राजाओं, युद्धों और "
-     "प्रेम की पुरानी कहानियाँ पढ़ना अच्छा लगता है।", ""), ("Для любителей романа «Кто виноват?»", ""),
+    ("भारतीय इतिहास और संस्कृति पर आधारित यह उपन्यास उन पाठकों के लिए है जिन्हें राजाओं, युद्धों "
+     "और प्रेम की पुरानी कहानियाँ पढ़ना अच्छा लगता है।", ""),
+    ("Для любителей романа «Кто виноват?»", ""),
     ("หนังสือเกี่ยวกับประวัติศาสตร์ เหมาะสำหรับผู้อ่านที่ชอบเรื่องราวในอดีต", ""),
     ("一款关于贸易与建设的桌面游戏，适合喜欢计划的玩家．", ""), ("桌游。", "title")])
 def test_faults_of_profiles(sentence, fault):
