@@ -925,19 +925,18 @@ def compute_closed_form(args, data, _):
     form = {"pop": popularity, "itemknn": item_knn, "rp3": rp3beta, "ease": ease}[name]
     form = functools.lru_cache(maxsize=1)(form)  # the last table alone: all would not fit
 
-    def score_of(constants):
-        for row in history:
-            if constants.items() <= row.items():  # tried already
-                return row["valid_ndcg@20"]
-        score = validation(ItemWeights(form(*shape, *constants.values()), *shape[:2]), data)()
-        # epoch 0, so that reports read it as any model's
-        history.append({"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start,
-                        **constants})
-        return score
-
     # given constants stay, the others are searched: here, not in `tune`, since nothing is trained
     grid = {flag: [vars(args)[flag]] if flag in args else values
             for flag, values in CLOSED_FORMS[name].items()}
+
+    @functools.cache  # each choice once
+    def score_of(*constants):
+        score = validation(ItemWeights(form(*shape, *constants), *shape[:2]), data)()
+        # epoch 0, so that reports read it as any model's
+        history.append({"epoch": 0, "valid_ndcg@20": score, "seconds": time.time() - start,
+                        **dict(zip(grid, constants))})
+        return score
+
     constants, score = line_search(score_of, grid)
     if "topk" in grid:  # again from there, with all neighbours, topk last: one search may miss them
         point = constants | {"topk": grid["topk"][0]}
@@ -956,16 +955,16 @@ def compute_closed_form(args, data, _):
 
 def line_search(score_of, grid, point=None):
     """Coordinate ascent: from a `point` of a grid {name: values in order}, or its middle, the best
-    value of one name at a time, until none gives a better one -> (point {name: value}, score)."""
+    value of one name at a time, until none gives a better one -> (point {name: value}, score).
+    score_of(*values of a point) should be cached, since points come again."""
     point = point or {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
-    names, before = list(point), None
-    score = functools.cache(lambda *values: score_of(dict(zip(names, values))))  # each once
+    before = None
     while point != before:
         before = point
         for name in reversed(grid):  # topk is the last: without it the others find a poorer end
             point = max((point | {name: value} for value in grid[name]),
-                        key=lambda tried: score(*tried.values()))
-    return point, score(*point.values())
+                        key=lambda tried: score_of(*tried.values()))
+    return point, score_of(*point.values())
 
 # ---- The files of a run: data, models, texts, generated negatives --------------------------------
 def load_data(run):

@@ -18,12 +18,11 @@ Example: python hnlmrec.py prepare --run runs/NAME --reviews ratings.tsv --meta 
          python hnlmrec.py train --run runs/NAME
 """
 
-import ast, codecs, csv, gzip, html.entities, io, json, math, re, time, unicodedata, zlib
+import ast, codecs, csv, functools, gzip, html.entities, io, json, math, re, time, unicodedata, zlib
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from datetime import datetime, timezone
-from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from reprlib import repr as quote  # a value in a message: escaped, and cut
@@ -668,17 +667,18 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
         part.eval()  # as Blend has it
         scores.append(torch.cat([in_deviations(part.scores(u)) for u in users.split(1024)]))
 
-    def quality(weights):
-        if not any(weights.values()):  # all scores alike: no ranking
+    @functools.cache
+    def quality(*weights):
+        if not any(weights):  # all scores alike: no ranking
             return -1.0
         total = torch.zeros_like(scores[0])
-        for k, weight in weights.items():
+        for part, weight in zip(scores, weights):
             if weight:  # a table can be hundreds of MB
-                total.add_(scores[k], alpha=weight)
+                total.add_(part, alpha=weight)
         ranked = top_k(leave_out(total, users, seen), 20)  # (n, 20)
         return float(ndcg(contains(keys, users[:, None], ranked, n_items), relevant, 20).mean())
 
-    alone = [quality({k: 1}) for k in range(len(parts))]
+    alone = [quality(*row) for row in torch.eye(len(parts)).tolist()]
     # not from the best part alone: the ascent would end there if no other part helps by itself,
     # though two together would. reversed: line_search begins with the last name
     equal = dict.fromkeys(range(len(parts)), 1)
@@ -1627,7 +1627,7 @@ Format = namedtuple("Format", [*ROLES, "rows", "meta", "title", "texts", "year"]
 def format_of(name, path):
     """The Format of this name; a table's columns are found in the header of its interactions."""
     reader, columns, texts, *headers = FORMATS[name]
-    rows, meta = [partial(reader, header=header) for header in headers] or [reader, reader]
+    rows, meta = [functools.partial(reader, header=one) for one in headers] or [reader, reader]
     columns = [*columns.split(), *[None] * 5][:5]  # None: there is no such column
     title, *texts = texts.split()
     title, _, year = title.partition("+")
