@@ -870,16 +870,15 @@ def pretrain(args):
         fail(f"--n {args.n}: is read by --sampler dns alone, and m is {args.m}; lower --n")
     # what the file depends on: made with these settings from these inputs, it is there already
     closed, text, inputs = args.backbone in CLOSED_FORMS, None, ["data.safetensors"]
-    settings = settings_of(args)
-    if closed:  # no seed, no training: it reads its own constants alone
-        names = ("command", "backbone", *CLOSED_FORMS[args.backbone])
-        settings = {name: settings.get(name) for name in names} | {"seed": None}
     if args.text_vectors:
-        readings = load_texts(run, args.text_vectors, data["n_items"])
+        args.text_vectors = text_input(run, args.text_vectors)
+        readings = load_texts(run, args.text_vectors, data)
         text = readings[len(readings) // 2]  # the middle layer's: most of the meaning
-        settings["text_vectors"] = text_input(run, args.text_vectors)
-        inputs.append(settings["text_vectors"])
-    settings["inputs"] = digests(run, *inputs)
+        inputs.append(args.text_vectors)
+    settings = settings_of(args) | {"inputs": digests(run, *inputs)}
+    if closed:  # no seed, no training: it reads its own constants alone
+        names = ("command", "backbone", "inputs", *CLOSED_FORMS[args.backbone])
+        settings = {name: settings.get(name) for name in names} | {"seed": None}
     if skip(out, settings, args.force):
         return
     # closed forms on a CPU: cuSPARSE may return zeros for sparse products as large as theirs
@@ -994,10 +993,11 @@ def load_model(path, data):
     return model.eval(), meta, tensors
 
 
-def load_texts(run, name, n_items):
+def load_texts(run, name, data):
     """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own, a tensor per
-    layer -> list of (I, H) float32, by name. Raises SystemExit2 for a bad shape or NaN."""
-    path = Path(run) / text_input(run, name)
+    layer -> list of (I, H) float32, by name, on the device of data["train"]. Raises SystemExit2
+    for a bad shape or NaN."""
+    path, n_items = Path(run) / text_input(run, name), data["n_items"]
     try:  # readings of another catalogue, and damaged ones, are refused
         tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
     except (SafetensorError, OSError) as error:
@@ -1006,9 +1006,8 @@ def load_texts(run, name, n_items):
              if text.ndim != 2 or len(text) != n_items or not text.shape[1]]
     if wrong or not tensors:
         fail(f"{path}: {[*wrong, 'holds no tensor'][0]}, not ({n_items}, width)")
-    tensors = {key: tensors[key].float() for key in sorted(tensors)}
     check_finite(path, tensors, "fix that row")
-    return [*tensors.values()]
+    return [tensors[key].float().to(data["train"].device) for key in sorted(tensors)]
 
 
 def text_input(run, name):

@@ -705,8 +705,7 @@ def load_recommender(path, data):
         return Blend(parts, tensors["weights"].tolist()), meta, tensors
     # texts: of `read`, or vectors of one's own, which name no command; load_model refuses others
     if command == "read" or not command and path.exists() and not path.stem.startswith("model-"):
-        readings = bb.load_texts(path.parent, path.name, data["n_items"])
-        readings = [text.to(data["train"].device) for text in readings]
+        readings = bb.load_texts(path.parent, path.name, data)
         meta = bb.read_header(path) or {"settings": {}}
         return TextSimilarity(readings, data["train"], data["n_users"]), meta, {}
     return bb.load_model(path, data)
@@ -717,15 +716,14 @@ def fit_judge(args):
     run, data, start = Path(args.run), bb.load_data(args.run), time.time()
     out = run / bb.output_name("--out", args.out, "hnlmrec.py judge", ".safetensors", "judge")
     # a judge made with these settings from these inputs need not be made again
-    readings = bb.load_texts(run, args.text_vectors, data["n_items"])
-    texts = bb.text_input(run, args.text_vectors)
-    settings = bb.settings_of(args) | {
-        "text_vectors": texts, "inputs": bb.digests(run, "data.safetensors", texts)}
+    args.text_vectors = bb.text_input(run, args.text_vectors)
+    inputs = bb.digests(run, "data.safetensors", args.text_vectors)
+    settings = bb.settings_of(args) | {"inputs": inputs}
     if bb.skip(out, settings, args.force):
         return
     device = bb.start_processes(args.device)
     train, valid = data["train"].to(device), data["valid"].to(device)
-    readings = [text.to(device) for text in readings]
+    readings = bb.load_texts(run, args.text_vectors, data | {"train": train})
     # nothing to learn from is not an error: say so, leave the judge out, go on
     alike = all((text == text[0]).all() for text in readings)
     if alike or (torch.bincount(train[:, 0]) < 2).all():
@@ -795,16 +793,15 @@ def train_hnlmrec(args):
         data, args.batch_size, args.lr, args.epochs, args.m)
 
     # a file made with these settings from these inputs need not be made again
-    settings = bb.settings_of(args)
     inputs = ["data.safetensors"]
     if args.negatives != "none":
         inputs += [args.cf, args.negatives]
     if args.lambda_s or args.text_init:
-        settings["text_vectors"] = bb.text_input(run, args.text_vectors)
-        inputs.append(settings["text_vectors"])
+        args.text_vectors = bb.text_input(run, args.text_vectors)
+        inputs.append(args.text_vectors)
     if args.lambda_f or args.keep_clear == "judge":
         inputs.append(args.judge)
-    settings["inputs"] = bb.digests(run, *inputs)
+    settings = bb.settings_of(args) | {"inputs": bb.digests(run, *inputs)}
     if bb.skip(out, settings, args.force):
         return
 
@@ -854,16 +851,14 @@ def build(run, args, data):
     if args.negatives != "none":
         generated = bb.load_negatives(run, args.negatives, data)
         if len(generated["hidden"]) < 2:
-            fail(f"--negatives {args.negatives}: one vector has no deviation to standardise by; "
-                 "generate more")
+            fail(f"--negatives {args.negatives}: is one vector, without deviation; generate more")
         hidden = controlled(generated["hidden"], args.control, generator)
     if args.lambda_s or args.text_init:
-        readings = bb.load_texts(run, args.text_vectors, n_items)
+        readings = bb.load_texts(run, args.text_vectors, data)
         text = readings[len(readings) // 2]  # the middle layer's: the most meaning
         if (text == text[0]).all():
-            fail(f"{args.text_vectors}: the vectors of all items' texts are alike, so they say "
-                 "nothing; give --lambda-s 0 --text-init 0")
-        text = controlled(text, args.control, generator).to(train.device)
+            fail(f"{args.text_vectors}: is alike for all items; give --lambda-s 0 --text-init 0")
+        text = controlled(text, args.control, generator)
 
     # the backbone, which may start from the texts
     backbone = bb.build_backbone(args.backbone, n_users, n_items, args.dim, train, args.layers)
@@ -908,7 +903,7 @@ def controlled(vectors, control, generator):
     """Does the LLM matter? Its vectors (n, H), or in their place: `random`, vectors that know
     nothing; `shuffled`, its own, given to pairs or items at random."""
     if control == "random":
-        return torch.randn(vectors.shape, generator=generator).to(vectors.dtype)
+        return torch.randn(vectors.shape, generator=generator).to(vectors)
     if control == "shuffled":
         return vectors[torch.randperm(len(vectors), generator=generator)]
     return vectors

@@ -770,9 +770,9 @@ def test_texts_of_ones_own_are_checked(tmp_path):
                              ({"a": hole}, "a[7, 1] is NaN or infinite; fix that row"),
                              ({}, "holds no tensor")):
         save_file(tensors, path)
-        assert message in message_of(backbones.load_texts, tmp_path, path.name, N_ITEMS)
+        assert message in message_of(backbones.load_texts, tmp_path, path.name, split_data())
     path.write_bytes(b"no")
-    assert "cannot be read" in message_of(backbones.load_texts, tmp_path, str(path), N_ITEMS)
+    assert "cannot be read" in message_of(backbones.load_texts, tmp_path, str(path), split_data())
 
 
 def test_messages_name_the_command_that_makes_a_file(tmp_path):
@@ -2852,7 +2852,7 @@ def test_readings_and_their_controls(copied, tiny_llm):
         file = f"texts-{name}.safetensors"
         llm_main(copied, tiny_llm, f"read --dtype fp32 --out {file} {flags}")
         assert list(load_file(copied / file)) == [f"layer0{k}" for k in layers]
-        made[name] = backbones.load_texts(copied, file, 40)
+        made[name] = backbones.load_texts(copied, file, backbones.load_data(copied))
     assert torch.allclose(made["last"][0], oracle[2], atol=1e-5)
     for name in ("two", "all", "words"):  # a layer is the same whatever else is asked
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made[name], oracle))
@@ -3626,7 +3626,7 @@ def test_flags_reach_what_trains(finished, monkeypatch):
     for ours, other in ((real.hidden, moved.hidden), (real.semantic.item, moved.semantic.item)):
         assert not torch.allclose(ours, other, atol=0.1)
         assert torch.allclose(ours.sort(0).values, other.sort(0).values, atol=1e-5)
-    text = backbones.load_texts(finished, "texts.safetensors", 40)[1]  # the middle one of two
+    text = backbones.load_texts(finished, "texts.safetensors", data)[1]  # the middle one of two
     start = hnlmrec.text_start(text, data["train"], 30, 8, real.backbone.std)
     assert torch.equal(real.backbone.embedding, start)
     assert not torch.allclose(moved.backbone.embedding, start, atol=0.1)
@@ -3693,7 +3693,7 @@ def test_text_vectors_of_ones_own(copied, monkeypatch):
     cli("hnlmrec.py", *train, "--force")
     assert not torch.equal(load_file(copied / "own.safetensors")["user"], theirs["user"])
     save_file({"text": torch.ones(40, 3)}, path)
-    assert "alike, so they say nothing" in refused("hnlmrec.py", *train, "--force")
+    assert "alike for all items" in refused("hnlmrec.py", *train, "--force")
     assert "judge: left out, since" in cli("hnlmrec.py", *judge, path, "--force")
     assert not (copied / "judge-x.safetensors").exists()  # that of the former texts
 
@@ -3740,7 +3740,7 @@ def test_judge_and_blend_go_through(copied):
     (worse, _), (better, parts) = sorted(list(scores.values())[:2])
     assert worse < better and list(scores.values())[2:] == [(better, parts)] * 2
     texts, _, _ = hnlmrec.load_recommender(copied / "texts.safetensors", data)
-    readings = backbones.load_texts(copied, "texts.safetensors", 40)
+    readings = backbones.load_texts(copied, "texts.safetensors", data)
     oracle = hnlmrec.TextSimilarity(readings, data["train"], 30)
     assert len(readings) == 2 and torch.equal(texts.scores(users), oracle.scores(users))
 
