@@ -887,7 +887,6 @@ def pretrain(args):
     make = compute_closed_form if closed else train_baseline
     tensors, history = make(args, data, text)
     if rank() == 0:  # several processes train together, one writes
-        check_finite(out, tensors, "nothing was written; lower --lr and run again")
         save_tensors(out, tensors, {"settings": settings, "history": history,
                                     "seconds": time.time() - start})
         print(f"wrote {out}")
@@ -1056,10 +1055,12 @@ def row_of(rows, raw, flag, path):
 
 # ---- Lineage: each file names its settings and the digests of what it was made from --------------
 def save_tensors(path, tensors, meta):
-    """Save {name: tensor} with a JSON-able dict `meta` in a safetensors header."""
+    """Save {name: tensor} with a JSON-able dict `meta` in a safetensors header. Raises SystemExit2
+    where a value is not finite."""
     # meta["settings"]: the `command` that writes the file, its flags, and `inputs`, the digests of
     # all it is made from; meta["beside"] (optional): those of what was written with it
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_finite(path, tensors, "nothing was written; lower --lr and run again")
     meta = json.loads(json.dumps(meta))  # a copy, as it will be read back: tuples become lists
     # the digest covers settings and tensors, not times: the same result has the same digest
     meta["digest"] = digest_of_tensors(meta, tensors)
@@ -1069,12 +1070,10 @@ def save_tensors(path, tensors, meta):
 
 def load_tensors(path, device="cpu"):
     """Read ({name: tensor}, meta) back. Raises SystemExit2 when the file is missing, not ours or
-    damaged, not finite, or when a file that it was made from has changed since."""
+    damaged, or when a file that it was made from has changed since."""
     meta, tensors = read_meta(path, check=True), load_file(path)
-    again = f"delete it and run `{writer_of(path)}` again"
     if digest_of_tensors(meta, tensors) != meta["digest"]:
-        fail(f"{path}: its bytes are not as written; {again}")
-    check_finite(path, tensors, again)
+        fail(f"{path}: its bytes are not as written; delete it and run `{writer_of(path)}` again")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, meta
 
 

@@ -743,7 +743,6 @@ def fit_judge(args):
     likely, share = likely_items(Judge(tensors, train, data["n_users"]),
                                  min(args.likely, data["n_items"]))
     tensors |= {"likely": likely.int(), "share": share}
-    bb.check_finite(out, tensors, "lower --lr and run again with --force")
     bb.save_tensors(out, tensors, {"settings": settings, "dropout": dropout, "history": history,
                                    "seconds": time.time() - start})
     print(f"wrote {out}, dropout {dropout:g}, {time.time() - start:.0f} s")
@@ -833,7 +832,6 @@ def train_hnlmrec(args):
         if table and (args.alpha or args.lambda1):  # else nothing has read or trained z
             z = [method.projector(part[:, None]) for part in method.hidden.split(4096)]
             tensors |= {"z": torch.cat(z).half(), "z_pairs": method.generated["pairs"]}
-    bb.check_finite(out, tensors, "nothing was written; lower --lr and run again")
     bb.save_tensors(out, tensors, {
         "settings": settings, "history": history, "seconds": time.time() - start})
     print(f"wrote {out}")
