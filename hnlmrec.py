@@ -355,10 +355,6 @@ class Judge(nn.Module):
         self.train_rows = user_rows(train, n_users)
         self.kept = None  # (I, I), see scores
 
-    def similarities(self, rows):
-        """Item ids (P,) of histories -> similarity to every item, (P, I)."""
-        return similarity(self.history[rows] @ self.items.T, self.beta)
-
     @torch.no_grad()
     def scores(self, users, most=2**28, block=None):
         """users (B,) -> (B, I), a new tensor."""
@@ -369,12 +365,13 @@ class Judge(nn.Module):
             if self.kept is None:
                 self.kept = self.bias.new_empty(self.n_items, self.n_items)
                 for rows in torch.arange(self.n_items, device=own.device).split(block):
-                    self.kept[rows] = self.similarities(rows)
+                    self.kept[rows] = similarity(self.history[rows] @ self.items.T, self.beta)
             total = sum_of_rows(self.kept, place, own, len(users))  # (B, I)
         else:
             total = self.bias.new_zeros(len(users), self.n_items)
             for at, rows in zip(place.split(block), own.split(block)):
-                total.index_add_(0, at, self.similarities(rows))
+                alike = similarity(self.history[rows] @ self.items.T, self.beta)  # (P, I)
+                total.index_add_(0, at, alike)
         count = torch.bincount(place, minlength=len(users))[:, None]
         return soft_maximum(total, count, self.scale, self.beta) + self.bias
 
@@ -810,9 +807,8 @@ def train_hnlmrec(args):
         if args.lambda1 and not args.paper:  # L_align's, in one go: it asks for no other user's
             method.mined[table.users.unique()]
         others = n - table.own - table.without
-        print(f"train: {table.own} of {n} train pairs have a generated negative of their own, "
-              f"{others} use another one of their user's, {table.without} belong to users without "
-              "any and use a sampled item alone", flush=True)
+        print(f"train: of {n} train pairs {table.own} have a generated negative of their own, "
+              f"{others} take another of their user's, {table.without} have none", flush=True)
     _, history = fit(
         method.modules_trained(), method.loss, n,
         validation(method.backbone, data, users=args.eval_users), epochs=args.epochs,
