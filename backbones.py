@@ -296,8 +296,7 @@ def top_k(scores, k):
     more = min(k + 1, scores.shape[1])
     values, index = scores.topk(more, dim=1)
     tied = (values[:, 1:] == values[:, :-1]).any(1)
-    if tied.any():
-        index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
+    index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
     return index[:, :k]
 
 
@@ -510,10 +509,9 @@ def validation(model, data, k=20, users=None):
     if not len(data["valid"]):
         fail("data.safetensors: has no validation pair to choose the best epoch by; prepare some")
     seen, pairs = user_rows(data["train"], model.n_users), data["valid"]
-    if users:
-        everyone = pairs[:, 0].unique()
-        some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))[:users]
-        pairs = pairs[torch.isin(pairs[:, 0], everyone[some.to(pairs.device)])]
+    everyone = pairs[:, 0].unique()
+    some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))[:users]
+    pairs = pairs[torch.isin(pairs[:, 0], everyone[some.to(pairs.device)])]
 
     def validate():
         _, hits, relevant, _ = ranking_hits(model, pairs, seen, k)
