@@ -3,8 +3,12 @@
 prepare   ratings and item metadata -> data.safetensors, items.jsonl, users.jsonl
 judge     texts, data .safetensors -> judge.safetensors: a score of how well an item's text
           fits a user, and each user's likely false negatives. Runs no LLM
-train     data, cf, negatives-*, texts (and judge) .safetensors -> model-hnlmrec.safetensors. The
-          loss is HNLMRec's or, with --paper, PaperHNLMRec's
+train     data, cf, negatives-*, texts (and judge) .safetensors -> model-hnlmrec.safetensors
+              z   = MLP(self-attention over K generated vectors of the user)   Projector
+              e⁻  = alpha z + (1 - alpha) e_j, j a sampled item                mix
+              L   = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_i, mined) + lambda_s L_sem(e_u, e_i;
+                    texts) + lambda_f L_false(e_u; e_i > e_f > e⁻) + lambda2 ‖Θ‖²    HNLMRec
+          and with --paper as the paper has it: PaperHNLMRec
 blend     several recommenders -> model-full.safetensors: one score, weights by validation
 trace     follows one (user, item) pair from the raw line to the gradient
 
@@ -153,8 +157,7 @@ def semantic_alignment(vectors, texts, tau):
 class HNLMRec(nn.Module):
     """Backbone, projector and semantic projector, trained together: `loss` is one step of
 
-        L = BPR(e_u, e_i, e⁻) + lambda1 L_align(z; e_i, mined) + lambda_s L_sem(e_u, e_i; texts)
-            + lambda_f L_false(e_u; e_i > e_f > e⁻) + lambda2 ‖Θ‖²
+        L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖²
 
     (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; pairs
     (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a NegativeTable of
