@@ -1452,17 +1452,20 @@ def add_flags(parser, *rows):
         parser.add_argument(flag, type=kind, default=default, help=text)
 
 
-def add_run_flags(parser):
-    """The flags of every step that makes a file of a run, on a device."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder that `prepare` made")
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    gpus = ["cuda", *gpus] if gpus else []
-    parser.add_argument("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
-                        help="where to compute, of what PyTorch sees")
+def add_run_flags(parser, out=None, device=True):
+    """The flags of every step that makes a file of a run, by default `out`, on a device."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--force", action="store_true", help="remake this command's output")
+    if out:
+        parser.add_argument("--out", default=out, help="output file inside the run folder")
+    if device:
+        gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+        gpus = ["cuda", *gpus] if gpus else []
+        parser.add_argument("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
+                            help="where to compute, of what PyTorch sees")
 
 
-def add_training_flags(parser, more=(), **sampler):
+def add_training_flags(parser, out, more=(), **sampler):
     """The flags of baselines and HNLMRec. more: choices of --backbone; sampler: for --sampler."""
     group = parser.add_argument_group("backbone and training budget")
     group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
@@ -1481,7 +1484,7 @@ def add_training_flags(parser, more=(), **sampler):
         ("--patience", number(int, 1), 6, "validations without a new best before stopping"),
         ("--seed", number(int, 0), 0, "decides initial weights, batches and negatives"),
         ("--m", number(int, 0, 2**16), 0, "candidates of dns, mixgcf, ahns; 0: by number of items"))
-    add_run_flags(parser)
+    add_run_flags(parser, out)
 
 
 def add_band_flags(group):
@@ -1495,11 +1498,10 @@ def main(argv=None):
     parser = Parser(prog="backbones.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pretrain", help="train a backbone, or compute a closed form")
-    add_training_flags(p, (*CLOSED_FORMS, "closed"), default=["rns"], nargs="+")
+    add_training_flags(p, "cf.safetensors", (*CLOSED_FORMS, "closed"), default=["rns"], nargs="+")
     p.add_argument("--loss", choices=["bpr", "softmax"], default="bpr", help="softmax: no sampler")
     p.add_argument("--cosine", action="store_true", help="softmax of cosines: vectors of norm 1")
     p.add_argument("--text-vectors", metavar="FILE", help="AlphaRec: texts.safetensors or your own")
-    p.add_argument("--out", default="cf.safetensors", help="output file inside the run folder")
     add_flags(
         p, ("--n", number(int, 1), 1, "dns draws from the n highest of its m candidates"),
         ("--beta", number(float, 0), 0.75, "popularity exponent of pns"),

@@ -1710,7 +1710,7 @@ def main(argv=None):
 
     p = command("prepare", "read, filter, split",
                 "--format recbole --reviews ml-100k.inter --meta ml-100k.item")
-    p.add_argument("--run", required=True, metavar="DIR", help="folder for this run's files")
+    bb.add_run_flags(p, device=False)
     p.add_argument("--format", choices=list(FORMATS), help="of both files (preset's, else table: a "
                    "header line, then fields separated by tabs, commas, semicolons, bars or ::)")
     p.add_argument("--reviews", metavar="FILE", help="interactions, .gz read directly")
@@ -1728,23 +1728,21 @@ def main(argv=None):
                    "least one each (default), each user's last two, or 80/10/10 by one cut in time")
     for name in PARTS:
         p.add_argument(f"--{name}-file", metavar="FILE", help="your own split: give all three")
-    p.add_argument("--force", action="store_true", help="remake what was made with other settings")
 
     p = command("judge", "learn what the texts say a user likes; list likely false negatives")
-    bb.add_run_flags(p)
+    bb.add_run_flags(p, "judge.safetensors")
     bb.add_flags(
         p, ("--text-vectors", str, "texts.safetensors", texts),
         ("--likely", number(int, 1), 20, "likely false negatives to list for each user"),
         ("--epochs", number(int, 1), 8, "passes over the users"),
         ("--lr", number(float, 0, open_low=True), 1e-3, "learning rate at first; it falls to 0"),
-        ("--seed", number(int, 0), 0, "decides draws and dropout"),
-        ("--out", str, "judge.safetensors", "output file inside the run folder"))
+        ("--seed", number(int, 0), 0, "decides draws and dropout"))
     p.add_argument("--dropout", nargs="+", type=number(float, 0, 0.95), default=[0.0, 0.5],
                    help="shares of the texts' numbers left out while it learns, each tried; "
                         "validation chooses")
 
     p = command("train", "train backbone and projector with the LLM's negatives", "--alpha 0.5")
-    bb.add_training_flags(p, default="dns")
+    bb.add_training_flags(p, "model-hnlmrec.safetensors", default="dns")
     g = p.add_argument_group("the paper's own form")
     g.add_argument("--paper", action="store_true",
                    help="z as the negative of (e_u; e_i), the projector in no optimizer, and: "
@@ -1775,20 +1773,17 @@ def main(argv=None):
         g, ("--negatives", str, "negatives", "first part of the shards' names, or `none`"),
         ("--text-vectors", str, "texts.safetensors", texts),
         ("--judge", str, "judge.safetensors", "likely items of --lambda-f and --keep-clear judge"),
-        ("--cf", str, "cf.safetensors", "CF vectors that L_align's hard negatives are mined with"),
-        ("--out", str, "model-hnlmrec.safetensors", "output file inside the run folder"))
+        ("--cf", str, "cf.safetensors", "CF vectors that L_align's hard negatives are mined with"))
     g.add_argument("--control", choices=["none", "random", "shuffled"], default="none",
                    help="replace the LLM's vectors, to see what they are worth")
     bb.add_band_flags(g)
 
     p = command("blend", "put several recommenders into one score, weights by validation",
                 "--parts 'model-judged.safetensors|model-dns.safetensors,judge.safetensors'")
-    p.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    bb.add_run_flags(p, "model-full.safetensors", device=False)
     p.add_argument("--parts", required=True, metavar="FILES",
                    help="models, judges or texts inside the run folder, comma-separated; A|B: "
                         "whichever makes the better blend on validation")
-    p.add_argument("--force", action="store_true", help="remake the output")
-    p.add_argument("--out", default="model-full.safetensors", help="output file")
 
     p = command("trace", "follow one (user, item) pair through a finished run", "--user 196")
     p.add_argument("--run", required=True, metavar="DIR", help="run folder of a finished run.sh")
