@@ -506,8 +506,6 @@ def recall(hits, relevant, k):
 def validation(model, data, k=20, users=None):
     """-> validate(): the model's mean NDCG@k on data["valid"] (N, 2); items of data["train"] (N, 2)
     are not ranked. users: how many users to rank, the same ones at each call; None: all."""
-    if not len(data["valid"]):
-        fail("data.safetensors: has no validation pair to choose the best epoch by; prepare some")
     seen, pairs = user_rows(data["train"], model.n_users), data["valid"]
     everyone = pairs[:, 0].unique()
     some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))[:users]
@@ -878,8 +876,7 @@ def pretrain(args):
     # closed forms on a CPU: cuSPARSE may return zeros for sparse products as large as theirs
     device, start = start_processes("cpu" if closed else args.device), time.time()
     data |= {name: data[name].to(device) for name in ("train", "valid")}
-    make = compute_closed_form if closed else train_baseline
-    tensors, history = make(args, data, text)
+    tensors, history = (compute_closed_form if closed else train_baseline)(args, data, text)
     if rank() == 0:  # several processes train together, one writes
         save_tensors(out, tensors, {"settings": settings, "history": history,
                                     "seconds": time.time() - start})
@@ -987,9 +984,8 @@ def load_model(path, data):
 
 
 def load_texts(run, name, data):
-    """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own, a tensor per
-    layer -> list of (I, H) float32, by name, on the device of data["train"]. Raises SystemExit2
-    for a bad shape or NaN."""
+    """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own -> (I, H) f32
+    of each layer, on the device of data["train"]. Raises SystemExit2 for a bad shape or NaN."""
     path, n_items = Path(run) / text_input(run, name), data["n_items"]
     try:  # readings of another catalogue, and damaged ones, are refused
         tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
@@ -1010,8 +1006,7 @@ def text_input(run, name):
         return name
     if not Path(name).exists():
         command = writer_of(Path(run) / (name if name.startswith("texts") else "texts.safetensors"))
-        fail(f"--text-vectors {name}: no such file, in {run} or here; give another, for example "
-             f"what `{command}` writes")
+        fail(f"--text-vectors {name}: no such file, in {run} or here; make it with `{command}`")
     return str(Path(name).resolve())
 
 
@@ -1049,8 +1044,7 @@ def row_of(rows, raw, flag, path):
 
 # ---- Lineage: each file names its settings and the digests of what it was made from --------------
 def save_tensors(path, tensors, meta):
-    """Save {name: tensor} with a JSON-able dict `meta` in a safetensors header. Raises SystemExit2
-    where a value is not finite."""
+    """Save {name: tensor}, all finite or SystemExit2, and a JSON-able dict `meta` in the header."""
     # meta["settings"]: the `command` that writes the file, its flags, and `inputs`, the digests of
     # all it is made from; meta["beside"] (optional): those of what was written with it
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -1460,8 +1454,8 @@ def add_run_flags(parser, out=None, device=True):
         parser.add_argument("--out", default=out, help="output file inside the run folder")
     if device:
         gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-        gpus = ["cuda", *gpus] if gpus else []
-        parser.add_argument("--device", choices=["cpu", *gpus], default=[*gpus, "cpu"][0],
+        devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+        parser.add_argument("--device", choices=devices, default=devices[0],
                             help="where to compute, of what PyTorch sees")
 
 
