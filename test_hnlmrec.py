@@ -3,7 +3,6 @@
 
 import ast
 import builtins
-import bz2
 import contextlib
 import dis
 import gzip
@@ -1462,10 +1461,13 @@ COMMAS = ["user,item,rating,text", *(f"u{u},i{i},5,fine" for u in range(6) for i
 ITEMS = ["item\ttitle", *(f"i{i}\tFilm {i}" for i in range(6))]
 
 
-def json_grid(**more):
-    """Amazon 2018's rows of six users and items."""
+def json_grid(third=None, **more):
+    """Amazon 2018's rows of six users and items; third: one more, as a line or by what differs."""
     fixed = {"overall": 5.0, "reviewText": "fine", **more}
-    return [{"reviewerID": f"u{u}", "asin": f"i{i}", **fixed} for u in range(6) for i in range(6)]
+    rows = [{"reviewerID": f"u{u}", "asin": f"i{i}", **fixed} for u in range(6) for i in range(6)]
+    if third:
+        rows.insert(2, third if isinstance(third, str) else rows[7] | third)
+    return rows
 
 
 def prepared(folder, lines, *flags, meta=None, name="r.tsv"):
@@ -1581,10 +1583,8 @@ def test_a_split_of_ones_own_is_taken_as_it_is(tmp_path):
 @pytest.mark.parametrize("row, flags, message", [  # a dict: in place of some of the row's
     ({"rating": ""}, (), "line 6: no rating"), ({"rating": "nan"}, (), "line 6: no rating"),
     ({"rating": "inf"}, (), "line 6"), ({"rating": "1_0"}, (), "line 6"),
-    ({"rating": "4,5"}, (), "write it as 4.5"),
-    ({"rating": "five"}, (), "rating 'five' is not a number"),
-    ({"timestamp": "yesterday"}, (), "timestamp 'yesterday' is not a time"),
-    ({"timestamp": "1,460,000,000"}, (), "not a time"),
+    ({"rating": "4,5"}, (), "rating '4,5' is not a number; write it as 4.5"),
+    ({"timestamp": "1,460,000,000"}, (), "timestamp '1,460,000,000' is not a time"),
     ({"timestamp": "1456790400000"}, (), "unit of the rows before"),  # among seconds
     ({"timestamp": ""}, ("--since", "1970-01-01"), "line 6: no timestamp"),
     ({"timestamp": ""}, ("--split", "time"), "1 rows have none"),
@@ -1598,28 +1598,6 @@ def test_rows_of_a_table_that_are_none_are_refused(tmp_path, row, flags, message
     row = row if isinstance(row, str) else "\t".join((fields | row).values())
     lines = [HEAD, *GRID[:4], row, *GRID[5:]]
     assert message in refused_lines(tmp_path / "a", lines, "--k-core", 1, *flags)
-
-
-@pytest.mark.parametrize("row, message", [  # a dict: in place of some of the row's
-    ("[1, 2]", "line 3"), ("null", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"),
-    ("[" * 100000, "line 3"), (json.dumps([{"asin": "x"}] * 999), "one object per line is read"),
-    (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
-    ({"reviewerID": None}, "None is not an id"), ({"reviewerID": "\ud800"}, "is not an id"),
-    ({"overall": [5]}, "overall [5] is not a number"), ({"overall": True}, "True is not a number"),
-    ({"unixReviewTime": {}}, "not a time"), ('{"reviewerID": "u1", "asin": "i1"}', "no rating")])
-def test_lines_that_are_no_json_object_are_refused(tmp_path, row, message):
-    rows, row = json_grid(), row if isinstance(row, str) else json_grid()[7] | row
-    assert message in refused_lines(tmp_path / "a", [*rows[:2], row, *rows[2:]], name="r.json")
-
-
-@pytest.mark.parametrize("lines", [
-    ['u0,i5,5,"great'], ['u0,i5,5,"the 12" one, great', 'u9,i5,5,"fine"'],  # quote not doubled
-    ['u0,i5,5,"great', 'u9,i5,5,"fine"'],  # closed by the next quote
-    ['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'],  # closed cleanly, later
-    ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], ["u0,i5,5,fine,and more"]])
-def test_rows_that_a_quote_or_a_comma_breaks_are_named(tmp_path, lines):
-    for rest in (COMMAS[6:], []):  # in the midst and at the end
-        assert "line 6" in refused_lines(tmp_path / "a", [*COMMAS[:5], *lines, *rest], name="r.csv")
 
 
 def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(tmp_path):
@@ -1636,7 +1614,24 @@ def test_texts_of_several_lines_are_kept_and_lines_are_counted_as_in_an_editor(t
         assert len(list(hnlmrec.table_rows(write_lines(tmp_path / "p.csv", prose)))) == 1
 
 
+BROKEN_LINES = [
+    ['u0,i5,5,"great'], ['u0,i5,5,"the 12" one, great', 'u9,i5,5,"fine"'],  # quote not doubled
+    ['u0,i5,5,"great', 'u9,i5,5,"fine"'],  # closed by the next quote
+    ['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'],  # closed cleanly, later
+    ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], ["u0,i5,5,fine,and more"]]
+BROKEN_OBJECTS = [
+    ("[1, 2]", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"), ("[" * 100000, "line 3"),
+    (json.dumps([{"asin": "x"}] * 999), "one object per line is read"),
+    (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
+    ({"reviewerID": None}, "None is not an id"), ({"reviewerID": "\ud800"}, "is not an id"),
+    ({"overall": [5]}, "overall [5] is not a number"), ({"overall": True}, "True is not a number"),
+    ({"unixReviewTime": {}}, "not a time"), ('{"reviewerID": "u1", "asin": "i1"}', "no rating")]
+
+
 @pytest.mark.parametrize("lines, meta, message", [
+    *((json_grid(row), None, message) for row, message in BROKEN_OBJECTS),
+    *((COMMAS[:5] + broken + rest, None, "line 6")  # in the midst and at the end
+      for broken in BROKEN_LINES for rest in (COMMAS[6:], [])),
     # headers
     (["user\tuser\titem\trating\ttext", *GRID], None, "line 1 is empty or names a column twice"),
     (["user_id\tuserId\titem\trating\ttext", *GRID], None, "could each be the user"),
@@ -1669,20 +1664,17 @@ def test_files_that_are_refused(tmp_path, lines, meta, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("gone", None, "no such file"), ("a.gz", gzip.compress(b""), "is empty"),
+    ("gone", None, "no such file"), ("folder", None, "a folder"), ("pipe", None, "pipe"),
+    ("a.gz", gzip.compress(b""), "is empty"), ("a.txt", HEAD.encode("utf-16"), "is not UTF-8"),
     ("a.zip", b"PK\3\4\xff\xfe\0" * 9, "unpack or export it"),
-    ("a.bz2", bz2.compress(b"user\titem"), "is not UTF-8 text or gzip"),
-    ("a.parquet", b"PAR1\x15\x04\x15\xb8", "is not UTF-8"),
-    ("a.txt", HEAD.encode("utf-16"), "is not UTF-8"),
     ("half.gz", gzip.compress(bytes(range(256)) * 99)[:-20], "cannot be read to its end")])
 def test_files_that_hold_no_text_are_refused(tmp_path, name, content, message):
-    if content:
-        (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
-    for file, said in ((name, message), ("folder", "a folder"), ("pipe", "pipe")):
-        refused_file = refusal("--run", tmp_path / "r", "--reviews", tmp_path / file)
-        assert said in refused_file and str(tmp_path / file) in refused_file
+    if content:
+        (tmp_path / name).write_bytes(content)
+    refused_file = refusal("--run", tmp_path / "r", "--reviews", tmp_path / name)
+    assert message in refused_file and str(tmp_path / name) in refused_file
     assert not (tmp_path / "r").exists()
 
 
