@@ -2644,32 +2644,28 @@ def test_profiles_are_the_llms_for_the_busiest_else_metadata(copied, tiny_llm, m
     assert of_users[0].startswith("Likes Film ")
 
 
-def test_the_prompt_is_rendered_once(finished, tiny_llm, monkeypatch):
-    """A template may print the date: what fine-tuning, or a first start, wrote down is taken."""
+def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm, monkeypatch):
+    """The prompt is rendered once: a template may print the date, so what fine-tuning, or a first
+    start of `profile`, wrote down is taken."""
     monkeypatch.setattr(llm_negatives, "chat_frame", lambda *args: pytest.fail("rendered again"))
-    _, prompt, *_, meta = llm_negatives.load_sft(finished, "sft", tiny_llm, "cpu")
-    assert list(prompt.frame) == meta["frame"] and llm_negatives.INSTRUCTION in prompt.frame[0]
-    header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
-    args = Namespace(llm=tiny_llm, dtype="float32", device="cpu", force=False)
-    file = llm_negatives.Profiles(args, finished / "profiles.jsonl", header["settings"])
-    file.start_llm()
-    assert set(file.frames) == {"item", "user"} and len(file.made) == 70
-
-
-def test_generated_vectors_are_the_fine_tuned_encoders(finished, tiny_llm):
-    """The shard equals encode() with adapter/ loaded, and differs from the bare LLM."""
     cf, _ = backbones.load_tensors(finished / "cf.safetensors")
     texts, shard = llm_negatives.load_profiles(finished), negatives(finished)
     assert len(shard["pairs"]) == 90 and shard["hidden"].dtype == torch.float16
     with torch.no_grad():
         for lora in (True, False):
-            llm, prompt, soft_tokens, head, _ = llm_negatives.load_sft(
+            llm, prompt, soft_tokens, head, meta = llm_negatives.load_sft(
                 finished, "sft", tiny_llm, "cpu", lora)
+            assert list(prompt.frame) == meta["frame"]
             hidden = llm_negatives.encode_pairs(llm, prompt, soft_tokens, cf, texts, shard["pairs"])
             assert torch.allclose(hidden, shard["hidden"].float(), atol=2e-3) == lora
             if lora:
                 vector = head(shard["hidden"].float())
                 assert torch.allclose(vector, shard["vector"].float(), atol=1e-2)
+    header = json.loads((finished / "profiles.jsonl").read_text().splitlines()[0])
+    args = Namespace(llm=tiny_llm, dtype="float32", device="cpu", force=False)
+    file = llm_negatives.Profiles(args, finished / "profiles.jsonl", header["settings"])
+    file.start_llm()
+    assert set(file.frames) == {"item", "user"} and len(file.made) == 70
 
 
 def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, monkeypatch):
