@@ -2714,7 +2714,12 @@ def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeyp
     assert (both[1] - exact).norm() < (both[0] - exact).norm() / 3
 
 
-def test_fine_tuning_resumes_where_it_was_killed(copied, tiny_llm, monkeypatch):
+def test_fine_tuning_resumes_where_it_was_killed_or_the_disk_was_full(
+        copied, tiny_llm, monkeypatch):
+    def full_disk(self, folder, **more):
+        Path(folder).mkdir()
+        raise llm_negatives.SafetensorError("No space left on device")
+
     whole, save = tuned(copied, "sft"), partial(killed_after, llm_negatives.save_tensors)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(llm_negatives, "save_tensors", save)
@@ -2722,24 +2727,18 @@ def test_fine_tuning_resumes_where_it_was_killed(copied, tiny_llm, monkeypatch):
     # another number format is another result
     message = message_of(tune, copied, tiny_llm, "sft-cut", "--dtype", "bf16")
     assert "dtype=float32, now bfloat16" in message and "--force" in message
+    (copied / ".adapter-cut.tmp").mkdir()  # of a process killed earlier
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.PeftModel, "save_pretrained", full_disk)
+        patch.setattr(llm_negatives, "sft_gradients", Mock(wraps=llm_negatives.sft_gradients))
+        assert "No space left" in message_of(tune, copied, tiny_llm, "sft-cut")
+        assert llm_negatives.sft_gradients.call_count == 2  # after step 2 of 4
+    assert not list(copied.glob(".adapter*")) and not list(copied.glob("adapter-cut*"))
     out = llm_main(copied, tiny_llm, TUNE, "--name", "sft-cut")
-    assert "resumes after step 2 of 4" in out and "skip" not in out
+    assert "resumes after step 4 of 4" in out and "skip" not in out
     assert not list(copied.glob("*partial*"))
     again = tuned(copied, "sft-cut")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-def test_an_adapter_that_cannot_be_written_leaves_no_litter(copied, tiny_llm, monkeypatch):
-    def full_disk(self, folder, **more):
-        Path(folder).mkdir()
-        raise llm_negatives.SafetensorError("No space left on device")
-
-    (copied / ".adapter-full.tmp").mkdir()  # of a process killed earlier
-    with monkeypatch.context() as patch:
-        patch.setattr(peft.PeftModel, "save_pretrained", full_disk)
-        assert "No space left" in message_of(tune, copied, tiny_llm, "sft-full")
-        assert not list(copied.glob(".adapter*")) and not list(copied.glob("adapter-full*"))
-    tune(copied, tiny_llm, "sft-full")
 
 
 def test_what_is_not_finite_says_how_to_go_on(copied, tiny_llm, tmp_path):
