@@ -525,8 +525,7 @@ def test_a_step_is_bpr_and_l2_on_what_its_sampler_draws(name, sampler):
 
 @pytest.mark.parametrize("name, cosine", [("mf", True), ("lightgcn", False), ("neumf", False)])
 def test_softmax_step_against_loops(name, cosine):
-    """Loss and gradients over the drawn items that are none of the user's own; each backbone's own
-    score."""
+    """Loss and gradients over the drawn items that are none of the user's own."""
     train, drawn = split_data()["train"], torch.randperm(N_ITEMS, generator=seeded(3))[:20].tolist()
     own_first = train[:, 1].tolist().index(drawn[0])  # a row's own item may be the first drawn
     rows, drawn = torch.tensor([0, 1, own_first ^ 1]), set(drawn)
@@ -698,7 +697,6 @@ def test_closed_forms_at_once_do_without_those_that_do_not_fit(small_run, monkey
 
 
 def test_closed_forms_and_softmax_by_command(small_run, monkeypatch):
-    """Each is saved and loaded as any model; a closed form reads no seed."""
     run, data = small_run, backbones.load_data(small_run)
     pretrain = partial(cli, "backbones.py", "pretrain", "--run", run, "--dim", 8, "--epochs", 2)
     shape = (data["train"], N_USERS, N_ITEMS)
@@ -715,8 +713,7 @@ def test_closed_forms_and_softmax_by_command(small_run, monkeypatch):
         before = (run / words[-1]).read_bytes()
         pretrain(*words, "--lr", 1, "--seed", 8)
         assert (run / words[-1]).read_bytes() == before
-    # what is left out is chosen on validation, in two searches, of which the second begins with all
-    # neighbours and tries their number last: the file is that of the best choice tried
+    # what is left out is chosen on validation, in two searches; the second tries topk last
     searches, search = [], backbones.line_search
     with monkeypatch.context() as patch:
         patch.setattr(backbones, "line_search", lambda score_of, grid, *point: (
@@ -1483,7 +1480,6 @@ def prepared(folder, lines, *flags, meta=None, name="r.tsv"):
 
 
 def raw_pairs(data, items, users, _, parts=("train", "valid", "test")):
-    """The pairs of the parts as (raw user, raw item)."""
     pairs = torch.cat([data[name] for name in parts]).tolist()
     return {(users[u]["raw"], items[i]["raw"]) for u, i in pairs}
 
@@ -2035,9 +2031,8 @@ def test_a_prompt_is_its_template_with_texts_cut(tiny_llm, n_soft):
 
 
 def test_soft_tokens_are_standardised_vectors_of_the_embeddings_norm():
-    """Also where a number is the same for all."""
     user, item = torch.randn(9, 3) * 5 + 2, torch.randn(7, 3) - 4
-    user[:, 1] = 3.0
+    user[:, 1] = 3.0  # alike for all
     tokens = llm_negatives.SoftTokens(user, item, 5, 2.5, 2)
     for side, table in enumerate((user, item)):
         x = (table - table.mean(0)) / table.std(0).clamp(min=1e-6) @ tokens.maps[side].weight.T
@@ -2054,8 +2049,7 @@ def test_the_learning_rate_rises_over_a_tenth_and_falls_to_a_tenth():
 
 @pytest.mark.parametrize("mine", ["dns", "mixgcf"])
 def test_the_warm_up_fits_the_head_to_its_rows(mine):
-    """Here hidden states tell users apart. The seed alone decides; a number that never changes is
-    no trouble."""
+    """Here hidden states tell users apart, but for one number, which never changes."""
     task, heads, seen, asked = sft_task(mine), [], [], []
     targets, loss, rows = task.targets, task.loss, task.rows.flip(0)
     task.targets = lambda rows: (asked.append(rows), targets(rows))[1]
@@ -2254,7 +2248,6 @@ def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
 
 
 def test_an_llm_that_is_not_whole_is_refused(tiny_llm, tmp_path):
-    """Fewer layers than asked for, or weights that are not in the files: never random ones."""
     load = partial(llm_negatives.load_llm, cls=AutoModel, dtype=torch.float32, device="cpu")
     assert re.search("--llm-layers 8.*has 2 layers", message_of(load, tiny_llm, layers=8))
     assert "no model can be loaded" in message_of(load, tmp_path)
@@ -2269,7 +2262,6 @@ def test_an_llm_that_is_not_whole_is_refused(tiny_llm, tmp_path):
 
 
 def test_the_digest_tells_llms_apart(tiny_llm, tmp_path):
-    """Any byte of the weights, the tokenizer or the chat template."""
     copy, digests = tmp_path / "copy", {llm_negatives.llm_digest(tiny_llm)}
     shutil.copytree(tiny_llm, copy)
     assert llm_negatives.llm_digest(copy) in digests
@@ -2523,7 +2515,6 @@ def test_gradients_are_averaged_over_processes(monkeypatch):
 
 
 def test_two_processes_make_what_one_makes(copied, tiny_llm, raw):
-    """Steps of `finished` are made anew by two processes of torchrun's."""
     run, commands = copied, []
     for name, *more in (("profiles.jsonl", "--batch-size", 3, "--out", "profiles-two.jsonl"),
                         ("sft", "--name", "sft-two"), ("negatives", "--out", "negatives-two"),
@@ -2537,8 +2528,7 @@ def test_two_processes_make_what_one_makes(copied, tiny_llm, raw):
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
     assert done.returncode == 0 and done.stdout.count("wrote") == 3, done.stdout + done.stderr
 
-    # llm_negatives.py: gradients added up, profiles and shards shared out: the same update, the
-    # same files
+    # gradients added up, profiles and shards shared out: the same update, the same files
     profiles, shared = ((run / f"profiles{two}.jsonl").read_text().splitlines()
                         for two in ("", "-two"))
     assert sorted(shared[1:]) == sorted(profiles[1:])
@@ -2546,7 +2536,7 @@ def test_two_processes_make_what_one_makes(copied, tiny_llm, raw):
     one, two = negatives(run), negatives(run, "negatives-two")
     assert torch.equal(one["pairs"], two["pairs"])
     assert torch.allclose(one["hidden"], two["hidden"], atol=2e-3)
-    # hnlmrec.py: each draws negatives; the parameters move from the same start as with one process
+    # each draws negatives; the parameters move from the same start as with one process
     data = backbones.load_data(run)
     model, meta, two = backbones.load_model(run / "model-two.safetensors", data)
     one = load_file(run / "model-hnlmrec.safetensors")
@@ -3023,9 +3013,8 @@ def eval_run(small_run):
 
 
 def ndcg_of(path, data, split="test"):
-    """Each user's NDCG@20 of a model's file."""
     model, _, _ = hnlmrec.load_recommender(path, data)
-    return evaluation.evaluate(model, data, split)[1]["NDCG@20"].numpy()
+    return evaluation.evaluate(model, data, split)[1]["NDCG@20"].numpy()  # of each user
 
 
 def test_report_says_what_its_figures_say(eval_run):
@@ -3405,7 +3394,6 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
 
 
 def test_a_chart_shows_its_numbers_where_they_are():
-    """The dots and interval ends, read back through the tick marks, are the values given."""
     means, lows, highs = [0.061, -0.02, 0.3], [0.05, -0.04, 0.29], [0.07, 0.01, 0.302]
     root = xml.etree.ElementTree.fromstring(evaluation.svg_chart(
         "t & <u>\x1b", ["a <b> & \x07\x00\ud800 c", "Ünï 映画", ""], means, lows, highs).encode())
@@ -3427,8 +3415,6 @@ def test_a_chart_shows_its_numbers_where_they_are():
 
 
 # ---- The README ----------------------------------------------------------------------------------
-# Its first snippet, each piece of "Copy this piece" pasted into an empty file, flags; and run.sh,
-# as far as it needs no network
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 
@@ -3664,7 +3650,6 @@ def test_text_vectors_of_ones_own(copied, monkeypatch):
 
 
 def test_judge_and_blend_go_through(copied):
-    """Each dropout is tried and the better one written; the blend's weights are those printed."""
     judge, data = ["judge", "--run", copied, "--epochs", 2], backbones.load_data(copied)
     tensors, meta = backbones.load_tensors(copied / "judge.safetensors")
     tried = {}
