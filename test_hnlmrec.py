@@ -3760,7 +3760,7 @@ def test_what_was_deleted_is_made_again_and_all_else_stays(copied, tiny_llm, raw
 
 RECOMMEND = ("eval.py", "recommend", "--user", "u1")
 READERS = {  # file -> who reads it
-    "data.safetensors": ("backbones.py", "pretrain"), "texts.safetensors": ("hnlmrec.py", "judge"),
+    "data.safetensors": ("backbones.py", "pretrain"), "texts.safetensors": ("hnlmrec.py", "judge", "--out", "judge-new.safetensors"),
     "cf.safetensors": ("hnlmrec.py", "train", "--out", "new.safetensors"),
     "negatives-00000.safetensors": ("hnlmrec.py", "train", "--out", "new.safetensors"),
     "judge.safetensors": ("hnlmrec.py", "blend", "--parts", PARTS, "--out", "new.safetensors"),
