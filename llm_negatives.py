@@ -521,8 +521,11 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
     return hidden
 
 # ==== 4. Reading: what a frozen LLM makes of each text alone ======================================
+READ_TOKENS = 64  # at which a text is cut
+
+
 @torch.no_grad()
-def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
+def read_layers(llm, tokenizer, texts, layers, batch=64):
     """For each layer, the mean hidden state over each text's tokens -> a list of (I, H) float32.
     llm: a decoder without its head; layers: their numbers, 0 for the token embeddings (a bag of
     words); the last layer of `llm` is read after its final norm."""
@@ -539,7 +542,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=64):
     device, progress = embedding.weight.device, Progress("read", len(texts), "texts")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
-        ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:max_tokens] for k in part], llm)
+        ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:READ_TOKENS] for k in part], llm)
         hidden = [embedding(ids)]  # (B, L, H)
         if any(layers):  # a bag of words needs no layer run
             hidden += llm(input_ids=ids, attention_mask=mask, use_cache=False,
@@ -1089,8 +1092,8 @@ def read(args):
         if deep and len(popular) < len(texts):
             print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
                   f"the others have {'their words and ' * (not layers[0])}the mean of the layers")
-        if long := sum(len(text_ids(tokenizer, text)) > 64 for text in texts):
-            print(f"read: {long} of {len(texts)} texts have over 64 tokens: the rest is not read")
+        if long := sum(len(text_ids(tokenizer, text)) > READ_TOKENS for text in texts):
+            print(f"read: {long} of {len(texts)} texts are cut after {READ_TOKENS} tokens")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
     check_finite(out, tensors, "use --dtype fp32")
     save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start})
