@@ -184,9 +184,8 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     cache. Arguments (save batch) and result as encode()."""
     # slower, but gradient checkpointing needs it, since it runs each layer twice and would fill a
     # cache twice; also the oracle that encode() is tested against
-    prefixes, pieces = [prompt.user(text) for text in user_texts], []
-    for user, text in zip(owner.tolist(), item_texts):
-        pieces.append(prompt.shared + prefixes[user] + prompt.item(text))
+    prefixes = [prompt.shared + prompt.user(text) for text in user_texts]
+    pieces = [prefixes[user] + prompt.item(text) for user, text in zip(owner.tolist(), item_texts)]
     ids, mask = pad(pieces, llm)
     # SOFT, -1, has no embedding: any will do, and soft vectors take its places in order
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
