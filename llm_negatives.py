@@ -413,16 +413,13 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
     chunks = []
     for of_user in rows.split(users[rows].unique_consecutive(return_counts=True)[1].tolist()):
         chunks += of_user.split(per_user)
-    order = torch.randperm(len(chunks), generator=generator).tolist()
+    chunks = [chunks[k] for k in torch.randperm(len(chunks), generator=generator).tolist()]
     # sorted by length within windows of 8 batches: nearly random, yet little padding
     if lengths is not None:
-        longest = [int(lengths[chunk].max()) for chunk in chunks]
-        shuffled, order = order, []
-        for at in range(0, len(chunks), 8 * groups):
-            order += sorted(shuffled[at:at + 8 * groups], key=longest.__getitem__)
-    batches = []
-    for at in range(0, len(order), groups):
-        batches.append(torch.cat([chunks[k] for k in order[at:at + groups]]))
+        shuffled, chunks = chunks, []
+        for at in range(0, len(shuffled), 8 * groups):
+            chunks += sorted(shuffled[at:at + 8 * groups], key=lambda own: int(lengths[own].max()))
+    batches = [torch.cat(chunks[at:at + groups]) for at in range(0, len(chunks), groups)]
     return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
 
 
