@@ -1253,14 +1253,13 @@ def output_name(flag, name, command, suffix="", word=""):
     return name
 
 
-def read_jsonl(path, growing=False):
-    """All rows of a JSON-lines file. growing: a last line cut off by a kill is left out."""
+def read_jsonl(path):
+    """All rows of a JSON-lines file. Raises SystemExit2 for a missing file or a broken line."""
     if not Path(path).exists():
         fail(f"{path}: no such file; make it with `{writer_of(path)}`")
     # "\n" alone ends a line: splitlines() would cut texts at other characters
-    *lines, last = Path(path).read_bytes().decode(errors="replace").split("\n")
-    rows = []
-    for n, line in enumerate([*lines, last] if last and not growing else lines, 1):
+    lines, rows = Path(path).read_bytes().decode(errors="replace").removesuffix("\n"), []
+    for n, line in enumerate(lines.split("\n"), 1):
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -815,7 +815,7 @@ def tune(args):
         check_row(run, name, SPACES, args.backbone)
     flags = words_of("--flags", args.flags)
     # earlier trials by plan (inputs and flags); --force drops these methods' on this backbone
-    former, file = read_jsonl(log, growing=True) if log.exists() else [], log.with_suffix(".json")
+    former, file = read_jsonl(log) if log.exists() else [], log.with_suffix(".json")
     done = {json_digest(row["plan"]): row for row in former if not args.force
             or row["method"] not in trials or args.backbone not in row["plan"]["command"]}
     methods = read_tuned(file, data["digest"], anew=args.force or not file.exists())

@@ -991,7 +991,7 @@ def trace_steps(run, s, data, method, users, items, row):
     # into the LLM: a shard's header names its fine-tuning, and the header of that the profiles
     inputs = bb.read_meta(run / bb.shards(s.negatives, 1)[0])["settings"]["inputs"]
     sft = bb.read_meta(run / next(name for name in inputs if name.startswith("sft")))
-    _, *rows = bb.read_jsonl(run / sft["settings"]["profiles"], growing=True)
+    _, *rows = bb.read_jsonl(run / sft["settings"]["profiles"])
     profiles = {(one["kind"], one["raw"]): one["profile"] for one in rows}
     of_user, of_item = profiles["user", user], profiles["item", item]
     yield "profiles", f"item: {of_item}\nuser: {of_user}"

@@ -521,7 +521,7 @@ READ_TOKENS = 64  # at which a text is cut
 
 
 @torch.no_grad()
-def read_layers(llm, tokenizer, texts, layers, batch=64):
+def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=READ_TOKENS):
     """For each layer, the mean hidden state over each text's tokens -> a list of (I, H) float32.
     llm: a decoder without its head; layers: their numbers, 0 for the token embeddings (a bag of
     words); the last layer of `llm` is read after its final norm."""
@@ -538,7 +538,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64):
     device, progress = embedding.weight.device, Progress("read", len(texts), "texts")
     for at in range(0, len(order), batch):
         part = order[at:at + batch]
-        ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:READ_TOKENS] for k in part], llm)
+        ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:max_tokens] for k in part], llm)
         hidden = [embedding(ids)]  # (B, L, H)
         if any(layers):  # a bag of words needs no layer run
             hidden += llm(input_ids=ids, attention_mask=mask, use_cache=False,
@@ -1104,8 +1104,7 @@ def busiest(column, count, most):
 
 def read_profiles(path):
     """profiles.jsonl -> (its settings, the chat template's frames, {(kind, raw id): profile})."""
-    # growing: killed programs of an earlier version may have left half a line
-    head, *rows = read_jsonl(path, growing=True) or [{}]
+    head, *rows = read_jsonl(path)
     with contextlib.suppress(KeyError, TypeError):  # rows of another shape
         made = {(row["kind"], row["raw"]): row["profile"] for row in rows}
         settings = head["settings"]

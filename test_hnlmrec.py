@@ -750,8 +750,10 @@ def test_closed_forms_and_softmax_by_command(small_run, monkeypatch):
 
 def test_lines_of_a_file_are_whole_and_named(tmp_path):
     lines = tmp_path / "items.jsonl"
-    lines.write_text('{"raw": "a\u2028b"}\n{"raw": "c"}\n{"ra')
-    assert [row["raw"] for row in backbones.read_jsonl(lines, growing=True)] == ["a\u2028b", "c"]
+    for end in ("", "\n"):
+        lines.write_text('{"raw": "a\u2028b"}\n{"raw": "c"}' + end, encoding="utf-8")
+        assert [row["raw"] for row in backbones.read_jsonl(lines)] == ["a\u2028b", "c"]
+    lines.write_text('{"raw": "a"}\n{"raw": "c"}\n{"ra')
     assert "line 3 is not whole" in message_of(backbones.read_jsonl, lines)
 
 
@@ -3239,9 +3241,7 @@ def test_tune_halves_resumes_and_picks_the_best(eval_run, commands, monkeypatch)
         patch.setattr(evaluation, "program", lambda *words: (
             program(*words) if len(commands) < 8 else killed_after(list)))
         eval_main(*flags, methods)
-    with open(run / "tuned.jsonl", "a") as file:
-        file.write('{"method": "RN')  # and a line that was cut off
-    kept = backbones.read_jsonl(run / "tuned.jsonl", growing=True)
+    kept = backbones.read_jsonl(run / "tuned.jsonl")
     eval_main(*flags, methods)
     rows = backbones.read_jsonl(run / "tuned.jsonl")
     assert len(kept) > 3 and rows[:len(kept)] == kept and len(rows) == 12 + 12
@@ -3760,7 +3760,8 @@ def test_what_was_deleted_is_made_again_and_all_else_stays(copied, tiny_llm, raw
 
 RECOMMEND = ("eval.py", "recommend", "--user", "u1")
 READERS = {  # file -> who reads it
-    "data.safetensors": ("backbones.py", "pretrain"), "texts.safetensors": ("hnlmrec.py", "judge", "--out", "judge-new.safetensors"),
+    "data.safetensors": ("backbones.py", "pretrain"),
+    "texts.safetensors": ("hnlmrec.py", "judge", "--out", "judge-new.safetensors"),
     "cf.safetensors": ("hnlmrec.py", "train", "--out", "new.safetensors"),
     "negatives-00000.safetensors": ("hnlmrec.py", "train", "--out", "new.safetensors"),
     "judge.safetensors": ("hnlmrec.py", "blend", "--parts", PARTS, "--out", "new.safetensors"),
