@@ -696,12 +696,14 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 # X (U, I) is the 0/1 matrix of the train pairs; a user's scores are the user's row of X times item
 # weights W (I, I). CLOSED_FORMS: name -> its flags, in the order of its function's parameters, each
 # with the values that validation chooses from if the flag is not given. RP3beta's exponents lie
-# between 0 and 1; fewer neighbours (topk) of the item that is scored remove the noise of rare items
+# between 0 and 1; fewer neighbours (topk) remove the noise of rare items. As in the code of Ferrari
+# Dacrema et al. (RecSys 2019), ItemKNN may weigh users (idf) and RP3beta give all items of a history
+# the same weight in all (unit)
 TOPK = (0, 5, 10, 20, 50, 100, 200)  # 0: all
 CLOSED_FORMS = {
-    "pop": {}, "itemknn": {"shrink": (1.0, 20.0, 100.0, 300.0), "topk": TOPK},
+    "pop": {}, "itemknn": {"shrink": (0.0, 20.0, 100.0, 300.0), "idf": (0, 1), "topk": TOPK},
     "rp3": {"rp3_alpha": (0.2, 0.4, 0.6, 0.8, 1.0), "rp3_beta": (0.0, 0.15, 0.3, 0.45, 0.6, 0.8),
-            "topk": TOPK},
+            "unit": (0, 1), "topk": TOPK},
     # a coarse grid: a factor of three changes little, and 12,000 items take half a minute a value
     "ease": {"ridge": (10.0, 30.0, 100.0, 300.0, 1000.0)}}
 
@@ -751,41 +753,60 @@ def co_occurrence(pairs, user_weight, n_items):
     return *product.indices(), product.values()
 
 
-def nearest_neighbours(row, column, value, n_items, topk):
-    """Weights W from entries (n,) by row, then column: without the diagonal, and of each column,
-    the item that is scored, its topk highest (0: all) -> sparse CSR (I, I)."""
-    kept = (row != column).nonzero()[:, 0]
-    if topk:
-        # by column, the highest first: two stable sorts, so that equal ones go by id
-        kept = kept[value[kept].argsort(descending=True, stable=True)]
-        kept = kept[column[kept].argsort(stable=True)]
-        count = torch.bincount(column[kept], minlength=n_items)
-        before = (count.cumsum(0) - count)[column[kept]]
-        kept = kept[torch.arange(len(kept), device=row.device) - before < topk].sort().values
+def strongest(group, value, topk):
+    """Of entries (n,) the topk with the highest value in each group (0: all) -> (n,) bool. group:
+    numbers from 0."""
+    if not topk:
+        return torch.ones_like(group, dtype=torch.bool)
+    # by group, the highest first: two stable sorts, so that equal ones stay in their order
+    order = value.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    count = torch.bincount(group)
+    first = (count.cumsum(0) - count)[group[order]]
+    place = torch.arange(len(order), device=order.device) - first
+    return torch.empty_like(order, dtype=torch.bool).index_put((order,), place < topk)
+
+
+def item_weights(row, column, value, n_items):
+    """Entries (n,) by row, then column -> W, sparse CSR (I, I)."""
     # not by sparse_csr, which would sort once more, in twice the memory
-    indptr = F.pad(torch.bincount(row[kept], minlength=n_items).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(indptr, column[kept], value[kept], (n_items, n_items))
+    indptr = F.pad(torch.bincount(row, minlength=n_items).cumsum(0), (1, 0))
+    return torch.sparse_csr_tensor(indptr, column, value, (n_items, n_items))
 
 
-def item_knn(pairs, n_users, n_items, shrink=20.0, topk=0):
+def item_knn(pairs, n_users, n_items, shrink=20.0, idf=0, topk=0):
     """ItemKNN (Sarwar et al., WWW 2001), cosine with shrinkage (Bell and Koren, ICDM 2007):
-    W_ij = n_ij / (sqrt(n_i n_j) + shrink), n_ij users having both. pairs -> sparse CSR (I, I)."""
-    norm = torch.bincount(pairs[:, 1], minlength=n_items).float().sqrt()
-    row, column, shared = co_occurrence(pairs, torch.ones(n_users, device=pairs.device), n_items)
-    value = shared / (norm[row] * norm[column] + shrink)
-    return nearest_neighbours(row, column, value, n_items, topk)
+    W_ij = n_ij / (sqrt(n_i n_j) + shrink), n_ij users having both. idf: a user of n_u items counts
+    as ln(I / (1 + n_u))^2 users, in n_i as well (TF-IDF). topk: neighbours of each item j, which is
+    scored. pairs (N, 2) -> sparse CSR (I, I)."""
+    of_user = torch.bincount(pairs[:, 0], minlength=n_users).float()
+    weight = (n_items / (1 + of_user)).log() ** 2 if idf else torch.ones_like(of_user)
+    norm = torch.bincount(pairs[:, 1], weight[pairs[:, 0]], minlength=n_items).float().sqrt()
+    row, column, shared = co_occurrence(pairs, weight, n_items)
+    row, column, shared = (x[row != column] for x in (row, column, shared))
+    value = shared / (norm[row] * norm[column] + shrink).clamp(min=1e-12)  # a weight may be 0
+    kept = strongest(column, value, topk)
+    return item_weights(row[kept], column[kept], value[kept], n_items)
 
 
-def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, topk=0):
+def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
     """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item, each
     step's probability to the power alpha, the popularity of its end taken out to the power beta:
-    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. pairs (N, 2) -> sparse CSR (I, I)."""
+    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. Of each row i the topk highest are
+    kept; unit: then each row sums to 1; then of each column j. pairs (N, 2) -> sparse CSR (I, I)."""
     # the first step's probability is the same for all of a user's items, so it is left out
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()
     of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
     row, column, walks = co_occurrence(pairs, of_user**-alpha, n_items)
     value = of_item[row] ** -alpha * walks * of_item[column] ** -beta
-    return nearest_neighbours(row, column, value, n_items, topk)
+    kept = row != column
+    row, column, value = (x[kept] for x in (row, column, value))
+    kept = strongest(row, value, topk)
+    row, column, value = (x[kept] for x in (row, column, value))
+    if unit:
+        value = value / torch.bincount(row, value, minlength=n_items).float()[row]
+    kept = strongest(column, value, topk)
+    return item_weights(row[kept], column[kept], value[kept], n_items)
 
 
 EASE_ITEMS = 23_170  # 4 GiB for a table in float64, two at the peak besides co_occurrence's
@@ -1505,9 +1526,11 @@ def main(argv=None):
         p.add_argument_group("closed forms (pop, itemknn, rp3, ease; closed: all four), which read "
                              "no training flag; what is left out is chosen by validation"),
         ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),
+        ("--idf", number(int, 0, 1), unset, "itemknn: 1: users with few items count more"),
         ("--rp3-alpha", number(float, 0), unset, "rp3: exponent of the transition probabilities"),
         ("--rp3-beta", number(float, 0), unset, "rp3: exponent of the popularity taken out"),
-        ("--topk", number(int, 0), unset, "itemknn, rp3: neighbours of each scored item; 0: all"),
+        ("--unit", number(int, 0, 1), unset, "rp3: 1: each item of the history weighs 1 in all"),
+        ("--topk", number(int, 0), unset, "itemknn, rp3: neighbours of each item; 0: all"),
         ("--ridge", number(float, 0, open_low=True), unset, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
     closed = args.backbone == "closed"
