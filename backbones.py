@@ -755,22 +755,22 @@ def co_occurrence(pairs, user_weight, n_items):
 
 
 def strongest(group, value, topk):
-    """Of entries (n,) the topk with the highest value in each group (0: all) -> (n,) bool. group:
-    numbers from 0."""
+    """Values (n,), 0 where not of the topk highest in their group (0: all). group (n,): from 0."""
     if not topk:
-        return torch.ones_like(group, dtype=torch.bool)
+        return value
     # by group, the highest first: two stable sorts, so that equal ones stay in their order
     order = value.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]
     count = torch.bincount(group)
     first = (count.cumsum(0) - count)[group[order]]
     place = torch.arange(len(order), device=order.device) - first
-    return torch.empty_like(order, dtype=torch.bool).index_put((order,), place < topk)
+    return value.index_fill(0, order[place >= topk], 0)
 
 
 def item_weights(row, column, value, n_items):
-    """Entries (n,) by row, then column -> W, sparse CSR (I, I)."""
+    """Entries (n,) by row, then column -> W without those that are 0, sparse CSR (I, I)."""
     # not by sparse_csr, which would sort once more, in twice the memory
+    row, column, value = (x[value != 0] for x in (row, column, value))
     indptr = F.pad(torch.bincount(row, minlength=n_items).cumsum(0), (1, 0))
     return torch.sparse_csr_tensor(indptr, column, value, (n_items, n_items))
 
@@ -784,10 +784,9 @@ def item_knn(pairs, n_users, n_items, shrink=20.0, idf=0, topk=0):
     weight = (n_items / (1 + of_user)).log() ** 2 if idf else torch.ones_like(of_user)
     norm = torch.bincount(pairs[:, 1], weight[pairs[:, 0]], minlength=n_items).float().sqrt()
     row, column, shared = co_occurrence(pairs, weight, n_items)
-    row, column, shared = (x[row != column] for x in (row, column, shared))
-    value = shared / (norm[row] * norm[column] + shrink).clamp(min=1e-12)  # a weight may be 0
-    kept = strongest(column, value, topk)
-    return item_weights(row[kept], column[kept], value[kept], n_items)
+    shared = shared * (row != column)  # an item is no neighbour of its own
+    value = shared / (norm[row] * norm[column] + shrink).clamp(min=1e-12)  # a user may weigh 0
+    return item_weights(row, column, strongest(column, value, topk), n_items)
 
 
 def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
@@ -799,15 +798,12 @@ def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()
     of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
     row, column, walks = co_occurrence(pairs, of_user**-alpha, n_items)
-    value = of_item[row] ** -alpha * walks * of_item[column] ** -beta
-    kept = row != column
-    row, column, value = (x[kept] for x in (row, column, value))
-    kept = strongest(row, value, topk)
-    row, column, value = (x[kept] for x in (row, column, value))
+    value = of_item[row] ** -alpha * walks * of_item[column] ** -beta * (row != column)
+    value = strongest(row, value, topk)
+    row, column, value = (x[value != 0] for x in (row, column, value))
     if unit:
-        value = value / torch.bincount(row, value, minlength=n_items).float()[row]
-    kept = strongest(column, value, topk)
-    return item_weights(row[kept], column[kept], value[kept], n_items)
+        value = value / torch.bincount(row, value).float()[row]
+    return item_weights(row, column, strongest(column, value, topk), n_items)
 
 
 EASE_ITEMS = 23_170  # 4 GiB for a table in float64, two at the peak besides co_occurrence's
