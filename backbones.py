@@ -758,23 +758,24 @@ def co_occurrence(pairs, user_weight, n_items):
     return *product.indices(), product.values()
 
 
-def strongest(group, value, topk):
-    """Values (n,), 0 where not of the topk highest in their group (0: all). group (n,): from 0."""
-    if not topk:
-        return value
-    # by group, the highest first: two stable sorts, so that equal ones stay in their order
-    order = value.argsort(descending=True, stable=True)
-    order = order[group[order].argsort(stable=True)]
-    count = torch.bincount(group)
-    first = (count.cumsum(0) - count)[group[order]]
-    place = torch.arange(len(order), device=order.device) - first
-    return value.index_fill(0, order[place >= topk], 0)
+def strongest(entries, by, topk):
+    """Of entries (row, column, value), (n,) each, those with a value above 0 that are among the
+    topk highest of their row (by 0) or column (by 1) -> the same, in their order. topk 0: all."""
+    kept = entries[2].nonzero()[:, 0]
+    if topk:
+        group = entries[by]
+        # by group, the highest first: two stable sorts, so that equal ones stay in their order
+        kept = kept[entries[2][kept].argsort(descending=True, stable=True)]
+        kept = kept[group[kept].argsort(stable=True)]
+        count = torch.bincount(group[kept])
+        before = (count.cumsum(0) - count)[group[kept]]
+        kept = kept[torch.arange(len(kept), device=kept.device) - before < topk].sort().values
+    return [part[kept] for part in entries]
 
 
 def item_weights(row, column, value, n_items):
-    """Entries (n,) by row, then column -> W without those that are 0, sparse CSR (I, I)."""
+    """Entries (n,) by row, then column -> W, sparse CSR (I, I)."""
     # not by sparse_csr, which would sort once more, in twice the memory
-    row, column, value = (x[value != 0] for x in (row, column, value))
     indptr = F.pad(torch.bincount(row, minlength=n_items).cumsum(0), (1, 0))
     return torch.sparse_csr_tensor(indptr, column, value, (n_items, n_items))
 
@@ -790,7 +791,7 @@ def item_knn(pairs, n_users, n_items, shrink=20.0, idf=0, topk=0):
     row, column, shared = co_occurrence(pairs, weight, n_items)
     shared = shared * (row != column)  # an item is no neighbour of its own
     value = shared / (norm[row] * norm[column] + shrink).clamp(min=1e-12)  # a user may weigh 0
-    return item_weights(row, column, strongest(column, value, topk), n_items)
+    return item_weights(*strongest((row, column, value), 1, topk), n_items)
 
 
 def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
@@ -803,11 +804,10 @@ def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
     of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
     row, column, walks = co_occurrence(pairs, of_user**-alpha, n_items)
     value = of_item[row] ** -alpha * walks * of_item[column] ** -beta * (row != column)
-    value = strongest(row, value, topk)
-    row, column, value = (x[value != 0] for x in (row, column, value))
+    row, column, value = strongest((row, column, value), 0, topk)
     if unit:
         value = value / torch.bincount(row, value).float()[row]
-    return item_weights(row, column, strongest(column, value, topk), n_items)
+    return item_weights(*strongest((row, column, value), 1, topk), n_items)
 
 
 EASE_ITEMS = 23_170  # 4 GiB for a table in float64, two at the peak besides co_occurrence's
