@@ -1065,12 +1065,12 @@ def row_of(rows, raw, flag, path):
     return row
 
 # ---- Lineage: each file names its settings and the digests of what it was made from --------------
-def save_tensors(path, tensors, meta):
+def save_tensors(path, tensors, meta, remedy="lower --lr and run again"):
     """Save {name: tensor}, all finite or SystemExit2, and a JSON-able dict `meta` in the header."""
     # meta["settings"]: the `command` that writes the file, its flags, and `inputs`, the digests of
     # all it is made from; meta["beside"] (optional): those of what was written with it
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    check_finite(path, tensors, "nothing was written; lower --lr and run again")
+    check_finite(path, tensors, f"nothing was written; {remedy}")
     meta = json.loads(json.dumps(meta))  # a copy, as it will be read back: tuples become lists
     # the digest covers settings and tensors, not times: the same result has the same digest
     meta["digest"] = digest_of_tensors(meta, tensors)

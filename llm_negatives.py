@@ -1031,9 +1031,9 @@ def generate(args):
                              label=f"generate {paths[k].name}").half()  # inf above 65,504
         with torch.no_grad():
             tensors = {"hidden": hidden, "vector": head(hidden.float()).half()}
-        check_finite(paths[k], tensors, "use --dtype fp32 in finetune, else another LLM")
         save_tensors(paths[k], {"pairs": pairs, **tensors},
-                     {"settings": settings, "seconds": time.time() - begin})
+                     {"settings": settings, "seconds": time.time() - begin},
+                     "use --dtype fp32 in finetune, else another LLM")
     print(f"generate: {len(mine)} shards made, {len(paths)} are there, {time.time() - start:.0f} s")
 
 
@@ -1091,8 +1091,8 @@ def read(args):
         if long := sum(len(text_ids(tokenizer, text)) > READ_TOKENS for text in texts):
             print(f"read: {long} of {len(texts)} texts are cut after {READ_TOKENS} tokens")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}
-    check_finite(out, tensors, "use --dtype fp32")
-    save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start})
+    save_tensors(out, tensors, {"settings": settings, "seconds": time.time() - start},
+                 "use --dtype fp32")
     print(f"wrote {out}: {len(texts)} texts, layers {layers}, {time.time() - start:.0f} s")
 
 
@@ -1373,10 +1373,10 @@ def main(argv=None):
     # types of arguments: int from 0, int from 1, float above 0
     count, some, above = number(int, 0), number(int, 1), number(float, 0, open_low=True)
 
-    def command(name, text, example):
+    def command(name, text, example, out=None):
         example = f"example: python llm_negatives.py {name} --run runs/demo {example}"
         p = commands.add_parser(name, help=text, description=text, epilog=example)
-        add_run_flags(p)
+        add_run_flags(p, out)
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
                        help="local folder or Hugging Face id of a causal LM")
         p.add_argument("--paper", action="store_true",
@@ -1386,17 +1386,17 @@ def main(argv=None):
             p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the LLM")
         return p
 
-    p = command("read", "what a frozen LLM makes of each item's text, of its first 64 tokens",
-                "--layers 0,12,20")
+    p = command("read", f"what a frozen LLM makes of each item's first {READ_TOKENS} tokens of text",
+                "--layers 0,12,20", "texts.safetensors")
     p.add_argument("--layers", default="",
                    help="such as 0,12; 0: a bag of words; left out: 0, 2/5 and 2/3 of the depth")
     p.add_argument("--control", choices=["none", "shuffled", "random", "tfidf"], default="none",
                    help="texts of other items, an LLM of random weights, or TF-IDF (whole texts)")
     p.add_argument("--most", type=count, default=0, help="popular items the layers read; 0: all")
     p.add_argument("--profiles", metavar="FILE", help="of the run folder, read after the metadata")
-    p.add_argument("--out", default="texts.safetensors", help="output file inside the run folder")
 
-    p = command("profile", "write a text profile of each user and item", "--profiles template")
+    p = command("profile", "write a text profile of each user and item", "--profiles template",
+                "profiles.jsonl")
     p.add_argument("--profiles", choices=["llm", "template"], default="llm",
                    help="who writes them; template uses metadata alone")
     p.add_argument("--history", type=some, default=4, help="train items that make a user's profile")
@@ -1404,7 +1404,6 @@ def main(argv=None):
     p.add_argument("--llm-rows", type=count, default=0,
                    help="popular items, and users of many pairs, that the LLM writes for; 0: all")
     p.add_argument("--batch-size", type=some, default=64, help="prompts a call")
-    p.add_argument("--out", default="profiles.jsonl", help="output file inside the run folder")
 
     p = command("finetune", "LoRA with InfoNCE against CF-mined hard negatives", "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
