@@ -56,7 +56,7 @@ def rows_of(rows, users):
     indptr, items = rows
     count = indptr[users + 1] - indptr[users]
     place = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-    # place in the result + shift = place in `items`: the user's row begins elsewhere in each
+    # entry n of the result is items[n + its user's shift]: a user's row begins elsewhere in each
     shift = indptr[users] - (count.cumsum(0) - count)
     return place, items[torch.arange(len(place), device=users.device) + shift[place]]
 
@@ -100,8 +100,8 @@ class SymmetricMatmul(torch.autograd.Function):
 class Backbone(nn.Module):
     """A recommender made of user and item vectors. forward() -> (users (U, D), items (I, D));
     layers(): the same for each hop, (U, K, d) and (I, K, d); ego(): the vectors before propagation,
-    for the L2 term, (U, d) and (I, d); scores(users (B,)) -> (B, I): with n_items all that ranking
-    needs; closed forms have both. Scores are inner products unless a subclass overrides them."""
+    for the L2 term, (U, d) and (I, d). Scores are inner products unless a subclass overrides them.
+    Ranking needs only n_items and scores(users (B,)) -> (B, I), which closed forms have too."""
 
     propagates = False  # True: __init__ takes a graph
     std = 0.01  # of the initial vectors: propagation averages, so graph backbones start larger
@@ -201,7 +201,7 @@ class UnseenSampler:
         keys = pair_keys(pairs, n_items).unique_consecutive()
         users, items = keys // n_items, keys % n_items
         count = torch.bincount(users, minlength=n_users)
-        self.start, self.free, self.stride = count.cumsum(0) - count, n_items - count, n_items + 1
+        self.start, self.free, self.stride = count.cumsum(0) - count, n_items - count, n_items
         place = torch.arange(len(keys), device=keys.device) - self.start[users]  # k
         self.keys = users * self.stride + items - place
         full = (self.free <= 0).nonzero()
@@ -219,14 +219,14 @@ class UnseenSampler:
 
 def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
     """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for
-    top = N > 1 one of the N highest at random, DNS(M, N) (Shi et al., WWW 2023). No gradient.
+    top > 1 one of the `top` highest at random, DNS(M, N) (Shi et al., WWW 2023). No gradient.
     score as a backbone's; users (B, D), items (I, D), candidates (B, M) item ids; penalty (B, M),
     taken off the scores -> item ids (B,)."""
     with torch.no_grad():
         scores = score(users[:, None], take(items, candidates))  # (B, M)
         if penalty is not None:
             scores = scores - penalty
-        ranked = scores.topk(top, dim=1).indices  # (B, N)
+        ranked = scores.topk(top, dim=1).indices  # (B, top)
         pick = torch.randint(top, (len(ranked), 1), generator=generator, device=ranked.device)
         return candidates.gather(1, ranked.gather(1, pick))[:, 0]
 
@@ -264,7 +264,7 @@ Sample = namedtuple("Sample", "all_users all_items users positives negatives neg
 def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """A sampler as a function of a batch: sample(u (B,), i (B,), generator) -> Sample.
     model: a Backbone; sampler: of SAMPLERS; pairs (N, 2) train; m: candidates of dns, mixgcf and
-    ahns; n: dns draws from the n best; beta: pns's popularity exponent; penalty: dns's, as a
+    ahns; n: dns's `top`; beta: pns's popularity exponent; penalty: dns's, as a
     function of users (B,) and candidates (B, M)."""
     if sampler not in SAMPLERS:
         fail(f"sampler {sampler!r}: is none of {', '.join(SAMPLERS)}")
@@ -362,9 +362,9 @@ def mine_hard_negatives(model, train, users, first, last):
         fail(f"user row {int(users[end.argmin()])}: has all {model.n_items} items; remove the user")
     back = torch.arange(first - last - 1, 0, device=users.device)  # (L,): places from the end
     # some users at a time: the ranks down to `last` take three times the band's memory
-    parts = zip(*(x.split(max(1, 2**26 // last)) for x in (users, end[:, None])))
-    return torch.cat([rank_unseen(model, u, seen, last).gather(1, (e + back).clamp(min=0))
-                      for u, e in parts])
+    size = max(1, 2**26 // last)
+    return torch.cat([rank_unseen(model, u, seen, last).gather(1, (e[:, None] + back).clamp(min=0))
+                      for u, e in zip(users.split(size), end.split(size))])
 
 
 class Bands:
@@ -498,11 +498,6 @@ def ndcg(hits, relevant, k):
     discount = 1 / torch.log2(torch.arange(2, k + 2, device=hits.device).double())  # (k,)
     ideal = discount.cumsum(0)[relevant.clamp(max=k) - 1]
     return (hits[:, :k] * discount[: hits.shape[1]]).sum(1) / ideal
-
-
-def recall(hits, relevant, k):
-    """Share of a user's held-out items among the first k: arguments as ndcg's -> (n,)."""
-    return hits[:, :k].double().sum(1) / relevant
 
 
 def validation(model, data, k=20, users=None):
@@ -702,8 +697,8 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 # weights W (I, I). CLOSED_FORMS: name -> its flags, in the order of its function's parameters, each
 # with the values that validation chooses from if the flag is not given. RP3beta's exponents lie
 # between 0 and 1; fewer neighbours (topk) remove the noise of rare items. As in the code of Ferrari
-# Dacrema et al. (RecSys 2019), ItemKNN may weigh users (idf) and RP3beta give all items of a history
-# the same weight in all (unit)
+# Dacrema et al. (RecSys 2019), ItemKNN may weigh users (idf), RP3beta all items of a history alike
+# (unit)
 TOPK = (0, 5, 10, 20, 50, 100, 200)  # 0: all
 CLOSED_FORMS = {
     "pop": {}, "itemknn": {"shrink": (0.0, 20.0, 100.0, 300.0), "idf": (0, 1), "topk": TOPK},
@@ -798,7 +793,7 @@ def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
     """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item, each
     step's probability to the power alpha, the popularity of its end taken out to the power beta:
     W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. Of each row i the topk highest are
-    kept; unit: then each row sums to 1; then of each column j. pairs (N, 2) -> sparse CSR (I, I)."""
+    kept; unit: then each row sums to 1; then of each column. pairs (N, 2) -> sparse CSR (I, I)."""
     # the first step's probability is the same for all of a user's items, so it is left out
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()
     of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
@@ -828,22 +823,6 @@ def ease(pairs, n_users, n_items, ridge=200.0):
     gram.diagonal().add_(ridge)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram, out=gram), out=gram)
     return inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0).float()
-
-# ---- Further metrics: hits (n, >= k) bool in rank order and relevant (n,) -> (n,) float64 --------
-def precision(hits, relevant, k):
-    """Share of the first k that are held-out items."""
-    return hits[:, :k].double().sum(1) / k
-
-
-def hit_rate(hits, relevant, k):
-    """1 when any of the first k is a held-out item."""
-    return hits[:, :k].any(1).double()
-
-
-def mrr(hits, relevant, k):
-    """1 / rank of the first held-out item, 0 when it is not among the first k."""
-    place = torch.arange(1, hits[:, :k].shape[1] + 1, device=hits.device).double()
-    return (hits[:, :k] / place).max(1).values
 
 
 @torch.no_grad()

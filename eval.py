@@ -23,13 +23,34 @@ import torch
 
 import backbones as bb
 from backbones import (
-    Parser, SystemExit2, UnseenSampler, best_epoch, contains, digests, dns, fail, hit_rate,
-    json_digest, load_data, load_negatives, load_tensors, mixgcf, mrr, ndcg, nearest_items, number,
-    output_name, pair_keys, precision, rank_unseen, ranking_hits, read_jsonl, read_meta, recall,
-    row_of, run_cli, user_rows, write_atomic)
+    Parser, SystemExit2, UnseenSampler, best_epoch, contains, digests, dns, fail, json_digest,
+    load_data, load_negatives, load_tensors, mixgcf, ndcg, nearest_items, number, output_name,
+    pair_keys, rank_unseen, ranking_hits, read_jsonl, read_meta, row_of, run_cli, user_rows,
+    write_atomic)
 from hnlmrec import LikelyFalse, given_id, load_recommender
 
-# ==== 1. Metrics. A model is any nn.Module with n_users, n_items, scores(users (B,)) -> new (B, I)
+# ==== 1. Metrics of hits (n, >= k) bool, by rank, and relevant (n,), as ndcg's -> (n,) float64 ====
+def recall(hits, relevant, k):
+    """Share of a user's held-out items among the first k."""
+    return hits[:, :k].double().sum(1) / relevant
+
+
+def precision(hits, relevant, k):
+    """Share of the first k that are held-out items."""
+    return hits[:, :k].double().sum(1) / k
+
+
+def hit_rate(hits, relevant, k):
+    """1 when any of the first k is a held-out item."""
+    return hits[:, :k].any(1).double()
+
+
+def mrr(hits, relevant, k):
+    """1 / rank of the first held-out item, 0 when it is not among the first k."""
+    place = torch.arange(1, hits[:, :k].shape[1] + 1, device=hits.device).double()
+    return (hits[:, :k] / place).max(1).values
+
+
 METRICS = {"Recall": recall, "NDCG": ndcg, "Precision": precision, "HitRate": hit_rate, "MRR": mrr}
 # what the tables show; the others go into the JSON files
 COLUMNS = ["Recall@10", "Recall@20", "NDCG@10", "NDCG@20"]
@@ -45,9 +66,10 @@ def seen_before(data, split):
 
 
 def evaluate(model, data, split="test", ks=(10, 20)):
-    """Metrics of every user with a pair in `split` (valid or test) -> users (n,), {name@k: (n,)
-    float64}, and the lists behind them (n, min(max(ks), I)): item ids, best first, -1 where a
-    user has fewer unseen items. Raises SystemExit2 for an empty split."""
+    """Metrics of every user with a pair in `split` (valid or test), by any module with n_users,
+    n_items and scores(users (B,)) -> a new (B, I) -> users (n,), {name@k: (n,) float64}, and the
+    lists behind them (n, min(max(ks), I)): item ids, best first, -1 where a user has fewer unseen
+    items. Raises SystemExit2 for an empty split."""
     if not len(data[split]):
         fail(f"data.safetensors: has no {split} pairs to evaluate on; prepare data that have some")
     seen = seen_before(data, split)
@@ -899,8 +921,8 @@ def estimate(args):
     pairs = min(2000 if args.llm_rows else n, 4 * users)
     read = min(12_000 if args.llm_rows else items, items)
     llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
-    # EASE inverts a table, or is refused at once; all of them take some 50 validations
-    closed = 10 + 1.7e-10 * items**3 * (items <= bb.EASE_ITEMS) + 50 * ranking
+    # EASE inverts a table, or is refused at once; all of them take some 75 validations
+    closed = 17 + 1.7e-10 * items**3 * (items <= bb.EASE_ITEMS) + 75 * ranking
     parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": closed,
              "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}

@@ -39,19 +39,23 @@ from backbones import (  # the method's names are bare, so that its pieces can b
     standardised, sum_of_rows, take, top_k, user_rows, validation)
 
 # ==== 1. The negative e⁻ and the loss =============================================================
-class Projector(nn.Module):
-    """Self-attention over the K generated vectors of one user, then an MLP into the recommender's
-    space (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, the pair's own, is the only query.
+# Shapes: U users, I items, N train pairs, n generated vectors, B rows of a batch, K vectors of one
+# user, L ranks of a band; D numbers of a final vector, H of a hidden state or a text, W of a map
 
-    sample_hidden (n, H), n at least 2: generated vectors, whose mean and deviation standardise h.
+class Projector(nn.Module):
+    """Self-attention over K generated vectors of one user, then an MLP into the recommender's space
+    (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, whose z this is, is the only query, and the
+    answer is added to it.
+
+    hidden (n, H), n at least 2: generated vectors, whose mean and deviation standardise h.
     attention=False leaves the MLP alone (an ablation)."""
-    def __init__(self, sample_hidden, dim, width=128, attention=True):
+    def __init__(self, hidden, dim, width=128, attention=True):
         super().__init__()
         # a few dimensions of an LLM's hidden states dwarf the rest: standardise them. The clamp is
         # for a dimension that never changes
-        self.register_buffer("mean", sample_hidden.float().mean(0))
-        self.register_buffer("std", sample_hidden.float().std(0).clamp(min=1e-3))
-        self.inward = nn.Linear(sample_hidden.shape[1], width)
+        self.register_buffer("mean", hidden.float().mean(0))
+        self.register_buffer("std", hidden.float().std(0).clamp(min=1e-3))
+        self.inward = nn.Linear(hidden.shape[1], width)
         self.query = self.key = self.value = None
         if attention:  # one head is enough: one query, slot 0, and K = 4 keys
             self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
@@ -75,7 +79,8 @@ class Projector(nn.Module):
 
 
 class NegativeTable:
-    """Which generated vectors belong to a train pair: its own first, then others of its user.
+    """Which generated vectors a train pair uses: its own first, then random ones of its user, drawn
+    with replacement, so that its own may come again.
 
     generated (n, 2): the (user, item) pair of each generated vector, none twice, users ascending;
     train (N, 2): the pairs that are trained on. `own` counts the train pairs with a vector of their
@@ -98,21 +103,21 @@ class NegativeTable:
     def __call__(self, rows, k, generator=None):
         """Train rows (B,) -> rows of the generated vectors (B, k): first the pair's own, if it has
         one; the others drawn with replacement from its user's; -1 where the user has none."""
-        users, own = self.train_users[rows], self.row[rows]
+        users, first = self.train_users[rows], self.row[rows]
         chosen = self.others(users, k, generator)
-        chosen[:, 0] = torch.where(own >= 0, own, chosen[:, 0])
+        chosen[:, 0] = torch.where(first >= 0, first, chosen[:, 0])
         return chosen.masked_fill((self.count[users] == 0)[:, None], -1)
 
     def others(self, users, k, generator=None):
-        """Users (B,) who have generated vectors -> k rows of each one's, drawn at random (B, k)."""
+        """Users (B,) -> k random rows of each one's vectors (B, k), any rows for one without."""
         # one draw for all users, however many vectors each has; the modulo's bias is negligible
         point = torch.randint(2**31, (len(users), k), generator=generator, device=users.device)
         return self.start[users][:, None] + point % self.count[users][:, None].clamp(min=1)
 
 
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z' + (1 - alpha) e_j (paper, stage 2; there z' is z, here z with e_j's norm): z,
-    sampled (B, D) -> (B, D)."""
+    """e⁻ = alpha z' + (1 - alpha) e_j: z, sampled (B, D) -> (B, D). z' is z (the paper's) with the
+    norm of e_j (ours), through which no gradient goes."""
     # the norm of z means nothing, since L_align trains by cosines. PaperHNLMRec mixes z as it is
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
@@ -120,11 +125,12 @@ def mix(z, sampled, alpha):
 
 def alignment_loss(z, positives, mined, user_ids, tau):
     """L_align, the only loss that trains the projector (ours; the paper's is L_CL below): z near
-    e_m, a CF-mined hard negative of its user, and away from other users' e_m' and from its own e_i:
-    the mean of -ln( exp(c_m) / (exp(c_m) + sum exp(c_m') + exp(c_i)) ),  c_x = cos(z, e_x) / tau.
+    e_m, a CF-mined hard negative of its user, and away from its own e_i and from the e_m' of other
+    users' rows: the mean of
+    -ln( exp(c_m) / (exp(c_m) + sum exp(c_m') + exp(c_i)) ),  c_x = cos(z, e_x) / tau.
 
-    z, positives, mined (B, D), gradient into all three; user_ids (B,): rows of one user are not
-    each other's negatives -> scalar."""
+    z, positives, mined (B, D), gradient into all three (HNLMRec detaches the last two); user_ids
+    (B,): rows of one user are not each other's negatives -> scalar."""
     z, positives, mined = (F.normalize(v, dim=-1) for v in (z, positives, mined))
     # rows of one user share their mined items; an item mined for another user too stays a negative
     same = user_ids[:, None] == user_ids[None]
@@ -159,10 +165,12 @@ class HNLMRec(nn.Module):
 
         L = BPR(e_u, e_i, e⁻) + lambda1 L_align + lambda_s L_sem + lambda_f L_false + lambda2 ‖Θ‖²
 
-    (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; pairs
-    (N, 2): train. For z: projector; hidden (n, H): generated vectors; table: a NegativeTable of
-    them; mined (U, L): Bands. semantic: a SemanticProjector; likely: a LikelyFalse. What a weight
-    of 0 turns off may be None."""
+        L_false = BPR(e_u, e_f, e⁻) + gamma BPR(e_u, e_i, e_f), f from `likely`
+
+    (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; with
+    L_false its penalty is likely.penalty. pairs (N, 2): train. For z: projector; hidden (n, H):
+    generated vectors; table: a NegativeTable of them; mined: Bands. semantic: a SemanticProjector;
+    likely: a LikelyFalse. What a weight of 0 turns off may be None."""
 
     # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
@@ -193,7 +201,7 @@ class HNLMRec(nn.Module):
         users, positives, negatives = sample.users, sample.positives, sample.negatives  # e_j so far
 
         # BPR: the positive e_i above e⁻. No gradient enters z: it would teach the projector to
-        # make easy negatives. A user without generated vectors, -1 in `made`, has e_j alone
+        # make easy negatives. A user without vectors, -1 in `made`, has e_j alone: row -1 is unused
         if self.alpha:
             mixed = mix(self.z_of_all(generator)[made], negatives, self.alpha)
             negatives = torch.where((made >= 0)[:, None], mixed, negatives)
@@ -219,7 +227,7 @@ class HNLMRec(nn.Module):
         # L_align, on the first rows: z near one of the user's mined items. It trains the projector
         # alone, towards where the backbone has these items now
         if self.lambda1 and (made >= 0).any():
-            a = rows[made >= 0][:self.align_rows]  # (A,)
+            a = rows[made >= 0][:self.align_rows]  # (A,): the rows it sees
             u_a, i_a = self.pairs[a].T
             z = self.projector(self.hidden[self.table(a, self.k, generator)])  # (A, D)
             band, items = self.mined[u_a], sample.all_items.detach()  # (A, L), (I, D)
@@ -336,7 +344,8 @@ def similarity(cosine, beta):
 def soft_maximum(total, count, scale, beta):
     """scale (ln(mean of exp(beta (c - 1))) / beta + 1) of some cosines c: total is the sum of their
     similarity(c, beta), count their number. beta near 0: scale times the mean cosine; large: times
-    the largest, while that mean is above 1e-12. It takes a sum, to share it or take an item out."""
+    the largest, while that mean is above 1e-12."""
+    # it takes a sum: Judge.scores adds up rows of one table, and training takes one item out
     return scale * ((total / count.clamp(min=1)).clamp(min=1e-12).log() / beta + 1)
 
 
@@ -395,7 +404,7 @@ class JudgeMaps(nn.Module):
         self.history_map = nn.Linear(text.shape[1], width, bias=False)
         self.item_map = nn.Linear(text.shape[1], width, bias=False)
         # identities: an untrained judge compares the W strongest axes of the first reading, which
-        # `whiten` puts last (of a narrower one all, and the next one's weakest)
+        # `whiten` puts last; of a reading narrower than W all, and the weakest of the next one
         first = max(0, readings[0].shape[1] - width)
         for linear in (self.history_map, self.item_map):
             nn.init.zeros_(linear.weight)
@@ -428,7 +437,7 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
 
     train (N, 2) -> step(users (B,), of two train pairs or more, generator) -> (scalar, {})."""
     # 1,024 negatives: a batch's table is (P, N), and time grows with it. 64 items of a user: one
-    # who has thousands would fill the batch, and (B, S, S) below grows as the square
+    # who has thousands would fill the batch, and (B, 64, 64) below grows as the square
     train_rows, n_items = user_rows(train, n_users), len(maps.text)
 
     def step(users, generator):
@@ -481,7 +490,8 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
 @torch.no_grad()
 def likely_items(judge, n, cells=2**23):
     """The n <= I unseen items that the judge ranks highest for each user, (U, n) int64, and their
-    shares (U, n), a softmax of the n scores; -1 and share 0 where a user has fewer."""
+    shares (U, n), a softmax of the n scores; -1 and share 0 where a user has fewer. judge: a Judge;
+    cells: scores held at once."""
     # some users at a time: all scores at once would be U x I
     items, share = [], []
     everyone = torch.arange(judge.n_users, device=judge.bias.device)
@@ -522,7 +532,7 @@ def keep_clear(keys, n_items):
 
     return penalty
 
-# ==== 3. Further pieces, all beyond the paper except L_sem's projector ============================
+# ==== 3. Further pieces, beyond the paper (which names L_sem but gives no form) ==================
 # Item texts as vectors of the recommender (for L_sem, and to start from), and as a score
 
 class SemanticProjector(nn.Module):

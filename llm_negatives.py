@@ -6,10 +6,10 @@ profile   items.jsonl, users.jsonl, train pairs -> profiles.jsonl: a sentence on
           like and who would enjoy it, and one on what a user enjoys.
 finetune  cf.safetensors, profiles.jsonl -> adapter/ (LoRA, peft's format), sft.safetensors
           (soft-token maps, head). h(u, i) is the LLM's hidden state at the last prompt token;
-          z = head(h) lies in the space of the centred CF item vectors e_j (hnlmrec.py's z is its
+          z = head(h) lies in the space of the centred CF item vectors c_j (hnlmrec.py's z is its
           projector's output instead). InfoNCE pulls z towards the hard negatives mined for u:
-              L = -ln( sum_{j in mined(u)} exp(cos(z, e_j) / tau_s)
-                       / sum_{j} exp(cos(z, e_j) / tau_s) )
+              L = -ln( sum_{j in mined(u)} exp(cos(z, c_j) / tau_s)
+                       / sum_{j} exp(cos(z, c_j) / tau_s) )
 generate  the same prompts and encoder -> negatives-00000.safetensors …: h and z of train pairs.
 
 The method comes first: prompt and encoding, fine-tuning, generation, reading, profiles. Then come
@@ -40,8 +40,8 @@ from backbones import (
     start_processes, sum_over, user_rows, world, write_atomic, writer_of)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
-# Shapes: U users, I items, N train pairs, d numbers of a CF vector, H of a hidden state, L tokens,
-# B rows of a batch, R pairs of G users. SystemExit2: what `fail` raises, with a one-line message
+# Shapes: U users, I items, N train pairs, d numbers of a CF vector (D in backbones.py), H of a
+# hidden state, L tokens, B rows of a batch, R pairs of G users. `fail` raises SystemExit2
 # The prompt has four pieces; what several prompts share is computed once:
 #     instruction | user: profile | item: title and profile | item vector, user vector
 # The user vector comes last, so that h, the last token's hidden state, starts from e_u and gathers
@@ -180,10 +180,14 @@ def pad(pieces, llm):
 
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
                  owner):
-    """What encode() computes, written plainly: each pair's whole prompt in one forward pass, no
-    cache. Arguments (save batch) and result as encode()."""
-    # slower, but gradient checkpointing needs it, since it runs each layer twice and would fill a
-    # cache twice; also the oracle that encode() is tested against
+    """h(u, i), the hidden state of the last prompt token, written plainly: each pair's whole prompt
+    in one forward pass, no cache.
+
+    llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens;
+    G user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
+    users each item belongs to -> (R, H) float32."""
+    # slower than encode(), which is tested against it. Gradient checkpointing needs it, since that
+    # runs each layer twice and would fill a cache twice
     prefixes = [prompt.shared + prompt.user(text) for text in user_texts]
     pieces = [prefixes[user] + prompt.item(text) for user, text in zip(owner.tolist(), item_texts)]
     ids, mask = pad(pieces, llm)
@@ -197,11 +201,8 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
 
 def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors, owner,
            batch=0):
-    """h(u, i): the hidden state of the last prompt token, for training and generation.
-
-    llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens;
-    G user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
-    users each item belongs to -> (R, H) float32. batch: items per call, 0: all."""
+    """What encode_whole() computes, faster: what several prompts share is run once. Arguments and
+    result as there. batch: items per call, 0: all."""
     prefixes = [prompt.user(text) for text in user_texts]
     pieces = [prompt.item(text) for text in item_texts]
 
@@ -211,9 +212,10 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 
     # the items, each on top of its user; the item's soft tokens before the user's, as in the prompt
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
-    # in calls of similar lengths, so that little of one is padding; with batch 0 the order is kept
-    lengths, result = [len(piece) if batch else 0 for piece in pieces], []
-    order = torch.tensor(lengths, device=owner.device).argsort(stable=True)
+    # in calls of similar lengths, so that little of one is padding; one call keeps its order
+    result, order = [], torch.arange(len(pieces), device=owner.device)
+    if batch:
+        order = torch.tensor([len(p) for p in pieces], device=owner.device).argsort(stable=True)
     for part in order.split(batch or len(order)):
         last = run_piece(llm, [pieces[r] for r in part.tolist()], soft[part], past, owner[part])[1]
         result.append(last.float())
@@ -300,7 +302,7 @@ def info_nce(z, candidates, positive, tau, ignore=None):
     CVPR 2020): -ln( sum_positive exp(s / tau) / sum_{not ignored} exp(s / tau) ), s the cosine.
 
     z (B, d), candidates (C, d), positive (B, C) bool, ignore (B, C) bool: candidates left out of
-    the sum, save positives -> scalar mean over B; infinite for a row without a positive."""
+    the sum, except positives -> scalar mean over B; infinite for a row without a positive."""
     scores = F.normalize(z, dim=-1) @ F.normalize(candidates, dim=-1).T / tau  # (B, C)
     if ignore is not None:
         scores = scores.masked_fill(ignore & ~positive, -torch.inf)
@@ -317,7 +319,7 @@ class SftTask:
         self.mined = Bands(cf_model, self.train, first, last)
         # centred, so that cosine compares what tells items apart and not the direction that all
         # popular items share
-        self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d)
+        self.candidates = cf["item"] - cf["item"].mean(0)  # (I, d): c_j
         # Held back: pairs of users that fine-tuning sees, and all pairs of a tenth of the users,
         # which it never sees. With 64 of each, hit rates have a standard error of .0625 at most.
         self.generator = torch.Generator().manual_seed(seed)
@@ -367,7 +369,7 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
         p.grad = torch.zeros_like(p)
     # memory holds the activations of one part at a time; the parts' gradients add up to the batch's
     for n, part in list(enumerate(rows.split(micro_pairs)))[which]:
-        torch.manual_seed(seed * 1009 + n)  # the same dropout in any process and any resumed run
+        torch.manual_seed(seed * 1009 + n)  # one a part (up to 1009): alike in any process or run
         hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "",
                               profile_dropout, encoder)
         part_loss = task.loss(head(hidden), part, tau, targets, n * micro_pairs)
@@ -386,7 +388,7 @@ class MixedTask(SftTask):
     def targets(self, rows):
         """What MixGCF makes of each row's pair and 8 of its user's mined items -> (B, d)."""
         u, i = self.train[rows].T
-        band = self.mined[u]  # (B, L)
+        band = self.mined[u]  # (B, ranks of the band)
         pick = torch.randint(band.shape[1], (len(u), 8), device=u.device)  # make_sampler's 8
         some = band.gather(1, pick)
         mixed = mixgcf(self.cf["user"][u], self.item_layers, i, some, self.cf_model.pool)
@@ -502,7 +504,7 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
     the blocks run here (rows of others stay zero); label: the progress line's, "" for no line."""
     encoder = functools.partial(encode, batch=batch)
     hidden = torch.zeros(len(pairs), llm.config.get_text_config().hidden_size, device=pairs.device)
-    # by user; a block, which may end amid a user's pairs, is four calls; encode() sorts by length
+    # by user; a block is four calls of `batch` pairs, among which encode() sorts by length
     order = pairs[:, 0].argsort(stable=True)
     blocks = order.split(4 * batch) if len(order) else ()  # of none, split makes an empty block
     blocks, done = list(enumerate(blocks))[which], 0
@@ -1019,7 +1021,7 @@ def generate(args):
                                                      args.finetune)
         cf, _ = load_tensors(run / tuned["cf"], args.device)
         texts = load_profiles(run, tuned["profiles"])
-        # the zero-shot ablation: maps and head are untrained too, save the head's mean and std
+        # the zero-shot ablation: maps and head are untrained too, except the head's mean and std
         if not args.finetune:
             torch.manual_seed(args.seed)
             for module in (*soft_tokens.maps, head.linear):
@@ -1386,7 +1388,7 @@ def main(argv=None):
             p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the LLM")
         return p
 
-    p = command("read", f"what a frozen LLM makes of each item's first {READ_TOKENS} tokens of text",
+    p = command("read", f"a frozen LLM's reading of each item's first {READ_TOKENS} tokens of text",
                 "--layers 0,12,20", "texts.safetensors")
     p.add_argument("--layers", default="",
                    help="such as 0,12; 0: a bag of words; left out: 0, 2/5 and 2/3 of the depth")

@@ -139,7 +139,7 @@ def test_metrics_hand_worked():
                             ("ndcg", 4, [(1 + 1 / 2) / (1 + second + 1 / 2), 0, 1 / 2]),
                             # the ideal list is cut at k: with 3 relevant and k = 2 it holds two
                             ("ndcg", 2, [1 / (1 + second), 0, 0]), ("recall", 2, [1 / 3, 0, 0])):
-        assert getattr(backbones, name)(hits, relevant, k).tolist() == pytest.approx(values)
+        assert getattr(evaluation, name)(hits, relevant, k).tolist() == pytest.approx(values)
 
 
 @pytest.mark.parametrize("rounded", [False, True])
