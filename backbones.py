@@ -4,8 +4,8 @@ In:   runs/NAME/data.safetensors (train, valid and test pairs), written by `hnlm
 Out:  runs/NAME/cf.safetensors: user (U, D) and item (I, D), the collaborative-filtering vectors
       that the LLM step starts from; or runs/NAME/model-METHOD.safetensors, a baseline.
 
-Part 1 goes straight from (user, item) pairs to a trained LightGCN, part 2 is a shelf of further
-baselines, part 3 the program. Nothing here imports the other scripts: the file stands alone.
+Part 1 goes straight from (user, item) pairs to a trained LightGCN, part 2 has further baselines,
+and part 3 is the program. Nothing here imports the other scripts: the file stands alone.
 Try:  python backbones.py pretrain --run runs/NAME --sampler dns --out model-dns.safetensors
 """
 
@@ -56,15 +56,15 @@ def rows_of(rows, users):
     indptr, items = rows
     count = indptr[users + 1] - indptr[users]
     place = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-    # entry n of the result is items[n + its user's shift]: a user's row begins elsewhere in each
+    # a user's shift: from where the row starts in the result to where it starts in `items`
     shift = indptr[users] - (count.cumsum(0) - count)
     return place, items[torch.arange(len(place), device=users.device) + shift[place]]
 
 
 def take(table, index):
-    """Rows of a table: (N, D), (…) -> (…, D), as table[index], with a repeatable backward pass."""
-    # on a CPU table[index]'s backward pass adds in no fixed order: two runs with one seed drift
-    # apart; index_select's is repeatable, faster than embedding's. On a GPU index_select's is not
+    """table[index] with a deterministic backward pass: table (N, D), index (…) -> (…, D)."""
+    # on a CPU the backward pass of table[index] adds in no fixed order: runs with one seed drift
+    # apart. That of index_select is deterministic, and faster than embedding's; on a GPU it is not
     if table.device.type == "cpu":
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
@@ -86,7 +86,7 @@ def normalized_adjacency(pairs, n_users, n_items):
 
 
 class SymmetricMatmul(torch.autograd.Function):
-    """apply(adjacency (n, n), x (n, d)) -> adjacency @ x, for a symmetric one without gradient."""
+    """apply(adjacency (n, n), x (n, d)) -> adjacency @ x; adjacency: symmetric, no gradient."""
     @staticmethod
     def forward(ctx, adjacency, x):
         ctx.adjacency = adjacency
@@ -162,7 +162,7 @@ class LightGCN(Backbone):
 
     def __init__(self, n_users, n_items, dim, adjacency, n_layers=3):
         super().__init__(n_users, n_items, dim)
-        # a buffer, so that `.to` moves it; not saved, since the train pairs give it back
+        # a buffer, so that `.to` moves it; not saved, since it is rebuilt from the train pairs
         self.register_buffer("adjacency", adjacency, persistent=False)
         self.n_layers = n_layers
 
@@ -192,7 +192,7 @@ def l2_loss(*vectors):
 # ---- Negative samplers: a batch of (user, positive) -> negatives, without a loop over pairs ------
 class UnseenSampler:
     """Draws items that a user has not interacted with, uniformly and independently (RNS: Rendle et
-    al., BPR, 2009): users (B,), n -> items (B, n). Raises SystemExit2 where a user has them all."""
+    al., BPR, 2009): users (B,), n -> items (B, n). Raises SystemExit2 if a user has every item."""
     def __init__(self, pairs, n_users, n_items):
         # if a user has seen s_0 < s_1 < …, s_k - k unseen items lie before s_k. So unseen item r
         # (from 0) is r + the number of k with s_k - k <= r, by binary search: with 1 and 3 seen,
@@ -210,7 +210,7 @@ class UnseenSampler:
 
     def __call__(self, users, n, generator=None):
         u = users[:, None].long()  # (B, 1)
-        # users differ in their limit: draw far above them all, so that modulo's bias is tiny
+        # limits differ between users: draw from a far larger range, so that the modulo bias is tiny
         r = torch.randint(2**62, (len(users), n), generator=generator, device=users.device)
         r = r % self.free[u]  # (B, n)
         before = torch.searchsorted(self.keys, u * self.stride + r, right=True)
@@ -218,10 +218,10 @@ class UnseenSampler:
 
 
 def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
-    """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest scored of M candidates; for
-    top > 1 one of the `top` highest at random, DNS(M, N) (Shi et al., WWW 2023). No gradient.
-    score as a backbone's; users (B, D), items (I, D), candidates (B, M) item ids; penalty (B, M),
-    taken off the scores -> item ids (B,)."""
+    """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest-scoring of M candidates;
+    for top > 1, a random one of the `top` highest: DNS(M, N) (Shi et al., WWW 2023). No gradient.
+    score: a backbone's; users (B, D), items (I, D), candidates (B, M): item ids; penalty (B, M):
+    subtracted from the scores -> item ids (B,)."""
     with torch.no_grad():
         scores = score(users[:, None], take(items, candidates))  # (B, M)
         if penalty is not None:
@@ -236,8 +236,8 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     mixing (eq. 7-9). users (B, D); item_layers (I, K, d); positives (B,), candidates (B, M): ids;
     pool((B, K, d)) -> (B, D) joins the hops as the backbone does -> vectors (B, D)."""
     # Gradients flow to the chosen candidates and the positives.
-    # One random share of the positive per pair and hop, the same for all M candidates: if each had
-    # its own, the one with the largest share would often win, and training would gain less
+    # Each pair and hop draws one random share of the positive for all M candidates: if each had its
+    # own, the candidate with the largest share would often win, and training would gain less
     # (MovieLens-100K: valid NDCG@20 .238, not .257)
     shape, hops = (item_layers.shape[1], len(positives)), []
     shares = torch.rand(shape, generator=generator, device=candidates.device)  # (K, B)
@@ -257,14 +257,14 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
 
 SAMPLERS = "rns", "pns", "dns", "mixgcf", "ahns"
 # all_users (U, D), all_items (I, D); users, positives, negatives of the batch, each (B, D);
-# negative_ids (B,): items for the L2 term; mixgcf's negatives are not items: its first candidates
+# negative_ids (B,): items for the L2 term; for mixgcf's synthetic negatives, the first candidates
 Sample = namedtuple("Sample", "all_users all_items users positives negatives negative_ids")
 
 
 def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     """A sampler as a function of a batch: sample(u (B,), i (B,), generator) -> Sample.
-    model: a Backbone; sampler: of SAMPLERS; pairs (N, 2) train; m: candidates of dns, mixgcf and
-    ahns; n: dns's `top`; beta: pns's popularity exponent; penalty: dns's, as a
+    model: a Backbone; sampler: one of SAMPLERS; pairs (N, 2): train; m: number of candidates for
+    dns, mixgcf and ahns; n: dns's `top`; beta: pns's popularity exponent; penalty: for dns, a
     function of users (B,) and candidates (B, M)."""
     if sampler not in SAMPLERS:
         fail(f"sampler {sampler!r}: is none of {', '.join(SAMPLERS)}")
@@ -291,7 +291,7 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 
 # ---- Full ranking: the top k of all unseen items, by any recommender's scores(users) -> (B, I) ---
 def top_k(scores, k):
-    """Ids (B, min(k, I)) of the highest of scores (B, I), best first; ties by id, lowest first."""
+    """Ids (B, min(k, I)) of the highest scores (B, I), best first; ties go to the lowest id."""
     # torch.topk leaves ties in any order; one more than k shows a tie across the border
     more = min(k + 1, scores.shape[1])
     values, index = scores.topk(more, dim=1)
@@ -339,10 +339,10 @@ BAND = 0.1985, 0.298
 
 def mining_band(data, first=0, last=0):
     """The mined ranks first..last, 1 the best; 0: BAND's share of the catalogue. data: load_data's.
-    Raises SystemExit2 where last < first, or beyond the catalogue."""
+    Raises SystemExit2 if last < first, or if last is beyond the catalogue."""
     n_items, count = data["n_items"], torch.bincount(data["train"][:, 0])
     low, high = (max(1, round(part * n_items)) for part in BAND)
-    # where one end is given the other moves, if it must
+    # if only one end is given, the other moves if it has to
     first, last = first or min(low, last or low), last or max(high, first)
     if not first <= last <= n_items:
         fail(f"--mine-first {first}: is not followed by a --mine-last of at most {n_items}")
@@ -354,7 +354,7 @@ def mining_band(data, first=0, last=0):
 @torch.no_grad()
 def mine_hard_negatives(model, train, users, first, last):
     """The unseen items at ranks first..last of a trained recommender's full ranking for users (n,),
-    from train (N, 2) alone; users with fewer have their last ones (repeating the best if they must)
+    from train (N, 2) alone; users with fewer get their last ones (the best is repeated if need be)
     -> ids (n, last - first + 1). Raises SystemExit2 for a user who has all items."""
     seen = user_rows(train, model.n_users)
     end = (model.n_items - seen[0].diff()[users]).clamp(max=last)  # (n,)
@@ -368,8 +368,8 @@ def mine_hard_negatives(model, train, users, first, last):
 
 
 class Bands:
-    """mine_hard_negatives for the users that are asked for: bands[users (n,)] -> (n, L). Each is
-    ranked once; for all users of large data the bands, a tenth of U x I, would not fit."""
+    """mine_hard_negatives on demand: bands[users (n,)] -> (n, L). Each user is ranked once. For
+    large data, the bands of all users, a tenth of U x I, would not fit in memory."""
     def __init__(self, model, train, first, last):
         self.mine = lambda users: mine_hard_negatives(model, train, users, first, last)
         self.place = torch.full((model.n_users,), -1, device=train.device)  # user -> row of items
@@ -437,7 +437,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             if decay:
                 optimizer.param_groups[0]["lr"] = lr * (1 - (done - 1) / n_steps)
             optimizer.step()
-            # weighted, so that a short last batch counts for what it is
+            # weighted by size, so that a short last batch counts for less
             for name, value in {**values, "loss": loss.item()}.items():
                 logs[name] = logs.get(name, 0.0) + value * len(rows)
         logs = {name: value / n_rows for name, value in logs.items()}
@@ -465,7 +465,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
 
 
 def best_epoch(history):
-    """The row of a history of `fit` with the best validation: the one of the state that it left."""
+    """The row of fit's history with the best validation score: that of the state it restored."""
     return max(history, key=lambda row: row["valid_ndcg@20"])
 
 
@@ -481,8 +481,8 @@ def restore(modules, state):
 
 
 def ranking_hits(model, pairs, seen, k):
-    """Rank the users that have held-out `pairs` (N, 2); model, seen, k: as rank_unseen's -> users
-    (n,); hits (n, k; I if I < k) bool, by rank: if the item is in the user's pairs; relevant (n,):
+    """Rank items for the users in held-out `pairs` (N, 2); model, seen, k: rank_unseen's -> users
+    (n,); hits (n, k; I if I < k) bool, by rank: is the item in the user's pairs; relevant (n,):
     the number of the user's pairs; ranked (n, k): item ids, padded with -1."""
     relevant = torch.bincount(pairs[:, 0], minlength=model.n_users)
     users = relevant.nonzero()[:, 0]  # without a pair there is no metric
@@ -514,7 +514,7 @@ def validation(model, data, k=20, users=None):
 
     return validate
 
-# ==== 2. The shelf: what is not on the way from pairs to LightGCN =================================
+# ==== 2. Further baselines, samplers and closed forms: nothing here is needed for LightGCN =========
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), eq. 7: E' = LeakyReLU((A + I) E W1 + (A E ⊙ E) W2), with
     message dropout; layer 0 and the L2-normalised hops, concatenated: D = (n_layers + 1) * dim."""
@@ -550,7 +550,7 @@ class NeuMF(Backbone):
         half = dim // 2
         self.mlp = nn.Sequential(nn.Linear(dim, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
         self.out = nn.Linear(dim, 1, bias=False)
-        nn.init.ones_(self.out.weight)  # GMF and MLP weigh alike; at first the MLP's part is larger
+        nn.init.ones_(self.out.weight)  # equal weights, though the MLP's part is larger at first
 
     def score(self, users, items):
         users, items = torch.broadcast_tensors(users, items)
@@ -559,21 +559,21 @@ class NeuMF(Backbone):
         return self.out(joined)[..., 0]
 
     def score_all(self, users, items):
-        # no inner product to rank with: walk the catalogue, with tensors of about 16 MiB at most
+        # no inner product to rank by: score the catalogue in chunks of about 16 MiB at most
         chunk = max(1, 2**22 // max(1, len(users) * self.dim))
         return torch.cat([self.score(users[:, None], part[None]) for part in items.split(chunk)], 1)
 
 
 def standardised(text):
-    """Texts' vectors (I, H), I > 1 -> float32, by dimension mean 0, deviation 1 (constant: 0)."""
+    """Text vectors (I, H), I > 1 -> float32, mean 0 and deviation 1 per dimension (constant: 0)."""
     # a few dimensions of an LLM's hidden states are up to 50 times larger and would drown the rest
     text = text.float()
     return (text - text.mean(0)) / text.std(0).clamp(min=1e-3)
 
 
 class TextVectors(nn.Module):
-    """AlphaRec (Sheng et al., ICLR 2025): a two-layer MLP on frozen texts (I, H); a user's text is
-    the mean of those of the user's train items. forward() -> (U + I, dim), users first."""
+    """AlphaRec (Sheng et al., ICLR 2025): a two-layer MLP on frozen text vectors (I, H); a
+    user's is the mean over the user's train items. forward() -> (U + I, dim), users first."""
     def __init__(self, text, train, n_users, dim):
         super().__init__()
         text = standardised(text)  # not in the paper, which takes texts as they are
@@ -589,7 +589,7 @@ class TextVectors(nn.Module):
 
 def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False, text=None):
     """One of mf, lightgcn, ngcf, neumf, on the device of `train` (N, 2). cosine: vectors of norm 1.
-    text (I, H): it starts from TextVectors of these. Raises SystemExit2 for neumf of odd width."""
+    text (I, H): start from its TextVectors. Raises SystemExit2 for neumf with an odd dim."""
     if name == "neumf" and dim % 2:
         fail(f"--dim {dim}: neumf halves it; give an even number")
     form, graph = {"mf": MF, "neumf": NeuMF, "lightgcn": LightGCN, "ngcf": NGCF}[name], ()
@@ -599,7 +599,7 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False,
     if text is not None:
         text = text.to(train.device)
         model.embedding, model.texts = None, TextVectors(text, train, n_users, dim)
-    # inner products are cosines in training, ranking and file alike
+    # so inner products are cosines in training, in ranking and from the file
     if cosine:
         model.register_forward_hook(lambda _, __, ends: [F.normalize(x, dim=-1) for x in ends])
     return model.to(train.device)
@@ -625,8 +625,8 @@ class PopularitySampler:
             if not again.any():
                 return drawn
             drawn[again] = self.weight.multinomial(int(again.sum()), True, generator=generator)
-        # still seen after 8 rounds, mostly for users who have seen most of the weight: draw from
-        # their unseen items alone, 2**24 weights (128 MiB) at a time
+        # still seen after 8 rounds, mostly for users whose items hold most of the weight: draw
+        # only from their unseen items, 2**24 weights (128 MiB) at a time
         everything = torch.arange(self.n_items, device=users.device)
         again = contains(self.keys, users, drawn, self.n_items).nonzero()  # (n, 2)
         for row, column in (part.T for part in again.split(max(1, 2**24 // self.n_items))):
@@ -637,12 +637,12 @@ class PopularitySampler:
 
 
 def ahns(score, users, items, positives, candidates, alpha=0.1, beta=0.4, power=-2):
-    """Adaptive hardness (Lai et al., AHNS, AAAI 2024, eq. 6): of M candidates the one whose score
-    is nearest to beta * (score(positive) + alpha) ** (power + 1), so that a high scored positive
-    gets an easy negative and the reverse. score, users (B, D), items (I, D), candidates (B, M) as
-    dns's; positives (B,) -> item ids (B,). No gradient."""
-    # of its authors' choices the one that validation prefers (8-core of Toys & Games: .058, with
-    # its code's 1 and .1 .052); power is a whole number, as the base can be negative
+    """Adaptive hardness (Lai et al., AHNS, AAAI 2024, eq. 6): of M candidates, the one whose score
+    is nearest to beta * (score(positive) + alpha) ** (power + 1), so that a high-scoring positive
+    gets an easy negative, and vice versa. score, users (B, D), items (I, D), candidates (B, M): as
+    for dns; positives (B,) -> item ids (B,). No gradient."""
+    # of the authors' settings, the one that validates best (8-core of Toys & Games: .058; with the
+    # 1 and .1 of their code: .052); power is a whole number, since the base can be negative
     with torch.no_grad():
         target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
         distance = (score(users[:, None], take(items, candidates)) - target).abs()  # (B, M)
@@ -658,7 +658,7 @@ def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
 
 
 def own_among(drawn, users, rows, n_items):
-    """Which of the distinct items `drawn` (n,) are own items of users (B,); rows: from user_rows
+    """Which of the distinct items `drawn` (n,) each of `users` (B,) has; rows: from user_rows
     -> places in `users` (m,) and in `drawn` (m,), together an index into a (B, n) table."""
     slot = torch.full((n_items,), -1, device=drawn.device)  # item -> its place in `drawn`
     slot[drawn] = torch.arange(len(drawn), device=drawn.device)
@@ -682,7 +682,7 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
         # not the row's own train items
         own = own_among(drawn, u, train_rows, model.n_items)
         scores = scores.index_put(own, scores.new_tensor(-torch.inf))
-        # the positive above all of them, and L2, which the shared negatives stay out of
+        # rank the positive above all of them; L2 leaves out the shared negatives
         loss = sampled_softmax_loss(model.score(users, items), scores, tau)
         logs = {"softmax": loss.item()}
         if reg:
@@ -697,8 +697,8 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 # weights W (I, I). CLOSED_FORMS: name -> its flags, in the order of its function's parameters, each
 # with the values that validation chooses from if the flag is not given. RP3beta's exponents lie
 # between 0 and 1; fewer neighbours (topk) remove the noise of rare items. As in the code of Ferrari
-# Dacrema et al. (RecSys 2019), ItemKNN may weigh users (idf), RP3beta all items of a history alike
-# (unit)
+# Dacrema et al. (RecSys 2019), ItemKNN may weight users (idf), and RP3beta all items of a history
+# equally (unit)
 TOPK = (0, 5, 10, 20, 50, 100, 200)  # 0: all
 CLOSED_FORMS = {
     "pop": {}, "itemknn": {"shrink": (0.0, 20.0, 100.0, 300.0), "idf": (0, 1), "topk": TOPK},
@@ -723,8 +723,8 @@ class ItemWeights(nn.Module):
 
 
 def sum_of_rows(weight, place, items, n):
-    """Row p of the result: the sum of weight[i] over all (p, i) in place, items (P,), which are
-    rows_of's, or the users and items of train pairs. weight (I, J), dense or CSR -> (n, J)."""
+    """Row p of the result is the sum of weight[i] over all (p, i) in place, items (P,): rows_of's
+    results, or the users and items of train pairs. weight (I, J), dense or CSR -> (n, J)."""
     one = torch.ones(len(items), device=items.device, dtype=weight.dtype)
     rows = sparse_csr(place, items, one, (n, len(weight)))
     if weight.layout == torch.sparse_csr and not torch.backends.mkl.is_available():
@@ -733,7 +733,7 @@ def sum_of_rows(weight, place, items, n):
 
 
 def popularity(pairs, n_users, n_items):
-    """Train pairs of each item, equal counts by id, alike for all users -> weights (1, I)."""
+    """Each item's number of train pairs, ties by id, the same for all users -> weights (1, I)."""
     count = torch.bincount(pairs[:, 1], minlength=n_items).double()  # float32 would round to ties
     # break ties by id, by less than 1, which keeps the order of counts: top_k is slow on many ties
     return (count - torch.arange(n_items, device=pairs.device) / n_items)[None]
@@ -754,8 +754,8 @@ def co_occurrence(pairs, user_weight, n_items):
 
 
 def strongest(entries, by, topk):
-    """Of entries (row, column, value), (n,) each, those with a value above 0 that are among the
-    topk highest of their row (by 0) or column (by 1) -> the same, in their order. topk 0: all."""
+    """The entries (row, column, value), (n,) each, that are above 0 and among the topk highest of
+    their row (by 0) or column (by 1) -> the same three, in the same order. topk 0: all."""
     kept = entries[2].nonzero()[:, 0]
     if topk:
         group = entries[by]
@@ -777,23 +777,23 @@ def item_weights(row, column, value, n_items):
 
 def item_knn(pairs, n_users, n_items, shrink=20.0, idf=0, topk=0):
     """ItemKNN (Sarwar et al., WWW 2001), cosine with shrinkage (Bell and Koren, ICDM 2007):
-    W_ij = n_ij / (sqrt(n_i n_j) + shrink), n_ij users having both. idf: a user of n_u items counts
-    as ln(I / (1 + n_u))^2 users, in n_i as well (TF-IDF). topk: neighbours of each item j, which is
-    scored. pairs (N, 2) -> sparse CSR (I, I)."""
+    W_ij = n_ij / (sqrt(n_i n_j) + shrink), n_ij users have both. idf: a user of n_u items counts
+    as ln(I / (1 + n_u))^2 users, in n_i as well (TF-IDF). topk: neighbours kept for each scored
+    item j. pairs (N, 2) -> sparse CSR (I, I)."""
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).float()
     weight = (n_items / (1 + of_user)).log() ** 2 if idf else torch.ones_like(of_user)
     norm = torch.bincount(pairs[:, 1], weight[pairs[:, 0]], minlength=n_items).float().sqrt()
     row, column, shared = co_occurrence(pairs, weight, n_items)
-    shared = shared * (row != column)  # an item is no neighbour of its own
+    shared = shared * (row != column)  # an item is not its own neighbour
     value = shared / (norm[row] * norm[column] + shrink).clamp(min=1e-12)  # a user may weigh 0
     return item_weights(*strongest((row, column, value), 1, topk), n_items)
 
 
 def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
-    """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item, each
-    step's probability to the power alpha, the popularity of its end taken out to the power beta:
-    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. Of each row i the topk highest are
-    kept; unit: then each row sums to 1; then of each column. pairs (N, 2) -> sparse CSR (I, I)."""
+    """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item with
+    step probabilities to the power alpha, divided by the last item's popularity to the power beta:
+    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. The topk highest of each row i stay
+    (unit: scaled to sum to 1), then those of each column. pairs (N, 2) -> sparse CSR (I, I)."""
     # the first step's probability is the same for all of a user's items, so it is left out
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()
     of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
@@ -805,11 +805,11 @@ def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
     return item_weights(*strongest((row, column, value), 1, topk), n_items)
 
 
-EASE_ITEMS = 23_170  # 4 GiB for a table in float64, two at the peak besides co_occurrence's
+EASE_ITEMS = 23_170  # 4 GiB for a table in float64; at the peak there are two, plus co_occurrence's
 
 
 def ease(pairs, n_users, n_items, ridge=200.0):
-    """EASE (Steck, WWW 2019): the W of least ||X - X W||^2 + ridge ||W||^2 with a zero diagonal.
+    """EASE (Steck, WWW 2019): the W that minimises ||X - X W||^2 + ridge ||W||^2, diagonal 0.
     With P = (X'X + ridge I)^-1: W_ij = -P_ij / P_jj (eq. 8). pairs (N, 2) -> dense (I, I). Raises
     SystemExit2 for more than EASE_ITEMS items, or a ridge too small to invert with."""
     if n_items > EASE_ITEMS:
@@ -819,7 +819,7 @@ def ease(pairs, n_users, n_items, ridge=200.0):
     gram[row, column] = shared.double()
     # the largest row sum bounds X'X's eigenvalues; a ratio of 1e10 leaves 6 of float64's 16 digits
     if float(gram.sum(1).max()) > 1e10 * ridge:
-        fail(f"--ridge {ridge:g}: is too small beside the data to solve with; raise it")
+        fail(f"--ridge {ridge:g}: is too small to solve with on this data; raise it")
     gram.diagonal().add_(ridge)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram, out=gram), out=gram)
     return inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0).float()
@@ -835,7 +835,7 @@ def nearest_items(vectors, users, items, seen, k):
 
 # ==== 3. The method ends here. What follows are programs, files, errors, processes ===============
 def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):
-    """What follows from N train pairs and I items where 0 is given: batch size, lr, epochs, M."""
+    """Batch size, lr, epochs and M; those given as 0 follow from N train pairs and I items."""
     # chosen by validation on two sets: MovieLens-100K (N 44,287, I 1,008: 2,048, 1e-3, M 8) and
     # full Toys & Games (124,813, 11,924: 16,384, 8e-3, M 32); elsewhere a rule of thumb
     n = len(data["train"])
@@ -861,7 +861,7 @@ def pretrain(args):
         data, args.batch_size, args.lr, args.epochs, args.m)
     if args.n > (args.m if args.sampler == "dns" and args.loss == "bpr" else 1):
         fail(f"--n {args.n}: is read by --sampler dns alone, and m is {args.m}; lower --n")
-    # what the file depends on: made with these settings from these inputs, it is there already
+    # what the file depends on; one made with these settings and inputs is not made again
     closed, text, inputs = args.backbone in CLOSED_FORMS, None, ["data.safetensors"]
     if args.text_vectors:
         args.text_vectors = text_input(run, args.text_vectors)
@@ -928,7 +928,7 @@ def compute_closed_form(args, data, _):
         return score
 
     constants, score = line_search(score_of, grid)
-    if "topk" in grid:  # again from there, with all neighbours, topk last: one search may miss them
+    if "topk" in grid:  # search again from all neighbours, topk last: one search may miss them
         point = constants | {"topk": grid["topk"][0]}
         again = line_search(score_of, dict(reversed(grid.items())), point)
         constants, score = max((constants, score), again, key=lambda found: found[1])
@@ -944,14 +944,14 @@ def compute_closed_form(args, data, _):
 
 
 def line_search(score_of, grid, point=None):
-    """Coordinate ascent: from a `point` of a grid {name: values in order}, or its middle, the best
-    value of one name at a time, until none gives a better one -> (point {name: value}, score).
-    score_of(*values of a point) should be cached, since points come again."""
+    """Coordinate ascent from a `point` of the grid {name: values in order}, by default its middle:
+    take the best value of one name at a time until none improves -> (point {name: value}, score).
+    score_of(*values of a point) should be cached, since points recur."""
     point = point or {name: values[(len(values) - 1) // 2] for name, values in grid.items()}
     before = None
     while point != before:
         before = point
-        for name in reversed(grid):  # topk is the last: without it the others find a poorer end
+        for name in reversed(grid):  # topk, the last, goes first: otherwise it ends up worse
             point = max((point | {name: value} for value in grid[name]),
                         key=lambda tried: score_of(*tried.values()))
     return point, score_of(*point.values())
@@ -985,8 +985,8 @@ def load_model(path, data):
 
 
 def load_texts(run, name, data):
-    """Vectors of the items' texts, of `llm_negatives.py read` or a file of one's own -> (I, H) f32
-    of each layer, on the device of data["train"]. Raises SystemExit2 for a bad shape or NaN."""
+    """Vectors of the items' texts, from `llm_negatives.py read` or the user's own file -> float32
+    (I, H) per layer, on the device of data["train"]. Raises SystemExit2 for a bad shape or NaN."""
     path, n_items = Path(run) / text_input(run, name), data["n_items"]
     try:  # readings of another catalogue, and damaged ones, are refused
         tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
@@ -1011,7 +1011,7 @@ def text_input(run, name):
     return str(Path(name).resolve())
 
 
-SHARD_USERS = 1024  # of one shard of generated negatives: a killed run loses one at most
+SHARD_USERS = 1024  # users per shard of generated negatives: a killed run loses one shard at most
 
 
 def shards(name, n_users):
@@ -1023,8 +1023,8 @@ def shards(name, n_users):
 def load_negatives(run, name, data):
     """Generated negatives, joined from their shards -> a dict: pairs (n, 2), hidden (n, H) f16,
     vector (n, d) f16; cf, the name of the CF model's file. Raises SystemExit2 for a missing shard,
-    or one made otherwise than the rest."""
-    # all shards or an error: training would not see that a block of users lacks its vectors
+    or one made with other settings."""
+    # all shards or an error: training would not notice that a block of users lacks its vectors
     paths = [Path(run) / shard for shard in shards(name, data["n_users"])]
     parts, metas = zip(*(load_tensors(path) for path in paths))
     for path, meta in zip(paths, metas):
@@ -1076,7 +1076,7 @@ def read_header(path):
 
 
 def read_meta(path, check=False):
-    """One of our files' metadata alone, refused as by load_tensors. check: its inputs as well."""
+    """The metadata of one of our files, checked as in load_tensors. check: check its inputs too."""
     if not Path(path).exists():
         fail(f"{path}: no such file; make it with `{writer_of(path)}`")
     meta = read_header(path)
@@ -1131,7 +1131,7 @@ def run_of(path):
 
 
 def check_inputs(path, inputs):
-    """Raise SystemExit2 unless all that `path` was made from, {name: digest}, is as it was then."""
+    """Raise SystemExit2 unless everything `path` was made from, {name: digest}, is unchanged."""
     run = run_of(path)
     for name, digest in inputs.items():
         if digests(run, name)[name] != digest:
@@ -1146,8 +1146,8 @@ def check_inputs(path, inputs):
 
 def skip(path, settings, force=False):
     """True when `path` was made with exactly these settings, `inputs` included. Raises SystemExit2
-    when it was made with others, unless force, or by another command."""
-    # so nothing stale is used, and nothing is overwritten unasked
+    if it was made by another command or, unless force, with other settings."""
+    # so that nothing stale is used, and nothing is overwritten unasked
     path, new = Path(path), json.loads(json.dumps(settings))
     if not path.exists():
         return False
@@ -1231,7 +1231,7 @@ def writer_of(path):
     stem = re.sub(r"(-\d{5})?(\.partial)?\.\w+$", "", name)
     first = re.split("[-.]", stem)[0]
     command = WRITERS.get(first)
-    if not command:  # a model says itself what wrote it; of one that is not there its name tells
+    if not command:  # a model's header says what wrote it; if it is missing, its name tells
         guess = "blend" if "full" in stem else "train" if re.search("hnlmrec|judged", stem) else ""
         made = read_header(path).get("settings", {}).get("command", guess)
         command = f"hnlmrec.py {made}" if made in ("train", "blend") else "backbones.py pretrain"
@@ -1248,7 +1248,7 @@ def output_name(flag, name, command, suffix="", word=""):
     plain = name.removeprefix("compare/") if suffix == ".safetensors" else name
     first = re.split("[-.]", plain.lower())[0]
     if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain) or word not in ("", first):
-        fail(f"{flag} {name!r}: give a plain name (a-z, 0-9, -_.), as {word or 'x'}-2{suffix}")
+        fail(f"{flag} {name!r}: give a plain name (a-z, 0-9, -_.), such as {word or 'x'}-2{suffix}")
     if plain == name and WRITERS.get(first, command) != command:
         fail(f"{flag} {name}: {first} names files of `python {WRITERS[first]}`; choose another")
     return name
@@ -1272,7 +1272,7 @@ def write_atomic(path, data):
     """Write bytes to a temporary name, then rename: a reader sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # the same each time: killed ones do not add up
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: killed runs leave one file
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -1299,7 +1299,7 @@ def fail(message):
 
 
 class Output(io.FileIO):
-    """Standard output's bytes: after a closed pipe or on a full disk the rest goes nowhere."""
+    """Standard output; once the pipe is closed or the disk full, it drops the rest silently."""
     def write(self, data):
         with contextlib.suppress(OSError):
             return super().write(data)
@@ -1313,8 +1313,8 @@ def run_cli(main):
         io.BufferedWriter(Output(1, "w", closefd=False)), sys.stdout.encoding, "backslashreplace",
         line_buffering=True) if sys.stdout else open(os.devnull, "w")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # glibc returns tables of a few MiB to the system at once, and each training step gets them
-    # again, page by page. To keep 1 GiB saves a quarter of a DNS step, a third of one with L_false
+    # glibc returns freed blocks of a few MiB to the system at once, and each step gets them back
+    # page by page. Keeping 1 GiB saves a quarter of a DNS step, a third of one with L_false
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -1330,7 +1330,7 @@ def run_cli(main):
     except SystemExit2 as error:
         message = error.message
     except KeyboardInterrupt:
-        print("\nstopped; finished steps are kept, run the same command to resume", file=sys.stderr)
+        print("\nstopped; finished steps are kept; run the same command to resume", file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # a full disk, an unwritable folder: the old file is untouched
         message = f"{error.filename or 'output'}: {error.strerror or error}; fix that, run it again"
@@ -1345,7 +1345,7 @@ def run_cli(main):
 
 
 class Progress:
-    """Rate and time left: one rewritten line on a terminal, in a file a line every 20 seconds."""
+    """Rate and time left: one rewritten line on a terminal, a line every 20 seconds in a file."""
     def __init__(self, label, total, unit):
         self.label, self.total, self.unit = label, total, unit
         self.shown, self.first, self.tty = time.time(), None, sys.stdout.isatty()
@@ -1367,7 +1367,7 @@ class Progress:
 
 # ---- Processes of torchrun -----------------------------------------------------------------------
 def start_processes(device):
-    """-> the device of this process: `device`; of cuda, under torchrun, a GPU of its own."""
+    """-> the device of this process: `device`; for cuda under torchrun, its own GPU."""
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1") or world() > 1:  # alone, or started
         return device
     # without torchrun no other process would come, and this one would wait in vain
@@ -1406,7 +1406,7 @@ def sum_over(tensors):
 
 
 def average_gradients(parameters):
-    """The mean of each gradient over all processes, in place, as DistributedDataParallel has it."""
+    """Average each gradient over all processes, in place, as DistributedDataParallel does."""
     for p in parameters if world() > 1 else ():
         # another process's rows may reach parameters that these do not: all take part, or it hangs
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1456,7 +1456,7 @@ def add_run_flags(parser, out=None, device=True):
         gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
         devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
         parser.add_argument("--device", choices=devices, default=devices[0],
-                            help="where to compute, of what PyTorch sees")
+                            help="device to compute on, of those PyTorch sees")
 
 
 def add_training_flags(parser, out, more=(), **sampler):
@@ -1474,7 +1474,7 @@ def add_training_flags(parser, out, more=(), **sampler):
         ("--lr", number(float, 0), 0.0, "of Adam; 0: 1e-3 x batch size / 2048, at most 8e-3"),
         ("--reg", number(float, 0), 1e-4, "weight of the L2 term, lambda2"),
         ("--eval-every", number(int, 1), 5, "epochs between validations"),
-        ("--eval-users", number(int, 1), None, "users that a validation ranks; left out: all"),
+        ("--eval-users", number(int, 1), None, "users ranked per validation; if left out, all"),
         ("--patience", number(int, 1), 6, "validations without a new best before stopping"),
         ("--seed", number(int, 0), 0, "decides initial weights, batches and negatives"),
         ("--m", number(int, 0, 2**16), 0, "candidates of dns, mixgcf, ahns; 0: by number of items"))
@@ -1509,7 +1509,7 @@ def main(argv=None):
         ("--idf", number(int, 0, 1), unset, "itemknn: 1: users with few items count more"),
         ("--rp3-alpha", number(float, 0), unset, "rp3: exponent of the transition probabilities"),
         ("--rp3-beta", number(float, 0), unset, "rp3: exponent of the popularity taken out"),
-        ("--unit", number(int, 0, 1), unset, "rp3: 1: each item of the history weighs 1 in all"),
+        ("--unit", number(int, 0, 1), unset, "rp3: 1: each history item's weights sum to 1"),
         ("--topk", number(int, 0), unset, "itemknn, rp3: neighbours of each item; 0: all"),
         ("--ridge", number(float, 0, open_low=True), unset, "ease: weight of its L2 term, lambda"))
     args = parser.parse_args(argv)
@@ -1534,7 +1534,7 @@ def main(argv=None):
             fail(f"--{flag}: is read by {reader} alone; leave it out")
     if args.text_vectors and args.backbone in ("neumf", "closed", *CLOSED_FORMS):
         fail(f"--text-vectors: is not for {args.backbone}; leave it out")
-    # several models in one start of Python; of closed, those that refuse large data are left out
+    # several models in one Python process; `closed` leaves out forms that refuse large data
     for name in CLOSED_FORMS if closed else args.sampler:
         out = f"model-{name}.safetensors" if several else args.out
         one = {"backbone" if closed else "sampler": name, "out": out}

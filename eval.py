@@ -67,7 +67,7 @@ def seen_before(data, split):
 
 def evaluate(model, data, split="test", ks=(10, 20)):
     """Metrics of every user with a pair in `split` (valid or test), by any module with n_users,
-    n_items and scores(users (B,)) -> a new (B, I) -> users (n,), {name@k: (n,) float64}, and the
+    n_items and scores(users (B,)), a new (B, I) -> users (n,), {name@k: (n,) float64}, and the
     lists behind them (n, min(max(ks), I)): item ids, best first, -1 where a user has fewer unseen
     items. Raises SystemExit2 for an empty split."""
     if not len(data[split]):
@@ -90,7 +90,7 @@ def list_statistics(users, ranked, data, split="test"):
     pairs = torch.stack([users[:, None].expand_as(ranked)[real], recommended], 1)
     hit = contains(pair_keys(pairs, n_items), *data[split].T, n_items).double()
     quarter = quartiles(count)[data[split][:, 1]]
-    # the Gini index by its formula for sorted values; items that nobody is recommended count as 0
+    # the Gini index by its formula for sorted values; items recommended to nobody count as 0
     frequency = torch.bincount(recommended, minlength=n_items).double().sort().values
     weight = 2 * torch.arange(1, n_items + 1).double() - n_items - 1
     by_quarter = {f"I{q + 1}": float(hit[quarter == q].mean()) for q in range(4)}
@@ -149,7 +149,7 @@ def fhns_rates(users, items, data):
 def fhns_of_samplers(model, data, m, seed=0, likely=None):
     """FHNS of negatives that samplers draw for train pairs by a trained backbone's scores: uniform,
     DNS (best of m), MixGCF; and of its own top items. likely (U, n), best first: a judge's likely
-    false negatives; with it, also of DNS kept clear of these, and of these themselves."""
+    false negatives; with it, also of DNS that avoids these, and of the items themselves."""
     # the same candidates for all, so that the samplers differ only in their choice
     generator, seen = torch.Generator().manual_seed(seed), user_rows(data["train"], model.n_users)
     some = torch.randperm(len(data["train"]), generator=generator)[:MOST].sort().values
@@ -183,9 +183,9 @@ def fhns_of_vectors(pairs, vectors, items, data):
 # ---- 3. What can be compared, by name ------------------------------------------------------------
 # One row of a table. `hnlmrec.py blend` makes it if it has parts, `backbones.py pretrain` if its
 # kind is in BASELINES (except RLMRec-Con), else `hnlmrec.py train`. kind: closed form, sampler,
-# baseline (another paper's model), text (untrained), ours, control. flags: of that command, after
-# those of the row `like`, tuned ones too. needs: files of the run that it reads. parts: rows or
-# files to blend, of A|B what blends better (valid). stem: `report` reads model-STEM.safetensors
+# baseline (another paper's model), text (untrained), ours, control. flags: for that command, after
+# those of the row `like` and their tuned flags. needs: files of the run it reads. parts: rows or
+# files to blend; of A|B, the better in a blend (valid). stem: `report` reads model-STEM.safetensors
 Method = namedtuple("Method", "kind flags needs like parts stem", defaults=("", (), "", (), ""))
 BASELINES = ("closed form", "sampler", "baseline")
 TEXTS, JUDGE, JUDGED = "texts.safetensors", "judge.safetensors", "judge's negatives"
@@ -485,7 +485,7 @@ def example_lines(comparison, k=5):
     there is such a row, else by the last row), and nearest to the projected z."""
     run, data, rows = comparison.run, comparison.data, comparison.rows
     users, items = (read_jsonl(run / name) for name in ("users.jsonl", "items.jsonl"))
-    # the first user who has most of these: train pairs, generated negatives of each model
+    # the first user who is in the most of these: train pairs, each model's generated negatives
     having = [data["train"], *(z["z_pairs"] for z in comparison.with_z.values())]
     found = sum(torch.isin(comparison.users, pairs[:, 0]).int() for pairs in having)
     user = int(comparison.users[found.argmax()])
@@ -604,7 +604,7 @@ def page_of(run, out, command, first):
     """The path of OUT.md. Raises SystemExit2 for a page there that does not begin with `first`."""
     page = run / f"{output_name('--out', out, f'eval.py {command}')}.md"
     if page.exists() and not page.read_text("utf-8", "replace").startswith(first):
-        fail(f"--out {out}: {page} exists and is not by `{command}`; choose another name")
+        fail(f"--out {out}: {page} exists and was not written by `{command}`; choose another name")
     return page
 
 
@@ -630,7 +630,7 @@ def training_of(name, tuned, backbone, seed, more=()):
     """The command that trains a row, as words: the script, the flags of the row that it is `like`,
     its own flags, each followed by the tuned ones (from read_tuned), then `more`."""
     method, words = METHODS[name], []
-    # in this order: of a flag given twice the last one counts
+    # in this order: if a flag is given twice, the last one counts
     for row in filter(None, (method.like, name)):
         words += METHODS[row].flags.split()
         if tuned and row in SPACES:
@@ -653,7 +653,7 @@ class Cells:
         self.args, self.run, self.failed = args, Path(args.run), {}
         self.flags = words_of("--flags", args.flags)
         self.tuned = read_tuned(self.run / args.tuned, digest) if args.tuned else {}
-        # the best of more trials is better, so all need as many; JUDGED may have 1: see tune
+        # the best of more trials is better, so all need equally many; JUDGED may have 1: see tune
         budgets = {trial["trials"] for name, trial in self.tuned.get(args.backbone, {}).items()
                    if name != JUDGED or trial["trials"] > 1}
         if len(budgets) > 1:
@@ -669,7 +669,7 @@ class Cells:
         for part in method.parts:
             files = []
             for one in part.split("|"):
-                # a blend passes its flags to the parts it trains, of A|B to A alone
+                # a blend passes its flags to the parts it trains (of A|B, only to A)
                 plain = files or METHODS.get(one, method).kind == "closed form"
                 files.append(self.file(one, [] if plain else words, seed))
             parts.append("|".join(files))
@@ -715,7 +715,7 @@ def program(script, *words):
         fail(f"{script} {' '.join(words[:3])} …: {message.removeprefix('error: ')}")
 
 # ---- 6. tune -------------------------------------------------------------------------------------
-# Every method gets as many trials (JUDGED may have 1: see tune), on validation: random search
+# Every method gets equally many trials (JUDGED may have 1: see tune), on validation: random search
 # (Bergstra and Bengio, JMLR 2012), but mostly steps from the best so far. No test pair is read.
 # SPACES has method -> {flag: its values in order, since a step goes to the next one up or down}
 TRAINED = {"lr": [3e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "dim": [64, 128, 256, 512],
@@ -928,7 +928,7 @@ def estimate(args):
              "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
         parts |= {"LLM": 0.3 * llm, "judge": 0.15 * parts["judge"]}
-    # a training mostly looks up vectors, bound by memory: timed by a matrix product, some machines
+    # training mostly looks up vectors, bound by memory: judged by a matrix product, some machines
     # would seem 1.5 times as fast as they are. The fastest of 50: the others were disturbed
     table, rows = torch.randn(2**15, 64), torch.randint(2**15, (2**16,))
     speed = REFERENCE / min(Timer(lambda: table.index_select(0, rows)).repeat(50, 1))
@@ -1050,15 +1050,15 @@ def main(argv=None):
     # what trains many models
     for name, rows, out in (("compare", METHODS, None), ("tune", SPACES, "tuned")):
         add(name, "--methods", 'names separated by ";", such as "DNS;MixGCF". In compare, each may '
-            'have flags ("HNLMRec --tau-c 0.1"), which a blend passes to the parts it trains, of '
-            "alternatives to the first. Default: all in tune; in compare the usual rows, as far "
-            "as the run has their files. Names: " + "; ".join(rows), default="")
+            'have flags ("HNLMRec --tau-c 0.1"), which a blend passes to the parts it trains (of '
+            "alternatives, only to the first). Default: all in tune; in compare, the usual rows "
+            "whose files the run has. Names: " + "; ".join(rows), default="")
         add(name, "--out", "name of the output files, without the ending", default=out)
     add("compare tune", "--backbone", "backbone of every trained model", default="lightgcn")
     add("compare tune", "--flags", "of each training, in one string (--flags=--cosine)", default="")
-    add("compare tune", "--force", "train again, even what is there", action="store_true")
+    add("compare tune", "--force", "train again, even if the file exists", action="store_true")
     add("tune", "--budget", "trials per method", type=number(int, 1), default=20)
-    add("tune", "--widest", "largest --dim, defaults apart", type=number(int, 64), default=512)
+    add("tune", "--widest", "largest --dim, defaults aside", type=number(int, 64), default=512)
     add("tune", "--seed", "seed of search and trainings", type=number(int, 0), default=0)
     add("compare", "--seeds", "train with seeds 0 to N-1", type=number(int, 1), default=5)
     add("compare", "--tuned", "take each method's flags from a file of `tune` (tuned.json)",

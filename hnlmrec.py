@@ -44,11 +44,11 @@ from backbones import (  # the method's names are bare, so that its pieces can b
 
 class Projector(nn.Module):
     """Self-attention over K generated vectors of one user, then an MLP into the recommender's space
-    (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, whose z this is, is the only query, and the
-    answer is added to it.
+    (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, the vector that z stands for, is the only
+    query; what it attends to is added to it.
 
     hidden (n, H), n at least 2: generated vectors, whose mean and deviation standardise h.
-    attention=False leaves the MLP alone (an ablation)."""
+    attention=False leaves only the MLP (an ablation)."""
     def __init__(self, hidden, dim, width=128, attention=True):
         super().__init__()
         # a few dimensions of an LLM's hidden states dwarf the rest: standardise them. The clamp is
@@ -72,7 +72,7 @@ class Projector(nn.Module):
     def attend(self, x):
         """(B, K, W) -> (B, D): slot 0, informed by the others."""
         slot = x[:, 0]
-        if self.query is not None:  # slot 0 asks, all K answer
+        if self.query is not None:  # slot 0 attends to all K
             weight = torch.einsum("bw,bkw->bk", self.query(slot), self.key(x)) / x.shape[-1] ** 0.5
             slot = slot + torch.einsum("bk,bkw->bw", weight.softmax(-1), self.value(x))  # (B, W)
         return self.mlp(slot)
@@ -109,15 +109,15 @@ class NegativeTable:
         return chosen.masked_fill((self.count[users] == 0)[:, None], -1)
 
     def others(self, users, k, generator=None):
-        """Users (B,) -> k random rows of each one's vectors (B, k), any rows for one without."""
+        """Users (B,) -> k random rows of each user's vectors (B, k), any rows if there are none."""
         # one draw for all users, however many vectors each has; the modulo's bias is negligible
         point = torch.randint(2**31, (len(users), k), generator=generator, device=users.device)
         return self.start[users][:, None] + point % self.count[users][:, None].clamp(min=1)
 
 
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z' + (1 - alpha) e_j: z, sampled (B, D) -> (B, D). z' is z (the paper's) with the
-    norm of e_j (ours), through which no gradient goes."""
+    """e⁻ = alpha z' + (1 - alpha) e_j: z, sampled (B, D) -> (B, D). z' is z (the paper's) scaled to
+    the norm of e_j (ours); no gradient passes through the norm."""
     # the norm of z means nothing, since L_align trains by cosines. PaperHNLMRec mixes z as it is
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
@@ -224,8 +224,8 @@ class HNLMRec(nn.Module):
             loss = loss + self.lambda_f * (false + self.reg * l2_loss(take(ego_items, f)))
             logs["false"] = false.item()
 
-        # L_align, on the first rows: z near one of the user's mined items. It trains the projector
-        # alone, towards where the backbone has these items now
+        # L_align, on the first rows: z near one of the user's mined items. It trains only
+        # the projector, towards the current vectors of these items
         if self.lambda1 and (made >= 0).any():
             a = rows[made >= 0][:self.align_rows]  # (A,): the rows it sees
             u_a, i_a = self.pairs[a].T
@@ -317,8 +317,8 @@ class PaperHNLMRec(HNLMRec):
 
 def whiten(text):
     """Texts (I, H) -> (I, H), rows of length 1 whose inner products are cosines of whitened texts:
-    centred, turned to principal axes, the strongest last, each divided by its deviation, or by a
-    hundredth of the strongest's where that is more."""
+    centred, rotated to principal axes (strongest last), each divided by its deviation, or by a
+    hundredth of the largest deviation if that is more."""
     # standardising each dimension is not enough: a few strong axes, each spread over many
     # dimensions, would decide the cosines
     text = text.float()
@@ -332,7 +332,7 @@ def whiten(text):
 
 
 def whitened_texts(readings):
-    """Readings, a list of (I, H), one per layer -> (I, T), whitened, side by side, of length 1."""
+    """Readings, a list of (I, H), one per layer -> (I, T), whitened, joined, rows of length 1."""
     return F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
 
 
@@ -343,14 +343,14 @@ def similarity(cosine, beta):
 
 def soft_maximum(total, count, scale, beta):
     """scale (ln(mean of exp(beta (c - 1))) / beta + 1) of some cosines c: total is the sum of their
-    similarity(c, beta), count their number. beta near 0: scale times the mean cosine; large: times
-    the largest, while that mean is above 1e-12."""
+    similarity(c, beta), count their number. beta near 0: scale times the mean cosine; large: scale
+    times the largest, as long as that mean is above 1e-12."""
     # it takes a sum: Judge.scores adds up rows of one table, and training takes one item out
     return scale * ((total / count.clamp(min=1)).clamp(min=1e-12).log() / beta + 1)
 
 
 class Judge(nn.Module):
-    """A recommender by texts: an item's score is its bias plus its similarity to the user's train
+    """A text-based recommender: an item's score is its bias plus its similarity to the user's train
     items k, above all to the most similar one:
 
         score(u, j) = b_j + soft_maximum over k of cos(h_k, v_j).
@@ -372,7 +372,7 @@ class Judge(nn.Module):
         """users (B,) -> (B, I), a new tensor."""
         block = block or min(2**11, 2**25 // self.n_items + 1)  # items; 128 MiB of similarities
         place, own = rows_of(self.train_rows, users)
-        # an item is in many histories: up to 16,384 items all similarities are kept, 1 GiB
+        # an item is in many histories: for up to 16,384 items, all similarities are cached (1 GiB)
         if self.n_items**2 <= most:
             if self.kept is None:
                 self.kept = self.bias.new_empty(self.n_items, self.n_items)
@@ -404,13 +404,13 @@ class JudgeMaps(nn.Module):
         self.history_map = nn.Linear(text.shape[1], width, bias=False)
         self.item_map = nn.Linear(text.shape[1], width, bias=False)
         # identities: an untrained judge compares the W strongest axes of the first reading, which
-        # `whiten` puts last; of a reading narrower than W all, and the weakest of the next one
+        # `whiten` puts last; if that has fewer than W, also the weakest of the next reading
         first = max(0, readings[0].shape[1] - width)
         for linear in (self.history_map, self.item_map):
             nn.init.zeros_(linear.weight)
             linear.weight.data[:, first:first + width].fill_diagonal_(1)
-        # starts at half the log popularity. Against uniform negatives softmax wants all of it, but
-        # popular items are also more similar to histories, which gives a part
+        # starts at half the log popularity. With uniform negatives softmax would learn all of it,
+        # but popular items are also more similar to histories, which already gives a part
         count = torch.bincount(train[:, 1], minlength=len(text)).float()
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
@@ -462,7 +462,7 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         judged = take(F.normalize(mapped, dim=1), at)  # (P + N, W)
         own_vectors, drawn_vectors = judged.split([len(own), len(drawn)])
 
-        # positives: each item by its user's others, as (B, S, S) with S slots a user
+        # positives: each item scored by its user's others, as (B, S, S) with S slots per user
         scale, beta = maps.shape()
         empty = history.new_zeros(len(users), int(count.max()), history.shape[1])  # (B, S, W)
         past, left_out = (empty.index_put((place, slot), x) for x in (history, own_vectors))
@@ -474,7 +474,7 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         others = count[place] - 1
         positive = soft_maximum(total, others, scale, beta) + maps.bias[own]  # (P,)
 
-        # negatives: each drawn item by all of the user's but the one left out
+        # negatives: each drawn item, scored by all of the user's items but the left-out one
         alike = similarity(history @ drawn_vectors.T, beta)  # (P, N)
         of_user = alike.new_zeros(len(users), len(drawn)).index_add(0, place, alike)  # (B, N)
         total = take(of_user, place) - alike  # (P, N)
@@ -541,8 +541,8 @@ class SemanticProjector(nn.Module):
     (I, H), row i of item i; train (N, 2), on the same device; dim: D."""
     def __init__(self, text, train, n_users, dim, width=128):
         super().__init__()
-        # rows of length 1 first, so that each item counts alike in a user. Not saved: the texts'
-        # file gives them back
+        # rows of length 1 first, so that a user's items count equally. Not saved: they are rebuilt
+        # from the texts' file
         items = F.normalize(standardised(text), dim=1)
         users = sum_of_rows(items, *train.T, n_users)
         self.register_buffer("item", items, persistent=False)  # (I, H)
@@ -555,9 +555,9 @@ class SemanticProjector(nn.Module):
 
 
 def text_start(text, train, n_users, dim, std):
-    """Initial vectors that say what the texts say: an item's is its text projected on
-    the first `dim` principal components, a user's the sum over the train items; both scaled to a
-    root mean square of std, as random ones have. Beyond the paper.
+    """Initial vectors that say what the texts say: an item's is its text projected onto
+    the first `dim` principal components, a user's the sum over the train items; both are scaled to
+    a root mean square of std, like random vectors. Beyond the paper.
 
     text (I, H), train (N, 2) -> (U + I, dim), users first; columns beyond H are random."""
     # unlike the judge's texts these are not whitened, which would give all components equal weight
@@ -567,7 +567,7 @@ def text_start(text, train, n_users, dim, std):
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -dim:]
     items = centred @ components  # (I, min(dim, H))
     users = sum_of_rows(items, *train.T, n_users)
-    # the clamp: zeros, as texts all alike may give, stay zeros
+    # the clamp: zeros, which identical texts may give, stay zeros
     scaled = [x * std / x.pow(2).mean().clamp(min=1e-24) ** 0.5 for x in (users, items)]
     # further columns are random: at zero on both sides plain BPR would give them no gradient
     more = torch.randn(len(users) + len(items), dim - items.shape[1], device=items.device) * std
@@ -657,7 +657,7 @@ BLEND_GRID = (0, 0.125, 0.25, 0.5, 1, 2, 4)
 @torch.no_grad()
 def blend_weights(parts, train, valid, grid=BLEND_GRID, cells=2**28):
     """The weights with the highest validation NDCG@20, by coordinate ascent: from equal weights,
-    each in turn takes the value of the grid that is best beside the others, until none improves. A
+    each in turn takes the grid value that is best with the others fixed, until none improves. A
     part that does not help on these pairs gets 0; noise may help a little there, by chance.
 
     parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 first; cells: scores held
@@ -710,7 +710,7 @@ def load_recommender(path, data):
         # parts are named as seen from the run folder
         parts = [load_recommender(bb.run_of(path) / name, data)[0] for name in meta["parts"]]
         return Blend(parts, tensors["weights"].tolist()), meta, tensors
-    # texts: of `read`, or vectors of one's own, which name no command; load_model refuses others
+    # texts from `read`, or the user's own vectors, which name no command; load_model refuses others
     if command == "read" or not command and path.exists() and not path.stem.startswith("model-"):
         readings = bb.load_texts(path.parent, path.name, data)
         meta = bb.read_header(path) or {"settings": {}}
@@ -817,7 +817,7 @@ def train_hnlmrec(args):
     method = build(run, args, data)
     n, table = len(data["train"]), method.table
     if table:
-        if args.lambda1 and not args.paper:  # L_align's, in one go: it asks for no other user's
+        if args.lambda1 and not args.paper:  # in one go: L_align needs only these users' bands
             method.mined[table.users.unique()]
         others = n - table.own - table.without
         print(f"train: of {n} train pairs {table.own} have a generated negative of their own, "
@@ -904,8 +904,8 @@ def build(run, args, data):
 
 
 def controlled(vectors, control, generator):
-    """Does the LLM matter? Its vectors (n, H), or in their place: `random`, vectors that know
-    nothing; `shuffled`, its own, given to pairs or items at random."""
+    """Does the LLM matter? Its vectors (n, H), or in their place: `random`, pure noise; `shuffled`,
+    its own vectors, assigned to pairs or items at random."""
     if control == "random":
         return torch.randn(vectors.shape, generator=generator).to(vectors)
     if control == "shuffled":
@@ -924,7 +924,7 @@ def blend(args):
     if not names or len(set(names)) < len(names) or args.out in names:
         fail(f"--parts {args.parts}: name one file or more, each once, and none that is --out "
              f"({args.out})")
-    # the parts' digests are among the settings: beside a part made anew the blend is refused
+    # the parts' digests are among the settings: once a part is remade, the blend is refused
     settings = bb.settings_of(args) | {"inputs": bb.digests(run, "data.safetensors", *names)}
     if bb.skip(out, settings, args.force):
         return
@@ -958,7 +958,7 @@ def trace(args):
     run, data = Path(args.run), bb.load_data(args.run)
     bb.digests(run, args.model)  # refuses a model of other pairs
     tensors, meta = bb.load_tensors(run / args.model)
-    # and one of another run of the same pairs, whose negatives are not those that are here
+    # and one from another run with the same pairs but other negatives
     bb.check_inputs(run / Path(args.model).name, bb.made_from(meta))
     s = Namespace(**meta["settings"])
     if s.command != "train" or s.negatives == "none":
@@ -972,7 +972,7 @@ def trace(args):
     made, train = method.generated["pairs"], data["train"]
     user = users[made[0, 0]]["raw"] if args.user is None else args.user
     u = bb.row_of(users, user, "--user", run / "users.jsonl")
-    of_user = train[train[:, 0] == u, 1].tolist()  # none after some splits by time, or one's own
+    of_user = train[train[:, 0] == u, 1].tolist()  # empty in some splits by time, or the user's own
     i = next(iter(made[made[:, 0] == u, 1].tolist() + of_user), None)
     if args.item is not None:
         i = bb.row_of(items, args.item, "--item", run / "items.jsonl")
@@ -998,7 +998,7 @@ def trace_steps(run, s, data, method, users, items, row):
     yield "data", (f"user {user} -> row {u}, item {item} -> row {i}: {titles[i]}; "
                    f"train pair {row} of {len(method.pairs)}")
 
-    # into the LLM: a shard's header names its fine-tuning, and the header of that the profiles
+    # into the LLM: a shard's header names its fine-tuning, whose header names the profiles
     inputs = bb.read_meta(run / bb.shards(s.negatives, 1)[0])["settings"]["inputs"]
     sft = bb.read_meta(run / next(name for name in inputs if name.startswith("sft")))
     _, *rows = bb.read_jsonl(run / sft["settings"]["profiles"])
@@ -1122,7 +1122,7 @@ def prepare_settings(args):
         if own and getattr(args, name) is not None:
             fail(f"--{name.replace('_', '-')}: does not apply beside --train-file: your own split "
                  "is taken as it is; leave it out" + ", or give --format" * (name == "preset"))
-    # the defaults, over them the preset's, over these the flags that were given
+    # the defaults, overridden by the preset's values, then by the flags given
     s = {"format": "table", "min_rating": "none" if own else 4.0, "since": None, "until": None,
          "k_core": 1 if own else 5, "split": "own" if own else "random"}
     *preset, published = PRESETS.get(args.preset, [None])
@@ -1151,7 +1151,7 @@ def filter_pairs(rows, users, path, s, counts):
     counts[f"pairs outside the {s.k_core}-core"] += int((~core).sum())
     if not core.any():
         fail(f"{path}: nothing is left ({dict(counts)}); lower --k-core or --min-rating, or widen "
-             "the days")
+             "the date range")
     # a random split draws its numbers in this order: with another one, all of them would change
     first = [np.unique(rows[name], return_index=True, return_inverse=True)[1:]
              for name in ("item", "user")]
@@ -1198,7 +1198,7 @@ def split_pairs(user, item, seconds, how, seed, valid=0.1, test=0.1):
     user, item, seconds (N,) -> int (N,)."""
     if how not in ("random", "last", "time"):
         fail(f"split {how!r}: is none of random, last, time")
-    if how == "time":  # rows of one moment stay together: the shares may be far from met
+    if how == "time":  # rows with equal times stay together: the shares may be far off
         n_valid, n_test = (max(1, int(len(user) * share)) for share in (valid, test))
         valid_from, test_from = np.sort(seconds)[[-n_valid - n_test, -n_test]]
         return np.where(seconds >= test_from, 2, np.where(seconds >= valid_from, 1, 0))
@@ -1351,8 +1351,8 @@ OF_PAIRS, LETTER = re.compile("rating|review|score|comment", re.I), re.compile(r
 
 
 def read_items(path, form, raw_items, counts):
-    """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an item's
-    repeated rows the fullest counts. Raises SystemExit2 for a file that has none of them."""
+    """Metadata of the kept items -> rows {raw, title, text, known} in their order; of an
+    item's several rows, the fullest counts. Raises SystemExit2 for a file that has none of them."""
     # found {id: {column: text}}; seen {id: number of rows}; held {column: the wanted ids that it
     # has before line 10,000, to suggest the right one}; differ {column: ids whose rows differ}
     found, seen, wanted = {}, Counter(), set(raw_items)
@@ -1387,7 +1387,7 @@ def read_items(path, form, raw_items, counts):
     repeated = sum(n > 1 for n in seen.values())
     flat = repeated > len(found) / 2 or any(is_called(name, "user") for name in held)
     counts["repeated metadata rows (fullest kept)"] += 0 if flat else seen.total() - len(found)
-    left_out = columns & set(form[:4]) - {"title"}  # a pair's in any file; a text may be the item's
+    left_out = columns & set(form[:4]) - {"title"}  # about pairs; `text` may be the item's
     for name in columns if flat else ():
         # leave out what differs between rows of one item, or has a name that columns about pairs
         # have; and numbers, which may be counted from held-out pairs, such as a mean rating
@@ -1433,7 +1433,7 @@ def item_fields(row, form, counts, where):
     for name in [name for name in row if name not in used] if own else form.texts:
         value = row.get(name) or ""
         if "categor" in name and isinstance(value, list):
-            # of a path of categories, or of the last of several, the end is the narrowest
+            # the end of a category path, or of the last of several paths, is the most specific
             value = (value[-1] if isinstance(value[-1], list) else value)[-2:]
         if name == "genres" and isinstance(value, str) and not own:  # Action|Drama, or 0/1 columns
             value = value.replace("(no genres listed)", "").replace("|", ", ") or [
@@ -1490,7 +1490,7 @@ def clean(value, counts, where=""):
     if '""' in text and QUOTED.fullmatch(text):
         counts["texts in quotes as csv writes them (taken off)"] += 1
         text = text[1:-1].replace('""', '"')
-    # &amp;amp; is in the wild; what is not one (AT&T, Q&notes;) stays as it stands
+    # &amp;amp; occurs in the wild; what is not an entity (AT&T, Q&notes;) stays as it is
     decoded, further = None, text
     while decoded != further:
         decoded = further
@@ -1534,11 +1534,11 @@ def table_rows(path, header=""):
     first, lines = header or start, chain([header, start] if header else [start], lines)
     if re.match(r"[{[]|\d+( \d+)+\s*$", start):
         fail(f"{path}: line 1 is {quote(start)}: looks like a user with a list of items, or JSON; "
-             "one pair a row is read, under the header user, item; for JSON give its --format")
+             "one pair per row is read, under the header user, item; for JSON give its --format")
     sep = max("\t", ",", ";", "|", "::", key=first.count)
     if sep == "::":  # MovieLens 1M's: csv takes one character
         sep, lines = "\x1f", (line.replace("::", "\x1f") for line in lines)
-    # comma and semicolon go with the csv rules of quoting, the others with none
+    # comma and semicolon use csv quoting, the other separators none
     quoting = csv.QUOTE_MINIMAL if sep in ",;" else csv.QUOTE_NONE
     reader = csv.reader(lines, delimiter=sep, quoting=quoting, strict=True)
     end, added = 0, bool(header)  # lines are numbered as in the file
@@ -1730,7 +1730,7 @@ def main(argv=None):
         ("--k-core", number(int, 1), None, "interactions each user and item must have (preset's, "
          "else 5)"), ("--seed", number(int, 0), 0, "of a random split; the rows' order counts too"))
     p.add_argument("--preset", choices=list(PRESETS), help="its format and filters; flags win")
-    p.add_argument("--min-rating", type=stars, help="keep ratings of at least so many stars; "
+    p.add_argument("--min-rating", type=stars, help="keep ratings of at least this many stars; "
                    "`none`: all (preset's, else 4); of a repeated pair the latest counts")
     p.add_argument("--since", type=date, help="keep pairs from this day on: 2015-01-01, UTC")
     p.add_argument("--until", type=date, help="keep pairs before this day")
@@ -1748,7 +1748,7 @@ def main(argv=None):
         ("--lr", number(float, 0, open_low=True), 1e-3, "learning rate at first; it falls to 0"),
         ("--seed", number(int, 0), 0, "decides draws and dropout"))
     p.add_argument("--dropout", nargs="+", type=number(float, 0, 0.95), default=[0.0, 0.5],
-                   help="shares of the texts' numbers left out while it learns, each tried; "
+                   help="dropout rates of the text vectors, each tried; "
                         "validation chooses")
 
     p = command("train", "train backbone and projector with the LLM's negatives", "--alpha 0.5")
@@ -1757,7 +1757,7 @@ def main(argv=None):
     g.add_argument("--paper", action="store_true",
                    help="z as the negative of (e_u; e_i), the projector in no optimizer, and: "
                    + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in PAPER.items())
-                   + "; flags given beside it win")
+                   + "; explicit flags override these")
     g.add_argument("--train-projector", action="store_true",
                    help="with --paper: the projector is trained")
     g.add_argument("--hinge", type=number(float, 0), default=0.0, metavar="MARGIN",
@@ -1769,7 +1769,7 @@ def main(argv=None):
         ("--lambda1", weight, 1.0, "weight of the alignment loss of z"),
         ("--lambda-s", weight, 0.01, "weight of the semantic alignment (e_u, e_i; items' texts)"),
         ("--lambda-f", weight, 0.0, "weight of L_false: e⁻ < likely false items < positives"),
-        ("--gamma", weight, 0.2, "within L_false, of the positive above the likely false one"),
+        ("--gamma", weight, 0.2, "within L_false, weight of positives > likely false items"),
         ("--text-init", share, 1.0, "share of the items' texts in the initial vectors, at most 1"),
         ("--tau-c", number(float, 0, open_low=True), 0.2, "temperature of the alignment losses"),
         ("--k", number(int, 1, 2**16), 4, "generated vectors that the self-attention sees"))
@@ -1805,7 +1805,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "train":
         flags = commands.choices["train"]
-        if args.paper:  # the paper's values as defaults, and once more
+        if args.paper:  # parse again, with the paper's values as defaults
             flags.set_defaults(**PAPER)
             args = parser.parse_args(argv)
         check_flags(args, flags.get_default)

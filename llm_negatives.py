@@ -46,8 +46,8 @@ from backbones import (
 #     instruction | user: profile | item: title and profile | item vector, user vector
 # The user vector comes last, so that h, the last token's hidden state, starts from e_u and gathers
 # the rest by attention. On ML-100K (frozen LLM of 8 layers, head fitted on 3,000 pairs) a linear
-# map recovers e_u of new users from h with R2 .5, and the item nearest to z is a mined one for .86
-# of known users' held-back pairs, .2 of new ones'. With each vector after its text: .1, .6, .2.
+# map recovers e_u of new users from h with R2 .5, and the item nearest to z is mined for .86 of
+# known users' held-back pairs, .2 of new users'. With each vector after its text: .1, .6, .2.
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
 INSTRUCTION = ("Name a hard negative: an item close to this user's taste that the user would still "
@@ -69,7 +69,7 @@ def chat_frame(tokenizer, instruction, examples=()):
     # first user turn carries it too (n = 2); or the examples: then one user turn carries everything
     for n in (1, 2, len(turns)) if tokenizer.chat_template else ():
         first = {"role": "system" if n == 1 else "user", "content": "\n".join(contents[:n])}
-        try:  # a template that can think is told not to
+        try:  # turn thinking off, where the template has it
             text = tokenizer.apply_chat_template([first, *turns[n:]], tokenize=False,
                                                  add_generation_prompt=True, enable_thinking=False)
         except Exception:  # noqa: BLE001 jinja's raise_exception("System role not supported")
@@ -121,7 +121,7 @@ class Prompt:
     def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.frame = head, tail = frame or chat_frame(tokenizer, INSTRUCTION)
-        # tokenized piece by piece, so that a prefix is the same ids for all its items
+        # tokenized piece by piece, so that a prefix has the same ids for all its items
         self.shared, self.ask = frame_ids(tokenizer, head), frame_ids(tokenizer, tail)
         self.template = head + "User: {user}\nItem: {item}" + tail  # for people
         # the vectors stand after the turn's end, right before what the LLM would write
@@ -186,12 +186,12 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens;
     G user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
     users each item belongs to -> (R, H) float32."""
-    # slower than encode(), which is tested against it. Gradient checkpointing needs it, since that
-    # runs each layer twice and would fill a cache twice
+    # slower than encode(), which is tested against this. Gradient checkpointing needs this version:
+    # it runs each layer twice and would fill a cache twice
     prefixes = [prompt.shared + prompt.user(text) for text in user_texts]
     pieces = [prefixes[user] + prompt.item(text) for user, text in zip(owner.tolist(), item_texts)]
     ids, mask = pad(pieces, llm)
-    # SOFT, -1, has no embedding: any will do, and soft vectors take its places in order
+    # SOFT, -1, has no embedding: look up any; soft vectors then fill its places in order
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
     x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
@@ -212,7 +212,7 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
 
     # the items, each on top of its user; the item's soft tokens before the user's, as in the prompt
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
-    # in calls of similar lengths, so that little of one is padding; one call keeps its order
+    # each call gets similar lengths, so that little is padding; a single call keeps the order
     result, order = [], torch.arange(len(pieces), device=owner.device)
     if batch:
         order = torch.tensor([len(p) for p in pieces], device=owner.device).argsort(stable=True)
@@ -266,8 +266,8 @@ def check_window(llm, length):
 def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0,
                  encoder=encode):
     """h(u, i) of pairs (n, 2) -> (n, H). cf: {"user" (U, d), "item" (I, d)}; texts: (user profiles,
-    item texts); encoder: encode or encode_whole; drop: 'user vector', 'user profile' or 'item
-    vector' that the prompt goes without; profile_dropout: share of users without their profile."""
+    item texts); encoder: encode or encode_whole; drop: a part to leave out, 'user
+    vector', 'user profile' or 'item vector'; profile_dropout: share of users without a profile."""
     # each user once, with the place of each pair's user among them
     users, owner = pairs[:, 0].unique(return_inverse=True)
     # some go without a profile, so that the LLM cannot rely on recognising a known user's text
@@ -275,7 +275,7 @@ def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dr
     profiles = ["" if blank[n] else texts[0][user] for n, user in enumerate(users.tolist())]
     items = [texts[1][item] for item in pairs[:, 1].tolist()]
     user_vectors, item_vectors = cf["user"][users], cf["item"][pairs[:, 1]]
-    # the mean of all says nothing of this one
+    # the mean vector says nothing about this user or item
     if drop == "user vector":
         user_vectors = cf["user"].mean(0).expand_as(user_vectors)
     if drop == "item vector":
@@ -369,7 +369,7 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
         p.grad = torch.zeros_like(p)
     # memory holds the activations of one part at a time; the parts' gradients add up to the batch's
     for n, part in list(enumerate(rows.split(micro_pairs)))[which]:
-        torch.manual_seed(seed * 1009 + n)  # one a part (up to 1009): alike in any process or run
+        torch.manual_seed(seed * 1009 + n)  # per part (up to 1009), the same in any process or run
         hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "",
                               profile_dropout, encoder)
         part_loss = task.loss(head(hidden), part, tau, targets, n * micro_pairs)
@@ -380,7 +380,7 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
 
 
 class MixedTask(SftTask):
-    """SftTask with MixGCF's mixtures of a pair and mined items as positives, instead of these."""
+    """SftTask whose positives are MixGCF's mixtures of a pair and mined items, not the items."""
     @functools.cached_property
     def item_layers(self):
         return self.cf_model.layers()[1].detach()  # (I, K, d)
@@ -480,7 +480,7 @@ def add_lora(llm, targets, r, alpha, dropout):
 # ==== 3. Generation, offline ======================================================================
 def choose_pairs(train, n_users, per_user=0, limit=0, seed=0):
     """Which train pairs (N, 2) get a generated negative -> row numbers (n,), sorted by pair.
-    per_user: most pairs per user; limit: most in all, one of each user before a second; 0: all."""
+    per_user: limit per user; limit: in all, one pair of each user before a second; 0: no limit."""
     # users one after another, the pairs of each in random order
     generator = torch.Generator().manual_seed(seed)
     key = torch.rand(len(train), generator=generator, dtype=torch.float64)
@@ -652,15 +652,15 @@ def answer(text, tokenizer):
 def words_of(text):
     # kana and Han are written without spaces: there each character counts
     one = r"\u3040-\u30ff\u3400-\u9fff"
-    # accents and vowel signs are no \w, and would cut words: leave them out; not those of Thai and
-    # Lao, where nothing else parts words
+    # accents and vowel signs are not \w and would cut words: leave them out, except in Thai and
+    # Lao, where nothing else separates words
     text = "".join(c for c in text.lower()
                    if unicodedata.category(c)[0] != "M" or "ก" < c <= "\u0eff")
     return re.findall(rf"[{one}]|[^\W{one}]+", text)
 
 
 def runs_of(words, n):
-    """Each n words in a row, with how often they come."""
+    """Every run of n words, with its count."""
     return Counter(tuple(words[k:k + n]) for k in range(len(words) - n + 1))
 
 
@@ -672,7 +672,7 @@ def fault_of(sentence, title):
     shown = sum((*EXAMPLES["item"], *EXAMPLES["user"]), tuple(SYSTEM.values()))
     copied = any(runs_of(words, 7) & runs_of(words_of(text), 7) for text in shown)
     request = words[:1] in (["item"], ["liked"]) or sentence.count(": ") > 1  # a request's form
-    # four words in a row that recur, of over 7 characters: four Han characters may be one
+    # four words in a row that recur, over 7 characters in all: four Han characters may be one word
     again = any(n > 1 and sum(map(len, run)) > 7 for run, n in runs_of(words, 4).items())
     new = set(words) - {*words_of(title), "a", "an", "the", "is"}
     faults = {"empty": not words, "prompt": copied or request,
@@ -783,7 +783,7 @@ def load_encoder(llm, s, cf, device, frame=None):
     """The encoder before fine-tuning -> (llm, prompt, soft_tokens, head). llm: folder or id; s: the
     settings of `finetune`; cf: {"user" (U, d), "item" (I, d)}; frame: as Prompt's."""
     model, tokenizer = load_llm(llm, AutoModel, s.dtype, device, s.llm_layers), load_tokenizer(llm)
-    # all use process 0's; one from a file is not sent, since in generate() some may have no work
+    # all use process 0's frame; a given one is not sent: in generate() a process may have no work
     frame = frame or from_all(chat_frame(tokenizer, INSTRUCTION))[0]
     prompt = Prompt(tokenizer, s.soft_tokens, s.max_tokens, frame)
     check_pieces(llm, model, tokenizer)
@@ -853,8 +853,8 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
 
 
 def train_lora(task, encoder, batches, args, optimizer, losses, save):
-    """Train LoRA, maps and head, a step per batch. losses: one of each step already done; their
-    batches are skipped, and each new step appends its own. save(): every --save-every steps."""
+    """Train LoRA, maps and head, a step per batch. losses: of the steps already done, whose
+    batches are skipped; each new step appends its own. save(): every --save-every steps."""
     llm = encoder[0]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     steps, progress = len(batches), Progress("finetune", len(batches), "steps")
@@ -922,7 +922,7 @@ def finetune(args):
     losses = saved.get("losses", [])
     if saved:
         print(f"finetune: resumes after step {len(losses)} of {steps}")
-    else:  # LoRA still adds zero: to run it would cost up to a third and change nothing
+    else:  # LoRA still adds zero: running it would cost up to a third and change nothing
         with encoder[0].disable_adapter():
             warm_up(task, *encoder, warm, args)
     for value in kept.values() if world() > 1 else ():  # all start alike, to the last bit
@@ -941,11 +941,11 @@ def finetune(args):
 
 def save_tuned(out, llm, prompt, soft_tokens, head, meta):
     """Write the adapter's folder, then NAME.safetensors, which names the adapter by its digest."""
-    # nothing is written of a fine-tuning that went wrong
+    # if fine-tuning went wrong, write nothing
     adapter = out.with_name("adapter" + out.stem.removeprefix("sft"))
     tensors = nn.ModuleDict({"soft": soft_tokens, "head": head}).state_dict()
     check_finite(out, tensors, "lower --lr, use --dtype fp32 or more --warmup-pairs, with --force")
-    # peft holds a set: sorted, two runs give one file
+    # peft holds a set: sort it, so that two runs give the same file
     config = llm.peft_config["default"]
     config.target_modules = sorted(config.target_modules)
     # in a temporary folder, so that nobody sees an adapter half-written
@@ -1043,17 +1043,17 @@ def read(args):
     """Write texts.safetensors: what the LLM, or a control, makes of each item, layer00 … (I, H)."""
     run, data, start = Path(args.run), load_data(args.run), time.time()
     out = run / output_name("--out", args.out, "llm_negatives.py read", ".safetensors", "texts")
-    # which layers; left out, the embeddings and those at two fifths and two thirds of the depth
+    # which layers: by default the embeddings and those at two fifths and two thirds of the depth
     config = from_library(args.llm, "model", AutoConfig.from_pretrained)
     depth = config.get_text_config().num_hidden_layers
     if args.control == "tfidf" and (args.layers or args.most):
-        fail("--control tfidf: has no layers, so --layers and --most say nothing; leave them out")
+        fail("--control tfidf: has no layers, so --layers and --most do not apply; leave them out")
     layers = args.layers or f"0,{round(depth * 2 / 5)},{round(depth * 2 / 3)}"
     if not re.fullmatch(r"\d+(,\d+)*", layers) or max(map(int, layers.split(","))) > depth:
         fail(f"--layers {layers}: {args.llm} has layers 0 (its token embeddings) to {depth}; give "
              "numbers of layers, such as 0,12")
     layers = [0] if args.control == "tfidf" else sorted(set(map(int, layers.split(","))))
-    # made with these settings from these inputs, it is there already
+    # a file made with these settings and inputs is not made again
     args.dtype = pick_dtype(args.dtype, args.device)
     inputs = ["data.safetensors", "items.jsonl"] + ([args.profiles] if args.profiles else [])
     settings = settings_of(args, "paper") | {
@@ -1080,7 +1080,7 @@ def read(args):
             llm = load_llm(args.llm, AutoModel, args.dtype, args.device)
         if args.control == "random":  # the same architecture, untrained
             llm = AutoModel.from_config(llm.config).to(args.device, llm.dtype).eval()
-        # layer 0 for all items, the others for the most popular ones only: these take the time
+        # layer 0 for all items, other layers only for the most popular ones: these layers take time
         readings = [] if layers[0] else read_layers(llm, tokenizer, texts, [0])
         popular = busiest(data["train"][:, 1], len(texts), args.most)
         some, deep = [texts[n] for n in popular], [layer for layer in layers if layer]
@@ -1088,7 +1088,7 @@ def read(args):
             readings.append(reading.mean(0).repeat(len(texts), 1))  # (I, H), for those not read
             readings[-1][popular] = reading
         if deep and len(popular) < len(texts):
-            print(f"read: {len(popular)} of {len(texts)} items, the most popular, by the layers; "
+            print(f"read: the layers ran on the {len(popular)} most popular of {len(texts)} items; "
                   f"the others have {'their words and ' * (not layers[0])}the mean of the layers")
         if long := sum(len(text_ids(tokenizer, text)) > READ_TOKENS for text in texts):
             print(f"read: {long} of {len(texts)} texts are cut after {READ_TOKENS} tokens")
@@ -1150,8 +1150,8 @@ class Profiles:
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def add(self, kind, rows, requests, titles, texts):
-        """Add the missing profiles of all items or users (rows, titles, texts: one of each). The
-        LLM writes those in `requests` {number: text}; the rest, and faults, come from `texts`."""
+        """Add the missing profiles of all items or users (rows, titles, texts: one each). The
+        LLM writes those in `requests` {number: text}; `texts` fills in the rest and faulty ones."""
         keys = [(kind, row["raw"]) for row in rows]
         plain = [WITHOUT_LLM[kind].format(text) for text in texts]
         self.made |= {key: plain[n] for n, key in enumerate(keys) if n not in requests}
@@ -1165,7 +1165,7 @@ class Profiles:
             todo.sort(key=lambda n: len(ids[n]))
         progress = Progress(f"profile {kind}s", len(todo), "written")
         progress.update(0)
-        # each process writes a batch, and all get all: users' prompts quote items' profiles
+        # each process writes a batch, then shares it: users' prompts quote items' profiles
         for at in range(0, len(todo), size * world()):
             numbers, written = todo[at:at + size * world()], []
             if mine := numbers[size * rank():][:size]:
@@ -1179,7 +1179,7 @@ class Profiles:
                 self.made[keys[n]] = plain[n] if fault else text
             self.save()  # a crash loses a batch at most
             progress.update(at + len(numbers))
-        # how good they are, by a count that needs no person
+        # a measure of quality that needs no human reader
         if requests:
             distinct = len({self.made[keys[n]] for n in requests}) / len(requests)
             print(f"profile: {len(requests)} {kind}s, {distinct:.1%} distinct")
@@ -1266,8 +1266,8 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def pick_dtype(name, device):
     """auto, fp32, bf16 or fp16 -> the name of a torch dtype."""
-    # auto is bf16 where the processor has instructions for it (GPU: as CUDA says; CPU, in Linux
-    # alone: AVX512-BF16, AMX or Arm's BF16). Nothing is timed, so that a machine decides alike
+    # auto is bf16 where the processor has instructions for it (GPU: if CUDA says so; CPU, on Linux
+    # only: AVX512-BF16, AMX or Arm's BF16). Nothing is timed, so a machine always decides the same
     has_bf16 = False
     if str(device).startswith("cuda"):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1382,7 +1382,7 @@ def main(argv=None):
         p.add_argument("--llm", default="assets/SmolLM2-135M-Instruct",
                        help="local folder or Hugging Face id of a causal LM")
         p.add_argument("--paper", action="store_true",
-                       help="the paper's LLM and settings; flags given beside it win")
+                       help="the paper's LLM and settings; explicit flags override them")
         p.add_argument("--seed", type=count, default=0, help="decides all random choices")
         if name != "generate":  # which takes what fine-tuning took
             p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the LLM")
@@ -1395,7 +1395,7 @@ def main(argv=None):
     p.add_argument("--control", choices=["none", "shuffled", "random", "tfidf"], default="none",
                    help="texts of other items, an LLM of random weights, or TF-IDF (whole texts)")
     p.add_argument("--most", type=count, default=0, help="popular items the layers read; 0: all")
-    p.add_argument("--profiles", metavar="FILE", help="of the run folder, read after the metadata")
+    p.add_argument("--profiles", metavar="FILE", help="profiles in the run, read after metadata")
 
     p = command("profile", "write a text profile of each user and item", "--profiles template",
                 "profiles.jsonl")
@@ -1404,20 +1404,20 @@ def main(argv=None):
     p.add_argument("--history", type=some, default=4, help="train items that make a user's profile")
     p.add_argument("--new-tokens", type=some, default=40, help="tokens written at most")
     p.add_argument("--llm-rows", type=count, default=0,
-                   help="popular items, and users of many pairs, that the LLM writes for; 0: all")
-    p.add_argument("--batch-size", type=some, default=64, help="prompts a call")
+                   help="most popular items, and most active users, the LLM writes for; 0: all")
+    p.add_argument("--batch-size", type=some, default=64, help="prompts per call")
 
     p = command("finetune", "LoRA with InfoNCE against CF-mined hard negatives", "--steps 100")
     p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
     p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
-    p.add_argument("--name", default="sft", help="of the output, as sft-2 (its LoRA: adapter-2/)")
+    p.add_argument("--name", default="sft", help="output name, such as sft-2 (LoRA: adapter-2/)")
     p.add_argument("--mine", choices=["dns", "mixgcf"], default="dns",
                    help="targets: the mined items, or MixGCF's mixture of them")
     add_band_flags(p)
     p.add_argument("--tau-s", type=above, default=0.05, help="InfoNCE temperature")
     p.add_argument("--soft-tokens", type=count, default=1, help="per CF vector; 0: none (ablation)")
     p.add_argument("--max-tokens", type=some, default=48,
-                   help="at which a user's profile, and an item's title with profile, are cut")
+                   help="tokens kept of a user's profile, and of an item's title with profile")
     p.add_argument("--llm-layers", type=count, default=8, help="first layers to keep; 0: all")
     p.add_argument("--lora-rank", type=some, default=8, help="LoRA r")
     p.add_argument("--lora-alpha", type=above, default=16, help="LoRA alpha")
@@ -1425,9 +1425,9 @@ def main(argv=None):
     p.add_argument("--warmup-pairs", type=count, default=2048, help="pairs for the head; 0: none")
     p.add_argument("--steps", type=count, help="LoRA steps (60, or those of --epochs)")
     p.add_argument("--epochs", type=number(float, 0), default=0,
-                   help="passes over the pairs, where --steps is left out")
+                   help="passes over the pairs, if --steps is left out")
     p.add_argument("--users-per-step", type=some, default=16,
-                   help="half the number of pairs in a step, which are mostly two per user")
+                   help="a step has twice as many pairs, mostly two per user")
     p.add_argument("--micro-pairs", type=some, default=16,
                    help="pairs per part of a step: held in memory at once, shared out by torchrun")
     p.add_argument("--checkpointing", action="store_true", help="less memory, but slower steps")
@@ -1436,13 +1436,13 @@ def main(argv=None):
 
     p = command("generate", "write the hard negatives of the train pairs", "--pairs-per-user 8")
     p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
-    p.add_argument("--pairs-per-user", type=count, default=0, help="most pairs per user; 0: all")
+    p.add_argument("--pairs-per-user", type=count, default=0, help="pairs per user at most; 0: all")
     p.add_argument("--pairs", type=count, default=0,
-                   help="most pairs in all, one of each user before any second one; 0: all")
+                   help="pairs in all at most, one of each user before any second; 0: all")
     p.add_argument("--finetune", action=BooleanOptionalAction, default=True,
                    help="use the fine-tuned LLM; --no-finetune: the original, a zero-shot ablation")
     p.add_argument("--batch-size", type=some, default=96,
-                   help="prompts per call; of users' prefixes up to four times as many")
+                   help="prompts per call; up to four times as many user prefixes")
     p.add_argument("--out", default="negatives", help="first part of the shards' names")
 
     args = parser.parse_args(argv)

@@ -3313,7 +3313,7 @@ def test_compare_takes_the_tuned_flags(eval_run, commands):
     assert "At default flags, without trials: DNS(M,N).\n" in page
     eval_main("tune", "--run", run, "--budget", 3, "--methods", "DNS")
     assert "had 3 to 4 trials" in eval_refused(*compare, "DNS")
-    for text, message in (("{", "not by `tune`"), ('{"data": "x", "methods": {}}', "another data")):
+    for text, message in (("{", "not written by `tune`"), ('{"data": "x", "methods": {}}', "another data")):
         (run / "tuned.json").write_text(text)
         assert message in eval_refused(*compare, "DNS")
 
@@ -3882,12 +3882,12 @@ BAD_FLAGS = {
         ("--methods XYZ", "is none of Popularity"), ("--flags '--dim 8 --seed 5'", "by each"),
         ("--methods 'DNS --out=x'", "by each"), ("--out metrics", "names files of"),
         ("--methods 'judge alone --lr 0.1'", "nothing is trained for it"),
-        ("--out notes", "not by `compare`"), ("--methods DNS --tuned", "tuned.json"),
+        ("--out notes", "not written by `compare`"), ("--methods DNS --tuned", "tuned.json"),
         ("--methods 'LLM not fine-tuned'", "generate --run"),
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
     "eval.py tune": [
         ("--out report", "names files of"), ("--methods EASE", "is none of RNS"),
-        ("--out notes", "not by `tune`"),
+        ("--out notes", "not written by `tune`"),
         ("--methods AlphaRec --backbone neumf", "is none of RNS")],
     "eval.py recommend": [
         ("--user u0 --k 41", "catalogue has 40"), ("--user x", "--user x: no such id"),
