@@ -172,7 +172,9 @@ class LightGCN(Backbone):
             hops.append(SymmetricMatmul.apply(self.adjacency, hops[-1]))
         return torch.stack(hops, 1).split([self.n_users, self.n_items])
 
-    def forward(self):  # Backbone.forward with one hop in memory; if you change layers(), delete it
+    def forward(self):  # Backbone.forward with one hop in memory
+        if type(self) is not LightGCN:  # a subclass may have layers() or pool() of its own
+            return super().forward()
         total = hop = self.start()
         for _ in range(self.n_layers):
             hop = SymmetricMatmul.apply(self.adjacency, hop)
@@ -204,8 +206,7 @@ class UnseenSampler:
         self.start, self.free, self.stride = count.cumsum(0) - count, n_items - count, n_items
         place = torch.arange(len(keys), device=keys.device) - self.start[users]  # k
         self.keys = users * self.stride + items - place
-        full = (self.free <= 0).nonzero()
-        if len(full):
+        if len(full := (self.free <= 0).nonzero()):
             fail(f"user row {int(full[0])}: has all {n_items} items: no negative; remove the user")
 
     def __call__(self, users, n, generator=None):
@@ -279,8 +280,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
         users, positives, j = take(all_users, u), take(all_items, i), candidates[:, 0]
         # all but MixGCF choose one of the candidates: j (B,)
         if sampler == "dns":
-            taken_off = penalty and penalty(u, candidates)
-            j = dns(model.score, users, all_items, candidates, n, generator, taken_off)
+            j = dns(model.score, users, all_items, candidates, n, generator,
+                    penalty and penalty(u, candidates))
         elif sampler == "ahns":
             j = ahns(model.score, users, all_items, i, candidates)
         negatives = (mixgcf(users, layers[1], i, candidates, model.pool, generator) if layers
@@ -383,10 +384,10 @@ class Bands:
         return self.items[self.place[users]]
 
 # ---- The training step and the loop: baselines and HNLMRec differ in the step alone --------------
-def make_step(model, sampler, pairs, *, reg, m=8, n=1, beta=0.75):
+def make_step(model, sampler, pairs, *, reg, **options):
     """The baselines' step for `fit`: BPR with one sampler's negatives, plus L2 on the batch's own
     parameters. Arguments as make_sampler's -> step(rows (B,), generator)."""
-    sample_negatives = make_sampler(model, sampler, pairs, m=m, n=n, beta=beta)
+    sample_negatives = make_sampler(model, sampler, pairs, **options)
     users_of, items_of = pairs.T.contiguous()
 
     def step(rows, generator):
@@ -514,7 +515,7 @@ def validation(model, data, k=20, users=None):
 
     return validate
 
-# ==== 2. Further baselines, samplers and closed forms: nothing here is needed for LightGCN =========
+# ==== 2. Further baselines: nothing here is needed for a LightGCN =================================
 class NGCF(Backbone):
     """NGCF (Wang et al., SIGIR 2019), eq. 7: E' = LeakyReLU((A + I) E W1 + (A E ⊙ E) W2), with
     message dropout; layer 0 and the L2-normalised hops, concatenated: D = (n_layers + 1) * dim."""
@@ -546,6 +547,8 @@ class NGCF(Backbone):
 class NeuMF(Backbone):
     """NeuMF (He et al., NCF, WWW 2017): GMF and MLP on half the embedding each, joined (eq. 12)."""
     def __init__(self, n_users, n_items, dim):
+        if dim % 2:
+            fail(f"--dim {dim}: neumf halves it; give an even number")
         super().__init__(n_users, n_items, dim)
         half = dim // 2
         self.mlp = nn.Sequential(nn.Linear(dim, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU())
@@ -587,12 +590,13 @@ class TextVectors(nn.Module):
         return self.mlp(self.text)
 
 
+BACKBONES = {"mf": MF, "lightgcn": LightGCN, "ngcf": NGCF, "neumf": NeuMF}
+
+
 def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False, text=None):
-    """One of mf, lightgcn, ngcf, neumf, on the device of `train` (N, 2). cosine: vectors of norm 1.
-    text (I, H): start from its TextVectors. Raises SystemExit2 for neumf with an odd dim."""
-    if name == "neumf" and dim % 2:
-        fail(f"--dim {dim}: neumf halves it; give an even number")
-    form, graph = {"mf": MF, "neumf": NeuMF, "lightgcn": LightGCN, "ngcf": NGCF}[name], ()
+    """One of BACKBONES, on the device of `train` (N, 2). cosine: vectors of norm 1. text (I, H):
+    start from its TextVectors. Raises SystemExit2 for neumf with an odd dim."""
+    form, graph = BACKBONES[name], ()
     if form.propagates:
         graph = normalized_adjacency(train, n_users, n_items), n_layers
     model = form(n_users, n_items, dim, *graph)
@@ -1399,12 +1403,6 @@ def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over(tensors):
-    """Add each tensor up over all processes, in place."""
-    for tensor in tensors if world() > 1 else ():
-        dist.all_reduce(tensor)
-
-
 def average_gradients(parameters):
     """Average each gradient over all processes, in place, as DistributedDataParallel does."""
     for p in parameters if world() > 1 else ():
@@ -1462,8 +1460,7 @@ def add_run_flags(parser, out=None, device=True):
 def add_training_flags(parser, out, more=(), **sampler):
     """The flags of baselines and HNLMRec. more: choices of --backbone; sampler: for --sampler."""
     group = parser.add_argument_group("backbone and training budget")
-    group.add_argument("--backbone", choices=["mf", "lightgcn", "ngcf", "neumf", *more],
-                       default="lightgcn", help="recommender")
+    group.add_argument("--backbone", choices=[*BACKBONES, *more], default="lightgcn", help="model")
     group.add_argument("--sampler", choices=SAMPLERS, help="negative sampler of e_j", **sampler)
     # epochs, batch size, lr and m of 0 are replaced by sized_to_data
     add_flags(
@@ -1503,7 +1500,7 @@ def main(argv=None):
         ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
     unset = argparse.SUPPRESS  # not among the args, so not among the settings either
     add_flags(
-        p.add_argument_group("closed forms (pop, itemknn, rp3, ease; closed: all four), which read "
+        p.add_argument_group("closed forms (pop, itemknn, rp3, ease; closed: all), which read "
                              "no training flag; what is left out is chosen by validation"),
         ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),
         ("--idf", number(int, 0, 1), unset, "itemknn: 1: users with few items count more"),
@@ -1523,7 +1520,8 @@ def main(argv=None):
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")
     if args.loss == "softmax" and len(args.sampler) > 1:
         fail("--sampler: --loss softmax draws uniformly and makes one model; leave it out")
-    if args.cosine and (args.loss != "softmax" or args.backbone == "neumf"):
+    products = BACKBONES.get(args.backbone, Backbone).score is Backbone.score
+    if args.cosine and not (products and args.loss == "softmax"):
         fail("--cosine: needs --loss softmax, and mf, lightgcn or ngcf, whose scores are products")
     for flag in set().union(*CLOSED_FORMS.values()) - {*CLOSED_FORMS.get(args.backbone, ())}:
         if flag in args:
@@ -1532,7 +1530,7 @@ def main(argv=None):
     for flag, reader in (("beta", "pns"), ("tau", "softmax"), ("shared", "softmax")):
         if getattr(args, flag) != p.get_default(flag) and set(reads) != {reader}:
             fail(f"--{flag}: is read by {reader} alone; leave it out")
-    if args.text_vectors and args.backbone in ("neumf", "closed", *CLOSED_FORMS):
+    if args.text_vectors and not (products and args.backbone in BACKBONES):
         fail(f"--text-vectors: is not for {args.backbone}; leave it out")
     # several models in one Python process; `closed` leaves out forms that refuse large data
     for name in CLOSED_FORMS if closed else args.sampler:

@@ -272,7 +272,8 @@ CLAIMS = (("in full", BASELINES, ", the best baseline by validation"),
 
 def fits(name, backbone):
     """Whether a row can be trained on a backbone: NeuMF scores by an MLP, which has no cosine."""
-    return backbone != "neumf" or "--cosine" not in METHODS[name].flags
+    products = bb.BACKBONES[backbone].score is bb.Backbone.score
+    return products or "--cosine" not in METHODS[name].flags
 
 
 def missing_file(run, name):
@@ -639,7 +640,7 @@ def training_of(name, tuned, backbone, seed, more=()):
                      f'--budget … --methods "{row}" --backbone {backbone}`')
             words += tuned[backbone][row]["words"]
     # RLMRec-Con is a baseline, but its loss is a term of ours, so `train` makes it
-    ours = method.kind not in BASELINES or "--negatives" in method.flags
+    ours = method.kind not in BASELINES or "--negatives" in words
     script = ["hnlmrec.py", "train"] if ours else ["backbones.py", "pretrain"]
     if method.kind != "closed form":
         script += ["--backbone", backbone, "--seed", str(seed)]

@@ -894,8 +894,7 @@ def build(run, args, data):
         parts["mined"] = bb.Bands(cf_model, train, args.mine_first, args.mine_last)
         parts["hidden"] = hidden.to(train.device)
         parts["table"] = NegativeTable(generated["pairs"].to(train.device), train, n_users, n_items)
-    # `if name in args`: trace may read the settings of a model older than a weight
-    parts |= {name: getattr(args, name) for name in WEIGHTS if name in args}
+    parts |= {name: getattr(args, name) for name in WEIGHTS}
     if args.paper:
         parts |= {"hinge": args.hinge, "train_projector": args.train_projector}
     method = (PaperHNLMRec if args.paper else HNLMRec)(backbone, draw, train, **parts)
@@ -960,7 +959,7 @@ def trace(args):
     tensors, meta = bb.load_tensors(run / args.model)
     # and one from another run with the same pairs but other negatives
     bb.check_inputs(run / Path(args.model).name, bb.made_from(meta))
-    s = Namespace(**meta["settings"])
+    s = Namespace(**dict.fromkeys(WEIGHTS, 0) | meta["settings"])  # 0: newer than the model
     if s.command != "train" or s.negatives == "none":
         fail(f"--model {args.model}: was trained without generated negatives, so none can be "
              "followed; give another")
@@ -1072,7 +1071,7 @@ def prepare(args):
     read, users, items = read_pairs(files, s, counts)
     form = format_of(s.format, source)
     unread = [name for name in next(form.rows(source))[1] if name and name not in form[:5]]
-    if s.format == "table" and unread:  # one of these may be meant, by a name that no rule knows
+    if FORMATS[s.format][0] is table_rows and unread:  # one may be meant, by an unknown name
         print(f"  not read as {', '.join(ROLES)} of a pair: {', '.join(unread)}")
     rows = read[latest(*(read[name] for name in ("user", "item", "rating", "seconds")))]
     counts["earlier rows of a repeated pair"] += len(read) - len(rows)
@@ -1426,7 +1425,7 @@ def item_fields(row, form, counts, where):
     # in a person's own table the title has any usual name, and all other columns are text
     own, year = form.texts == ["*"], row.get(form.year)
     title = own and column_of(row, "title", where) or form.title
-    if title not in row and form.meta is not json_rows:  # JSON objects may lack a field
+    if title not in row and form.meta is table_rows:  # JSON objects may lack a field
         fail(f"{where}: no column {title!r}, only {quote([*row])}")
     fields = {"title": f"{row[title]} ({year})" if year and row.get(title) else row.get(title)}
     used = ("", form.item, form.year, title)

@@ -37,7 +37,7 @@ from backbones import (
     SHARD_USERS, Bands, Parser, Progress, add_band_flags, add_run_flags, check_finite,
     check_inputs, digests, fail, load_data, load_model, load_tensors, mining_band, mixgcf, number,
     output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
-    start_processes, sum_over, user_rows, world, write_atomic, writer_of)
+    start_processes, user_rows, world, write_atomic, writer_of)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
 # Shapes: U users, I items, N train pairs, d numbers of a CF vector (D in backbones.py), H of a
@@ -1251,6 +1251,12 @@ def load_profiles(run, name="profiles.jsonl"):
         texts.append([(f"{row['title']}. " if kind == "item" else "") + made[kind, row["raw"]]
                       for row in group])
     return tuple(texts)
+
+
+def sum_over(tensors):
+    """Add each tensor up over all processes, in place."""
+    for tensor in tensors if world() > 1 else ():
+        dist.all_reduce(tensor)
 
 
 def from_all(value):
