@@ -45,10 +45,8 @@ from backbones import (  # the method's names are bare, so that its pieces can b
 class Projector(nn.Module):
     """Self-attention over K generated vectors of one user, then an MLP into the recommender's space
     (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, the vector that z stands for, is the only
-    query; what it attends to is added to it.
-
-    hidden (n, H), n at least 2: generated vectors, whose mean and deviation standardise h.
-    attention=False leaves only the MLP (an ablation)."""
+    query; what it attends to is added to it. hidden (n, H), n at least 2: generated vectors, whose
+    mean and deviation standardise h. attention=False leaves only the MLP (an ablation)."""
     def __init__(self, hidden, dim, width=128, attention=True):
         super().__init__()
         # a few dimensions of an LLM's hidden states dwarf the rest: standardise them. The clamp is
