@@ -687,12 +687,11 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
         own = own_among(drawn, u, train_rows, model.n_items)
         scores = scores.index_put(own, scores.new_tensor(-torch.inf))
         # rank the positive above all of them; L2 leaves out the shared negatives
-        loss = sampled_softmax_loss(model.score(users, items), scores, tau)
-        logs = {"softmax": loss.item()}
+        softmax = loss = sampled_softmax_loss(model.score(users, items), scores, tau)
         if reg:
             ego_users, ego_items = model.ego()
             loss = loss + reg * l2_loss(take(ego_users, u), take(ego_items, i))
-        return loss, logs
+        return loss, {"softmax": softmax.item()}
 
     return step
 
@@ -700,9 +699,8 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
 # X (U, I) is the 0/1 matrix of the train pairs; a user's scores are the user's row of X times item
 # weights W (I, I). CLOSED_FORMS: name -> its flags, in the order of its function's parameters, each
 # with the values that validation chooses from if the flag is not given. RP3beta's exponents lie
-# between 0 and 1; fewer neighbours (topk) remove the noise of rare items. As in the code of Ferrari
-# Dacrema et al. (RecSys 2019), ItemKNN may weight users (idf), and RP3beta all items of a history
-# equally (unit)
+# between 0 and 1; fewer neighbours (topk) remove the noise of rare items. idf (of users) and unit
+# (of items) are weightings from the code of Ferrari Dacrema et al. (RecSys 2019)
 TOPK = (0, 5, 10, 20, 50, 100, 200)  # 0: all
 CLOSED_FORMS = {
     "pop": {}, "itemknn": {"shrink": (0.0, 20.0, 100.0, 300.0), "idf": (0, 1), "topk": TOPK},
@@ -1155,6 +1153,8 @@ def skip(path, settings, force=False):
     path, new = Path(path), json.loads(json.dumps(settings))
     if not path.exists():
         return False
+    if path.resolve() in [(run_of(path) / name).resolve() for name in new.get("inputs", ())]:
+        fail(f"{path}: is one of its own inputs; choose another name")
     meta = read_meta(path)
     old = meta["settings"]
     if old.get("command") != new.get("command"):
@@ -1250,10 +1250,10 @@ def output_name(flag, name, command, suffix="", word=""):
     """`name`, if `command` may write a file of that name. Else SystemExit2, naming `flag`."""
     # a plain name, or one in compare/; its first word is `word`, if given, and no other command's
     plain = name.removeprefix("compare/") if suffix == ".safetensors" else name
-    first = re.split("[-.]", plain.lower())[0]
-    if not re.fullmatch(rf"\w[\w.-]*{re.escape(suffix)}", plain) or word not in ("", first):
+    first, dot = re.split("[-.]", plain)[0], "." if suffix else ""  # sft.partial is another file
+    if not re.fullmatch(rf"\w[\w{dot}-]*{re.escape(suffix)}", plain) or word not in ("", first):
         fail(f"{flag} {name!r}: give a plain name (a-z, 0-9, -_.), such as {word or 'x'}-2{suffix}")
-    if plain == name and WRITERS.get(first, command) != command:
+    if plain == name and WRITERS.get(first.lower(), command) != command:
         fail(f"{flag} {name}: {first} names files of `python {WRITERS[first]}`; choose another")
     return name
 
@@ -1495,7 +1495,7 @@ def main(argv=None):
     p.add_argument("--text-vectors", metavar="FILE", help="AlphaRec: texts.safetensors or your own")
     add_flags(
         p, ("--n", number(int, 1), 1, "dns draws from the n highest of its m candidates"),
-        ("--beta", number(float, 0), 0.75, "popularity exponent of pns"),
+        ("--beta", number(float, 0, 1e3), 0.75, "popularity exponent of pns"),
         ("--shared", number(int, 1), 256, "softmax's negatives, the same for all of a batch"),
         ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
     unset = argparse.SUPPRESS  # not among the args, so not among the settings either

@@ -764,7 +764,7 @@ def check_flags(args, default):
     """Raise SystemExit2 for flags of `train` that clash, and for some that nothing reads.
     default(name): a flag's default."""
     plain, texts = args.negatives == "none", args.lambda_s or args.text_init
-    likely = args.lambda_f or args.keep_clear == "judge"
+    likely, made = args.lambda_f or args.keep_clear == "judge", args.alpha or args.lambda1
     unread = "nothing reads it with these flags; leave it out"
     # which flags; whether they have to be left out; why
     for names, wrong, why in (
@@ -775,10 +775,11 @@ def check_flags(args, default):
             ("keep_clear", args.sampler != "dns", "only dns takes a penalty; add --sampler dns"),
             ("keep_clear", args.lambda_f and args.keep_clear == "valid",
              "beside --lambda-f dns keeps clear of the judge's items; leave one of the two out"),
-            ("k attention cf mine_first mine_last", plain, unread), ("judge", not likely, unread),
+            ("attention k", not made, unread), ("judge", not likely, unread),
+            ("cf mine_first mine_last", not args.lambda1, unread),
             ("gamma", not args.lambda_f, unread), ("text_vectors", not texts, unread),
-            ("tau_c", plain and not args.lambda_s, unread),
-            ("control", plain and not texts, unread)):
+            ("tau_c", not args.lambda1 and not args.lambda_s, unread),
+            ("control", not made and not texts, unread)):
         for name in names.split():
             # alpha and lambda1 even at their defaults: what they weigh is not there
             off = 0 if name in ("alpha", "lambda1") else default(name)
@@ -918,9 +919,8 @@ def blend(args):
     out = run / bb.output_name("--out", args.out, "hnlmrec.py blend", ".safetensors")
     choices = [re.findall("[^|]+", part) for part in re.findall("[^,]+", args.parts)]
     names = list(chain(*choices))
-    if not names or len(set(names)) < len(names) or args.out in names:
-        fail(f"--parts {args.parts}: name one file or more, each once, and none that is --out "
-             f"({args.out})")
+    if not names or len({(run / name).resolve() for name in names}) < len(names):
+        fail(f"--parts {args.parts}: name one file or more, each once")
     # the parts' digests are among the settings: once a part is remade, the blend is refused
     settings = bb.settings_of(args) | {"inputs": bb.digests(run, "data.safetensors", *names)}
     if bb.skip(out, settings, args.force):
@@ -1128,7 +1128,10 @@ def prepare_settings(args):
     # the files that were given; each is read three times at most, never held whole
     files = (files if own else {"reviews": args.reviews}) | {"meta": args.meta}
     files = {role: path for role, path in files.items() if path}
+    written = [(Path(args.run) / f"{name}s.jsonl").resolve() for name in ("item", "user")]
     for path in files.values():
+        if Path(path).resolve() in written:
+            fail(f"{path}: `prepare` writes a file of that name; move it, or give another --run")
         if not Path(path).is_file():  # a pipe could not be read twice
             fail(f"{path}: no such file, or a folder, pipe or device; give a file")
     # digests, not paths: an edited file is noticed, and a moved one is the same file

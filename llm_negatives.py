@@ -35,8 +35,8 @@ from transformers.pytorch_utils import Conv1D
 
 from backbones import (
     SHARD_USERS, Bands, Parser, Progress, add_band_flags, add_run_flags, check_finite,
-    check_inputs, digests, fail, load_data, load_model, load_tensors, mining_band, mixgcf, number,
-    output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
+    check_inputs, digests, fail, files_of, load_data, load_model, load_tensors, mining_band,
+    mixgcf, number, output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
     start_processes, user_rows, world, write_atomic, writer_of)
 
 # ==== 1. The hybrid prompt and its encoding: text plus soft tokens ================================
@@ -997,7 +997,7 @@ def generate(args):
     run, data, start = Path(args.run), load_data(args.run), time.time()
     output_name("--out", args.out, "llm_negatives.py generate", word="negatives")
     # what the result depends on; load_negatives() takes the third input for the CF model's file
-    sft = f"{args.sft}.safetensors"
+    sft = output_name("--sft", args.sft, "llm_negatives.py finetune", word="sft") + ".safetensors"
     meta = load_tensors(run / sft)[1]
     tuned = meta["settings"]
     if tuned["command"] != "finetune" or "beside" not in meta:  # or a half-finished one
@@ -1009,6 +1009,8 @@ def generate(args):
     # which shards are missing, and whose pairs they hold
     paths = [run / name for name in shards(args.out, data["n_users"])]
     todo = [k for k, path in enumerate(paths) if not skip(path, settings, args.force)]
+    for old in {*files_of(run / args.out)} - {*paths} if args.force else ():  # of more users
+        old.unlink(missing_ok=True)
     todo = from_all(todo)[0]  # one list for all: another process may write already
     rows = choose_pairs(data["train"], data["n_users"], args.pairs_per_user, args.pairs, args.seed)
     users, train = data["train"][rows, 0], data["train"].to(args.device)

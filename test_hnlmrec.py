@@ -2674,6 +2674,10 @@ def test_generation_resumes_by_shards_that_belong_together(copied, tiny_llm, mon
     assert f"{shards[1]}: was made with other settings than {shards[0].name}" in message_of(load)
     shards[0].unlink()
     assert f"{shards[0]}: no such file; make it with `python llm_neg" in message_of(load)
+    # a shard of users that there were once goes with --force, else digests would count it
+    shutil.copy(shards[2], copied / "negatives-x-00003.safetensors")
+    llm_main(copied, tiny_llm, again, "--force")
+    assert sorted(copied.glob("negatives-x-*.safetensors")) == shards
 
 
 def test_in_bf16_the_adapter_is_bf16_and_says_the_same(copied, tiny_llm, monkeypatch):
@@ -3318,7 +3322,7 @@ def test_compare_takes_the_tuned_flags(eval_run, commands):
     assert "At default flags, without trials: DNS(M,N).\n" in page
     eval_main("tune", "--run", run, "--budget", 3, "--methods", "DNS")
     assert "had 3 to 4 trials" in eval_refused(*compare, "DNS")
-    for text, message in (("{", "not written by `tune`"), ('{"data": "x", "methods": {}}', "another data")):
+    for text, message in (("{", "not by `tune`"), ('{"data": "x", "methods": {}}', "another data")):
         (run / "tuned.json").write_text(text)
         assert message in eval_refused(*compare, "DNS")
 
@@ -3811,7 +3815,7 @@ def test_damaged_files_are_named_by_whoever_reads_them(copied, name, tiny_llm):
         assert "item[7, 2] is NaN or infinite" in message and path.read_bytes() == whole
 
 
-OTHERS = "writes|names files of|by `"  # --force overwrites no file of another command's either
+OTHERS = "writes|names files of|by `|own inputs"  # --force overwrites no file of another command's either
 # command -> flags that it refuses, and a part of its line
 BAD_FLAGS = {
     "backbones.py pretrain": [
@@ -3840,6 +3844,7 @@ BAD_FLAGS = {
                               ("--reviews", "x")))],
     "hnlmrec.py train": [
         ("--negatives none", "--alpha: needs .*; give 0"),
+        ("--lambda1 0 --mine-first 3 --out model-x.safetensors", "--mine-first: nothing reads it"),
         ("--negatives none --alpha 0", "--lambda1: needs generated vectors"),
         ("--negatives none --alpha 0 --lambda1 0 --paper", "--paper: needs generated vec"),
         ("--paper --lambda-s 0.1", "--lambda-s: the paper's form has no such term"),
@@ -3866,7 +3871,7 @@ BAD_FLAGS = {
     "hnlmrec.py blend": [
         ("", "required: --parts"), ("--parts ,|,", "--parts ,.,: name one file or more"),
         ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "file or more, each once"),
-        ("--parts x.safetensors --out x.safetensors", "none that is --out"),
+        ("--parts ./model-rns.safetensors --out model-rns.safetensors --force", "own inputs"),
         ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
         ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
         ("--parts cf.safetensors", "parts=.*, now .* --force`")],
@@ -3875,13 +3880,14 @@ BAD_FLAGS = {
         ("--out profiles-x.jsonl --llm nowhere", "--llm nowhere")],
     "llm_negatives.py finetune": [
         ("--name=", "--name"), ("--name cf --force", "--name 'cf'"), ("--epochs inf", "--epochs"),
+        ("--name sft-2.partial", "--name 'sft-2.partial'"),
         ("--warmup-pairs 1 --force", "--warmup-pairs 1"), ("--tau-s 0", "--tau-s"),
         ("--mine-first 5 --mine-last 1 --force", "--mine-first 5"),
         ("--name sft-x --llm-layers 0 --lora-targets no", "--lora-targets no"),
         ("--name sft-x --cf model-rp3.safetensors", "model-rp3.safetensors: is a closed form")],
     "llm_negatives.py generate": [
         ("--out *", "--out"), ("--out /x/negatives", "--out"),
-        ("--sft cf --out negatives-y", "holds what `pretrain` writes")],
+        ("--sft cf --out negatives-y", "--sft 'cf'"), ("--out Negatives", "--out 'Neg")],
     "llm_negatives.py read": [
         ("--layers 0,9 --out texts-x.safetensors", r"has layers 0 \(its token embeddings\) to 2"),
         ("--layers -1 --out texts-x.safetensors", "give numbers of layers"),
@@ -3892,6 +3898,7 @@ BAD_FLAGS = {
         ("--methods 'DNS --out=x'", "by each"), ("--out metrics", "names files of"),
         ("--methods 'judge alone --lr 0.1'", "nothing is trained for it"),
         ("--out notes", "not written by `compare`"), ("--methods DNS --tuned", "tuned.json"),
+        ("--out x.json", "--out 'x.json'"),
         ("--methods 'LLM not fine-tuned'", "generate --run"),
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
     "eval.py tune": [
