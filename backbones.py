@@ -991,13 +991,14 @@ def load_texts(run, name, data):
     (I, H) per layer, on the device of data["train"]. Raises SystemExit2 for a bad shape or NaN."""
     path, n_items = Path(run) / text_input(run, name), data["n_items"]
     try:  # readings of another catalogue, and damaged ones, are refused
-        tensors = load_tensors(path)[0] if read_header(path) else load_file(path)
+        made = read_header(path).get("settings", {}).get("command")  # None: a file of one's own
+        tensors = load_tensors(path)[0] if made else load_file(path)
     except (SafetensorError, OSError) as error:
         fail(f"{path}: cannot be read as safetensors ({error}); name another file")
     wrong = [f"{key} is {tuple(text.shape)}" for key, text in tensors.items()
              if text.ndim != 2 or len(text) != n_items or not text.shape[1]]
-    if wrong or not tensors:
-        fail(f"{path}: {[*wrong, 'holds no tensor'][0]}, not ({n_items}, width)")
+    if wrong or not tensors or made not in (None, "read"):
+        fail(f"{path}: {[*wrong, 'holds no texts'][0]}, not ({n_items}, width) of `read` or yours")
     check_finite(path, tensors, "fix that row")
     return [tensors[key].float().to(data["train"].device) for key in sorted(tensors)]
 
@@ -1462,7 +1463,6 @@ def add_training_flags(parser, out, more=(), **sampler):
     group = parser.add_argument_group("backbone and training budget")
     group.add_argument("--backbone", choices=[*BACKBONES, *more], default="lightgcn", help="model")
     group.add_argument("--sampler", choices=SAMPLERS, help="negative sampler of e_j", **sampler)
-    # epochs, batch size, lr and m of 0 are replaced by sized_to_data
     add_flags(
         group, ("--dim", number(int, 2), 64, "embedding width d"),
         ("--layers", number(int, 1), 3, "propagation layers of lightgcn and ngcf"),

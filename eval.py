@@ -587,6 +587,7 @@ def compare(args):
              f"pairs, one split, one seed of judge and LLM; {args.backbone}, seeds: {args.seeds}"
              + " (mean ± sd)" * (args.seeds > 1) + "; each model at its best validation epoch."
              + f" Flags by trials ({args.tuned})." * bool(args.tuned)
+             + f" All with {markdown(args.flags)}." * bool(args.flags)
              + " The pairs below chose these epochs: for choices, not for claims." * args.valid]
     lines += ["", f"Left out: {markdown('; '.join(left_out))}."] if left_out else []
     untuned = [name for name, _ in entries.values() if METHODS[name].kind != "closed form"
@@ -839,6 +840,8 @@ def tune(args):
     flags = words_of("--flags", args.flags)
     # earlier trials by plan (inputs and flags); --force drops these methods' on this backbone
     former, file = read_jsonl(log) if log.exists() else [], log.with_suffix(".json")
+    if not all("plan" in row for row in former):
+        fail(f"{log}: was not written by `tune`; choose another --out")
     done = {json_digest(row["plan"]): row for row in former if not args.force
             or row["method"] not in trials or args.backbone not in row["plan"]["command"]}
     methods = read_tuned(file, data["digest"], anew=args.force or not file.exists())

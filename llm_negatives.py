@@ -1048,13 +1048,15 @@ def read(args):
     # which layers: by default the embeddings and those at two fifths and two thirds of the depth
     config = from_library(args.llm, "model", AutoConfig.from_pretrained)
     depth = config.get_text_config().num_hidden_layers
-    if args.control == "tfidf" and (args.layers or args.most):
-        fail("--control tfidf: has no layers, so --layers and --most do not apply; leave them out")
+    if args.control == "tfidf" and args.layers:
+        fail("--control tfidf: has no layers, so --layers does not apply; leave it out")
     layers = args.layers or f"0,{round(depth * 2 / 5)},{round(depth * 2 / 3)}"
     if not re.fullmatch(r"\d+(,\d+)*", layers) or max(map(int, layers.split(","))) > depth:
         fail(f"--layers {layers}: {args.llm} has layers 0 (its token embeddings) to {depth}; give "
              "numbers of layers, such as 0,12")
     layers = [0] if args.control == "tfidf" else sorted(set(map(int, layers.split(","))))
+    if args.most and not any(layers):
+        fail("--most: layers above 0 alone are limited to popular items; leave it out")
     # a file made with these settings and inputs is not made again
     args.dtype = pick_dtype(args.dtype, args.device)
     inputs = ["data.safetensors", "items.jsonl"] + ([args.profiles] if args.profiles else [])
@@ -1114,7 +1116,7 @@ def read_profiles(path):
         settings = head["settings"]
         if settings["command"] == "profile" and settings["inputs"]:
             return settings, head["frames"], made
-    fail(f"{path}: is not what `profile` writes; delete it and run `{writer_of(path)}` again")
+    fail(f"{path}: is not what `profile` writes; name another, or run `{writer_of(path)}`")
 
 
 class Profiles:

@@ -778,7 +778,7 @@ def test_texts_of_ones_own_are_checked(tmp_path):
     hole[7, 1] = math.nan
     for tensors, message in (({"a": torch.zeros(29, 3)}, "a is (29, 3), not (30, width)"),
                              ({"a": hole}, "a[7, 1] is NaN or infinite; fix that row"),
-                             ({}, "holds no tensor")):
+                             ({}, "holds no texts")):
         save_file(tensors, path)
         assert message in message_of(backbones.load_texts, tmp_path, path.name, split_data())
     path.write_bytes(b"no")
@@ -3866,6 +3866,7 @@ BAD_FLAGS = {
         ("--lambda-f 1 --judge cf.safetensors --out x.safetensors", "not a judge; name"),
         ("--lambda-f 1 --judge judge-x.safetensors --out x.safetensors", "hnlmrec.py judge --run")],
     "hnlmrec.py judge": [
+        ("--text-vectors model-ease.safetensors --out judge-x.safetensors", "holds no texts"),
         ("--likely 0", r"0 is outside \[1,"), ("--dropout 0 1", r"1 is outside \[0, 0.95\]"),
         ("--out model-judged.safetensors --force", "--out"), ("--lr 0.1", "now 0.1.* --force`")],
     "hnlmrec.py blend": [
@@ -3892,7 +3893,8 @@ BAD_FLAGS = {
         ("--layers 0,9 --out texts-x.safetensors", r"has layers 0 \(its token embeddings\) to 2"),
         ("--layers -1 --out texts-x.safetensors", "give numbers of layers"),
         ("--out judge.safetensors --force", "--out 'judge"), ("--control no", "--control"),
-        ("--control tfidf --layers 0 --out texts-x.safetensors", "has no layers")],
+        ("--control tfidf --layers 0 --out texts-x.safetensors", "has no layers"),
+        ("--layers 0 --most 5 --out texts-x.safetensors", "--most: layers above 0")],
     "eval.py compare": [
         ("--methods XYZ", "is none of Popularity"), ("--flags '--dim 8 --seed 5'", "by each"),
         ("--methods 'DNS --out=x'", "by each"), ("--out metrics", "names files of"),
