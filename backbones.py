@@ -826,7 +826,7 @@ def ease(pairs, n_users, n_items, ridge=200.0):
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram, out=gram), out=gram)
     return inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0).float()
 
-
+# ---- Nearest items: by cosine, for reports -------------------------------------------------------
 @torch.no_grad()
 def nearest_items(vectors, users, items, seen, k):
     """The k items nearest to each vector by cosine, the user's seen items left out: vectors (n, D),
@@ -1154,12 +1154,12 @@ def skip(path, settings, force=False):
     path, new = Path(path), json.loads(json.dumps(settings))
     if not path.exists():
         return False
-    if path.resolve() in [(run_of(path) / name).resolve() for name in new.get("inputs", ())]:
-        fail(f"{path}: is one of its own inputs; choose another name")
     meta = read_meta(path)
     old = meta["settings"]
     if old.get("command") != new.get("command"):
         fail(f"{path}: holds what `{old.get('command')}` writes; choose another name")
+    if path.resolve() in [(run_of(path) / name).resolve() for name in new.get("inputs", ())]:
+        fail(f"{path}: is one of its own inputs; choose another name")
     if force:
         return False
     # compare the inputs by name only: load_tensors, below, has a message for changed ones
@@ -1254,8 +1254,8 @@ def output_name(flag, name, command, suffix="", word=""):
     first, dot = re.split("[-.]", plain)[0], "." if suffix else ""  # sft.partial is another file
     if not re.fullmatch(rf"\w[\w{dot}-]*{re.escape(suffix)}", plain) or word not in ("", first):
         fail(f"{flag} {name!r}: give a plain name (a-z, 0-9, -_.), such as {word or 'x'}-2{suffix}")
-    if plain == name and WRITERS.get(first.lower(), command) != command:
-        fail(f"{flag} {name}: {first} names files of `python {WRITERS[first]}`; choose another")
+    if plain == name and (owner := WRITERS.get(first.lower(), command)) != command:
+        fail(f"{flag} {name}: {first} names files of `python {owner}`; choose another")
     return name
 
 

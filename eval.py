@@ -66,10 +66,10 @@ def seen_before(data, split):
 
 
 def evaluate(model, data, split="test", ks=(10, 20)):
-    """Metrics of every user with a pair in `split` (valid or test), by any module with n_users,
-    n_items and scores(users (B,)), a new (B, I) -> users (n,), {name@k: (n,) float64}, and the
-    lists behind them (n, min(max(ks), I)): item ids, best first, -1 where a user has fewer unseen
-    items. Raises SystemExit2 for an empty split."""
+    """Metrics of every user with a pair in `split` (valid or test) -> users (n,), {name@k: (n,)
+    float64}, and the lists behind them (n, min(max(ks), I)): item ids, best first, -1 where a user
+    has fewer unseen items. model: any module with n_users, n_items and scores(users (B,)), which
+    returns a new (B, I). Raises SystemExit2 for an empty split."""
     if not len(data[split]):
         fail(f"data.safetensors: has no {split} pairs to evaluate on; prepare data that have some")
     seen = seen_before(data, split)

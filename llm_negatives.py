@@ -266,8 +266,8 @@ def check_window(llm, length):
 def encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs, drop="", profile_dropout=0.0,
                  encoder=encode):
     """h(u, i) of pairs (n, 2) -> (n, H). cf: {"user" (U, d), "item" (I, d)}; texts: (user profiles,
-    item texts); encoder: encode or encode_whole; drop: a part to leave out, 'user
-    vector', 'user profile' or 'item vector'; profile_dropout: share of users without a profile."""
+    item texts); encoder: encode or encode_whole; drop: a part to leave out, 'user vector', 'user
+    profile' or 'item vector'; profile_dropout: share of users without a profile."""
     # each user once, with the place of each pair's user among them
     users, owner = pairs[:, 0].unique(return_inverse=True)
     # some go without a profile, so that the LLM cannot rely on recognising a known user's text

@@ -653,7 +653,7 @@ def test_a_world_size_without_torchrun_never_waits_and_a_signal_ends_a_wait(smal
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as waiting:
         assert "waiting for 2 processes" in waiting.stdout.readline()
         waiting.terminate()
-        assert waiting.wait(timeout=600) == -15
+        assert waiting.wait(timeout=60) == -15
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert message_of(backbones.start_processes, "cpu").startswith("WORLD_SIZE: is set")
     for rank in ("", "x"):
@@ -3815,7 +3815,7 @@ def test_damaged_files_are_named_by_whoever_reads_them(copied, name, tiny_llm):
         assert "item[7, 2] is NaN or infinite" in message and path.read_bytes() == whole
 
 
-OTHERS = "writes|names files of|by `|own inputs"  # --force overwrites no file of another command's either
+OTHERS = "writes|names files of|by `"  # --force overwrites no file of another command's either
 # command -> flags that it refuses, and a part of its line
 BAD_FLAGS = {
     "backbones.py pretrain": [
@@ -3872,7 +3872,7 @@ BAD_FLAGS = {
     "hnlmrec.py blend": [
         ("", "required: --parts"), ("--parts ,|,", "--parts ,.,: name one file or more"),
         ("--parts cf.safetensors,cf.safetensors --out x.safetensors", "file or more, each once"),
-        ("--parts ./model-rns.safetensors --out model-rns.safetensors --force", "own inputs"),
+        ("--parts ./model-full.safetensors --out model-full.safetensors --force", "own inputs"),
         ("--parts data.safetensors --out x.safetensors", "`prepare` writes"),
         ("--parts cf.safetensors --out model-rns.safetensors --force", OTHERS),
         ("--parts cf.safetensors", "parts=.*, now .* --force`")],
@@ -3900,7 +3900,7 @@ BAD_FLAGS = {
         ("--methods 'DNS --out=x'", "by each"), ("--out metrics", "names files of"),
         ("--methods 'judge alone --lr 0.1'", "nothing is trained for it"),
         ("--out notes", "not written by `compare`"), ("--methods DNS --tuned", "tuned.json"),
-        ("--out x.json", "--out 'x.json'"),
+        ("--out x.json", "--out 'x.json'"), ("--out Metrics", "names files of"),
         ("--methods 'LLM not fine-tuned'", "generate --run"),
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
     "eval.py tune": [
