@@ -267,8 +267,6 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     model: a Backbone; sampler: one of SAMPLERS; pairs (N, 2): train; m: number of candidates for
     dns, mixgcf and ahns; n: dns's `top`; beta: pns's popularity exponent; penalty: for dns, a
     function of users (B,) and candidates (B, M)."""
-    if sampler not in SAMPLERS:
-        fail(f"sampler {sampler!r}: is none of {', '.join(SAMPLERS)}")
     shape = pairs, model.n_users, model.n_items
     draw = PopularitySampler(*shape, beta) if sampler == "pns" else UnseenSampler(*shape)
 
@@ -284,6 +282,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
                     penalty and penalty(u, candidates))
         elif sampler == "ahns":
             j = ahns(model.score, users, all_items, i, candidates)
+        elif sampler not in ("rns", "pns", "mixgcf"):
+            fail(f"sampler {sampler!r}: has no branch in make_sampler")
         negatives = (mixgcf(users, layers[1], i, candidates, model.pool, generator) if layers
                      else take(all_items, j))
         return Sample(all_users, all_items, users, positives, negatives, j)
@@ -431,7 +431,7 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
             done += 1
             if not torch.isfinite(loss):
                 fail(f"{label}: the loss is {loss.item()} at step {done} (epoch {epoch}, "
-                     f"{values}); lower --lr (now {lr}) or check the input vectors for NaN")
+                     f"{values}); lower --lr (now {lr}), or a weight that is huge")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(parameters)
@@ -916,7 +916,6 @@ def compute_closed_form(args, data, _):
     shape = (data["train"], data["n_users"], data["n_items"])
     form = {"pop": popularity, "itemknn": item_knn, "rp3": rp3beta, "ease": ease}[name]
     form = functools.lru_cache(maxsize=1)(form)  # the last table alone: all would not fit
-
     # given constants stay, the others are searched: here, not in `tune`, since nothing is trained
     grid = {flag: [vars(args)[flag]] if flag in args else values
             for flag, values in CLOSED_FORMS[name].items()}
@@ -1215,8 +1214,7 @@ def digest_as_of(path, *_):
 def check_finite(path, tensors, remedy):
     """Raise SystemExit2, naming file, tensor and place, when a value is NaN or infinite."""
     for name, tensor in tensors.items():
-        bad = (~torch.isfinite(tensor)).nonzero()
-        if len(bad):
+        if len(bad := (~torch.isfinite(tensor)).nonzero()):
             fail(f"{path}: {name}{bad[0].tolist()} is NaN or infinite; {remedy}")
 
 
@@ -1325,6 +1323,8 @@ def run_cli(main):
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its highest value
     try:
+        if {"", "--run="} & {*sys.argv}:  # from a shell variable that is not set
+            fail("an argument is empty; give it a value or leave it out")
         main()
         if world() > 1:
             dist.barrier()

@@ -318,7 +318,7 @@ class Comparison:
     NDCG@20 by seed and user (S, n)}, figures {key: {column: (S,)}}; result: for the JSON file."""
     def __init__(self, run, rows, data, split="test"):
         self.run, self.rows, self.data, self.split = run, rows, data, split
-        self.ndcg, self.figures, self.with_z = {}, {}, {}
+        self.ndcg, self.figures, self.with_z, self.chart = {}, {}, {}, ""
         self.result = {"data": data["digest"], "methods": {}, "tests": {}}
         for row in rows:
             ndcg, found = zip(*(self.evaluate_file(path, row.label) for path in row.paths))
@@ -385,7 +385,7 @@ class Comparison:
         return lines
 
     def sections(self, out):
-        """The lines of all tables, and the picture OUT.svg; figures go into self.result."""
+        """The lines of all tables; the picture goes into self.chart, figures into self.result."""
         main, differences, groups, tests = [], [], [], {}
         for row in self.rows:
             figures = {column: self.mean(row, column) for column in self.figures[row.key]}
@@ -417,8 +417,7 @@ class Comparison:
         if tests:
             ends = ([test[end] for test in tests.values()] for end in ("mean", "low", "high"))
             title = f"{self.split} NDCG@20 minus {self.rival.label}, 95 % intervals"
-            chart = svg_chart(title, [row.label for row in tests], *ends)
-            write_atomic(self.run / f"{out}.svg", chart.encode())
+            self.chart = svg_chart(title, [row.label for row in tests], *ends)
             best = ", the best baseline by validation" * (self.rival.kind in BASELINES)
             lines += ["", "## Differences", "", f"From {markdown(self.rival.label)}{best}; 95 % "
                       "intervals by paired bootstrap over users. s: seconds of the row's command; "
@@ -457,13 +456,37 @@ def report(args):
         text = (run / "steps.tsv").read_text("utf-8", "replace")
         steps = [line.split("\t") for line in text.splitlines()]
         lines += ["", "## Steps of the last start", "", *markdown_table(["step", "seconds"], steps)]
-    write_page(run / "report.md", lines, run / "metrics.json", comparison.result)
+    write_page(run / "report.md", lines, run / "metrics.json", comparison.result, comparison.chart)
 
 
-def write_page(page, lines, file, result):
+def write_page(page, lines, file, result, chart=""):
     write_atomic(page, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    if chart:
+        write_atomic(page.with_suffix(".svg"), chart.encode())
     write_atomic(file, (json.dumps(result, indent=1) + "\n").encode())
     print("\n".join([*lines, "", f"wrote {page} and {file}"]))
+
+
+def is_row(name, made):
+    """Whether a file's settings, `made`, are those of a row, but for flags that `tune` varies."""
+    method, command = METHODS[name], made.get("command")
+    if method.parts:  # "in full"; run.sh leaves out closed forms that do not fit
+        rows = "|".join(method.parts).split("|")
+        own = {f"model-{METHODS[row].stem}.safetensors" if row in METHODS else row for row in rows}
+        return command == "blend" and {JUDGE} < {*re.split("[|,]", made["parts"])} <= own
+    same = command == training_of(name, {}, "lightgcn", 0)[1]
+    for flag, value in re.findall(r"--(\S+) ?([^-\s]\S*)?", method.flags):
+        found = made.get(flag.replace("-", "_"))
+        # a switch is on; a weight that is tuned is not 0; all else is as in the row
+        on = not value or flag in SPACES.get(name, ())
+        same &= bool(found) if on else str(found) in (value, f"{value}.0")
+    # nor has it what the row lacks: its flags do not say so, since these are the defaults
+    if command == "pretrain":
+        loss = "bpr" if method.kind == "sampler" else made.get("loss")
+        return same and made.get("loss") == loss and (
+            bool(made.get("text_vectors")) == (TEXTS in method.needs))
+    paper, negatives = bool(made.get("paper")), made.get("negatives") != "none"
+    return same and (paper, negatives) == ("--paper" in method.flags, "negatives" in method.needs)
 
 
 def rows_of_run(run):
@@ -472,12 +495,15 @@ def rows_of_run(run):
              for path in sorted(run.glob("model-?*.safetensors"))}
     if not paths:
         fail(f"{run}: no model-*.safetensors; run `{bb.writer_of(run / 'model-rns.safetensors')}`")
+    made = {stem: read_meta(path)["settings"] for stem, path in paths.items()}
     rows = [Row(method.stem, name, name, method.kind, (paths.pop(method.stem),))
-            for name, method in METHODS.items() if method.stem in paths]
-    # the rest have names of the user's own; those that `pretrain` made count as baselines
+            for name, method in METHODS.items()
+            if method.stem in made and is_row(name, made[method.stem])]
+    # the rest are the user's own, or not what their name says; those by `pretrain` are baselines
+    stems = [method.stem for method in METHODS.values()]
     for stem, path in paths.items():
-        command = read_meta(path)["settings"].get("command")
-        rows.append(Row(stem, stem, "", "baseline" if command == "pretrain" else "ours", (path,)))
+        kind = "baseline" if made[stem].get("command") == "pretrain" else "ours"
+        rows.append(Row(stem, path.name if stem in stems else stem, "", kind, (path,)))
     return rows
 
 
@@ -599,14 +625,16 @@ def compare(args):
         lines += comparison.sections(out)
     else:
         lines += [*comparison.claims(), *comparison.sections(out), *fhns_lines(comparison)]
-    write_page(page, lines, run / f"{out}.json", comparison.result)
+    write_page(page, lines, page.with_suffix(".json"), comparison.result, comparison.chart)
 
 
 def page_of(run, out, command, first):
     """The path of OUT.md. Raises SystemExit2 for a page there that does not begin with `first`."""
     page = run / f"{output_name('--out', out, f'eval.py {command}')}.md"
-    if page.exists() and not page.read_text("utf-8", "replace").startswith(first):
-        fail(f"--out {out}: {page} exists and was not written by `{command}`; choose another name")
+    there = [path for end in (".md", ".json", ".svg") if (path := page.with_suffix(end)).exists()]
+    # the page comes first of the three, so without it the others are not ours
+    if there and not (there[0] == page and page.read_text("utf-8", "replace").startswith(first)):
+        fail(f"--out {out}: {there[0]} was not written by `{command}`; choose another name")
     return page
 
 
@@ -640,6 +668,8 @@ def training_of(name, tuned, backbone, seed, more=()):
                 fail(f"--tuned: {row} on {backbone} is not in it; run `python eval.py tune --run … "
                      f'--budget … --methods "{row}" --backbone {backbone}`')
             words += tuned[backbone][row]["words"]
+    for word in {"--sampler", "--loss"} & {*words} & {flag.split("=")[0] for flag in more}:
+        fail(f"{name}: its {word} is what it is named for; leave {word} out of your flags")
     # RLMRec-Con is a baseline, but its loss is a term of ours, so `train` makes it
     ours = method.kind not in BASELINES or "--negatives" in words
     script = ["hnlmrec.py", "train"] if ours else ["backbones.py", "pretrain"]

@@ -1796,7 +1796,7 @@ def main(argv=None):
                         "whichever makes the better blend on validation")
 
     p = command("trace", "follow one (user, item) pair through a finished run", "--user 196")
-    p.add_argument("--run", required=True, metavar="DIR", help="run folder of a finished run.sh")
+    p.add_argument("--run", required=True, metavar="DIR", help="folder of a finished run")
     p.add_argument("--user", metavar="ID", type=given_id, help="the user's id in the ratings file; "
                    "default: the first with a generated negative")
     p.add_argument("--item", metavar="ID", type=given_id,

@@ -511,6 +511,7 @@ def test_a_step_is_bpr_and_l2_on_what_its_sampler_draws(name, sampler):
     bare = hnlmrec.HNLMRec(model, draw, train, alpha=0, lambda1=0, lambda_s=0, reg=0.1)
     assert list(bare.modules_trained()) == ["backbone"]
     (u, i), (users, items), (ego_users, ego_items) = train[rows].T, model(), model.ego()
+    assert "no branch" in message_of(backbones.make_sampler(model, "hard", train), u, i, None)
     sample = draw(u, i, seeded(5))
     j = sample.negative_ids
     assert not any(c in items_of(train, v) for v, c in zip(u.tolist(), j.tolist()))
@@ -817,8 +818,13 @@ def test_a_failed_write_names_its_file_and_leaves_the_old_one(tmp_path, monkeypa
     (RuntimeError("CUDA out of memory"), 2, "error: out of memory; lower --batch-size"),
     (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: out of memory; lower --batch-size"),
     (RuntimeError("CUDA error: an illegal memory access"), None, ""),  # no lack of memory: raised
-    (backbones.SystemExit2("one\n  line"), 2, "error: one line")])
+    (backbones.SystemExit2("one\n  line"), 2, "error: one line"),
+    (["--run", ""], 2, "error: an argument is empty"),
+    (["--run="], 2, "error: an argument is empty")])
 def test_programs_end_in_one_line(raised, status, line, monkeypatch, capsys):
+    if isinstance(raised, list):  # flags, of which an empty one ends it before it begins
+        monkeypatch.setattr(sys, "argv", raised)
+        raised = AssertionError
     monkeypatch.setattr(backbones.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit if status else RuntimeError) as error:
@@ -2481,6 +2487,7 @@ def finished(raw, tiny_llm, tmp_path_factory):
     for words in steps_of(tiny_llm, raw).values():
         run_step(run, words)
     (run / "notes.md").write_text("mine")
+    (run / "picture.svg").write_text("mine")
     return run
 
 
@@ -2986,7 +2993,8 @@ def save_model(path, seed, command="pretrain", valid=0.1, inputs=(), **more):
     """A file as `pretrain` writes it, of random vectors."""
     table = torch.randn(N_USERS + N_ITEMS, 4, generator=seeded(seed))
     run = path.parent.parent if path.parent.name == "compare" else path.parent
-    settings = {"command": command, "backbone": "mf", "layers": 1, "epochs": 200,
+    settings = {"command": command, "backbone": "mf", "layers": 1, "epochs": 200, "loss": "bpr",
+                "sampler": path.stem.removeprefix("model-"),
                 "inputs": backbones.digests(run, "data.safetensors", *inputs)}
     backbones.save_tensors(
         path, {"backbone.embedding": table, "item": table[N_USERS:].clone(), **more},
@@ -3056,6 +3064,29 @@ def test_report_says_what_its_figures_say(eval_run):
         assert page.split(start)[1].split("\n")[0].count("; Film") == 4
     assert {"uniform", "the judge's likely items", "HNLMRec, projected z"} <= set(found["fhns"])
     assert len(xml.etree.ElementTree.parse(eval_run / "report.svg").findall(".//{*}circle")) == 6
+
+
+def test_a_file_is_a_row_of_the_report_only_if_it_was_made_as_that_row(monkeypatch, eval_run):
+    made = []
+    for program, name in ((backbones, "pretrain"), (hnlmrec, "train_hnlmrec")):
+        monkeypatch.setattr(program, name, lambda args: made.append(backbones.settings_of(args)))
+    rows = [name for name, row in evaluation.METHODS.items()
+            if row.stem and not row.parts and row.kind != "closed form"]
+    for name in rows:
+        words = evaluation.training_of(name, {}, "lightgcn", 0)
+        for more in ([], ["--dim", 8, "--m", 3]):
+            cli(*words, *more, "--run", "x", "--out", "x.safetensors")
+            assert [row for row in rows if evaluation.is_row(row, made[-1])] == [name]
+    judged, judge, rp3 = (f"{stem}.safetensors" for stem in ("model-judged", "judge", "model-rp3"))
+    for parts, full in (([f"{judged}|model-dns.safetensors", judge, rp3], True),
+                        ([judged, judge], True), ([judged, rp3], False),
+                        ([judge, "model-x.safetensors"], False)):
+        settings = {"command": "blend", "parts": ",".join(parts)}
+        assert evaluation.is_row("in full", settings) == full
+    # a closed form under a sampler's name
+    shutil.copy(eval_run / "model-pop.safetensors", eval_run / "model-mixgcf.safetensors")
+    page = eval_main("report", "--run", eval_run)
+    assert "| model-mixgcf.safetensors |" in page and "| MixGCF |" not in page
 
 
 def test_users_without_a_train_pair_are_counted_and_no_example(eval_run):
@@ -3899,7 +3930,10 @@ BAD_FLAGS = {
         ("--methods XYZ", "is none of Popularity"), ("--flags '--dim 8 --seed 5'", "by each"),
         ("--methods 'DNS --out=x'", "by each"), ("--out metrics", "names files of"),
         ("--methods 'judge alone --lr 0.1'", "nothing is trained for it"),
-        ("--out notes", "not written by `compare`"), ("--methods DNS --tuned", "tuned.json"),
+        ("--out notes", "notes.md was not written by `compare`"),
+        ("--out picture", "picture.svg was not written"), ("--methods DNS --tuned", "tuned.json"),
+        ("--methods DNS --flags '--sampler rns'", "leave --sampler out"),
+        ("--methods 'AlphaRec --loss=bpr'", "leave --loss out"),
         ("--out x.json", "--out 'x.json'"), ("--out Metrics", "names files of"),
         ("--methods 'LLM not fine-tuned'", "generate --run"),
         ("--methods 'in full, by a bag of words'", "--text-vectors texts-words.safetensors`")],
