@@ -218,18 +218,29 @@ class UnseenSampler:
         return r + before - self.start[u]
 
 
+@torch.no_grad()
+def score_candidates(score, users, items, candidates):
+    """Scores of users (B, D) and their candidates (B, M), which are ids of items (I, D) -> (B, M).
+    score: a backbone's. No gradient."""
+    # a few rows at a time: their vectors fit into the processor's cache (512 KiB), which on large
+    # data takes a third of the time, and all (B, M, D) at once might not fit into memory
+    cells = 2**17 if items.device.type == "cpu" else 2**26
+    size = max(1, cells // (candidates.shape[1] * items.shape[1]))
+    return torch.cat([score(u[:, None], take(items, c))  # (size, M)
+                      for u, c in zip(users.split(size), candidates.split(size))])
+
+
 def dns(score, users, items, candidates, top=1, generator=None, penalty=None):
     """Dynamic negative sampling (Zhang et al., SIGIR 2013): the highest-scoring of M candidates;
     for top > 1, a random one of the `top` highest: DNS(M, N) (Shi et al., WWW 2023). No gradient.
     score: a backbone's; users (B, D), items (I, D), candidates (B, M): item ids; penalty (B, M):
     subtracted from the scores -> item ids (B,)."""
-    with torch.no_grad():
-        scores = score(users[:, None], take(items, candidates))  # (B, M)
-        if penalty is not None:
-            scores = scores - penalty
-        ranked = scores.topk(top, dim=1).indices  # (B, top)
-        pick = torch.randint(top, (len(ranked), 1), generator=generator, device=ranked.device)
-        return candidates.gather(1, ranked.gather(1, pick))[:, 0]
+    scores = score_candidates(score, users, items, candidates)  # (B, M)
+    if penalty is not None:
+        scores = scores - penalty
+    ranked = scores.topk(top, dim=1).indices  # (B, top)
+    pick = torch.randint(top, (len(ranked), 1), generator=generator, device=ranked.device)
+    return candidates.gather(1, ranked.gather(1, pick))[:, 0]
 
 
 def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
@@ -249,9 +260,8 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
         query = query[:, min(k, query.shape[1] - 1)]  # (B, d)
         # choose first, then rebuild the chosen one alone: backward never sees (B, M, d). The
         # positive's part of the mix is the same for all candidates, so it cannot change the choice
-        with torch.no_grad():
-            scores = torch.einsum("bd,bmd->bm", query, take(layer, candidates))  # (B, M)
-            best = candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0]  # (B,)
+        scores = score_candidates(lambda u, i: (u @ i.mT)[:, 0], query, layer, candidates)
+        best = candidates.gather(1, scores.argmax(1, keepdim=True))[:, 0]  # (B, M) -> (B,)
         hops.append(share * take(layer, positives) + (1 - share) * take(layer, best))
     return pool(torch.stack(hops, 1))
 
@@ -647,10 +657,9 @@ def ahns(score, users, items, positives, candidates, alpha=0.1, beta=0.4, power=
     for dns; positives (B,) -> item ids (B,). No gradient."""
     # of the authors' settings, the one that validates best (8-core of Toys & Games: .058; with the
     # 1 and .1 of their code: .052); power is a whole number, since the base can be negative
-    with torch.no_grad():
-        target = beta * (score(users, items[positives])[:, None] + alpha) ** (power + 1)  # (B, 1)
-        distance = (score(users[:, None], take(items, candidates)) - target).abs()  # (B, M)
-        return candidates.gather(1, distance.argmin(1, keepdim=True))[:, 0]
+    target = beta * (score(users, take(items, positives)) + alpha) ** (power + 1)  # (B,)
+    distance = score_candidates(score, users, items, candidates) - target.detach()[:, None]
+    return candidates.gather(1, distance.abs().argmin(1, keepdim=True))[:, 0]  # (B, M) -> (B,)
 
 
 def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
@@ -825,15 +834,6 @@ def ease(pairs, n_users, n_items, ridge=200.0):
     gram.diagonal().add_(ridge)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram, out=gram), out=gram)
     return inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0).float()
-
-# ---- Nearest items: by cosine, for reports -------------------------------------------------------
-@torch.no_grad()
-def nearest_items(vectors, users, items, seen, k):
-    """The k items nearest to each vector by cosine, the user's seen items left out: vectors (n, D),
-    users (n,), items (I, D), seen: from user_rows -> item ids (n, min(k, I)), padded with -1."""
-    items = F.normalize(items.float(), dim=-1)
-    return best_unseen(lambda rows: F.normalize(vectors[rows].float(), dim=-1) @ items.T, users,
-                       seen, k, len(items))
 
 # ==== 3. The method ends here. What follows are programs, files, errors, processes ===============
 def sized_to_data(data, batch_size=0, lr=0.0, epochs=0, m=0):

@@ -24,10 +24,10 @@ import torch
 import backbones as bb
 from backbones import (
     Parser, SystemExit2, UnseenSampler, best_epoch, contains, digests, dns, fail, json_digest,
-    load_data, load_negatives, load_tensors, mixgcf, ndcg, nearest_items, number, output_name,
+    load_data, load_negatives, load_tensors, mixgcf, ndcg, number, output_name,
     pair_keys, rank_unseen, ranking_hits, read_jsonl, read_meta, row_of, run_cli, user_rows,
     write_atomic)
-from hnlmrec import LikelyFalse, given_id, load_recommender
+from hnlmrec import LikelyFalse, given_id, load_recommender, nearest_items
 
 # ==== 1. Metrics of hits (n, >= k) bool, by rank, and relevant (n,), as ndcg's -> (n,) float64 ====
 def recall(hits, relevant, k):

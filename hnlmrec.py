@@ -1019,7 +1019,7 @@ def trace_steps(run, s, data, method, users, items, row):
     note = "" if other == i else f" (it has none: this is of the pair with {titles[other]})"
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     centred = cf["item"] - cf["item"].mean(0)
-    nearest = bb.nearest_items(generated["vector"][at][None], whose, centred, seen, 5)
+    nearest = nearest_items(generated["vector"][at][None], whose, centred, seen, 5)
     named = [titles[n] + " (mined)" * (n in mined)
              for n in nearest[0].tolist() if n >= 0]
     yield "generated", (f"h {vector_text(generated['hidden'][at].float())}{note}\n"
@@ -1045,6 +1045,15 @@ def trace_steps(run, s, data, method, users, items, row):
         if gradients:  # a part whose terms have weight 0 has none
             norms.append(f"{name} {float(nn.utils.get_total_norm(gradients)):.4f}")
     yield "gradient", f"norm: {', '.join(norms)}"
+
+
+@torch.no_grad()
+def nearest_items(vectors, users, items, seen, k):
+    """The k items nearest to each vector by cosine, the user's seen items left out: vectors (n, D),
+    users (n,), items (I, D), seen: from user_rows -> item ids (n, min(k, I)), padded with -1."""
+    items = F.normalize(items.float(), dim=-1)
+    return bb.best_unseen(lambda rows: F.normalize(vectors[rows].float(), dim=-1) @ items.T,
+                          users, seen, k, len(items))
 
 
 def vector_text(vector):

@@ -175,7 +175,7 @@ def test_top_k_breaks_ties_by_index_and_a_ranking_in_parts_is_the_ranking():
 def test_nearest_items_and_rankings_hold_no_seen_item_even_when_few_are_left():
     train, users = split_data()["train"], torch.tensor([0, 3, 3, 7, 9, 11])
     z, items = (torch.randn(n, 4, generator=seeded(n)) for n in (6, N_ITEMS))
-    near = backbones.nearest_items(z, users, items, backbones.user_rows(train, N_USERS), 5)
+    near = hnlmrec.nearest_items(z, users, items, backbones.user_rows(train, N_USERS), 5)
     for row, user, vector in zip(near.tolist(), users.tolist(), z):
         assert row == by_score(F.cosine_similarity(vector[None], items), items_of(train, user))[:5]
     few = backbones.user_rows(torch.tensor([[0, i] for i in range(8)]), 1)
@@ -470,6 +470,11 @@ def test_dns_and_ahns_against_brute_force():
     for b, j in enumerate(chosen):
         target = 0.5 / (s[b, positives[b]] + 1)
         assert j == min(candidates[b].tolist(), key=lambda c: abs(s[b, c] - target))
+    # vectors so wide that rows are scored in three parts, the last one shorter
+    users, items = (torch.randn(n, 2**13, generator=seeded(n)) for n in (7, N_ITEMS))
+    candidates, s = torch.randint(N_ITEMS, (7, 5), generator=seeded()), users @ items.T
+    scored = backbones.score_candidates(rigged(users, items).score, users, items, candidates)
+    assert torch.allclose(scored, s.gather(1, candidates), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["lightgcn", "ngcf"])  # hops averaged, and side by side
