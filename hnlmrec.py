@@ -45,8 +45,9 @@ from backbones import (  # the method's names are bare, so that its pieces can b
 class Projector(nn.Module):
     """Self-attention over K generated vectors of one user, then an MLP into the recommender's space
     (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, the vector that z stands for, is the only
-    query; what it attends to is added to it. hidden (n, H), n at least 2: generated vectors, whose
-    mean and deviation standardise h. attention=False leaves only the MLP (an ablation)."""
+    query; what it attends to, itself included, is added to it. hidden (n, H), n at least 2:
+    generated vectors, whose mean and deviation standardise h. attention=False leaves only the MLP
+    (an ablation)."""
     def __init__(self, hidden, dim, width=128, attention=True):
         super().__init__()
         # a few dimensions of an LLM's hidden states dwarf the rest: standardise them. The clamp is
@@ -115,7 +116,7 @@ class NegativeTable:
 
 def mix(z, sampled, alpha):
     """e⁻ = alpha z' + (1 - alpha) e_j: z, sampled (B, D) -> (B, D). z' is z (the paper's) scaled to
-    the norm of e_j (ours); no gradient passes through the norm."""
+    the norm of e_j (ours). No gradient passes through that norm; z gets one by its direction."""
     # the norm of z means nothing, since L_align trains by cosines. PaperHNLMRec mixes z as it is
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
@@ -199,7 +200,7 @@ class HNLMRec(nn.Module):
         users, positives, negatives = sample.users, sample.positives, sample.negatives  # e_j so far
 
         # BPR: the positive e_i above e⁻. No gradient enters z: it would teach the projector to
-        # make easy negatives. A user without vectors, -1 in `made`, has e_j alone: row -1 is unused
+        # make easy negatives. A user without vectors, -1 in `made`, has e⁻ = e_j: row -1 is unused
         if self.alpha:
             mixed = mix(self.z_of_all(generator)[made], negatives, self.alpha)
             negatives = torch.where((made >= 0)[:, None], mixed, negatives)

@@ -116,8 +116,10 @@ def text_ids(tokenizer, text):
 
 
 class Prompt:
-    """The prompt's pieces as token ids. n_soft: soft tokens per CF vector, 0 for none (ablation);
-    max_tokens: of each text; frame: the result of an earlier chat_frame(), None: call it now."""
+    """The prompt's pieces as token ids: the instruction and the profiles in the user's turn, the CF
+    vectors after its end (`template` shows it). n_soft: soft tokens per CF vector, 0 for none
+    (ablation); max_tokens: of each text, without its label; frame: from chat_frame(), None: call
+    it now."""
     def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.frame = head, tail = frame or chat_frame(tokenizer, INSTRUCTION)
@@ -180,8 +182,8 @@ def pad(pieces, llm):
 
 def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_vectors,
                  owner):
-    """h(u, i), the hidden state of the last prompt token, written plainly: each pair's whole prompt
-    in one forward pass, no cache.
+    """h(u, i), the hidden state of the last prompt token, after the LLM's final norm, written
+    plainly: each pair's whole prompt in one forward pass, no cache.
 
     llm: a decoder without its language-model head; prompt: a Prompt; soft_tokens: a SoftTokens;
     G user_texts, user_vectors (G, d); R item_texts, item_vectors (R, d); owner (R,): which of the G
@@ -191,6 +193,7 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     prefixes = [prompt.shared + prompt.user(text) for text in user_texts]
     pieces = [prefixes[user] + prompt.item(text) for user, text in zip(owner.tolist(), item_texts)]
     ids, mask = pad(pieces, llm)
+    check_window(llm, ids.shape[1])
     # SOFT, -1, has no embedding: look up any; soft vectors then fill its places in order
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
     soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
@@ -252,11 +255,12 @@ def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     return hidden, last, (keys_values, full)
 
 
-def check_window(llm, length):
+def check_window(llm, length, names="sliding_window attention_chunk_size window_size "
+                                    "max_position_embeddings"):
     """Refuse a prompt longer than the LLM's attention window, or than its positions."""
     # padding counts in a window: a shorter one would make a row depend on the others' lengths
     config = llm.config.get_text_config()
-    for name in "sliding_window attention_chunk_size window_size max_position_embeddings".split():
+    for name in names.split():
         window = getattr(config, name, None)
         if isinstance(window, int) and 0 < window < length:  # some LLMs write 0 for none
             fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
@@ -287,8 +291,8 @@ class Head(nn.Module):
     """z = W (h - mean) / std + b, from the LLM's hidden state to CF space: (B, H) -> (B, d)."""
     def __init__(self, hidden_size, dim):
         super().__init__()
-        # of the frozen LLM's hidden states, set by fit_head(): a few of their dimensions are ten
-        # to fifty times larger than the rest and would drown them
+        # of the frozen LLM's hidden states, set by fit_head() and not changed after: a few of their
+        # dimensions are ten to fifty times larger than the rest and would drown them
         self.register_buffer("mean", torch.zeros(hidden_size))
         self.register_buffer("std", torch.ones(hidden_size))
         self.linear = nn.Linear(hidden_size, dim)
@@ -355,6 +359,7 @@ class SftTask:
 
     def floors(self, rows):
         """The hit rates that need no LLM: of chance, and of the best single item for everyone."""
+        # the best item is found on these very rows, which makes its rate a little too high
         mined = self.is_mined(rows).float()
         return mined.mean().item(), mined.mean(0).max().item()
 
@@ -362,7 +367,8 @@ class SftTask:
 def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed,
                   profile_dropout=0.0, encoder=encode, which=slice(None)):
     """One step's loss on rows (B,) of train -> scalar, its gradient left in .grad of the parameters
-    `trained`. micro_pairs: pairs per part; which: a slice, the parts that this process runs."""
+    `trained`. The loss is the mean over rows. micro_pairs: pairs per part; which: a slice, the
+    parts that this process runs."""
     torch.manual_seed(seed)
     targets, loss = task.targets(rows), torch.zeros((), device=rows.device)
     for p in trained:  # zeros, not None: sum_over() needs a gradient even where no part is run here
@@ -426,8 +432,9 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
 
 
 def fit_head(task, head, hidden, rows, tau, seed=0):
-    """Warm-up: train the head alone on the frozen LLM's hidden states (N, H) of rows (N,), so that
-    LoRA starts from a head that can read them (Kumar et al., ICLR 2022) -> the last loss."""
+    """Warm-up: set the head's mean and std, then train the head alone, on the frozen LLM's hidden
+    states (N, H) of rows (N,), so that LoRA starts from a head that can read them (Kumar et al.,
+    ICLR 2022) -> the last loss."""
     head.mean.copy_(hidden.mean(0))
     head.std.copy_(hidden.std(0).clamp(min=1e-4))
     generator = torch.Generator(hidden.device).manual_seed(seed)
@@ -449,7 +456,8 @@ def fit_head(task, head, hidden, rows, tau, seed=0):
 
 
 def learning_rate(step, steps):
-    """Share of the full rate at `step` of `steps`, counted from 0: the smaller of two curves."""
+    """Share of the full rate at `step` of `steps`, counted from 0: a linear rise or a half cosine,
+    whichever is smaller."""
     # the usual schedule: Adam's moments are noisy at first, and late steps should be small
     warm_up = (step + 1) / max(1, steps // 10)  # rises to 1 over a tenth of the steps
     decay = 0.55 + 0.45 * math.cos(math.pi * step / max(1, steps))  # falls from 1 to a tenth
@@ -543,8 +551,15 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=READ_TOKENS)
         ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:max_tokens] for k in part], llm)
         hidden = [embedding(ids)]  # (B, L, H)
         if any(layers):  # a bag of words needs no layer run
+            check_window(llm, ids.shape[1], "max_position_embeddings")
             hidden += llm(input_ids=ids, attention_mask=mask, use_cache=False,
                           output_hidden_states=True).hidden_states[1:]
+            # Mamba and RWKV number their states otherwise; in a few LLMs a layer has two, or none
+            config = llm.config.get_text_config()
+            if (len(hidden) != 1 + config.num_hidden_layers
+                    or not hasattr(config, "num_attention_heads")):
+                fail(f"--llm: {config.model_type} does not give one state per attention layer; "
+                     "read --layers 0, or give another LLM")
         for layer, rows in zip(layers, result):
             weight = mask.float()
             if sink or layer:  # without BOS, a text's only token is kept
@@ -799,6 +814,8 @@ def prepare_training(args, cf, frame):
     """load_encoder and LoRA -> (encoder, optimizer, {name: tensor} that a saved state holds)."""
     llm, prompt, soft_tokens, head = load_encoder(args.llm, args, cf, args.device, frame)
     if args.checkpointing:
+        if not llm.supports_gradient_checkpointing:
+            fail(f"--checkpointing: {llm.config.model_type} does not support it; leave it out")
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     # on a CPU the backward pass of the fused attention makes a step in bf16 a third longer
     if args.device == "cpu":
@@ -853,8 +870,9 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
 
 
 def train_lora(task, encoder, batches, args, optimizer, losses, save):
-    """Train LoRA, maps and head, a step per batch. losses: of the steps already done, whose
-    batches are skipped; each new step appends its own. save(): every --save-every steps."""
+    """Train LoRA, maps and head with AdamW, a step per batch. losses: of the steps already done;
+    their batches are skipped, and each new step appends its own. save(): every --save-every
+    steps."""
     llm = encoder[0]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     steps, progress = len(batches), Progress("finetune", len(batches), "steps")
@@ -871,7 +889,8 @@ def train_lora(task, encoder, batches, args, optimizer, losses, save):
         if not math.isfinite(loss):
             fail(f"finetune: the loss is {loss} at step {k + 1}; lower --lr or use --dtype fp32, "
                  "with --force")
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)  # a rare large step does more harm than good
+        # norms are about 10 here, so this scales each step: all batches count alike
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         # what a person sees, and what a killed run resumes from
         losses.append(round(loss.item(), 4))
@@ -1316,6 +1335,8 @@ def load_llm(llm, cls, dtype, device, layers=0):
     if layers > depth:
         fail(f"--llm-layers {layers}: {llm} has {depth} layers; give {depth} or less, or 0 for all")
     text.num_hidden_layers = layers or depth
+    if getattr(text, "scale_depth", 0):  # MiniCPM: what a layer adds is scaled by the depth
+        text.scale_depth *= math.sqrt(text.num_hidden_layers / depth)
     model, loaded = from_library(llm, "model", cls.from_pretrained, config=config, dtype=dtype,
                                  use_safetensors=True, output_loading_info=True)  # no pickle
     # the library would silently fill in random weights for those that are missing

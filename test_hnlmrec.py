@@ -2250,6 +2250,33 @@ def test_llms_that_cannot_be_run_in_pieces_are_refused_but_read(name, family, mo
     assert alike(ours[0], hidden[1:].mean(0))
 
 
+def test_llms_whose_states_are_not_one_per_layer_are_not_read_by_layers(tmp_path):
+    byte_tokenizer(tmp_path)
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    read = partial(llm_negatives.read_layers, *loaded(tmp_path), ["Jaws", "Big fish"])
+    assert read([0])[0].shape == (2, 32)
+    assert "mamba does not give one state per attention layer" in message_of(read, [0, 1])
+
+
+def test_a_text_beyond_the_positions_of_an_llm_is_refused(tmp_path):
+    llm, tokenizer = loaded(tiny_family(tmp_path, "GPT2", max_position_embeddings=20))
+    message = message_of(llm_negatives.read_layers, llm, tokenizer, ["x" * 30], [0, 1])
+    assert "max_position_embeddings of 20 tokens is shorter than a prompt of 3" in message
+    encoder = encoder_of(tmp_path)
+    assert "of 20 tokens" in message_of(encode_all, encoder, llm_negatives.encode_whole)
+
+
+def test_an_llm_whose_layers_are_scaled_by_depth_is_cut_to_the_same_states(tmp_path):
+    tiny_family(tmp_path, "MiniCPM3", q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
+                qk_rope_head_dim=8, v_head_dim=8, scale_depth=1.4, num_key_value_heads=4)
+    whole, tokenizer = loaded(tmp_path)
+    load = partial(llm_negatives.load_llm, tmp_path, AutoModel, torch.float32, "cpu")
+    ids = torch.tensor([tokenizer("Jaws").input_ids])
+    states = whole(ids, output_hidden_states=True).hidden_states[2]
+    assert alike(load(layers=2)(ids).last_hidden_state, whole.norm(states))
+
+
 def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
     config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)
     llm = AutoModel.from_config(config)
