@@ -763,9 +763,10 @@ SPACES = {
         "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
     "HNLMRec": M | {"text-init": [0, 1], "lambda-s": [0, 0.01], "alpha": [0, 0.02]},
     JUDGED: M | {"lambda-f": [0.1, 0.3, 1, 3], "gamma": [0.05, 0.1, 0.2, 0.5]}}
-# the second trial, except of HNLMRec: on sparse data wide vectors with a strong L2 are far better,
-# and single steps take long to get there; on dense data it costs no more than a short run
-WIDE = ["--dim 128 --reg 0.01"]
+# the second and third trials, except of HNLMRec: wide vectors are far better with a strong L2 on
+# sparse data, with a weaker one on most dense data, and single steps take long to get there. Where
+# one of the two is no use, it costs no more than a short run
+WIDE = ["--dim 128 --reg 0.01", "--dim 128 --reg 0.001"]
 # HNLMRec's second and third: without its parts, which is DNS; with texts as initial vectors alone.
 # lambda1 stays: it reaches only the projector, which later trials with alpha need trained
 FIRST = {"HNLMRec": ["--alpha 0 --lambda-s 0 --text-init 0",
