@@ -220,12 +220,10 @@ class UnseenSampler:
 
 @torch.no_grad()
 def score_candidates(score, users, items, candidates):
-    """Scores of users (B, D) and their candidates (B, M), which are ids of items (I, D) -> (B, M).
-    score: a backbone's. No gradient."""
-    # a few rows at a time: their vectors fit into the processor's cache (512 KiB), which on large
-    # data takes a third of the time, and all (B, M, D) at once might not fit into memory
-    cells = 2**17 if items.device.type == "cpu" else 2**26
-    size = max(1, cells // (candidates.shape[1] * items.shape[1]))
+    """A backbone's `score` of users (B, D) and their candidates (B, M), ids of items (I, D), without
+    gradient -> (B, M)."""
+    # a few rows at a time: on a CPU their 512 KiB stay in its cache, in a third of the time
+    size = (2**17 if items.is_cpu else 2**26) // (candidates.shape[1] * items.shape[1]) or 1
     return torch.cat([score(u[:, None], take(items, c))  # (size, M)
                       for u, c in zip(users.split(size), candidates.split(size))])
 
@@ -247,10 +245,9 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     """MixGCF (Huang et al., KDD 2021): synthetic negatives by positive mixing (eq. 6) and hop
     mixing (eq. 7-9). users (B, D); item_layers (I, K, d); positives (B,), candidates (B, M): ids;
     pool((B, K, d)) -> (B, D) joins the hops as the backbone does -> vectors (B, D)."""
-    # Gradients flow to the chosen candidates and the positives.
-    # Each pair and hop draws one random share of the positive for all M candidates: if each had its
-    # own, the candidate with the largest share would often win, and training would gain less
-    # (MovieLens-100K: valid NDCG@20 .238, not .257)
+    # Gradients flow to the chosen candidates and the positives. Each pair and hop draws one random
+    # share of the positive for all M candidates: if each had its own, the one with the largest
+    # would often win, and training would gain less (MovieLens-100K: valid NDCG@20 .238, not .257)
     shape, hops = (item_layers.shape[1], len(positives)), []
     shares = torch.rand(shape, generator=generator, device=candidates.device)  # (K, B)
     for k, share in enumerate(shares[:, :, None]):  # (B, 1); hop by hop, holding (B, M, d) at most

@@ -45,13 +45,11 @@ from backbones import (  # the method's names are bare, so that its pieces can b
 class Projector(nn.Module):
     """Self-attention over K generated vectors of one user, then an MLP into the recommender's space
     (paper, stage 2): (B, K, H) -> z (B, D). Slot 0, the vector that z stands for, is the only
-    query; what it attends to, itself included, is added to it. hidden (n, H), n at least 2:
-    generated vectors, whose mean and deviation standardise h. attention=False leaves only the MLP
-    (an ablation)."""
+    query; what it attends to is added to it. hidden (n, H), n at least 2: generated vectors, whose
+    mean and deviation standardise h. attention=False leaves only the MLP (an ablation)."""
     def __init__(self, hidden, dim, width=128, attention=True):
         super().__init__()
-        # a few dimensions of an LLM's hidden states dwarf the rest: standardise them. The clamp is
-        # for a dimension that never changes
+        # standardised, as a few dimensions of an LLM's states dwarf the rest; one may be constant
         self.register_buffer("mean", hidden.float().mean(0))
         self.register_buffer("std", hidden.float().std(0).clamp(min=1e-3))
         self.inward = nn.Linear(hidden.shape[1], width)
@@ -100,8 +98,7 @@ class NegativeTable:
         self.without = int((self.count[self.train_users] == 0).sum())
 
     def __call__(self, rows, k, generator=None):
-        """Train rows (B,) -> rows of the generated vectors (B, k): first the pair's own, if it has
-        one; the others drawn with replacement from its user's; -1 where the user has none."""
+        """Train rows (B,) -> rows of the generated vectors (B, k); -1 where a user has none."""
         users, first = self.train_users[rows], self.row[rows]
         chosen = self.others(users, k, generator)
         chosen[:, 0] = torch.where(first >= 0, first, chosen[:, 0])
@@ -152,9 +149,8 @@ def paper_contrastive_loss(e_u, e_i, z, tau):
 
 
 def semantic_alignment(vectors, texts, tau):
-    """L_sem, InfoNCE between rows: vectors (A, D), the backbone's of A users or items, against
-    texts (A, D), their projected texts -> scalar (RLMRec-Con, Ren et al., WWW 2024). Both sides get
-    the gradient."""
+    """L_sem (RLMRec-Con, Ren et al., WWW 2024), InfoNCE between rows: vectors (A, D) of A users or
+    items, texts (A, D): theirs, projected; gradient into both -> scalar."""
     scores = F.normalize(vectors, dim=-1) @ F.normalize(texts, dim=-1).T / tau  # (A, A)
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
@@ -206,8 +202,7 @@ class HNLMRec(nn.Module):
             negatives = torch.where((made >= 0)[:, None], mixed, negatives)
         bpr = bpr_loss(self.backbone.score(users, positives), self.backbone.score(users, negatives))
 
-        # L2, of the parameters behind the batch's users, positives and sampled items (and, in
-        # L_false, behind f)
+        # L2, of the parameters behind users, positives and sampled items (in L_false behind f, too)
         ego_users, ego_items = self.backbone.ego()
         l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, sample.negative_ids))
         loss, logs = bpr + self.reg * l2, {"bpr": bpr.item()}

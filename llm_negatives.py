@@ -116,10 +116,8 @@ def text_ids(tokenizer, text):
 
 
 class Prompt:
-    """The prompt's pieces as token ids: the instruction and the profiles in the user's turn, the CF
-    vectors after its end (`template` shows it). n_soft: soft tokens per CF vector, 0 for none
-    (ablation); max_tokens: of each text, without its label; frame: from chat_frame(), None: call
-    it now."""
+    """The prompt's pieces as token ids; `template` shows the whole. n_soft: soft tokens per CF
+    vector, 0 for none (ablation); max_tokens: of each text; frame: from chat_frame(), or None."""
     def __init__(self, tokenizer, n_soft=1, max_tokens=48, frame=None):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.frame = head, tail = frame or chat_frame(tokenizer, INSTRUCTION)
@@ -255,12 +253,11 @@ def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     return hidden, last, (keys_values, full)
 
 
-def check_window(llm, length, names="sliding_window attention_chunk_size window_size "
-                                    "max_position_embeddings"):
+def check_window(llm, length, windows="sliding_window attention_chunk_size window_size"):
     """Refuse a prompt longer than the LLM's attention window, or than its positions."""
     # padding counts in a window: a shorter one would make a row depend on the others' lengths
     config = llm.config.get_text_config()
-    for name in names.split():
+    for name in [*windows.split(), "max_position_embeddings"]:
         window = getattr(config, name, None)
         if isinstance(window, int) and 0 < window < length:  # some LLMs write 0 for none
             fail(f"--llm: its {name} of {window} tokens is shorter than a prompt of {length}; "
@@ -359,16 +356,14 @@ class SftTask:
 
     def floors(self, rows):
         """The hit rates that need no LLM: of chance, and of the best single item for everyone."""
-        # the best item is found on these very rows, which makes its rate a little too high
         mined = self.is_mined(rows).float()
         return mined.mean().item(), mined.mean(0).max().item()
 
 
 def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed,
                   profile_dropout=0.0, encoder=encode, which=slice(None)):
-    """One step's loss on rows (B,) of train -> scalar, its gradient left in .grad of the parameters
-    `trained`. The loss is the mean over rows. micro_pairs: pairs per part; which: a slice, the
-    parts that this process runs."""
+    """One step's loss, the mean over rows (B,) of train -> scalar, its gradient left in .grad of
+    the parameters `trained`. micro_pairs: pairs per part; which: a slice, the parts run here."""
     torch.manual_seed(seed)
     targets, loss = task.targets(rows), torch.zeros((), device=rows.device)
     for p in trained:  # zeros, not None: sum_over() needs a gradient even where no part is run here
@@ -432,9 +427,8 @@ def grouped_batches(users, rows, per_user, groups, generator, lengths=None):
 
 
 def fit_head(task, head, hidden, rows, tau, seed=0):
-    """Warm-up: set the head's mean and std, then train the head alone, on the frozen LLM's hidden
-    states (N, H) of rows (N,), so that LoRA starts from a head that can read them (Kumar et al.,
-    ICLR 2022) -> the last loss."""
+    """Warm-up: fit the head alone, mean and std first, on the frozen LLM's hidden states (N, H) of
+    rows (N,): LoRA starts from a head that can read them (Kumar et al., ICLR 2022) -> last loss."""
     head.mean.copy_(hidden.mean(0))
     head.std.copy_(hidden.std(0).clamp(min=1e-4))
     generator = torch.Generator(hidden.device).manual_seed(seed)
@@ -551,7 +545,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=READ_TOKENS)
         ids, mask = pad([sink + text_ids(tokenizer, texts[k])[:max_tokens] for k in part], llm)
         hidden = [embedding(ids)]  # (B, L, H)
         if any(layers):  # a bag of words needs no layer run
-            check_window(llm, ids.shape[1], "max_position_embeddings")
+            check_window(llm, ids.shape[1], "")  # no window matters: padding comes last
             hidden += llm(input_ids=ids, attention_mask=mask, use_cache=False,
                           output_hidden_states=True).hidden_states[1:]
             # Mamba and RWKV number their states otherwise; in a few LLMs a layer has two, or none
@@ -853,7 +847,8 @@ def training_order(task, warmup_pairs, steps, size):
 
 def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     """Fit the head on the frozen LLM's hidden states of `rows`."""
-    # two baselines for the hit rates printed below; neither needs an LLM
+    # two baselines for the hit rates printed below; neither needs an LLM. The best item is found on
+    # these very rows, which makes its rate a little too high
     held = torch.cat(list(task.held.values()))
     chance, popular = task.floors(held)
     n_items, n_mined, at_chance = len(task.candidates), task.mined.items.shape[1], ""
