@@ -24,9 +24,8 @@ import torch
 import backbones as bb
 from backbones import (
     Parser, SystemExit2, UnseenSampler, best_epoch, contains, digests, dns, fail, json_digest,
-    load_data, load_negatives, load_tensors, mixgcf, ndcg, number, output_name,
-    pair_keys, rank_unseen, ranking_hits, read_jsonl, read_meta, row_of, run_cli, user_rows,
-    write_atomic)
+    load_data, load_negatives, load_tensors, mixgcf, ndcg, number, output_name, pair_keys,
+    rank_unseen, ranking_hits, read_jsonl, read_meta, row_of, run_cli, user_rows, write_atomic)
 from hnlmrec import LikelyFalse, given_id, load_recommender, nearest_items
 
 # ==== 1. Metrics of hits (n, >= k) bool, by rank, and relevant (n,), as ndcg's -> (n,) float64 ====
@@ -468,7 +467,7 @@ def write_page(page, lines, file, result, chart=""):
 
 
 def is_row(name, made):
-    """Whether a file's settings, `made`, are those of a row, but for flags that `tune` varies."""
+    """Whether a file's settings, `made`, are a row's, except for flags that `tune` varies."""
     method, command = METHODS[name], made.get("command")
     if method.parts:  # "in full"; run.sh leaves out closed forms that do not fit
         rows = "|".join(method.parts).split("|")
@@ -481,10 +480,10 @@ def is_row(name, made):
         on = not value or flag in SPACES.get(name, ())
         same &= bool(found) if on else str(found) in (value, f"{value}.0")
     # nor has it what the row lacks: its flags do not say so, since these are the defaults
+    if method.kind == "sampler":
+        same &= (made.get("loss"), made.get("n", 1)) == ("bpr", 1)
     if command == "pretrain":
-        loss = "bpr" if method.kind == "sampler" else made.get("loss")
-        return same and made.get("loss") == loss and (
-            bool(made.get("text_vectors")) == (TEXTS in method.needs))
+        return same and bool(made.get("text_vectors")) == (TEXTS in method.needs)
     paper, negatives = bool(made.get("paper")), made.get("negatives") != "none"
     return same and (paper, negatives) == ("--paper" in method.flags, "negatives" in method.needs)
 
@@ -632,7 +631,7 @@ def page_of(run, out, command, first):
     """The path of OUT.md. Raises SystemExit2 for a page there that does not begin with `first`."""
     page = run / f"{output_name('--out', out, f'eval.py {command}')}.md"
     there = [path for end in (".md", ".json", ".svg") if (path := page.with_suffix(end)).exists()]
-    # the page comes first of the three, so without it the others are not ours
+    # the page is written first of the three: without it, the others are not ours
     if there and not (there[0] == page and page.read_text("utf-8", "replace").startswith(first)):
         fail(f"--out {out}: {there[0]} was not written by `{command}`; choose another name")
     return page

@@ -3109,6 +3109,8 @@ def test_a_file_is_a_row_of_the_report_only_if_it_was_made_as_that_row(monkeypat
         for more in ([], ["--dim", 8, "--m", 3]):
             cli(*words, *more, "--run", "x", "--out", "x.safetensors")
             assert [row for row in rows if evaluation.is_row(row, made[-1])] == [name]
+        if name == "DNS":
+            assert not evaluation.is_row(name, made[-1] | {"n": 2})  # DNS(M, N)
     judged, judge, rp3 = (f"{stem}.safetensors" for stem in ("model-judged", "judge", "model-rp3"))
     for parts, full in (([f"{judged}|model-dns.safetensors", judge, rp3], True),
                         ([judged, judge], True), ([judged, rp3], False),
