@@ -220,8 +220,7 @@ class UnseenSampler:
 
 @torch.no_grad()
 def score_candidates(score, users, items, candidates):
-    """A backbone's `score` of users (B, D) and their candidates (B, M), ids of items (I, D), without
-    gradient -> (B, M)."""
+    """A backbone's `score` of users (B, D) and candidates (B, M), ids of items (I, D) -> (B, M)."""
     # a few rows at a time: on a CPU their 512 KiB stay in its cache, in a third of the time
     size = (2**17 if items.is_cpu else 2**26) // (candidates.shape[1] * items.shape[1]) or 1
     return torch.cat([score(u[:, None], take(items, c))  # (size, M)
@@ -250,7 +249,7 @@ def mixgcf(users, item_layers, positives, candidates, pool, generator=None):
     # would often win, and training would gain less (MovieLens-100K: valid NDCG@20 .238, not .257)
     shape, hops = (item_layers.shape[1], len(positives)), []
     shares = torch.rand(shape, generator=generator, device=candidates.device)  # (K, B)
-    for k, share in enumerate(shares[:, :, None]):  # (B, 1); hop by hop, holding (B, M, d) at most
+    for k, share in enumerate(shares[:, :, None]):  # (B, 1)
         layer = item_layers[:, k]  # (I, d)
         # hop k meets the whole user vector (mean pooling: D = d) or its k-th slice (joined: D > d)
         query = users.unflatten(1, (-1, layer.shape[1]))  # (B, 1 or K, d)
@@ -647,6 +646,7 @@ class PopularitySampler:
         return drawn
 
 
+@torch.no_grad()
 def ahns(score, users, items, positives, candidates, alpha=0.1, beta=0.4, power=-2):
     """Adaptive hardness (Lai et al., AHNS, AAAI 2024, eq. 6): of M candidates, the one whose score
     is nearest to beta * (score(positive) + alpha) ** (power + 1), so that a high-scoring positive
@@ -655,7 +655,7 @@ def ahns(score, users, items, positives, candidates, alpha=0.1, beta=0.4, power=
     # of the authors' settings, the one that validates best (8-core of Toys & Games: .058; with the
     # 1 and .1 of their code: .052); power is a whole number, since the base can be negative
     target = beta * (score(users, take(items, positives)) + alpha) ** (power + 1)  # (B,)
-    distance = score_candidates(score, users, items, candidates) - target.detach()[:, None]
+    distance = score_candidates(score, users, items, candidates) - target[:, None]
     return candidates.gather(1, distance.abs().argmin(1, keepdim=True))[:, 0]  # (B, M) -> (B,)
 
 
