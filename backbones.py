@@ -193,19 +193,26 @@ def l2_loss(*vectors):
 
 # ---- Negative samplers: a batch of (user, positive) -> negatives, without a loop over pairs ------
 class UnseenSampler:
-    """Draws items that a user has not interacted with, uniformly and independently (RNS: Rendle et
-    al., BPR, 2009): users (B,), n -> items (B, n). Raises SystemExit2 if a user has every item."""
-    def __init__(self, pairs, n_users, n_items):
-        # if a user has seen s_0 < s_1 < …, s_k - k unseen items lie before s_k. So unseen item r
-        # (from 0) is r + the number of k with s_k - k <= r, by binary search: with 1 and 3 seen,
-        # s_k - k is 1, 2, and r = 1 gives item 2. All users share one sorted array of keys
-        # user * stride + (s_k - k). Duplicate pairs count once
+    """Draws items that a user has not interacted with, independently: uniformly (RNS: Rendle et
+    al., BPR, 2009) or in proportion to widths (I,), int64, at least 1: users (B,), n -> items
+    (B, n). Raises SystemExit2 if a user has every item."""
+    def __init__(self, pairs, n_users, n_items, widths=None):
+        # items lie side by side, item i up to ends[i]; a user's seen items are cut out, and the
+        # others moved together, to a width of `free`. A draw r below it is moved back by the width
+        # of the seen items that were cut out at r or before: with 1 and 3 seen, of width 1, these
+        # places are 1 and 2, and r = 1 gives item 2. Binary search finds them, as all users share
+        # one sorted array of keys, user * stride + place. Duplicate pairs count once
+        self.uniform = widths is None
+        widths = torch.ones(n_items, device=pairs.device).long() if self.uniform else widths
         keys = pair_keys(pairs, n_items).unique_consecutive()
         users, items = keys // n_items, keys % n_items
+        self.ends, self.seen = widths.cumsum(0), F.pad(widths[items].cumsum(0), (1, 0))
         count = torch.bincount(users, minlength=n_users)
-        self.start, self.free, self.stride = count.cumsum(0) - count, n_items - count, n_items
-        place = torch.arange(len(keys), device=keys.device) - self.start[users]  # k
-        self.keys = users * self.stride + items - place
+        start, end = count.cumsum(0) - count, count.cumsum(0)  # of a user's keys
+        self.before, self.stride = self.seen[start], self.ends[-1]  # width of all earlier keys
+        self.free = self.stride - (self.seen[end] - self.before)
+        place = (self.ends - widths)[items] - (self.seen[:-1] - self.before[users])
+        self.keys = users * self.stride + place
         if len(full := (self.free <= 0).nonzero()):
             fail(f"user row {int(full[0])}: has all {n_items} items: no negative; remove the user")
 
@@ -214,8 +221,9 @@ class UnseenSampler:
         # limits differ between users: draw from a far larger range, so that the modulo bias is tiny
         r = torch.randint(2**62, (len(users), n), generator=generator, device=users.device)
         r = r % self.free[u]  # (B, n)
-        before = torch.searchsorted(self.keys, u * self.stride + r, right=True)
-        return r + before - self.start[u]
+        cut = self.seen[torch.searchsorted(self.keys, u * self.stride + r, right=True)]
+        r = r + cut - self.before[u]
+        return r if self.uniform else torch.searchsorted(self.ends, r, right=True)
 
 
 @torch.no_grad()
@@ -273,8 +281,8 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
     model: a Backbone; sampler: one of SAMPLERS; pairs (N, 2): train; m: number of candidates for
     dns, mixgcf and ahns; n: dns's `top`; beta: pns's popularity exponent; penalty: for dns, a
     function of users (B,) and candidates (B, M)."""
-    shape = pairs, model.n_users, model.n_items
-    draw = PopularitySampler(*shape, beta) if sampler == "pns" else UnseenSampler(*shape)
+    widths = popularity_widths(pairs, model.n_items, beta) if sampler == "pns" else None
+    draw = UnseenSampler(pairs, model.n_users, model.n_items, widths)
 
     def sample(u, i, generator):
         candidates = draw(u, 1 if sampler in ("rns", "pns") else m, generator)  # (B, M)
@@ -299,12 +307,18 @@ def make_sampler(model, sampler, pairs, *, m=8, n=1, beta=0.75, penalty=None):
 # ---- Full ranking: the top k of all unseen items, by any recommender's scores(users) -> (B, I) ---
 def top_k(scores, k):
     """Ids (B, min(k, I)) of the highest scores (B, I), best first; ties go to the lowest id."""
-    # torch.topk leaves ties in any order; one more than k shows a tie across the border
-    more = min(k + 1, scores.shape[1])
-    values, index = scores.topk(more, dim=1)
-    tied = (values[:, 1:] == values[:, :-1]).any(1)
-    index[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :more]
-    return index[:, :k]
+    k = min(k, scores.shape[1])
+    values, index = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    # torch.topk takes any of equal scores. Where the next one equals the last, take all above it,
+    # then the lowest ids. A full sort of these rows would take twice to four times as long
+    tied = values[:, k - 1] == values[:, -1]
+    rows, last, index = scores[tied], values[tied, k - 1:k], index[:, :k]
+    back = torch.arange(rows.shape[1], 0, -1, dtype=torch.int32, device=rows.device)
+    key = torch.where(rows == last, back, 0).masked_fill(rows > last, 2**31 - 1)
+    index[tied] = key.topk(k, dim=1).indices
+    index = index.sort(1).values  # by id, which the stable sort keeps among equal scores
+    order = scores.gather(1, index).sort(dim=1, descending=True, stable=True).indices
+    return index.gather(1, order)
 
 
 def leave_out(scores, users, seen):
@@ -615,35 +629,12 @@ def build_backbone(name, n_users, n_items, dim, train, n_layers=3, cosine=False,
     return model.to(train.device)
 
 # ---- Samplers and sampled softmax ----------------------------------------------------------------
-class PopularitySampler:
-    """Draws unseen items in proportion to (train count + 1) ** beta, exactly (PNS: Mikolov et al.,
-    2013, beta .75). Arguments and call as UnseenSampler's."""
-    def __init__(self, pairs, n_users, n_items, beta=0.75):
-        UnseenSampler(pairs, n_users, n_items)  # refuses a user who has seen everything
-        self.n_items, self.keys = n_items, pair_keys(pairs, n_items)
-        # + 1 keeps an item without a train pair reachable; logarithms, so that no beta overflows
-        count = torch.bincount(pairs[:, 1], minlength=n_items).double()
-        self.log_weight = beta * (count + 1).log()  # (I,)
-        self.weight = self.log_weight.softmax(0)
-
-    def __call__(self, users, n, generator=None):
-        users = users[:, None].expand(-1, n)  # (B, n)
-        drawn = self.weight.multinomial(users.numel(), True, generator=generator).view(users.shape)
-        # seen ones are drawn again, which leaves the unseen ones' proportions as they are
-        for _ in range(8):
-            again = contains(self.keys, users, drawn, self.n_items)
-            if not again.any():
-                return drawn
-            drawn[again] = self.weight.multinomial(int(again.sum()), True, generator=generator)
-        # still seen after 8 rounds, mostly for users whose items hold most of the weight: draw
-        # only from their unseen items, 2**24 weights (128 MiB) at a time
-        everything = torch.arange(self.n_items, device=users.device)
-        again = contains(self.keys, users, drawn, self.n_items).nonzero()  # (n, 2)
-        for row, column in (part.T for part in again.split(max(1, 2**24 // self.n_items))):
-            seen = contains(self.keys, users[row, :1], everything, self.n_items)  # (n, I)
-            weight = self.log_weight.expand_as(seen).masked_fill(seen, -torch.inf).softmax(1)
-            drawn[row, column] = weight.multinomial(1, generator=generator)[:, 0]
-        return drawn
+def popularity_widths(pairs, n_items, beta=0.75):
+    """Widths for UnseenSampler in proportion to (train count + 1) ** beta (PNS: Mikolov et al.,
+    2013): pairs (N, 2) -> int64 (I,), 2**40 in all; below 1 becomes 1, so that all are drawn."""
+    # + 1 keeps an item without a train pair reachable; logarithms, so that nothing overflows
+    count = torch.bincount(pairs[:, 1], minlength=n_items).double()
+    return ((beta * (count + 1).log()).softmax(0) * 2**40).round().long().clamp(min=1)
 
 
 @torch.no_grad()
@@ -741,10 +732,8 @@ def sum_of_rows(weight, place, items, n):
 
 
 def popularity(pairs, n_users, n_items):
-    """Each item's number of train pairs, ties by id, the same for all users -> weights (1, I)."""
-    count = torch.bincount(pairs[:, 1], minlength=n_items).double()  # float32 would round to ties
-    # break ties by id, by less than 1, which keeps the order of counts: top_k is slow on many ties
-    return (count - torch.arange(n_items, device=pairs.device) / n_items)[None]
+    """Each item's number of train pairs, the same for all users -> weights (1, I)."""
+    return torch.bincount(pairs[:, 1], minlength=n_items).float()[None]
 
 
 def co_occurrence(pairs, user_weight, n_items):
@@ -1492,7 +1481,7 @@ def main(argv=None):
     p.add_argument("--text-vectors", metavar="FILE", help="AlphaRec: texts.safetensors or your own")
     add_flags(
         p, ("--n", number(int, 1), 1, "dns draws from the n highest of its m candidates"),
-        ("--beta", number(float, 0, 1e3), 0.75, "popularity exponent of pns"),
+        ("--beta", number(float, 0, 2), 0.75, "popularity exponent of pns"),
         ("--shared", number(int, 1), 256, "softmax's negatives, the same for all of a batch"),
         ("--tau", number(float, 0, open_low=True), 0.2, "softmax's temperature"))
     unset = argparse.SUPPRESS  # not among the args, so not among the settings either
