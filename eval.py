@@ -946,7 +946,7 @@ def estimate(args):
     n, users, items = len(data["train"]), data["n_users"], data["n_items"]
     batch, _, epochs, _ = bb.sized_to_data(data)
     # LightGCN's step: pairs along the edges, vectors of all nodes, the batch itself
-    step = 6e-8 * n + 1e-6 * (users + items) + 2e-6 * batch
+    step = 6e-8 * n + 3e-7 * (users + items) + 1.8e-6 * batch
     # early stopping ends most trainings sooner; with FAST=1 all have 20 epochs
     ranking = 3e-9 * users * items  # of all users: a validation, every five epochs
     training = (20 if args.fast else 0.75 * epochs) * (math.ceil(n / batch) * step + ranking / 5)
@@ -954,12 +954,12 @@ def estimate(args):
     written = sum(min(args.llm_rows or n, n) for n in (users, items))
     pairs = min(2000 if args.llm_rows else n, 4 * users)
     read = min(12_000 if args.llm_rows else items, items)
-    llm = written / 9 + 60 + items / 120 + pairs / 45 + read / 55
-    # EASE inverts a table, or is refused at once; all of them take some 75 validations
-    closed = 17 + 1.7e-10 * items**3 * (items <= bb.EASE_ITEMS) + 75 * ranking
-    parts = {"LLM": llm, "judge": 15 + 1.6e-3 * n, "closed forms": closed,
+    llm = written / 9 + 60 + items / 120 + pairs / 70 + read / 100
+    # EASE inverts tables, or is refused at once; the others take some 70 validations
+    closed = 17 + 7.4e-11 * items**3 * (items <= bb.EASE_ITEMS) + 110 * ranking
+    parts = {"LLM": llm, "judge": 5 + 1.5e-3 * n, "closed forms": closed,
              "trainings": (5 if args.trials else 7) * training,  # five, some slow; four with trials
-             "trials": 2.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
+             "trials": 1.6 * args.trials * training, "report": 5 + 4.5e-7 * users * items}
     if args.fast:  # 4 layers, a few profiles; three epochs of the judge with one dropout
         parts |= {"LLM": 0.3 * llm, "judge": 0.15 * parts["judge"]}
     # training mostly looks up vectors, bound by memory: judged by a matrix product, some machines

@@ -1275,12 +1275,12 @@ def test_a_blend_is_the_sum_of_the_standardised_scores():
 
 def test_blend_weights_are_a_maximum_and_drop_noise():
     """No weight of the grid in another's place is better, by validation of the blended model."""
-    taste, items = torch.randn(1100, 6), torch.randn(40, 6)  # more users than are scored at once
+    taste, items = torch.randn(1100, 6), torch.randn(70, 6)  # more users than are scored at once
     ranked = (taste @ items.T).topk(6).indices  # a user likes these
     pairs = torch.stack([torch.arange(1100)[:, None].expand(-1, 6), ranked], -1)
     train, valid = pairs[:, ::2].reshape(-1, 2), pairs[:, 1::2].reshape(-1, 2)
     parts = [rigged(taste[:, :3], items[:, :3]), rigged(taste[:, 3:], items[:, 3:]),
-             rigged(torch.randn(1100, 4), torch.randn(40, 4))]
+             rigged(torch.randn(1100, 4), torch.randn(70, 4))]
     grid, data = [0, 0.5, 1, 2], {"train": train, "valid": valid}
     weights, alone = hnlmrec.blend_weights(parts, train, valid, grid)
     assert not parts[0].training  # weighed as a blend ranks, without dropout
@@ -1293,7 +1293,9 @@ def test_blend_weights_are_a_maximum_and_drop_noise():
         other = [value if n == k else weight for n, weight in enumerate(weights)]
         assert not any(other) or quality(other) <= quality(weights) + 1e-9
     assert weights[0] and weights[1] and not weights[2] and quality(weights) > max(alone) + 0.1
-    some, alone = hnlmrec.blend_weights(parts, train, valid, grid, cells=3 * 40 * 20)  # 20 users
+    # the same from the best items of each part, which are some of all
+    assert hnlmrec.blend_weights(parts, train, valid, grid, depth=20) == (weights, alone)
+    some, alone = hnlmrec.blend_weights(parts, train, valid, grid, cells=3 * 70 * 20)  # 20 users
     data["valid"] = valid[torch.isin(valid[:, 0], torch.randperm(1100, generator=seeded())[:20])]
     assert some[0] and some[1]
     assert alone == pytest.approx([quality(row) for row in torch.eye(3).tolist()])
