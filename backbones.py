@@ -449,9 +449,10 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
         for rows in order.split(batch_size):
             loss, values = step(rows[rank()::world()] if len(rows) >= world() else rows, draws)
             done += 1
-            if not torch.isfinite(loss):
-                fail(f"{label}: the loss is {loss.item()} at step {done} (epoch {epoch}, "
-                     f"{values}); lower --lr (now {lr}), or a weight that is huge")
+            value = loss.item()  # once: on a GPU each look at a number waits for the step
+            if not math.isfinite(value):
+                fail(f"{label}: the loss is {value} at step {done} (epoch {epoch}, {values}); "
+                     f"lower --lr (now {lr}), or a weight that is huge")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             average_gradients(parameters)
@@ -459,8 +460,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
                 optimizer.param_groups[0]["lr"] = lr * (1 - (done - 1) / n_steps)
             optimizer.step()
             # weighted by size, so that a short last batch counts for less
-            for name, value in {**values, "loss": loss.item()}.items():
-                logs[name] = logs.get(name, 0.0) + value * len(rows)
+            for name, mean in {**values, "loss": value}.items():
+                logs[name] = logs.get(name, 0.0) + mean * len(rows)
         logs = {name: value / n_rows for name, value in logs.items()}
         if epoch % eval_every == 0 or epoch == epochs:
             score = torch.tensor(validate(), dtype=torch.float64, device=device)
@@ -1366,17 +1367,21 @@ def start_processes(device):
     if "TORCHELASTIC_RUN_ID" not in os.environ or not all(map(str.isdecimal, numbers)):
         fail("WORLD_SIZE: is set, but torchrun did not start this; unset it, or run `torchrun "
              "--nproc-per-node N -- SCRIPT …`")
+    if device != "cpu":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            fail("--device: torchrun started more processes than there are GPUs; lower its "
+                 "--nproc-per-node")
+        torch.cuda.set_device(device)
     # processes wait for each other in C++, where Python's handlers do not run: signals end them
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, signal.SIG_DFL)
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-    if device != "cpu":
-        torch.cuda.set_device(device)
     if os.environ["RANK"] != "0":
         sys.stdout = io.StringIO()  # process 0 alone prints
     print(f"waiting for {os.environ['WORLD_SIZE']} processes", flush=True)
-    # half an hour: process 0 may have work of its own before the others
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(minutes=30))
+    # a week: at the end all wait for the one with the longest work; if one dies, torchrun ends all
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=7),
+                            device_id=None if device == "cpu" else torch.device(device))
     return device
 
 
@@ -1438,7 +1443,8 @@ def add_run_flags(parser, out=None, device=True):
     if out:
         parser.add_argument("--out", default=out, help="output file inside the run folder")
     if device:
-        gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+        # device_count() also counts GPUs whose driver is too old for this torch
+        gpus = [f"cuda:{n}" for n in range(torch.cuda.is_available() and torch.cuda.device_count())]
         devices = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
         parser.add_argument("--device", choices=devices, default=devices[0],
                             help="device to compute on, of those PyTorch sees")

@@ -220,8 +220,8 @@ class HNLMRec(nn.Module):
 
         # L_align, on the first rows: z near one of the user's mined items. It trains only
         # the projector, towards the current vectors of these items
-        if self.lambda1 and (made >= 0).any():
-            a = rows[made >= 0][:self.align_rows]  # (A,): the rows it sees
+        a = rows[made >= 0][:self.align_rows] if self.lambda1 else rows[:0]  # (A,): what it sees
+        if len(a):
             u_a, i_a = self.pairs[a].T
             z = self.projector(self.hidden[self.table(a, self.k, generator)])  # (A, D)
             band, items = self.mined[u_a], sample.all_items.detach()  # (A, L), (I, D)

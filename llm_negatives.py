@@ -1294,7 +1294,7 @@ def pick_dtype(name, device):
     # only: AVX512-BF16, AMX or Arm's BF16). Nothing is timed, so a machine always decides the same
     has_bf16 = False
     if str(device).startswith("cuda"):
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bf16 = torch.cuda.get_device_capability(device)[0] >= 8  # of this GPU, not of the first
     elif os.path.exists("/proc/cpuinfo"):
         flags = set(Path("/proc/cpuinfo").read_text().split())
         has_bf16 = not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
@@ -1476,8 +1476,10 @@ def main(argv=None):
         values = {name: value for name, value in PAPER.items() if name in vars(args)}
         commands.choices[args.command].set_defaults(**values)
         args = parser.parse_args(argv)
-    if args.command != "read":  # which runs as one process
+    if args.command != "read":
         args.device = start_processes(args.device)
+    elif os.environ.get("WORLD_SIZE", "1") not in "01":
+        fail("WORLD_SIZE: `read` is one process; start it without torchrun")
     programs = {"read": read, "profile": profile, "finetune": finetune, "generate": generate}
     programs[args.command](args)
 

@@ -671,6 +671,10 @@ def test_a_world_size_without_torchrun_never_waits_and_a_signal_ends_a_wait(smal
         for name, value in (torchrun | {"RANK": rank}).items():
             monkeypatch.setenv(name, value)
         assert "torchrun did not start" in message_of(backbones.start_processes, "cpu")
+    monkeypatch.setenv("RANK", "0")
+    assert "more processes than" in message_of(backbones.start_processes, "cuda")  # tests have none
+    read = ["read", "--run", "x", "--llm", "x"]
+    assert "read` is one process" in message_of(llm_negatives.main, read)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert backbones.start_processes("cpu") == "cpu"
 
