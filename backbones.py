@@ -776,8 +776,8 @@ def item_weights(row, column, value, n_items):
 def item_knn(pairs, n_users, n_items, shrink=20.0, idf=0, topk=0):
     """ItemKNN (Sarwar et al., WWW 2001), cosine with shrinkage (Bell and Koren, ICDM 2007):
     W_ij = n_ij / (sqrt(n_i n_j) + shrink), n_ij users have both. idf: a user of n_u items counts
-    as ln(I / (1 + n_u))^2 users, in n_i as well (TF-IDF). topk: neighbours kept for each scored
-    item j. pairs (N, 2) -> sparse CSR (I, I)."""
+    as ln(I / (1 + n_u))^2 users, in n_i as well (TF-IDF). W_ii = 0. topk: neighbours kept for each
+    scored item j. pairs (N, 2) -> sparse CSR (I, I)."""
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).float()
     weight = (n_items / (1 + of_user)).log() ** 2 if idf else torch.ones_like(of_user)
     norm = torch.bincount(pairs[:, 1], weight[pairs[:, 0]], minlength=n_items).float().sqrt()
@@ -790,7 +790,7 @@ def item_knn(pairs, n_users, n_items, shrink=20.0, idf=0, topk=0):
 def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
     """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item with
     step probabilities to the power alpha, divided by the last item's popularity to the power beta:
-    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta. The topk highest of each row i stay
+    W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta, W_ii 0. The topk of each row i stay
     (unit: scaled to sum to 1), then those of each column. pairs (N, 2) -> sparse CSR (I, I)."""
     # the first step's probability is the same for all of a user's items, so it is left out
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()

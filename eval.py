@@ -106,7 +106,8 @@ def quartiles(count):
 
 def paired_bootstrap(difference, draws=10_000, seed=0):
     """Two-sided test of the mean of paired per-user differences (n,) against zero: users drawn with
-    replacement (percentile bootstrap, Efron, 1979) -> (mean, ends of the 95 % interval, p)."""
+    replacement (percentile bootstrap, Efron, 1979) -> (mean, ends of the 95 % interval, p), p being
+    2 (draws in the smaller tail + 1) / (draws + 1), or 2 / 2^n if that is more."""
     difference, rng = np.asarray(difference, np.float64), np.random.default_rng(seed)
     n, means = len(difference), np.empty(draws)
     if difference.ndim != 1 or not np.isfinite(difference).all():  # NaN would lie in neither tail
@@ -146,9 +147,9 @@ def fhns_rates(users, items, data):
 
 @torch.no_grad()
 def fhns_of_samplers(model, data, m, seed=0, likely=None):
-    """FHNS of negatives that samplers draw for train pairs by a trained backbone's scores: uniform,
-    DNS (best of m), MixGCF; and of its own top items. likely (U, n), best first: a judge's likely
-    false negatives; with it, also of DNS that avoids these, and of the items themselves."""
+    """FHNS, over train pairs, of negatives that samplers draw by a trained backbone's scores:
+    uniform, DNS (best of m), MixGCF; and of its own top items. With likely (U, n), a judge's likely
+    false negatives, best first, two more rows: DNS that avoids these, and the items themselves."""
     # the same candidates for all, so that the samplers differ only in their choice
     generator, seen = torch.Generator().manual_seed(seed), user_rows(data["train"], model.n_users)
     some = torch.randperm(len(data["train"]), generator=generator)[:MOST].sort().values
@@ -160,15 +161,16 @@ def fhns_of_samplers(model, data, m, seed=0, likely=None):
     hardest = [dns(model.score, users[a], items, c) for a, _, c in parts]
     synthetic = [mixgcf(users[a], item_layers, p, c, model.pool, generator) for a, p, c in parts]
     # MixGCF's negatives are vectors, so the items nearest to them stand in
-    nearest, everyone = nearest_items(torch.cat(synthetic), u, items, seen, 10), u.unique()
+    nearest = nearest_items(torch.cat(synthetic), u, items, seen, 10)
+    everyone, of_pair = u.unique(return_inverse=True)  # each is ranked once
     found = {"uniform": (u, candidates[:, :1]), "DNS": (u, torch.cat(hardest)[:, None]),
              "MixGCF, nearest items": (u, nearest),
-             "the model's own top items": (everyone, rank_unseen(model, everyone, seen, 10))}
+             "the model's own top items": (u, rank_unseen(model, everyone, seen, 10)[of_pair])}
     if likely is not None:  # as in training; nothing is drawn by the shares here, so any will do
         penalty = LikelyFalse(likely, torch.ones(likely.shape), n_items).penalty
         clear = [dns(model.score, users[a], items, c, penalty=penalty(a, c)) for a, _, c in parts]
         found |= {"DNS kept clear of the judge's items": (u, torch.cat(clear)[:, None]),
-                  "the judge's likely items": (everyone, likely[everyone].long())}
+                  "the judge's likely items": (u, likely[u].long())}
     return {name: fhns_rates(*negatives, data) for name, negatives in found.items()}
 
 
@@ -570,7 +572,7 @@ def fhns_lines(comparison):
              for name, row in fhns.items()]
     return ["", "## False hard negatives", "", "Share of negatives that are held-out positives of "
             "their user (valid or test). For a vector, the nearest items outside train stand "
-            f"in. At most {MOST:,} pairs or users are counted.{chosen}", "",
+            f"in. Over train pairs, {MOST:,} at most.{chosen}", "",
             *markdown_table(["negatives", *columns], table)] if fhns else []
 
 # ---- 5. compare: a cell is one command, echoed, that trains one model or blends some -------------

@@ -162,10 +162,11 @@ class HNLMRec(nn.Module):
 
         L_false = BPR(e_u, e_f, e⁻) + gamma BPR(e_u, e_i, e_f), f from `likely`
 
-    (lambda_f weighs f's own L2 too). backbone: a Backbone; draw: from make_sampler, for e_j; with
-    L_false its penalty is likely.penalty. pairs (N, 2): train. For z: projector; hidden (n, H):
-    generated vectors; table: a NegativeTable of them; mined: Bands. semantic: a SemanticProjector;
-    likely: a LikelyFalse. What a weight of 0 turns off may be None."""
+    (‖Θ‖² by l2_loss; that of f weighs lambda_f lambda2). backbone: a Backbone; draw: from
+    make_sampler, for e_j; with L_false its penalty is likely.penalty. pairs (N, 2): train. For z:
+    projector; hidden (n, H): generated vectors; table: a NegativeTable of them; mined: Bands.
+    semantic: a SemanticProjector; likely: a LikelyFalse. What a weight of 0 turns off may be
+    None."""
 
     # pairs per step that L_align and L_sem see: more only cost time
     align_rows, semantic_rows = 128, 1024
@@ -326,7 +327,7 @@ def whiten(text):
 
 
 def whitened_texts(readings):
-    """Readings, a list of (I, H), one per layer -> (I, T), whitened, joined, rows of length 1."""
+    """Readings, a list of (I, H), one a layer, each whitened -> (I, T), joined, of length 1."""
     return F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
 
 
@@ -386,7 +387,8 @@ class JudgeMaps(nn.Module):
     """What the judge learns: two linear maps of the items' texts, history_map for a history's items
     and item_map for judged ones, a bias per item, scale and beta. tables() -> a Judge's `tables`.
 
-    readings: a list of (I, H), one per layer; train (N, 2); width: W; beta: its initial value."""
+    readings: a list of (I, H), one per layer; train (N, 2); width: W; beta: its initial value. At
+    first the maps are identities, the bias is ln(1 + count) / 2, scale 1 / .07."""
 
     # width 576: the default LLM's own; wider maps overfit small data. beta 4: a cosine of .9
     # then counts five times as much as one of .5
@@ -425,9 +427,10 @@ class JudgeMaps(nn.Module):
 
 def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0):
     """A training step for `fit`, whose rows are users. Each train item of a user is left out in
-    turn and scored by the others: softmax against n_negatives items, drawn uniformly for the batch,
-    less the user's own. most: train items per user; dropout: share of a text vector's entries set
-    to 0 (Srivastava et al., JMLR 2014); both drawn anew each step.
+    turn; the user's others score it and n_negatives items, drawn uniformly, with repeats, for the
+    whole batch; the user's train items among them do not count. The loss is a softmax's, averaged
+    over all left-out items. most: train items per user; dropout: share of a text vector's entries
+    set to 0 (Srivastava et al., JMLR 2014); both drawn anew each step.
 
     train (N, 2) -> step(users (B,), of two train pairs or more, generator) -> (scalar, {})."""
     # 1,024 negatives: a batch's table is (P, N), and time grows with it. 64 items of a user: one
@@ -583,9 +586,9 @@ class TextSimilarity(nn.Module):
 # ---- The judge's training ------------------------------------------------------------------------
 def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=8, lr=1e-3, seed=0,
                 validated=5000):
-    """Fit the maps once with each dropout, keep those that are best on validation. readings: a list
-    of (I, H); train, valid (N, 2); validated: how many users are ranked after each epoch -> (maps,
-    dropout, history of fit)."""
+    """Fit the maps with each dropout, all but the first only half-way if they are behind there;
+    keep those that are best on validation. readings: a list of (I, H); train, valid (N, 2);
+    validated: how many users are ranked after each epoch -> (maps, dropout, history of fit)."""
     # small data, small batches: users who have about a 64th of the train pairs, 256 to 2,048
     pairs = min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
     # a user with one train pair has no history to find it by
@@ -619,7 +622,8 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
 
 # ---- The blend: several recommenders in one score, weights by validation -------------------------
 def in_deviations(scores):
-    """Scores (B, I) less their user's mean, in standard deviations of that user's scores."""
+    """Scores (B, I) less their user's mean, in standard deviations of that user's scores, both over
+    all items, seen or not."""
     centred = scores - scores.mean(1, keepdim=True)
     rounding = 1e-6 * scores.abs().amax(1, keepdim=True)  # all that is left where scores are equal
     return centred / scores.std(1, keepdim=True).clamp(min=rounding + 1e-12)
@@ -650,17 +654,17 @@ BLEND_GRID = (0, 0.125, 0.25, 0.5, 1, 2, 4)
 
 @torch.no_grad()
 def blend_weights(parts, train, valid, grid=BLEND_GRID, depth=64, cells=2**28):
-    """The weights with the highest validation NDCG@20, by coordinate ascent: from equal weights,
-    each in turn takes the grid value that is best with the others fixed, until none improves. A
-    part that does not help on these pairs gets 0; noise may help a little there, by chance.
+    """The weights with the highest validation NDCG@20, by coordinate ascent: from 1, each in turn
+    takes the grid value that is best with the others fixed (the lowest of equal ones), until none
+    changes. A part that does not help on these pairs gets 0; noise may help a little, by chance.
 
     parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 first; depth: only items that a
     part ranks so high for a user are compared; cells: scores held -> (weights, each part's NDCG@20
     alone)."""
-    # the users to rank: all, or a random part if these would not fit. Of the items, the best of each
-    # part: what none has among its 64 best hardly enters the sum's 20 best (on four data sets the
-    # weights are as with all items). On Toys & Games all items would fit for a quarter of the users
-    # alone, whose weights are worse for the rest (in full .0928, not .0935)
+    # the users to rank: all, or a random part if these would not fit. Of the items, the best of
+    # each part: what none has among its 64 best hardly enters the sum's 20 best (on four data sets
+    # the weights are as with all items). On Toys & Games all items would fit for a quarter of the
+    # users alone, whose weights are worse for the rest (in full .0928, not .0935)
     n_users, n_items = parts[0].n_users, parts[0].n_items
     width = min(n_items, depth * len(parts))  # C
     users, most = valid[:, 0].unique(), max(1, cells // (len(parts) * width))
@@ -669,9 +673,9 @@ def blend_weights(parts, train, valid, grid=BLEND_GRID, depth=64, cells=2**28):
     seen, keys = user_rows(train, n_users), pair_keys(valid, n_items)
     relevant = torch.bincount(valid[:, 0], minlength=n_users)[users]
     scores, held = [[] for _ in parts], []  # (n, C) of each part; which of the items are wanted
+    parts = [part.eval() for part in parts]  # as Blend has them
     for u in users.split(max(1, 2**22 // n_items)):
-        # in eval mode, as Blend has them
-        rows = [leave_out(in_deviations(part.eval().scores(u)), u, seen) for part in parts]
+        rows = [leave_out(in_deviations(part.scores(u)), u, seen) for part in parts]
         items = torch.arange(n_items, device=u.device).expand(len(u), -1)
         if width < n_items:  # by id, so that of equal scores the lowest id wins, as in a ranking
             items = torch.cat([row.topk(depth).indices for row in rows], 1).sort(1).values
