@@ -791,7 +791,7 @@ def rp3beta(pairs, n_users, n_items, alpha=0.4, beta=0.3, unit=0, topk=0):
     """RP3beta (Paudel et al., ACM TiiS 2017): a random walk user -> item -> user -> item with
     step probabilities to the power alpha, divided by the last item's popularity to the power beta:
     W_ij = n_i^-alpha (sum_u x_ui x_uj n_u^-alpha) n_j^-beta, W_ii = 0. Of each row i the topk
-    highest stay (unit: scaled to sum to 1), then of each column. pairs (N, 2) -> sparse CSR (I, I)."""
+    highest stay (unit: scaled to sum 1), then of each column. pairs (N, 2) -> sparse CSR (I, I)."""
     # the first step's probability is the same for all of a user's items, so it is left out
     of_user = torch.bincount(pairs[:, 0], minlength=n_users).clamp(min=1).float()
     of_item = torch.bincount(pairs[:, 1], minlength=n_items).clamp(min=1).float()
