@@ -208,8 +208,8 @@ class UnseenSampler:
         users, items = keys // n_items, keys % n_items
         self.ends, self.seen = widths.cumsum(0), F.pad(widths[items].cumsum(0), (1, 0))
         count = torch.bincount(users, minlength=n_users)
-        start, end = count.cumsum(0) - count, count.cumsum(0)  # of a user's keys
-        self.before, self.stride = self.seen[start], self.ends[-1]  # width of all earlier keys
+        end = count.cumsum(0)  # of a user's keys
+        self.before, self.stride = self.seen[end - count], self.ends[-1]  # width of earlier keys
         self.free = self.stride - (self.seen[end] - self.before)
         place = (self.ends - widths)[items] - (self.seen[:-1] - self.before[users])
         self.keys = users * self.stride + place

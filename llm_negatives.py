@@ -1478,7 +1478,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
     if args.command != "read":
         args.device = start_processes(args.device)
-    elif os.environ.get("WORLD_SIZE", "1") not in "01":
+    elif os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
         fail("WORLD_SIZE: `read` is one process; start it without torchrun")
     programs = {"read": read, "profile": profile, "finetune": finetune, "generate": generate}
     programs[args.command](args)

@@ -698,6 +698,13 @@ def test_line_search_ends_where_no_single_step_is_better():
         assert score == table[point["a"], :].max() == table[:, point["b"]].max()
 
 
+def test_popularity_keeps_the_order_of_large_counts():
+    many, few = (torch.stack([torch.arange(n), torch.full((n,), item)], 1)
+                 for n, item in ((2100, 11_999), (2099, 0)))
+    weight = backbones.popularity(torch.cat([few, many]), 2100, 12_000)
+    assert backbones.top_k(weight, 2).tolist() == [[11_999, 0]]
+
+
 def test_closed_forms_at_once_do_without_those_that_do_not_fit(small_run, monkeypatch):
     heavy = torch.stack([torch.zeros(11_600), torch.arange(11_600)], 1).long()  # one has all items
     assert "would not fit; raise prepare's --k-core, or leave out users with the most pairs (one " \
