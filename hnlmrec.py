@@ -280,12 +280,14 @@ class PaperHNLMRec(HNLMRec):
         u, i = self.pairs[rows].T  # (B,), (B,)
         sample = self.draw(u, i, generator)
 
-        # e⁻: the projected vectors mixed into the sampled items, where the user has any
+        # e⁻: z mixed into e_j in the rows (A of B) whose user has generated vectors
         sets = self.table(rows, self.k, generator)  # (B, K)
-        has = sets[:, 0] >= 0
-        z = self.projector(self.hidden[sets.clamp(min=0)])  # (B, D)
-        mixed = self.alpha * z + (1 - self.alpha) * sample.negatives
-        negatives = torch.where(has[:, None], mixed, sample.negatives)
+        has = (sets[:, 0] >= 0).nonzero()[:, 0]  # (A,)
+        ids, place = sets[has].unique(return_inverse=True)  # each vector is read once
+        with torch.set_grad_enabled(self.train_projector):
+            z = self.projector.attend(self.projector.read(self.hidden[ids])[place])  # (A, D)
+        mixed = self.alpha * z + (1 - self.alpha) * take(sample.negatives, has)
+        negatives = sample.negatives.index_copy(0, has, mixed)  # (B, D)
 
         # the positive e_i above e⁻: BPR, as the paper prints, or the hinge of its published code
         positive_score = self.backbone.score(sample.users, sample.positives)  # (B,)
@@ -297,9 +299,9 @@ class PaperHNLMRec(HNLMRec):
 
         # L_CL: e_u near e_i and far from z; L2 as in HNLMRec
         contrast = ranking.new_zeros(())
-        if has.any():
-            pair = sample.users[has], sample.positives[has]
-            contrast = paper_contrastive_loss(*pair, z[has], self.tau_c)
+        if len(has):
+            pair = take(sample.users, has), take(sample.positives, has)
+            contrast = paper_contrastive_loss(*pair, z, self.tau_c)
         ego_users, ego_items = self.backbone.ego()
         l2 = l2_loss(take(ego_users, u), take(ego_items, i), take(ego_items, sample.negative_ids))
         logs = {"hinge" if self.hinge else "bpr": ranking.item(), "contrast": contrast.item()}
