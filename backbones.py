@@ -433,6 +433,8 @@ def fit(modules, step, n_rows, validate, *, epochs, batch_size, lr, eval_every, 
     validation is not finite. -> (best state {name.parameter: tensor}, history)."""
     modules = nn.ModuleDict(modules)
     parameters = list(modules.parameters())
+    for p in parameters if world() > 1 else ():  # all processes start alike, to the last bit
+        dist.broadcast(p.data, 0)
     # fused: one pass over each parameter instead of seven
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
     device = parameters[0].device

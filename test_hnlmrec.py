@@ -626,13 +626,17 @@ def test_fit_against_adam_by_hand_with_its_learning_rate(decay):
 
 def test_processes_share_the_rows_and_draw_apart(monkeypatch):
     """Each row is one process's, its negatives come from a generator of its own, gradients are
-    averaged after each step, and the validation is the one that process 0 sends."""
+    averaged after each step; start and validation are those that process 0 sends."""
     model, seen, averaged = rigged(torch.ones(1, 1), torch.ones(1, 1)), ([], []), []
     monkeypatch.setattr(backbones, "world", lambda: 2)
     monkeypatch.setattr(backbones, "average_gradients", averaged.append)
     monkeypatch.setattr(backbones.dist, "broadcast", lambda score, source: score.fill_(0.5))
     for rank, own in enumerate(seen):
+        with torch.no_grad():
+            model.embedding.fill_(rank)
+
         def step(rows, generator, own=own):
+            assert own or (model.embedding == 0.5).all()
             own.append((rows.tolist(), torch.rand(1, generator=generator).item()))
             return model.embedding.sum(), {}
 
