@@ -653,12 +653,15 @@ def ahns(score, users, items, positives, candidates, alpha=0.1, beta=0.4, power=
     return candidates.gather(1, distance.abs().argmin(1, keepdim=True))[:, 0]  # (B, M) -> (B,)
 
 
-def sampled_softmax_loss(positive_score, negative_scores, tau=1.0):
-    """Softmax cross-entropy of a positive (B,) against N negatives (B, N), -inf to leave one out
+def sampled_softmax_loss(positive_score, negative_scores, tau=1.0, row=None):
+    """Softmax cross-entropy of positives (B,) against N negatives each: negative_scores (B, N), or
+    (b, N) where positives share rows, row (B,) being each one's; a very low score leaves one out
     (Jean et al., ACL 2015; for recommenders Wu et al., TOIS 2024) -> scalar."""
-    # no logQ correction: for uniform draws it is one constant for every score, which cancels
-    scores = torch.cat([positive_score[:, None], negative_scores], 1) / tau  # (B, 1 + N)
-    return (scores.logsumexp(1) - scores[:, 0]).mean()
+    # no logQ correction: for uniform draws it is one constant for every score, which cancels.
+    # softplus(n - p) = -ln(exp(p) / (exp(p) + exp(n))), n being the negatives' logsumexp
+    negative = (negative_scores / tau).logsumexp(1)  # (B,) or (b,)
+    negative = negative if row is None else take(negative, row)
+    return F.softplus(negative - positive_score / tau).mean()
 
 
 def own_among(drawn, users, rows, n_items):
@@ -679,15 +682,16 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
     def step(rows, generator):
         u, i = pairs[rows].T
         user_vectors, item_vectors = model()
-        users, items = take(user_vectors, u), take(item_vectors, i)  # (B, D)
-        # all rows share the negatives, so that one matrix product scores them
+        # all rows share the negatives, and a user's rows their scores: one matrix product
         drawn = torch.randperm(model.n_items, generator=generator, device=u.device)[:n]
-        scores = model.score_all(users, take(item_vectors, drawn))  # (B, n)
-        # not the row's own train items
-        own = own_among(drawn, u, train_rows, model.n_items)
-        scores = scores.index_put(own, scores.new_tensor(-torch.inf))
+        users, row = u.unique(return_inverse=True)  # (b,), (B,)
+        scores = model.score_all(take(user_vectors, users), take(item_vectors, drawn))  # (b, n)
+        # not the user's own train items. Finite: a user who has all of the drawn gets loss 0
+        own = own_among(drawn, users, train_rows, model.n_items)
+        scores = scores.index_put(own, scores.new_tensor(-1e30))
         # rank the positive above all of them; L2 leaves out the shared negatives
-        softmax = loss = sampled_softmax_loss(model.score(users, items), scores, tau)
+        positive = model.score(take(user_vectors, u), take(item_vectors, i))  # (B,)
+        softmax = loss = sampled_softmax_loss(positive, scores, tau, row)
         if reg:
             ego_users, ego_items = model.ego()
             loss = loss + reg * l2_loss(take(ego_users, u), take(ego_items, i))

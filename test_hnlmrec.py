@@ -566,6 +566,11 @@ def test_softmax_step_against_loops(name, cosine):
         total -= torch.log(up / (up + sum(rest)))
         total += 0.1 * (ego_users[u].pow(2).sum() + ego_items[i].pow(2).sum()) / 2
     assert_same_loss(step(rows, seeded(3))[0], total / 3, [*model.parameters()])
+    # a user who has every drawn item has no negative, and no loss
+    step = backbones.make_softmax_step(model, train, reg=0.0, n=1, tau=0.5)
+    loss, _ = step(torch.tensor([own_first]), seeded(3))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 # ---- The training loop ---------------------------------------------------------------------------
