@@ -285,7 +285,7 @@ class PaperHNLMRec(HNLMRec):
         has = (sets[:, 0] >= 0).nonzero()[:, 0]  # (A,)
         ids, place = sets[has].unique(return_inverse=True)  # each vector is read once
         with torch.set_grad_enabled(self.train_projector):
-            z = self.projector.attend(self.projector.read(self.hidden[ids])[place])  # (A, D)
+            z = self.projector.attend(take(self.projector.read(self.hidden[ids]), place))  # (A, D)
         mixed = self.alpha * z + (1 - self.alpha) * take(sample.negatives, has)
         negatives = sample.negatives.index_copy(0, has, mixed)  # (B, D)
 

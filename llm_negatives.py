@@ -194,7 +194,8 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     check_window(llm, ids.shape[1])
     # SOFT, -1, has no embedding: look up any; soft vectors then fill its places in order
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
-    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
+    of_users = soft_tokens(0, user_vectors).index_select(0, owner)
+    soft = torch.cat([soft_tokens(1, item_vectors), of_users], 1)  # (R, 2S, H)
     x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
     hidden = llm(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1].float()
@@ -212,7 +213,8 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     past = run_piece(llm, prefixes, None, past, [0] * len(prefixes))[2]
 
     # the items, each on top of its user; the item's soft tokens before the user's, as in the prompt
-    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors)[owner]], 1)
+    of_users = soft_tokens(0, user_vectors).index_select(0, owner)
+    soft = torch.cat([soft_tokens(1, item_vectors), of_users], 1)  # (R, 2S, H)
     # each call gets similar lengths, so that little is padding; a single call keeps the order
     result, order = [], torch.arange(len(pieces), device=owner.device)
     if batch:
@@ -240,8 +242,11 @@ def run_piece(llm, pieces, soft=None, past=None, owner=slice(None)):
     full, cache = mask, DynamicCache()
     if past is not None:
         keys_values, past_mask = past
+        owner = torch.arange(len(past_mask), device=mask.device)[owner]  # (B,)
         full = torch.cat([past_mask[owner], mask], 1)  # (B, L0 + L)
-        cache = DynamicCache([(keys[owner], values[owner]) for keys, values in keys_values])
+        # index_select: on a CPU the gradient of keys[owner] would be added up in no fixed order
+        cache = DynamicCache([(keys.index_select(0, owner), values.index_select(0, owner))
+                              for keys, values in keys_values])
     check_window(llm, full.shape[1])
 
     # padding has no position of its own, so that a row's hidden states are those of its own prompt
@@ -302,12 +307,15 @@ def info_nce(z, candidates, positive, tau, ignore=None):
     """InfoNCE with one or more positives a row (van den Oord et al., 2018; MIL-NCE, Miech et al.,
     CVPR 2020): -ln( sum_positive exp(s / tau) / sum_{not ignored} exp(s / tau) ), s the cosine.
 
-    z (B, d), candidates (C, d), positive (B, C) bool, ignore (B, C) bool: candidates left out of
-    the sum, except positives -> scalar mean over B; infinite for a row without a positive."""
-    scores = F.normalize(z, dim=-1) @ F.normalize(candidates, dim=-1).T / tau  # (B, C)
+    z (B, d), candidates (C, d), positive (B, P): ids, one that comes again counts once; ignore
+    (B, C) bool: candidates left out of the second sum, no positives -> scalar mean over B."""
+    scores = F.normalize(z, dim=-1) / tau @ F.normalize(candidates, dim=-1).T  # (B, C)
+    # only P of a row's C scores are exponentiated again: C is the whole catalogue
+    positive = positive.sort(1).values
+    again = F.pad(positive[:, 1:] == positive[:, :-1], (1, 0))  # (B, P)
+    of_positives = scores.gather(1, positive).masked_fill(again, -torch.inf).logsumexp(1)
     if ignore is not None:
-        scores = scores.masked_fill(ignore & ~positive, -torch.inf)
-    of_positives = scores.masked_fill(~positive, -torch.inf).logsumexp(1)
+        scores = scores.masked_fill(ignore, -torch.inf)
     return (scores.logsumexp(1) - of_positives).mean()
 
 
@@ -347,7 +355,7 @@ class SftTask:
     def loss(self, z, rows, tau, targets=None, first=0):
         """InfoNCE of z (R, d) over the whole catalogue: the user's mined items are positives, all
         others negatives, even u's train items. Only MixedTask uses targets and first."""
-        return info_nce(z, self.candidates, self.is_mined(rows), tau)
+        return info_nce(z, self.candidates, self.mined[self.train[rows, 0]], tau)
 
     def hit_rate(self, z, rows):
         """How often the item nearest to z (cosine, whole catalogue) is one mined for the user."""
@@ -398,13 +406,11 @@ class MixedTask(SftTask):
     def loss(self, z, rows, tau, targets=None, first=0):
         """InfoNCE of z (R, d) over the catalogue and the batch's targets (B, d); the only positive
         of a row is its own target. z belongs to rows first … first + R - 1 of the batch."""
-        mined = self.is_mined(rows)
-        target = torch.zeros(len(z), len(targets), dtype=torch.bool, device=z.device)
-        target[:, first:first + len(z)].fill_diagonal_(True)
-        positive = torch.cat([torch.zeros_like(mined), target], 1)  # (R, I + B)
+        candidates = torch.cat([self.candidates, targets])  # (I + B, d)
+        own = len(self.candidates) + first + torch.arange(len(z), device=z.device)
         # mined items are as good as their mixture, so they are not negatives
-        ignore = torch.cat([mined, torch.zeros_like(target)], 1)
-        return info_nce(z, torch.cat([self.candidates, targets]), positive, tau, ignore)
+        ignore = F.pad(self.is_mined(rows), (0, len(targets)))  # (R, I + B)
+        return info_nce(z, candidates, own[:, None], tau, ignore)
 
 
 def grouped_batches(users, rows, per_user, groups, generator, lengths=None):

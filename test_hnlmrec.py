@@ -1987,15 +1987,17 @@ def test_tf_idf_against_a_dense_table():
 
 def test_info_nce_against_direct_sum():
     z, c = torch.randn(4, 5), torch.randn(9, 5)
-    positive, ignore = torch.zeros(4, 9, dtype=torch.bool), torch.zeros(4, 9, dtype=torch.bool)
-    for b, (pos, ign) in enumerate((([0], []), ([1, 2], [3]), ([8], [0, 1, 2]), ([4, 5, 6], [6]))):
-        positive[b, pos], ignore[b, ign] = True, True
+    ids = torch.tensor([[0, 0, 0], [1, 2, 1], [8, 7, 8], [4, 5, 6]])  # one that comes again: once
+    positive = torch.zeros(4, 9, dtype=torch.bool).scatter(1, ids, True)
+    ignore = torch.zeros(4, 9, dtype=torch.bool)
+    for b, ign in enumerate(([], [3], [0, 1, 2], [7])):
+        ignore[b, ign] = True
     e = (F.cosine_similarity(z[:, None], c, 2) / 0.3).exp()
-    share = (e * positive).sum(1) / (e * (positive | ~ignore)).sum(1)
-    ours = llm_negatives.info_nce(z, c, positive, 0.3, ignore).item()
+    share = (e * positive).sum(1) / (e * ~ignore).sum(1)
+    ours = llm_negatives.info_nce(z, c, ids, 0.3, ignore).item()
     assert ours == pytest.approx(-share.log().mean().item(), rel=1e-5)
     # the mask leaves terms out of the denominator
-    assert llm_negatives.info_nce(z, c, positive, 0.3).item() > ours
+    assert llm_negatives.info_nce(z, c, ids, 0.3).item() > ours
 
 
 def sft_task(mine="dns"):
@@ -2117,6 +2119,21 @@ def test_the_warm_up_fits_the_head_to_its_rows(mine):
         assert 1 - kept.double().mean().item() == pytest.approx(0.3, abs=0.12)
     # what is dropped is another share with another seed
     assert torch.equal(heads[0], heads[1]) and not torch.allclose(heads[0], heads[2], atol=1e-2)
+
+
+def test_gradients_of_a_shared_prefix_are_the_same_each_time(encoder):
+    """Of enough float32 entries for two threads, which add up table[index]'s in no fixed order."""
+    soft, llm = torch.randn(1, 30, 32, requires_grad=True), encoder[0]
+    torch.set_num_threads(2)
+    try:
+        past = llm_negatives.run_piece(llm, [[llm_negatives.SOFT] * 30], soft)[2]
+        pieces = [[n, n + 1, n + 2] for n in range(99)]
+        last = llm_negatives.run_piece(llm, pieces, None, past, [0] * 99)[1]
+        one, *others = (torch.autograd.grad(last.sin().sum(), soft, retain_graph=True)[0]
+                        for _ in range(9))
+    finally:
+        torch.set_num_threads(1)
+    assert one.any() and all(torch.equal(one, other) for other in others)
 
 
 def test_training_and_generation_encode_alike(encoder):
