@@ -1646,8 +1646,8 @@ BROKEN_LINES = [
     ['u0,i5,5,"great', "u9,i5,5,fine", 'u9,i4,5,fine"'],  # closed cleanly, later
     ['"u0,i5,5,great', "u9,i5,5,fine", 'u9",i4,5,fine'], ["u0,i5,5,fine,and more"]]
 BROKEN_OBJECTS = [
-    ("[1, 2]", "line 3"), ('{"reviewerID": "u1", "asin"', "line 3"), ("[" * 100000, "line 3"),
-    (json.dumps([{"asin": "x"}] * 999), "one object per line is read"),
+    ('{"reviewerID": "u1", "asin"', "line 3"), ("[" * 100000, "line 3"),
+    (json.dumps([{"asin": "x"}] * 999), "line 3 is not a JSON object"),
     (json.dumps(dict.fromkeys(map(str, range(999)))), "fix that line (columns: ['0', '1'"),
     ({"reviewerID": None}, "None is not an id"), ({"reviewerID": "\ud800"}, "is not an id"),
     ({"overall": [5]}, "overall [5] is not a number"), ({"overall": True}, "True is not a number"),
@@ -1662,7 +1662,6 @@ BROKEN_OBJECTS = [
     (["user\tuser\titem\trating\ttext", *GRID], None, "line 1 is empty or names a column twice"),
     (["user_id\tuserId\titem\trating\ttext", *GRID], None, "could each be the user"),
     (["who" + HEAD[4:], *GRID], None, "(columns: ['who', 'item', 'rating'"),
-    (["\t".join(f"c{n}" for n in range(5)) + "x" * 999, *GRID], None, "xxx'"),
     (['{"user": 1, "item": 2}', *GRID], None, "or JSON"),
     (["0 1 2", "1 5"], None, "looks like a user with a list of items"),
     # a day is not seconds
@@ -1671,16 +1670,15 @@ BROKEN_OBJECTS = [
     ([HEAD, "a\tx\t5\t201603011230\tx"], None, "write it as 2016-03-01"),
     ([HEAD, "a\tx\t5\t1.45679E+12\tx"], None, "a rounded one"),
     # too few pairs
-    ([HEAD], None, "no pairs"), (["user\titem", "a\tx"], None, "--min-rating none"),
+    (["user\titem", "a\tx"], None, "--min-rating none"),
     (["user\titem\trating", *(f"a\t{i}\t5" for i in range(5)), "b\t1\t5"], None,
      "user 'b' has fewer than 3 interactions after filtering (1 users have), and a split needs 3"),
     # metadata of no item, and such as is no text
     (TABLE, ["id\ttitle", *ITEMS[1:]], "column 'id' has 6: rename it to 'item'"),
-    (TABLE, [line.replace("i", "z") for line in ITEMS], "column 'item' has 0"),
     (TABLE, ["item\ttitle", "z1\tFilm"], "(such as 'i0'); write the ids as the interactions do"),
     (TABLE, ["item\tkind", *ITEMS[1:]], "no column 'title', only ['item', 'kind']"),
     (TABLE, ["item,title,kind", 'i0,"12""', "i1,Film,drama", 'i2,x",y'], "line 2"),  # hides i1
-    (TABLE, ITEMS[:1], "has 0 of the 6 items"), (json_grid(), ["[1]"], "line 1"),
+    (TABLE, ITEMS[:1], "column 'item' has 0 of the 6 items"),
     (json_grid(), [{"asin": "i1", "title": {"en": "t" * 999}}], "is not text"),
     (json_grid(), [{"asin": "i1", "title": "t", "category": {"en": 5}}], "is not text"),
     (json_grid(reviewText={"en": "x"}), None, "{'en': 'x'} is not text")])
@@ -1737,7 +1735,6 @@ def test_what_stands_far_out_is_named_and_moves_no_others(tmp_path, odd, said):
 
 
 @pytest.mark.parametrize("change, known", [
-    ({}, ["Lamp 0", "Lamp 1"]),
     # a note on one pair alone; titles of reviews; one title in two ways; one left out
     ({"note": lambda u, i: "gift" * (u == i == 0)}, ["Lamp 0", "Lamp 1"]),
     ({"title": lambda u, i: f"I like it {u}"}, ["Item p0", "Item p1"]),
@@ -2258,12 +2255,9 @@ def test_prompts_longer_than_an_attention_window_are_refused(family, tmp_path):
     assert alike(states, llm(torch.tensor([ids + ids[:10]])).last_hidden_state[:, 30:])
     message = message_of(llm_negatives.run_piece, llm, [ids[:11]], None, past)
     assert "window of 40 tokens is shorter than a prompt of 41" in message
+    assert all(flag in message for flag in ("--max-tokens", "--history", "--new-tokens"))
     llm.config.sliding_window = 0  # as some families say that they have none
     llm_negatives.check_window(llm, 41)
-    llm.config.max_position_embeddings = 40
-    message = message_of(llm_negatives.check_window, llm, 41)
-    assert "embeddings of 40 tokens" in message
-    assert all(flag in message for flag in ("--max-tokens", "--history", "--new-tokens"))
 
 
 @pytest.mark.parametrize("name, family, more", [
@@ -2307,11 +2301,10 @@ def test_a_text_beyond_the_positions_of_an_llm_is_refused(tmp_path):
 def test_an_llm_whose_layers_are_scaled_by_depth_is_cut_to_the_same_states(tmp_path):
     tiny_family(tmp_path, "MiniCPM3", q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
                 qk_rope_head_dim=8, v_head_dim=8, scale_depth=1.4, num_key_value_heads=4)
-    whole, tokenizer = loaded(tmp_path)
-    load = partial(llm_negatives.load_llm, tmp_path, AutoModel, torch.float32, "cpu")
+    (whole, tokenizer), (cut, _) = loaded(tmp_path), loaded(tmp_path, layers=2)
     ids = torch.tensor([tokenizer("Jaws").input_ids])
     states = whole(ids, output_hidden_states=True).hidden_states[2]
-    assert alike(load(layers=2)(ids).last_hidden_state, whole.norm(states))
+    assert alike(cut(ids).last_hidden_state, whole.norm(states))
 
 
 def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
@@ -2326,17 +2319,16 @@ def test_lora_says_what_it_is_on_and_refuses_what_is_not_there(capsys):
 
 
 def test_an_llm_that_is_not_whole_is_refused(tiny_llm, tmp_path):
-    load = partial(llm_negatives.load_llm, cls=AutoModel, dtype=torch.float32, device="cpu")
-    assert re.search("--llm-layers 8.*has 2 layers", message_of(load, tiny_llm, layers=8))
-    assert "no model can be loaded" in message_of(load, tmp_path)
+    assert re.search("--llm-layers 8.*has 2 layers", message_of(loaded, tiny_llm, layers=8))
+    assert "no model can be loaded" in message_of(loaded, tmp_path)
     shutil.copytree(tiny_llm, tmp_path / "cut")
     weights = load_file(tiny_llm / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "layers.1." not in name}
     save_file(kept, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
-    assert "lack 9 of its weights" in message_of(load, tmp_path / "cut")
-    assert len(load(tmp_path / "cut", layers=1).layers) == 1  # what is asked for is whole
+    assert "lack 9 of its weights" in message_of(loaded, tmp_path / "cut")
+    assert len(loaded(tmp_path / "cut", layers=1)[0].layers) == 1  # what is asked for is whole
     transformers.T5Config().save_pretrained(tmp_path / "t5")
-    assert "t5 is an encoder with a decoder" in message_of(load, tmp_path / "t5")
+    assert "t5 is an encoder with a decoder" in message_of(loaded, tmp_path / "t5")
 
 
 def test_the_digest_tells_llms_apart(tiny_llm, tmp_path):
@@ -2424,13 +2416,13 @@ def test_number_format_is_the_processors_not_a_timing(monkeypatch):
 
 
 @pytest.mark.parametrize("text, first, whole", [
-    ("A film for everyone. Then", "A film for everyone.", True), ("With Mr. Holland", None, False),
+    ("A film for everyone. Then", "A film for everyone.", True), ("A 5.", None, False),
     ('A "quiet film." It', 'A "quiet film."', True), (" One.\nTwo! And a half", "One. Two!", True),
     ("a gritty, grit-", "a gritty, grit", False), ("Made in 1995. It", "Made in 1995.", True),
     ("Meet Me in St. Louis", None, False), ("فيلم جميل؟ ثم", "فيلم جميل؟", True),
     ("这款5.1声道音响适合家庭影院爱好者。", None, True), ("एक फिल्म। और", "एक फिल्म।", True),
-    ("For Jeopardy! fans", None, False), ("A film by J. Doe", None, False), ("A 5.", None, False),
-    ("In the U.S. too", None, False), ("For fans of Dr.", None, False), ("no end", None, False),
+    ("For Jeopardy! fans", None, False), ("A film by J. Doe", None, False),
+    ("In the U.S. too", None, False), ("For fans of Dr.", None, False),
     ("Rated 3.5 by", None, False), ("一部电影｡", None, True)])
 def test_sentences(text, first, whole):
     assert llm_negatives.whole_sentences(text) == (first or text)
