@@ -748,10 +748,9 @@ def test_closed_forms_and_softmax_by_command(small_run, monkeypatch):
         assert (run / words[-1]).read_bytes() == before
     # what is left out is chosen on validation, in two searches; the second tries topk last
     searches, search = [], backbones.line_search
-    with monkeypatch.context() as patch:
-        patch.setattr(backbones, "line_search", lambda score_of, grid, *point: (
-            searches.append([*grid, *point]), search(score_of, grid, *point))[1])
-        pretrain("--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
+    monkeypatch.setattr(backbones, "line_search", lambda score_of, grid, *point: (
+        searches.append([*grid, *point]), search(score_of, grid, *point))[1])
+    pretrain("--backbone", "rp3", "--rp3-beta", "0.2", "--out", "model-best.safetensors")
     assert searches[0] == searches[1][3::-1] and searches[1][4]["topk"] == 0
     model, meta, _ = backbones.load_model(run / "model-best.safetensors", data)
     best = max(row["valid_ndcg@20"] for row in meta["history"])  # several choices may share it
@@ -1225,14 +1224,7 @@ def test_train_judge_keeps_the_better_dropout_and_stops_one_that_is_behind(monke
         early, late = ((seen[n + 1] - seen[n]).abs().mean() for n in (0, 2))
         assert late < 0.6 * early  # the rate falls to 0
     assert capsys.readouterr().out.count("at epoch 1 of 2") == 1  # the one that fell behind
-    # who has one train item is not taught by; all others are, once an epoch
-    few, taught = train[(train[:, 0] > 3) | (torch.arange(72) % 6 == 0)], []
-    with monkeypatch.context() as patch:  # by a step that notes its users
-        patch.setattr(hnlmrec, "make_judge_step", lambda maps, *_, **more: lambda users, _: (
-            taught.extend(users.tolist()), (maps.bias.sum(), {}))[1])
-        hnlmrec.train_judge([text], few, valid, N_USERS, epochs=1, dropouts=(0.0,))
-    assert sorted(taught) == list(range(4, N_USERS))
-    one, two = (hnlmrec.train_judge([text], few, valid, N_USERS, epochs=1, dropouts=(0,),
+    one, two = (hnlmrec.train_judge([text], train, valid, N_USERS, epochs=1, dropouts=(0,),
                                     seed=seed)[2] for seed in (0, 1))
     assert one[0]["loss"] != two[0]["loss"]
     maps, _, history = hnlmrec.train_judge([text], train, valid, N_USERS, epochs=3, lr=0.01)
@@ -1240,6 +1232,12 @@ def test_train_judge_keeps_the_better_dropout_and_stops_one_that_is_behind(monke
     best = max(row["valid_ndcg@20"] for row in history)
     assert backbones.validation(judge, data)() == pytest.approx(best)
     assert history[-1]["loss"] < history[0]["loss"]
+    # who has one train item is not taught by; all others are, once an epoch: a step notes its users
+    few, taught = train[(train[:, 0] > 3) | (torch.arange(72) % 6 == 0)], []
+    monkeypatch.setattr(hnlmrec, "make_judge_step", lambda maps, *_, **more: lambda users, _: (
+        taught.extend(users.tolist()), (maps.bias.sum(), {}))[1])
+    hnlmrec.train_judge([text], few, valid, N_USERS, epochs=1, dropouts=(0.0,))
+    assert sorted(taught) == list(range(4, N_USERS))
 
 
 def test_likely_false_items_are_drawn_by_their_shares_and_never_by_dns(monkeypatch):
@@ -1940,11 +1938,9 @@ def test_readings_are_means_over_the_texts_own_tokens(encoder, special, tmp_path
     llm, pad = encoder[0], llm_negatives.pad
     byte_tokenizer(tmp_path, **special)
     tokenizer = llm_negatives.load_tokenizer(tmp_path)
-    run = []
-    with monkeypatch.context() as patch:  # a text that stands twice is read once
-        patch.setattr(llm_negatives, "pad", lambda ids, *more: run.extend(ids) or pad(ids, *more))
-        texts = [*ITEM_TEXTS, *ITEM_TEXTS[:2]]
-        ours = llm_negatives.read_layers(llm, tokenizer, texts, [0, 1, 2], batch=3)
+    run, texts = [], [*ITEM_TEXTS, *ITEM_TEXTS[:2]]  # a text that stands twice is read once
+    monkeypatch.setattr(llm_negatives, "pad", lambda ids, *more: run.extend(ids) or pad(ids, *more))
+    ours = llm_negatives.read_layers(llm, tokenizer, texts, [0, 1, 2], batch=3)
     assert len(run) == len(set(map(tuple, run))) == len(set(texts))
     for row, text in enumerate(texts):
         ids = tokenizer(special.get("bos_token", "") + text, add_special_tokens=False).input_ids
@@ -1971,6 +1967,7 @@ def test_tf_idf_against_a_dense_table():
     assert np.allclose((ours @ ours.T).numpy(), dense @ dense.T, atol=1e-5)
     cut, values = llm_negatives.tf_idf(texts, 2), np.linalg.svd(dense)[1]
     assert np.allclose(cut.norm(dim=0).numpy(), values[:2], atol=1e-4)
+    torch.manual_seed(1)  # whatever was drawn before
     assert torch.equal(cut, llm_negatives.tf_idf(texts, 2))
 
 
@@ -3658,10 +3655,9 @@ def test_trace_follows_a_pair(finished, monkeypatch):
     made, rows = {tuple(pair) for pair in shard["pairs"].tolist()}, []
     u, i = next(pair for pair in data["train"].tolist() if tuple(pair) not in made)
     draw = hnlmrec.NegativeTable.__call__
-    with monkeypatch.context() as patch:
-        patch.setattr(hnlmrec.NegativeTable, "__call__",
-                      lambda *words: (rows.append(draw(*words)), rows[-1])[1])
-        out = cli("hnlmrec.py", *trace, users[u]["raw"], "--item", items[i]["raw"])
+    monkeypatch.setattr(hnlmrec.NegativeTable, "__call__",
+                        lambda *words: (rows.append(draw(*words)), rows[-1])[1])
+    out = cli("hnlmrec.py", *trace, users[u]["raw"], "--item", items[i]["raw"])
     assert "(it has none: this is of the pair with" in out
     assert len({int(some[0, 0]) for some in rows[:-1]}) == 1  # the last are L_align's
     monkeypatch.setattr(backbones, "row_of", lambda *_: 30)  # the row of a user without train pairs
