@@ -655,11 +655,12 @@ def ahns(score, users, items, positives, candidates, alpha=0.1, beta=0.4, power=
 
 def sampled_softmax_loss(positive_score, negative_scores, tau=1.0, row=None):
     """Softmax cross-entropy of positives (B,) against N negatives each: negative_scores (B, N), or
-    (b, N) where positives share rows, row (B,) being each one's; a very low score leaves one out
+    (b, N) where positives share rows, row (B,) being each one's; -inf to leave one out
     (Jean et al., ACL 2015; for recommenders Wu et al., TOIS 2024) -> scalar."""
     # no logQ correction: for uniform draws it is one constant for every score, which cancels.
     # softplus(n - p) = -ln(exp(p) / (exp(p) + exp(n))), n being the negatives' logsumexp
-    negative = (negative_scores / tau).logsumexp(1)  # (B,) or (b,)
+    # finite: of a positive whose negatives are all left out, the loss and its gradient are 0
+    negative = (negative_scores / tau).clamp(min=-1e30).logsumexp(1)  # (B,) or (b,)
     negative = negative if row is None else take(negative, row)
     return F.softplus(negative - positive_score / tau).mean()
 
@@ -686,9 +687,9 @@ def make_softmax_step(model, pairs, *, reg, n, tau):
         drawn = torch.randperm(model.n_items, generator=generator, device=u.device)[:n]
         users, row = u.unique(return_inverse=True)  # (b,), (B,)
         scores = model.score_all(take(user_vectors, users), take(item_vectors, drawn))  # (b, n)
-        # not the user's own train items. Finite: a user who has all of the drawn gets loss 0
+        # not the user's own train items
         own = own_among(drawn, users, train_rows, model.n_items)
-        scores = scores.index_put(own, scores.new_tensor(-1e30))
+        scores = scores.index_put(own, scores.new_tensor(-torch.inf))
         # rank the positive above all of them; L2 leaves out the shared negatives
         positive = model.score(take(user_vectors, u), take(item_vectors, i))  # (B,)
         softmax = loss = sampled_softmax_loss(positive, scores, tau, row)

@@ -480,7 +480,7 @@ def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0
         negative = soft_maximum(total, others[:, None], scale, beta)
         negative = negative + maps.bias[drawn] + times.log()
         among = own_among(drawn, users[place], train_rows, n_items)
-        negative = negative.index_put(among, negative.new_tensor(-1e30))
+        negative = negative.index_put(among, negative.new_tensor(-torch.inf))
         return sampled_softmax_loss(positive, negative), {}
 
     return step

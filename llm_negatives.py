@@ -194,8 +194,7 @@ def encode_whole(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts,
     check_window(llm, ids.shape[1])
     # SOFT, -1, has no embedding: look up any; soft vectors then fill its places in order
     x = llm.get_input_embeddings()(ids.clamp(min=0))  # (R, L, H)
-    of_users = soft_tokens(0, user_vectors).index_select(0, owner)
-    soft = torch.cat([soft_tokens(1, item_vectors), of_users], 1)  # (R, 2S, H)
+    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors[owner])], 1)
     x = x.masked_scatter((ids == SOFT)[..., None], soft.to(x.dtype))
     hidden = llm(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1].float()
@@ -213,8 +212,7 @@ def encode(llm, prompt, soft_tokens, user_texts, user_vectors, item_texts, item_
     past = run_piece(llm, prefixes, None, past, [0] * len(prefixes))[2]
 
     # the items, each on top of its user; the item's soft tokens before the user's, as in the prompt
-    of_users = soft_tokens(0, user_vectors).index_select(0, owner)
-    soft = torch.cat([soft_tokens(1, item_vectors), of_users], 1)  # (R, 2S, H)
+    soft = torch.cat([soft_tokens(1, item_vectors), soft_tokens(0, user_vectors[owner])], 1)
     # each call gets similar lengths, so that little is padding; a single call keeps the order
     result, order = [], torch.arange(len(pieces), device=owner.device)
     if batch:
