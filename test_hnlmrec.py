@@ -1739,9 +1739,9 @@ def test_what_stands_far_out_is_named_and_moves_no_others(tmp_path, odd, said):
     ({"title": lambda u, i: f"I like it {u}"}, ["Item p0", "Item p1"]),
     ({"title": lambda u, i: "Lamp zero" if u == i == 0 else f"Lamp {i}"}, ["Lamp zero", "Lamp 1"]),
     ({"title": lambda u, i: f"Lamp {i}" * (u > 0)}, ["Lamp 0", "Lamp 1"]),
-    # what is counted from all pairs of an item, held-out ones too
-    ({"mean": lambda u, i: f"3.{i}", "best_review": lambda u, i: f"u5 on {i}"},
-     ["Lamp 0", "Lamp 1"])])
+    # what is counted from all pairs of an item, held-out ones too; a pair's date
+    ({"mean": lambda u, i: f"3.{i}", "best_review": lambda u, i: f"u5 on {i}",
+      "date": lambda u, i: "May 2016"}, ["Lamp 0", "Lamp 1"])])
 def test_a_flat_file_gives_items_what_is_theirs_alone(tmp_path, change, known):
     """No user, rating, time, review, nor what differs between rows of one item; a row a pair."""
     rows = []
@@ -1802,7 +1802,7 @@ def test_amazons_metadata_as_it_is(tmp_path):
     meta = [{"asin": "i0", "title": ""},
             {"asin": "i0", "title": "Toy", "category": ["A", "B", "C"]},
             {"asin": "i0", "title": "", "brand": "B"},
-            {"asin": " i1", "title": "x", "category": "Toys"},
+            {"asin": " i1", "title": "x", "category": "Toys"}, {"asin": "i1", "title": "y"},
             "{'asin': 'i2', 'title': \"Kid's\", 'category': None, "
             "'categories': [['Toys', 'Games', 'Board']]}",
             {"asin": "i3", "title": "var start = (new Date()).getTime();\nvar ue=1;", "brand": "B"},
@@ -1814,7 +1814,7 @@ def test_amazons_metadata_as_it_is(tmp_path):
         ("5 < 6 > 3 & 'x' y AT&T", "")]
     title, text = items[5]["title"], items[5]["text"]
     assert title.startswith("[2Jlong xxx") and len(title) == 200 and len(text) == 400
-    for said in ("2 repeated metadata rows", "1 texts with HTML entities", "1 texts with HTML tags",
+    for said in ("3 repeated metadata rows", "1 texts with HTML entities", "1 texts with HTML tags",
                  "1 titles cut", "1 texts cut", "1 texts that were a page's script"):
         assert said in out
 
@@ -3116,6 +3116,8 @@ def test_report_says_what_its_figures_say(eval_run):
     table = page.split("\n\n| ")[1].split("\n\n")[0].splitlines()
     assert table[0] == "method | Recall@10 | Recall@20 | NDCG@10 | NDCG@20 | valid NDCG@20 |"
     assert len(table) == 2 + len(rows) and all(line.count("|") == 7 for line in table[1:])
+    sparse = page.split("## Sparse users")[1].split("\n\n| ")[1].split("\n\n")[0].splitlines()
+    assert [f" {rows[stem]['Q1']:.4f} " for stem in rows] == [x.split("|")[2] for x in sparse[2:]]
     assert "x&#60;y" in page and "| train&#124;x | 41 |" in page
     assert "lacks them: in full, judge's negatives.\n" in page
     for start in ("- liked (5 of 6): Film &#91;", "- recommended (x&#60;y): Film &#91;",
