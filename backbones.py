@@ -993,7 +993,8 @@ def load_texts(run, name, data):
     if wrong or not tensors or made not in (None, "read"):
         fail(f"{path}: {[*wrong, 'holds no texts'][0]}, not ({n_items}, width) of `read` or yours")
     check_finite(path, tensors, "fix that row")
-    return [tensors[key].float().to(data["train"].device) for key in sorted(tensors)]
+    names = sorted(tensors, key=lambda name: (len(name), name))  # layer2 before layer10
+    return [tensors[name].float().to(data["train"].device) for name in names]
 
 
 def text_input(run, name):
@@ -1517,7 +1518,7 @@ def main(argv=None):
         fail(f"--out {args.out}: several models go to model-NAME.safetensors; leave it out")
     if args.backbone in CLOSED_FORMS and args.out == "cf.safetensors":
         fail(f"--backbone {args.backbone}: has no vectors for cf.safetensors; give another --out")
-    if args.loss == "softmax" and len(args.sampler) > 1:
+    if args.loss == "softmax" and args.sampler != p.get_default("sampler"):
         fail("--sampler: --loss softmax draws uniformly and makes one model; leave it out")
     products = BACKBONES.get(args.backbone, Backbone).score is Backbone.score
     if args.cosine and not (products and args.loss == "softmax"):

@@ -475,7 +475,8 @@ def is_row(name, made):
     if method.parts:  # "in full"; run.sh leaves out closed forms that do not fit
         rows = "|".join(method.parts).split("|")
         own = {f"model-{METHODS[row].stem}.safetensors" if row in METHODS else row for row in rows}
-        return command == "blend" and {JUDGE} < {*re.split("[|,]", made["parts"])} <= own
+        judged = f"model-{METHODS[JUDGED].stem}.safetensors"
+        return command == "blend" and {judged, JUDGE} <= {*re.split("[|,]", made["parts"])} <= own
     same = command == training_of(name, {}, "lightgcn", 0)[1]
     for flag, value in re.findall(r"--(\S+) ?([^-\s]\S*)?", method.flags):
         found = made.get(flag.replace("-", "_"))
@@ -488,6 +489,13 @@ def is_row(name, made):
     if command == "pretrain":
         return same and bool(made.get("text_vectors")) == (TEXTS in method.needs)
     paper, negatives = bool(made.get("paper")), made.get("negatives") != "none"
+    # nor is it an ablation, a control or an oracle, or reads the files of one
+    usual = {"control": "none", "attention": True, "keep_clear": "none", "train_projector": False,
+             "hinge": 0.0, "lambda_f": 0.0, "sampler": "rns" if paper else "dns"}
+    same &= all(made.get(name, value) == value or f"--{name.replace('_', '-')} " in method.flags
+                for name, value in usual.items())
+    same &= not {made.get(name) for name in ("negatives", "judge", "text_vectors")} & {
+        *MAKING} - {TEXTS, JUDGE, "negatives"}
     return same and (paper, negatives) == ("--paper" in method.flags, "negatives" in method.needs)
 
 
@@ -759,11 +767,11 @@ SOFTMAX = TRAINED | {"tau": [0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1], "shared": [64, 
 SPACES = {
     "RNS": TRAINED, "PNS": TRAINED | {"beta": [0, 0.25, 0.5, 0.75, 1]}, "DNS": M, "MixGCF": M,
     "AHNS": M, "Softmax": SOFTMAX, "AlphaRec": SOFTMAX,
-    "RLMRec-Con": M | {"lambda-s": [0.01, 0.03, 0.1, 0.3, 1], "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
+    "RLMRec-Con": M | {"lambda-s": [1e-3, 0.01, 0.03, 0.1], "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
     "HNLMRec, as in the paper": TRAINED | {
         "alpha": [1e-4, 1e-3, 1e-2, 0.1, 0.3], "lambda1": [1e-4, 1e-3, 1e-2, 0.1, 1],
         "tau-c": [0.05, 0.1, 0.2, 0.5, 1]},
-    "HNLMRec": M | {"text-init": [0, 1], "lambda-s": [0, 0.01], "alpha": [0, 0.02]},
+    "HNLMRec": M | {"text-init": [0, 1], "lambda-s": [0, 1e-3, 0.01, 0.03], "alpha": [0, 0.02]},
     JUDGED: M | {"lambda-f": [0.1, 0.3, 1, 3], "gamma": [0.05, 0.1, 0.2, 0.5]}}
 # the second and third trials, except of HNLMRec: wide vectors are far better with a strong L2 on
 # sparse data, with a weaker one on most dense data, and single steps take long to get there. Where

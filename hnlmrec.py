@@ -790,7 +790,7 @@ def check_flags(args, default):
             ("keep_clear", args.lambda_f and args.keep_clear == "valid",
              "beside --lambda-f dns keeps clear of the judge's items; leave one of the two out"),
             ("attention k", not made, unread), ("judge", not likely, unread),
-            ("cf mine_first mine_last", not args.lambda1, unread),
+            ("cf mine_first mine_last", not args.lambda1 or args.paper, unread),
             ("gamma", not args.lambda_f, unread), ("text_vectors", not texts, unread),
             ("tau_c", not args.lambda1 and not args.lambda_s, unread),
             ("control", not made and not texts, unread)):
@@ -1031,6 +1031,7 @@ def trace_steps(run, s, data, method, users, items, row):
     # out of it
     other = int(generated["pairs"][at, 1])
     note = "" if other == i else f" (it has none: this is of the pair with {titles[other]})"
+    note += f" (not what the model had: --control {s.control})" * (s.control != "none")
     # generated vectors live in the space of the centred CF item vectors (llm_negatives.SftTask)
     centred = cf["item"] - cf["item"].mean(0)
     nearest = nearest_items(generated["vector"][at][None], whose, centred, seen, 5)

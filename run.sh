@@ -13,7 +13,7 @@
 #   FORMAT=table PRESET=… MIN_RATING=… K_CORE=…      see `hnlmrec.py prepare --help`
 #   WHOLE=1            lifts the limits that keep the LLM's steps and the trials to a few minutes
 #                      each: profiles for all users and items, all items read, longer fine-tuning,
-#                      four negatives per user, trials with widths up to 512
+#                      four negatives per user, trials with widths above 128
 #   TUNE=4             trials on validation to choose the flags of DNS, and as many for the judge's
 #                      negatives: 4 on your own data (2 with FAST=1), 0 on MovieLens, where earlier
 #                      trials with LightGCN chose the flags of the judge's negatives

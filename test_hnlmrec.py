@@ -3053,7 +3053,7 @@ def save_model(path, seed, command="pretrain", valid=0.1, inputs=(), **more):
     table = torch.randn(N_USERS + N_ITEMS, 4, generator=seeded(seed))
     run = path.parent.parent if path.parent.name == "compare" else path.parent
     settings = {"command": command, "backbone": "mf", "layers": 1, "epochs": 200, "loss": "bpr",
-                "sampler": path.stem.removeprefix("model-"),
+                "sampler": "dns" if command == "train" else path.stem.removeprefix("model-"),
                 "inputs": backbones.digests(run, "data.safetensors", *inputs)}
     backbones.save_tensors(
         path, {"backbone.embedding": table, "item": table[N_USERS:].clone(), **more},
@@ -3140,9 +3140,18 @@ def test_a_file_is_a_row_of_the_report_only_if_it_was_made_as_that_row(monkeypat
             assert [row for row in rows if evaluation.is_row(row, made[-1])] == [name]
         if name == "DNS":
             assert not evaluation.is_row(name, made[-1] | {"n": 2})  # DNS(M, N)
+        # controls, ablations, oracles, another sampler, the files of another row
+        for odd in ({"control": "random"}, {"attention": False}, {"keep_clear": "valid"},
+                    {"sampler": "pns"}, {"lambda_f": 0.5}, {"train_projector": True},
+                    {"hinge": 0.3}, {"judge": "judge-words.safetensors"},
+                    {"negatives": "negatives-zeroshot"},
+                    {"text_vectors": "texts-tfidf.safetensors"}):
+            tuned = name == evaluation.JUDGED and "lambda_f" in odd
+            if made[-1]["command"] == "train" and not tuned:
+                assert not evaluation.is_row(name, made[-1] | odd), (name, odd)
     judged, judge, rp3 = (f"{stem}.safetensors" for stem in ("model-judged", "judge", "model-rp3"))
     for parts, full in (([f"{judged}|model-dns.safetensors", judge, rp3], True),
-                        ([judged, judge], True), ([judged, rp3], False),
+                        ([judged, judge], True), ([judged, rp3], False), ([judge, rp3], False),
                         ([judge, "model-x.safetensors"], False)):
         settings = {"command": "blend", "parts": ",".join(parts)}
         assert evaluation.is_row("in full", settings) == full
@@ -3914,7 +3923,8 @@ BAD_FLAGS = {
     "backbones.py pretrain": [
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
         ("--beta 0.5", "--beta: is read by pns alone"), ("--tau 1", "by softmax alone"),
-        ("--loss softmax --sampler pns --beta 0.5", "by pns"), ("--shared 9", "by softmax alone"),
+        ("--loss softmax --sampler pns --beta 0.5", "draws uniformly"),
+        ("--shared 9", "by softmax alone"),
         ("--backbone ease", "no vectors"), ("--backbone closed --out x.safetensors", "go to model"),
         ("--sampler rns dns --out x.safetensors", "go to model-"),
         ("--topk 3", "lightgcn has no such"), ("--text-vectors none", "read --run"),
