@@ -3724,7 +3724,7 @@ def test_a_search_is_of_the_files_that_its_flags_name(eval_run, commands):
 def test_the_papers_form_trains(copied, more):
     name = "model-paper.safetensors"
     cli("hnlmrec.py", "train", "--run", copied, "--paper", "--hinge", 0.3, "--dim", 8,
-        "--epochs", 2, "--eval-every", 1, *BAND, *more, "--out", name)
+        "--epochs", 2, "--eval-every", 1, *more, "--out", name)
     tensors, meta = backbones.load_tensors(copied / name)
     assert {"hinge", "contrast"} <= set(meta["history"][0])
     method = hnlmrec.build(copied, Namespace(**meta["settings"]), backbones.load_data(copied))
@@ -3950,6 +3950,7 @@ BAD_FLAGS = {
         ("--lambda1 0 --mine-first 3 --out model-x.safetensors", "--mine-first: nothing reads it"),
         ("--negatives none --alpha 0", "--lambda1: needs generated vectors"),
         ("--negatives none --alpha 0 --lambda1 0 --paper", "--paper: needs generated vec"),
+        ("--paper --mine-last 9", "--mine-last: nothing reads it"),
         ("--paper --lambda-s 0.1", "--lambda-s: the paper's form has no such term"),
         ("--paper --lambda-f 1", "--lambda-f: the paper's form has no such term"),
         ("--hinge 0.3", "--hinge: is part of the paper's form; add --paper"),
