@@ -3752,6 +3752,10 @@ def test_text_vectors_of_ones_own(copied, monkeypatch):
     assert "text.safetensors than the one" in refused("hnlmrec.py", *train)  # another file
     cli("hnlmrec.py", *train, "--force")
     assert not torch.equal(load_file(copied / "own.safetensors")["user"], theirs["user"])
+    layers = [torch.full((40, 1), float(n)) for n in range(3)]  # in the order of their numbers
+    save_file(dict(zip(("layer10", "layer20", "layer9"), (layers[1], layers[2], layers[0]))), path)
+    read = backbones.load_texts(copied, path, backbones.load_data(copied))
+    assert [float(layer[0]) for layer in read] == [0, 1, 2]
     save_file({"text": torch.ones(40, 3)}, path)
     assert "alike for all items" in refused("hnlmrec.py", *train, "--force")
     assert "judge: left out, since" in cli("hnlmrec.py", *judge, path, "--force")
@@ -3924,6 +3928,7 @@ BAD_FLAGS = {
         ("--sampler dns --n 20", "m is 4; lower"), ("--n 2", "read by --sampler dns"),
         ("--beta 0.5", "--beta: is read by pns alone"), ("--tau 1", "by softmax alone"),
         ("--loss softmax --sampler pns --beta 0.5", "draws uniformly"),
+        ("--loss softmax --beta 0.5", "by pns"), ("--loss softmax --sampler dns", "draws unif"),
         ("--shared 9", "by softmax alone"),
         ("--backbone ease", "no vectors"), ("--backbone closed --out x.safetensors", "go to model"),
         ("--sampler rns dns --out x.safetensors", "go to model-"),
