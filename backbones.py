@@ -64,7 +64,7 @@ def rows_of(rows, users):
 def take(table, index):
     """table[index] with a deterministic backward pass: table (N, D), index (…) -> (…, D)."""
     # on a CPU the backward pass of table[index] adds in no fixed order: runs with one seed drift
-    # apart. That of index_select is deterministic, and faster than embedding's; on a GPU it is not
+    # apart. index_select's is faster than embedding's, and deterministic, but on a CPU only
     if table.device.type == "cpu":
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
     return F.embedding(index, table)
@@ -198,9 +198,9 @@ class UnseenSampler:
     (B, n). Raises SystemExit2 if a user has every item."""
     def __init__(self, pairs, n_users, n_items, widths=None):
         # items lie side by side, item i up to ends[i]; a user's seen items are cut out, and the
-        # others moved together, to a width of `free`. A draw r below it is moved back by the width
-        # of the seen items that were cut out at r or before: with 1 and 3 seen, of width 1, these
-        # places are 1 and 2, and r = 1 gives item 2. Binary search finds them, as all users share
+        # others moved together, to a width of `free`. A draw r below it is moved up by the width of
+        # the seen items cut out at r or before: if items 1 and 3 are seen, of width 1, the cuts are
+        # at 1 and 2, and r = 1 gives item 2. Binary search finds them, as all users share
         # one sorted array of keys, user * stride + place. Duplicate pairs count once
         self.uniform = widths is None
         widths = torch.ones(n_items, device=pairs.device).long() if self.uniform else widths
@@ -229,7 +229,7 @@ class UnseenSampler:
 @torch.no_grad()
 def score_candidates(score, users, items, candidates):
     """A backbone's `score` of users (B, D) and candidates (B, M), ids of items (I, D) -> (B, M)."""
-    # a few rows at a time: on a CPU their 512 KiB stay in its cache, in a third of the time
+    # a few rows at a time: on a CPU, 512 KiB stay in cache, so it takes a third of the time
     size = (2**17 if items.is_cpu else 2**26) // (candidates.shape[1] * items.shape[1]) or 1
     return torch.cat([score(u[:, None], take(items, c))  # (size, M)
                       for u, c in zip(users.split(size), candidates.split(size))])
@@ -309,8 +309,8 @@ def top_k(scores, k):
     """Ids (B, min(k, I)) of the highest scores (B, I), best first; ties go to the lowest id."""
     k = min(k, scores.shape[1])
     values, index = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    # torch.topk takes any of equal scores. Where the next one equals the last, take all above it,
-    # then the lowest ids. A full sort of these rows would take twice to four times as long
+    # torch.topk takes any of equal scores. If score k + 1 equals score k, take all above them,
+    # then the lowest ids. A full sort of these rows would take two to four times as long
     tied = values[:, k - 1] == values[:, -1]
     rows, last, index = scores[tied], values[tied, k - 1:k], index[:, :k]
     back = torch.arange(rows.shape[1], 0, -1, dtype=torch.int32, device=rows.device)
@@ -366,7 +366,7 @@ def mining_band(data, first=0, last=0):
     # if only one end is given, the other moves if it has to
     first, last = first or min(low, last or low), last or max(high, first)
     if not first <= last <= n_items:
-        fail(f"--mine-first {first}: is not followed by a --mine-last of at most {n_items}")
+        fail(f"--mine-first {first}, --mine-last {last}: must not fall, nor be above {n_items}")
     if few := int((count > n_items - last).sum()):
         print(f"{few} users have fewer than {last} unseen items: their last ones are mined instead")
     return first, last
@@ -659,7 +659,7 @@ def sampled_softmax_loss(positive_score, negative_scores, tau=1.0, row=None):
     (Jean et al., ACL 2015; for recommenders Wu et al., TOIS 2024) -> scalar."""
     # no logQ correction: for uniform draws it is one constant for every score, which cancels.
     # softplus(n - p) = -ln(exp(p) / (exp(p) + exp(n))), n being the negatives' logsumexp
-    # finite: of a positive whose negatives are all left out, the loss and its gradient are 0
+    # the clamp: if all of a positive's negatives are left out, its loss and gradient are 0
     negative = (negative_scores / tau).clamp(min=-1e30).logsumexp(1)  # (B,) or (b,)
     negative = negative if row is None else take(negative, row)
     return F.softplus(negative - positive_score / tau).mean()
@@ -960,7 +960,7 @@ def load_data(run):
 
 def load_model(path, data):
     """A backbone or closed form from its file, on the device of data["train"] -> (model in eval
-    mode, meta, all tensors). SystemExit2 for other files, or one of a split changed since."""
+    mode, meta, all tensors). SystemExit2 for other files, or if their split has changed."""
     # a closed form's file has item weights, dense or as the parts of a CSR; a backbone's its state
     tensors, meta = load_tensors(path, data["train"].device)
     s, shape = meta["settings"], (data["n_users"], data["n_items"])
@@ -1502,7 +1502,7 @@ def main(argv=None):
     add_flags(
         p.add_argument_group("closed forms (pop, itemknn, rp3, ease; closed: all), which read "
                              "no training flag; what is left out is chosen by validation"),
-        ("--shrink", number(float, 0), unset, "itemknn: added to the cosine's denominator, users"),
+        ("--shrink", number(float, 0), unset, "itemknn: added to the denominator of the cosine"),
         ("--idf", number(int, 0, 1), unset, "itemknn: 1: users with few items count more"),
         ("--rp3-alpha", number(float, 0), unset, "rp3: exponent of the transition probabilities"),
         ("--rp3-beta", number(float, 0), unset, "rp3: exponent of the popularity taken out"),

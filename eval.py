@@ -484,7 +484,7 @@ def is_row(name, made):
         # a switch is on; a weight that is tuned is not 0; all else is as in the row
         on = not value or flag in SPACES.get(name, ())
         same &= bool(found) if on else str(found) in (value, f"{value}.0")
-    # nor has it what the row lacks: its flags do not say so, since these are the defaults
+    # nor has it more than the row, whose flags do not name what is off by default
     if method.kind == "sampler":
         same &= (made.get("loss"), made.get("n", 1)) == ("bpr", 1)
     if command == "pretrain":
@@ -1105,7 +1105,7 @@ def main(argv=None):
     add("compare tune", "--flags", "of each training, in one string (--flags=--cosine)", default="")
     add("compare tune", "--force", "train again, even if the file exists", action="store_true")
     add("tune", "--budget", "trials per method", type=number(int, 1), default=20)
-    add("tune", "--widest", "largest --dim, defaults aside", type=number(int, 64), default=512)
+    add("tune", "--widest", "largest --dim to be tried", type=number(int, 64), default=512)
     add("tune", "--seed", "seed of search and trainings", type=number(int, 0), default=0)
     add("compare", "--seeds", "train with seeds 0 to N-1", type=number(int, 1), default=5)
     add("compare", "--tuned", "take each method's flags from a file of `tune` (tuned.json)",

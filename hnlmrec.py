@@ -112,17 +112,16 @@ class NegativeTable:
 
 
 def mix(z, sampled, alpha):
-    """e⁻ = alpha z' + (1 - alpha) e_j: z, sampled (B, D) -> (B, D). z' is z (the paper's) scaled to
-    the norm of e_j (ours). No gradient passes through that norm; z gets one by its direction."""
+    """e⁻ = alpha z' + (1 - alpha) e_j: z, sampled (B, D) -> (B, D). z' is z scaled to the
+    norm of e_j (the paper: z as is). That norm gets no gradient, z only through its direction."""
     # the norm of z means nothing, since L_align trains by cosines. PaperHNLMRec mixes z as it is
     z = F.normalize(z, dim=-1) * sampled.detach().norm(dim=-1, keepdim=True)
     return alpha * z + (1 - alpha) * sampled
 
 
 def alignment_loss(z, positives, mined, user_ids, tau):
-    """L_align, the only loss that trains the projector (ours; the paper's is L_CL below): z near
-    e_m, a CF-mined hard negative of its user, and away from its own e_i and from the e_m' of other
-    users' rows: the mean of
+    """L_align, the only loss that trains the projector (ours; the paper's is L_CL): it pulls z to
+    e_m, a hard negative mined for its user, and away from its e_i and other users' e_m': mean of
     -ln( exp(c_m) / (exp(c_m) + sum exp(c_m') + exp(c_i)) ),  c_x = cos(z, e_x) / tau.
 
     z, positives, mined (B, D), gradient into all three (HNLMRec detaches the last two); user_ids
@@ -162,7 +161,7 @@ class HNLMRec(nn.Module):
 
         L_false = BPR(e_u, e_f, e⁻) + gamma BPR(e_u, e_i, e_f), f from `likely`
 
-    (‖Θ‖² by l2_loss; that of f weighs lambda_f lambda2). backbone: a Backbone; draw: from
+    (‖Θ‖² by l2_loss; f's has weight lambda_f lambda2). backbone: a Backbone; draw: from
     make_sampler, for e_j; with L_false its penalty is likely.penalty. pairs (N, 2): train. For z:
     projector; hidden (n, H): generated vectors; table: a NegativeTable of them; mined: Bands.
     semantic: a SemanticProjector; likely: a LikelyFalse. What a weight of 0 turns off may be
@@ -172,7 +171,7 @@ class HNLMRec(nn.Module):
     align_rows, semantic_rows = 128, 1024
     refresh = 20  # steps between new values of z for BPR: old and new have a cosine of about .9
 
-    # reg is lambda2; gamma weighs e_i > e_f within L_false; tau_c is of both alignments; k is K
+    # reg: lambda2; gamma weighs e_i > e_f; tau_c: temperature of L_align and L_sem; k: K
     def __init__(self, backbone, draw, pairs, *, projector=None, table=None, hidden=None,
                  mined=None, semantic=None, likely=None, alpha=0.02, lambda1=1.0, lambda_s=0.01,
                  lambda_f=0.0, gamma=0.2, reg=1e-4, tau_c=0.2, k=4):
@@ -329,7 +328,7 @@ def whiten(text):
 
 
 def whitened_texts(readings):
-    """Readings, a list of (I, H), one a layer, each whitened -> (I, T), joined, of length 1."""
+    """Readings (text vectors, one (I, H) per layer), whitened -> (I, T) of length 1, joined."""
     return F.normalize(torch.cat([whiten(layer) for layer in readings], 1), dim=1)
 
 
@@ -342,7 +341,7 @@ def soft_maximum(total, count, scale, beta):
     """scale (ln(mean of exp(beta (c - 1))) / beta + 1) of some cosines c: total is the sum of their
     similarity(c, beta), count their number. beta near 0: scale times the mean cosine; large: scale
     times the largest, as long as that mean is above 1e-12."""
-    # it takes a sum: Judge.scores adds up rows of one table, and training takes one item out
+    # its input is a sum: Judge.scores adds rows of one table; training subtracts one item
     return scale * ((total / count.clamp(min=1)).clamp(min=1e-12).log() / beta + 1)
 
 
@@ -407,8 +406,8 @@ class JudgeMaps(nn.Module):
         for linear in (self.history_map, self.item_map):
             nn.init.zeros_(linear.weight)
             linear.weight.data[:, first:first + width].fill_diagonal_(1)
-        # starts at half the log popularity. With uniform negatives softmax would learn all of it,
-        # but popular items are also more similar to histories, which already gives a part
+        # starts at half the log popularity. With uniform negatives the best bias would be all of
+        # it, were popular items not also more similar to histories, which covers a part
         count = torch.bincount(train[:, 1], minlength=len(text)).float()
         self.bias = nn.Parameter(0.5 * (count + 1).log())  # (I,)
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's temperature
@@ -428,11 +427,11 @@ class JudgeMaps(nn.Module):
 
 
 def make_judge_step(maps, train, n_users, n_negatives=1024, most=64, dropout=0.0):
-    """A training step for `fit`, whose rows are users. Each train item of a user is left out in
-    turn; the user's others score it and n_negatives items, drawn uniformly, with repeats, for the
-    whole batch; the user's train items among them do not count. The loss is a softmax's, averaged
-    over all left-out items. most: train items per user; dropout: share of a text vector's entries
-    set to 0 (Srivastava et al., JMLR 2014); both drawn anew each step.
+    """A step for `fit`, whose rows are users. Each train item of a user is left out in
+    turn; the user's others score it and n_negatives items, drawn uniformly for the batch, of
+    which the user's train items do not count. Loss: softmax, averaged over left-out items. most:
+    train items per user; dropout: share of text entries set to 0 (Srivastava et al., JMLR 2014);
+    both drawn each step.
 
     train (N, 2) -> step(users (B,), of two train pairs or more, generator) -> (scalar, {})."""
     # 1,024 negatives: a batch's table is (P, N), and time grows with it. 64 items of a user: one
@@ -554,8 +553,8 @@ class SemanticProjector(nn.Module):
 
 
 def text_start(text, train, n_users, dim, std):
-    """Initial vectors that say what the texts say: an item's is its text projected onto
-    the first `dim` principal components, a user's the sum over the train items; both are scaled to
+    """Initial vectors made from the texts: an item's is its text projected onto the first `dim`
+    principal components, a user's the sum of the train items' vectors; both are scaled to
     a root mean square of std, like random vectors. Beyond the paper.
 
     text (I, H), train (N, 2) -> (U + I, dim), users first; columns beyond H are random."""
@@ -588,10 +587,10 @@ class TextSimilarity(nn.Module):
 # ---- The judge's training ------------------------------------------------------------------------
 def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=8, lr=1e-3, seed=0,
                 validated=5000):
-    """Fit the maps with each dropout, all but the first only half-way if they are behind there;
+    """Fit the maps with each dropout; after the first, stop half-way if behind the best so far;
     keep those that are best on validation. readings: a list of (I, H); train, valid (N, 2);
     validated: how many users are ranked after each epoch -> (maps, dropout, history of fit)."""
-    # small data, small batches: users who have about a 64th of the train pairs, 256 to 2,048
+    # small data, small batches: users with about N / 64 train pairs in all, 256 to 2,048
     pairs = min(2048, max(256, 2 ** round(math.log2(len(train) / 64))))
     # a user with one train pair has no history to find it by
     taught = (torch.bincount(train[:, 0], minlength=n_users) > 1).nonzero()[:, 0]
@@ -624,8 +623,8 @@ def train_judge(readings, train, valid, n_users, *, dropouts=(0.0, 0.5), epochs=
 
 # ---- The blend: several recommenders in one score, weights by validation -------------------------
 def in_deviations(scores):
-    """Scores (B, I) less their user's mean, in standard deviations of that user's scores, both over
-    all items, seen or not."""
+    """Scores (B, I) standardised by user: less the mean, over the standard deviation, both of all
+    items, seen or not."""
     centred = scores - scores.mean(1, keepdim=True)
     rounding = 1e-6 * scores.abs().amax(1, keepdim=True)  # all that is left where scores are equal
     return centred / scores.std(1, keepdim=True).clamp(min=rounding + 1e-12)
@@ -657,11 +656,11 @@ BLEND_GRID = (0, 0.125, 0.25, 0.5, 1, 2, 4)
 @torch.no_grad()
 def blend_weights(parts, train, valid, grid=BLEND_GRID, depth=64, cells=2**28):
     """The weights with the highest validation NDCG@20, by coordinate ascent: from 1, each in turn
-    takes the grid value that is best with the others fixed (the lowest of equal ones), until none
-    changes. A part that does not help on these pairs gets 0; noise may help a little, by chance.
+    takes the grid value that is best with the others fixed (ties: the lowest), until none
+    changes. A part that does not help here gets 0; noise may help by chance.
 
-    parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 first; depth: only items that a
-    part ranks so high for a user are compared; cells: scores held -> (weights, each part's NDCG@20
+    parts: recommenders; train, valid (N, 2); grid: numbers >= 0, 0 first; depth: per user, only
+    each part's best `depth` items are compared; cells: scores held -> (weights, each part's NDCG@20
     alone)."""
     # the users to rank: all, or a random part if these would not fit. Of the items, the best of
     # each part: what none has among its 64 best hardly enters the sum's 20 best (on four data sets
@@ -1422,8 +1421,8 @@ def read_items(path, form, raw_items, counts):
         if about or not repeated:  # where no item has two rows, nobody can tell
             left_out.add(name)
     if left_out:
-        print("  left out of the items' texts, as about a pair, or counted from pairs (if it is "
-              "the item's: one row an item, no column of users, and a name that no column of the "
+        print("  left out of the items' texts, as about pairs or counted from them (to keep one, "
+              "use one row per item, no column of users, and a name that no column of the "
               "interactions has): " + ", ".join(sorted(left_out)))
     # a row for every item, found or not; cut, since an LLM's prompt has to hold several of them
     items = []
@@ -1576,9 +1575,9 @@ def table_rows(path, header=""):
             line, end = end + 1, reader.line_num - added
             if row and len(row) != len(columns):
                 fail(f"{path}: line {line} has {len(row)} fields, the header {len(columns)}")
-            # a quote left open swallows whole rows: a line inside a text looks like one if it has
-            # as many fields, its first one word, with a digit if this row's has one, numbers where
-            # this row has them, no space after a comma
+            # a quote left open swallows whole rows. A text's line looks like one if it has as
+            # many fields, numbers where this row has them, no space after a comma, and in its
+            # first field one word, with a digit if this row has
             inner = chain(*(y.split("\n")[1:] for y in row)) if end > line else ()
             for inside in (x.rstrip("\r").split(sep) for x in inner):
                 unlike = (b.startswith(" ") or NUMBER.fullmatch(a) and not NUMBER.fullmatch(b)

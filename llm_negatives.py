@@ -10,7 +10,7 @@ finetune  cf.safetensors, profiles.jsonl -> adapter/ (LoRA, peft's format), sft.
           projector's output instead). InfoNCE pulls z towards the hard negatives mined for u:
               L = -ln( sum_{j in mined(u)} exp(cos(z, c_j) / tau_s)
                        / sum_{j} exp(cos(z, c_j) / tau_s) )
-generate  the same prompts and encoder -> negatives-00000.safetensors …: h and z of train pairs.
+generate  same prompts and encoder -> negatives-00000.safetensors …: h, head(h) of train pairs.
 
 The method comes first: prompt and encoding, fine-tuning, generation, reading, profiles. Then come
 the programs, the loading of LLMs and the command line.
@@ -46,8 +46,8 @@ from backbones import (
 #     instruction | user: profile | item: title and profile | item vector, user vector
 # The user vector comes last, so that h, the last token's hidden state, starts from e_u and gathers
 # the rest by attention. On ML-100K (frozen LLM of 8 layers, head fitted on 3,000 pairs) a linear
-# map recovers e_u of new users from h with R2 .5, and the item nearest to z is mined for .86 of
-# known users' held-back pairs, .2 of new users'. With each vector after its text: .1, .6, .2.
+# map recovers e_u of new users from h with R2 .5; the hit rate is .86 on held-back pairs of known
+# users, .2 on those of new ones. With each vector right after its text: .1, .6, .2.
 
 SOFT = -1  # in a list of token ids: "a soft token goes here"
 INSTRUCTION = ("Name a hard negative: an item close to this user's taste that the user would still "
@@ -65,8 +65,8 @@ def chat_frame(tokenizer, instruction, examples=()):
     roles = ["system", *["user", "assistant"] * len(examples), "user"]
     turns = [{"role": role, "content": text} for role, text in zip(roles, contents)]
     text = (tokenizer.bos_token or "") + "\n".join([*contents, ""])
-    # n contents go into the first turn. A template may ignore or refuse the system role: then the
-    # first user turn carries it too (n = 2); or the examples: then one user turn carries everything
+    # n contents go into the first turn. If a template ignores or refuses the system role, the first
+    # user turn carries it too (n = 2); if it refuses the examples, one turn carries everything
     for n in (1, 2, len(turns)) if tokenizer.chat_template else ():
         first = {"role": "system" if n == 1 else "user", "content": "\n".join(contents[:n])}
         try:  # turn thinking off, where the template has it
@@ -78,7 +78,7 @@ def chat_frame(tokenizer, instruction, examples=()):
             break
         text = ""
     if text.count(PLACE) != 1:
-        fail("--llm: its chat template does not print the instruction, and the user's turn once; "
+        fail("--llm: its chat template must print the instruction, and the user's turn once; "
              "give an LLM whose template does")
     head, tail = text.split(PLACE)
     # close the thoughts that the template opens; where an LLM has channels, open the answer's
@@ -107,7 +107,7 @@ def control_tokens(tokenizer):
 def text_ids(tokenizer, text):
     """Token ids of titles, reviews and profiles: text and nothing else."""
     # a control token in a text is cut after its first character, so that no title can end its turn;
-    # split_special_tokens=True does so in some tokenizers only, not for unmarked ones ("<think>")
+    # split_special_tokens=True: in some tokenizers only, and not for tokens like "<think>"
     ids = []
     while found := control_tokens(tokenizer).search(text):
         ids += frame_ids(tokenizer, text[: found.start() + 1])
@@ -305,8 +305,8 @@ def info_nce(z, candidates, positive, tau, ignore=None):
     """InfoNCE with one or more positives a row (van den Oord et al., 2018; MIL-NCE, Miech et al.,
     CVPR 2020): -ln( sum_positive exp(s / tau) / sum_{not ignored} exp(s / tau) ), s the cosine.
 
-    z (B, d), candidates (C, d), positive (B, P): ids, one that comes again counts once; ignore
-    (B, C) bool: candidates left out of the second sum, no positives -> scalar mean over B."""
+    z (B, d), candidates (C, d), positive (B, P): ids, repeats count once; ignore (B, C) bool:
+    candidates left out of the second sum, never positives -> scalar mean over B."""
     scores = F.normalize(z, dim=-1) / tau @ F.normalize(candidates, dim=-1).T  # (B, C)
     # only P of a row's C scores are exponentiated again: C is the whole catalogue
     positive = positive.sort(1).values
@@ -376,7 +376,7 @@ def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, m
         p.grad = torch.zeros_like(p)
     # memory holds the activations of one part at a time; the parts' gradients add up to the batch's
     for n, part in list(enumerate(rows.split(micro_pairs)))[which]:
-        torch.manual_seed(seed * 1009 + n)  # per part (up to 1009), the same in any process or run
+        torch.manual_seed(seed * 1009 + n)  # differs for 1009 parts; same in any process or run
         hidden = encode_pairs(llm, prompt, soft_tokens, task.cf, task.texts, task.train[part], "",
                               profile_dropout, encoder)
         part_loss = task.loss(head(hidden), part, tau, targets, n * micro_pairs)
@@ -516,7 +516,7 @@ def encode_many(llm, prompt, soft_tokens, cf, texts, pairs, *, drop="", profile_
     blocks, done = list(enumerate(blocks))[which], 0
     progress = Progress(label, sum(len(at) for _, at in blocks), "pairs")
     for n, at in blocks:
-        torch.manual_seed(n)  # what is left out does not depend on who runs the block
+        torch.manual_seed(n)  # drops the same profiles, whichever process runs it
         hidden[at] = encode_pairs(llm, prompt, soft_tokens, cf, texts, pairs[at], drop,
                                   profile_dropout, encoder)
         done += len(at)
@@ -573,7 +573,7 @@ def read_layers(llm, tokenizer, texts, layers, batch=64, max_tokens=READ_TOKENS)
 
 def tf_idf(id_lists, width=512):
     """Latent semantic analysis (Deerwester et al., 1990) of texts as lists of token ids: rows of
-    (1 + ln tf) ln(I / df), of length 1, then their U S -> (I, k) float32, k at most `width`."""
+    (1 + ln tf) ln(I / df), of length 1; U S of their SVD -> (I, k) float32, k <= `width`."""
     # the entries of the sparse table: a row per text, a column per token that occurs
     counts = sorted(Counter((row, t) for row, ids in enumerate(id_lists) for t in ids).items())
     row, token = torch.tensor([pair for pair, _ in counts]).T
@@ -949,7 +949,7 @@ def finetune(args):
     meta = {"settings": settings, "frame": encoder[1].frame, "losses": losses}
     train_lora(task, encoder, batches, args, optimizer, losses,
                functools.partial(save_tensors, partial, kept, meta))
-    # what was learned, and what it takes from the user's two parts and the item's vector
+    # hit rates of the whole prompt, then without one part each: what each adds
     drops = ("", "user vector", "user profile", "item vector")
     report_held(task, *encoder, "after fine-tuning", drops)
     if rank() == 0:
@@ -1111,7 +1111,7 @@ def read(args):
             readings[-1][popular] = reading
         if deep and len(popular) < len(texts):
             print(f"read: the layers ran on the {len(popular)} most popular of {len(texts)} items; "
-                  f"the others have {'their words and ' * (not layers[0])}the mean of the layers")
+                  f"the others get {'layer 0 and ' * (not layers[0])}the mean of these items")
         if long := sum(len(text_ids(tokenizer, text)) > READ_TOKENS for text in texts):
             print(f"read: {long} of {len(texts)} texts are cut after {READ_TOKENS} tokens")
     tensors = {f"layer{layer:02d}": reading for layer, reading in zip(layers, readings)}

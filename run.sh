@@ -151,7 +151,7 @@ if [[ $WHOLE == 1 ]]; then
 fi
 TRAIN= JUDGE= HNLMREC= JUDGED="--lambda-f 1" TRIALS=4
 if [[ -z ${DATA:-} ]]; then
-  # on MovieLens validation preferred no semantic alignment; eight trials with LightGCN chose the
+  # MovieLens: validation preferred no semantic alignment; eight trials with LightGCN chose the
   # flags of the judge's negatives
   HNLMREC="--lambda-s 0" TRIALS=0
   [[ $BACKBONE != lightgcn ]] || JUDGED+=" --lr 0.00126 --reg 5.05e-06 --m 16 --gamma 0.05"
@@ -213,7 +213,7 @@ step backbones.py pretrain --run "$OUT" $BUDGET --sampler dns
 # what the texts say: read by the frozen LLM, weighed by the judge
 step llm_negatives.py read --run "$OUT" --llm "$LLM" --seed "$SEED" $READ
 step hnlmrec.py judge --run "$OUT" --seed "$SEED" $JUDGE
-# `judge` writes no file if it cannot learn (equal texts, say): skip its rows and the text start
+# no file if the judge cannot learn (equal texts, say): then skip the steps that need it
 HAVE_JUDGE=0
 [[ ! -f $OUT/judge.safetensors ]] || HAVE_JUDGE=1
 
