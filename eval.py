@@ -423,7 +423,7 @@ class Comparison:
             best = ", the best baseline by validation" * (self.rival.kind in BASELINES)
             lines += ["", "## Differences", "", f"From {markdown(self.rival.label)}{best}; 95 % "
                       "intervals by paired bootstrap over users. s: seconds of the row's command; "
-                      "s, all steps: with those that made its files, but for prepare, profile.", "",
+                      "s, all steps: plus those that made its files, except prepare, profile.", "",
                       *markdown_table(["method", "NDCG@20", "seeds above", "s", "s, all steps"],
                                       differences), "", f"![differences]({out}.svg)"]
         return [*lines, "", "## Sparse users, unpopular items", "",

@@ -98,10 +98,10 @@ def frame_ids(tokenizer, text):
 @functools.lru_cache(maxsize=4)
 def control_tokens(tokenizer):
     """A pattern of the strings that the tokenizer reads as one token of its own ("<|im_end|>")."""
-    # runs of spaces, and single characters, are text; the longest first, as the tokenizer does
+    # runs of spaces, and single characters, are text
     words = [word for word in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
              if len(word) > 1 and not word.isspace()]
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+    return re.compile("|".join(map(re.escape, words)) or "(?!)")
 
 
 def text_ids(tokenizer, text):

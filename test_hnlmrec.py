@@ -604,6 +604,10 @@ def test_fit_keeps_the_best_state_and_stops_after_a_while_or_where_it_is_not_fin
     assert backbones.best_epoch(history) is history[1]
     # a mean over rows, in batches of two and one
     assert history[0]["bpr"] == 5 / 3 and history[0]["loss"] > history[1]["loss"]
+    # every second epoch and the last; patience counts validations
+    for patience, epochs in ((9, [2, 4, 5]), (1, [2, 4])):
+        _, history = fit_mf(model, trained, lambda: 0.0, epochs=5, eval_every=2, patience=patience)
+        assert [row["epoch"] for row in history] == epochs
     done = []
 
     def step(rows, generator):
@@ -2419,7 +2423,8 @@ def test_number_format_is_the_processors_not_a_timing(monkeypatch):
     ("这款5.1声道音响适合家庭影院爱好者。", None, True), ("एक फिल्म। और", "एक फिल्म।", True),
     ("For Jeopardy! fans", None, False), ("A film by J. Doe", None, False),
     ("In the U.S. too", None, False), ("For fans of Dr.", None, False),
-    ("Rated 3.5 by", None, False), ("一部电影｡", None, True)])
+    ("Rated 3.5 by", None, False), ("一部电影｡", None, True),
+    ("A fan of Rocky 5. It", "A fan of Rocky 5.", True), ("Calm. A 5.", "Calm.", True)])
 def test_sentences(text, first, whole):
     assert llm_negatives.whole_sentences(text) == (first or text)
     assert llm_negatives.is_whole(text) == whole
