@@ -14,7 +14,7 @@ import html, json, math, re, shlex, subprocess, sys
 from collections import namedtuple
 from contextlib import suppress
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from timeit import Timer
 
@@ -473,10 +473,9 @@ def is_row(name, made):
     """Whether a file's settings, `made`, are a row's, except for flags that `tune` varies."""
     method, command = METHODS[name], made.get("command")
     if method.parts:  # "in full"; run.sh leaves out closed forms that do not fit
-        rows = "|".join(method.parts).split("|")
-        own = {f"model-{METHODS[row].stem}.safetensors" if row in METHODS else row for row in rows}
-        judged = f"model-{METHODS[JUDGED].stem}.safetensors"
-        return command == "blend" and {judged, JUDGE} <= {*re.split("[|,]", made["parts"])} <= own
+        own = ["|".join(f"model-{METHODS[row].stem}.safetensors" if row in METHODS else row
+                        for row in part.split("|")) for part in method.parts]
+        return command == "blend" and {own[0], JUDGE} <= {*made["parts"].split(",")} <= {*own}
     same = command == training_of(name, {}, "lightgcn", 0)[1]
     flags = dict(re.findall(r"--(\S+) ?([^-\s]\S*)?", method.flags))
     for flag, value in flags.items():
@@ -495,6 +494,7 @@ def is_row(name, made):
              "hinge": 0.0, "lambda-f": 0.0, "sampler": "rns" if paper else "dns"}
     for flag, value in usual.items():
         same &= flag in flags or made.get(flag.replace("-", "_"), value) == value
+    same &= "alpha" in flags or bool(made.get("alpha", 1) and made.get("lambda1", 1))
     others = {*MAKING} - {TEXTS, JUDGE, "negatives"}
     same &= others.isdisjoint(made.get(flag) for flag in ("negatives", "judge", "text_vectors"))
     return same and (paper, negatives) == ("paper" in flags, "negatives" in method.needs)
@@ -903,7 +903,8 @@ def tune(args):
         words = next_point(name, space_of(name, data, texts, args.widest), before, rng)
         command = training_of(name, {}, args.backbone, args.seed, [*flags, *words])
         # files that flags name are inputs too
-        named = [file for file in command if file.endswith(".safetensors")]
+        named = [file for flag, file in pairwise(command) if file != "none"
+                 and flag in ("--text-vectors", "--judge", "--cf", "--negatives")]
         plan = {"trial": n, "command": command, "data": data["digest"],
                 "inputs": digests(run, *{*METHODS[name].needs, *named})}
         key = json_digest(plan)

@@ -3148,15 +3148,17 @@ def test_a_file_is_a_row_of_the_report_only_if_it_was_made_as_that_row(monkeypat
         # controls, ablations, oracles, another sampler, the files of another row
         for odd in ({"control": "random"}, {"attention": False}, {"keep_clear": "valid"},
                     {"sampler": "pns"}, {"lambda_f": 0.5}, {"train_projector": True},
-                    {"hinge": 0.3}, {"judge": "judge-words.safetensors"},
-                    {"negatives": "negatives-zeroshot"},
+                    {"hinge": 0.3}, {"judge": "judge-words.safetensors"}, {"alpha": 0.0},
+                    {"lambda1": 0.0}, {"negatives": "negatives-zeroshot"},
                     {"text_vectors": "texts-tfidf.safetensors"}):
             tuned = name == evaluation.JUDGED and "lambda_f" in odd
-            if made[-1]["command"] == "train" and not tuned:
+            if made[-1]["command"] == "train" and not tuned and odd.items() - made[-1].items():
                 assert not evaluation.is_row(name, made[-1] | odd), (name, odd)
     judged, judge, rp3 = (f"{stem}.safetensors" for stem in ("model-judged", "judge", "model-rp3"))
     for parts, full in (([f"{judged}|model-dns.safetensors", judge, rp3], True),
-                        ([judged, judge], True), ([judged, rp3], False), ([judge, rp3], False),
+                        ([f"{judged}|model-dns.safetensors", judge], True),
+                        ([judged, judge], False), ([judged, "model-dns.safetensors", judge], False),
+                        ([f"{judged}|model-dns.safetensors", rp3], False), ([judge, rp3], False),
                         ([judge, "model-x.safetensors"], False)):
         settings = {"command": "blend", "parts": ",".join(parts)}
         assert evaluation.is_row("in full", settings) == full
