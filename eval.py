@@ -483,21 +483,18 @@ def is_row(name, made):
         # a switch is on; a weight that is tuned is not 0; all else is as in the row
         on = not value or flag in SPACES.get(name, ())
         same &= bool(found) if on else str(found) in (value, f"{value}.0")
-    # nor has it more than the row, whose flags do not name what is off by default
-    if method.kind == "sampler":
-        same &= (made.get("loss"), made.get("n", 1)) == ("bpr", 1)
-    if command == "pretrain":
-        return same and bool(made.get("text_vectors")) == (TEXTS in method.needs)
-    paper, negatives = bool(made.get("paper")), made.get("negatives") != "none"
-    # nor is it an ablation, a control or an oracle, nor does it read files of one
-    usual = {"control": "none", "attention": True, "keep-clear": "none", "train-projector": False,
-             "hinge": 0.0, "lambda-f": 0.0, "sampler": "rns" if paper else "dns"}
+    # nor has it more than the row, whose flags do not name what is off by default: it is no
+    # ablation, control or oracle, nor does it read files of one
+    usual = {"loss": "bpr", "n": 1, "control": "none", "attention": True, "keep-clear": "none",
+             "paper": False, "train-projector": False, "hinge": 0.0, "lambda-f": 0.0}
+    usual |= ({"text-vectors": None} if command == "pretrain" else
+              {"sampler": "rns" if "paper" in flags else "dns"})
     for flag, value in usual.items():
         same &= flag in flags or made.get(flag.replace("-", "_"), value) == value
     same &= "alpha" in flags or bool(made.get("alpha", 1) and made.get("lambda1", 1))
     others = {*MAKING} - {TEXTS, JUDGE, "negatives"}
     same &= others.isdisjoint(made.get(flag) for flag in ("negatives", "judge", "text_vectors"))
-    return same and (paper, negatives) == ("paper" in flags, "negatives" in method.needs)
+    return same and (made.get("negatives", "none") != "none") == ("negatives" in method.needs)
 
 
 def rows_of_run(run):

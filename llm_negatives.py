@@ -34,7 +34,7 @@ from transformers import logging as transformers_logging
 from transformers.pytorch_utils import Conv1D
 
 from backbones import (
-    SHARD_USERS, Bands, Parser, Progress, add_band_flags, add_run_flags, check_finite,
+    SHARD_USERS, Bands, Parser, Progress, add_band_flags, add_flags, add_run_flags, check_finite,
     check_inputs, digests, fail, files_of, load_data, load_model, load_tensors, mining_band,
     mixgcf, number, output_name, rank, read_jsonl, run_cli, save_tensors, settings_of, shards, skip,
     start_processes, user_rows, world, write_atomic, writer_of)
@@ -359,11 +359,6 @@ class SftTask:
         """How often the item nearest to z (cosine, whole catalogue) is one mined for the user."""
         scores = F.normalize(z, dim=-1) @ F.normalize(self.candidates, dim=-1).T
         return self.is_mined(rows).gather(1, scores.argmax(1)[:, None]).float().mean().item()
-
-    def floors(self, rows):
-        """The hit rates that need no LLM: of chance, and of the best single item for everyone."""
-        mined = self.is_mined(rows).float()
-        return mined.mean().item(), mined.mean(0).max().item()
 
 
 def sft_gradients(task, llm, prompt, soft_tokens, head, trained, rows, tau, *, micro_pairs, seed,
@@ -854,7 +849,8 @@ def warm_up(task, llm, prompt, soft_tokens, head, rows, args):
     # two baselines for the hit rates printed below; neither needs an LLM. The best item is found on
     # these very rows, which makes its rate a little too high
     held = torch.cat(list(task.held.values()))
-    chance, popular = task.floors(held)
+    share = task.is_mined(held).float().mean(0)  # (I,)
+    chance, popular = share.mean().item(), share.max().item()
     n_items, n_mined, at_chance = len(task.candidates), task.mined.items.shape[1], ""
     if args.mine == "dns":  # with MixGCF each pair has one positive, not n_mined
         at_chance = f"loss at chance ln({n_items}/{n_mined}) = {math.log(n_items / n_mined):.3f}; "
@@ -1438,42 +1434,38 @@ def main(argv=None):
     p.add_argument("--batch-size", type=some, default=64, help="prompts per call")
 
     p = command("finetune", "LoRA with InfoNCE against CF-mined hard negatives", "--steps 100")
-    p.add_argument("--cf", default="cf.safetensors", help="CF vectors, inside the run folder")
-    p.add_argument("--profiles", default="profiles.jsonl", help="profiles, inside the run folder")
-    p.add_argument("--name", default="sft", help="output name, such as sft-2 (LoRA: adapter-2/)")
     p.add_argument("--mine", choices=["dns", "mixgcf"], default="dns",
                    help="targets: the mined items, or MixGCF's mixture of them")
     add_band_flags(p)
-    p.add_argument("--tau-s", type=above, default=0.05, help="InfoNCE temperature")
-    p.add_argument("--soft-tokens", type=count, default=1, help="per CF vector; 0: none (ablation)")
-    p.add_argument("--max-tokens", type=some, default=48,
-                   help="tokens kept of a user's profile, and of an item's title with profile")
-    p.add_argument("--llm-layers", type=count, default=8, help="first layers to keep; 0: all")
-    p.add_argument("--lora-rank", type=some, default=8, help="LoRA r")
-    p.add_argument("--lora-alpha", type=above, default=16, help="LoRA alpha")
-    p.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj", help="linear layers")
-    p.add_argument("--warmup-pairs", type=count, default=2048, help="pairs for the head; 0: none")
-    p.add_argument("--steps", type=count, help="LoRA steps (60, or those of --epochs)")
-    p.add_argument("--epochs", type=number(float, 0), default=0,
-                   help="passes over the pairs, if --steps is left out")
-    p.add_argument("--users-per-step", type=some, default=16,
-                   help="a step has twice as many pairs, mostly two per user")
-    p.add_argument("--micro-pairs", type=some, default=16,
-                   help="pairs per part of a step: held in memory at once, shared out by torchrun")
     p.add_argument("--checkpointing", action="store_true", help="less memory, but slower steps")
-    p.add_argument("--lr", type=above, default=5e-4, help="learning rate of LoRA")
-    p.add_argument("--save-every", type=some, default=20, help="steps a killed run may lose")
+    add_flags(
+        p, ("--cf", str, "cf.safetensors", "CF vectors, inside the run folder"),
+        ("--profiles", str, "profiles.jsonl", "profiles, inside the run folder"),
+        ("--name", str, "sft", "output name, such as sft-2 (LoRA: adapter-2/)"),
+        ("--tau-s", above, 0.05, "InfoNCE temperature"),
+        ("--soft-tokens", count, 1, "per CF vector; 0: none (ablation)"),
+        ("--max-tokens", some, 48, "tokens kept of a user's profile, and of an item's whole text"),
+        ("--llm-layers", count, 8, "first layers to keep; 0: all"),
+        ("--lora-rank", some, 8, "LoRA r"), ("--lora-alpha", above, 16, "LoRA alpha"),
+        ("--lora-targets", str, "q_proj,k_proj,v_proj,o_proj", "linear layers"),
+        ("--warmup-pairs", count, 2048, "pairs for the head; 0: none"),
+        ("--steps", count, None, "LoRA steps (60, or those of --epochs)"),
+        ("--epochs", number(float, 0), 0, "passes over the pairs, if --steps is left out"),
+        ("--users-per-step", some, 16, "a step has twice as many pairs, mostly two per user"),
+        ("--micro-pairs", some, 16,
+         "pairs per part of a step: held in memory at once, shared out by torchrun"),
+        ("--lr", above, 5e-4, "learning rate of LoRA"),
+        ("--save-every", some, 20, "steps a killed run may lose"))
 
     p = command("generate", "write the hard negatives of the train pairs", "--pairs-per-user 8")
-    p.add_argument("--sft", default="sft", help="the --name that fine-tuning was given")
-    p.add_argument("--pairs-per-user", type=count, default=0, help="pairs per user at most; 0: all")
-    p.add_argument("--pairs", type=count, default=0,
-                   help="pairs in all at most, one of each user before any second; 0: all")
     p.add_argument("--finetune", action=BooleanOptionalAction, default=True,
                    help="use the fine-tuned LLM; --no-finetune: the original, a zero-shot ablation")
-    p.add_argument("--batch-size", type=some, default=96,
-                   help="prompts per call; up to four times as many user prefixes")
-    p.add_argument("--out", default="negatives", help="first part of the shards' names")
+    add_flags(
+        p, ("--sft", str, "sft", "the --name that fine-tuning was given"),
+        ("--pairs-per-user", count, 0, "pairs per user at most; 0: all"),
+        ("--pairs", count, 0, "pairs in all at most, one of each user before any second; 0: all"),
+        ("--batch-size", some, 96, "prompts per call; up to four times as many user prefixes"),
+        ("--out", str, "negatives", "first part of the shards' names"))
 
     args = parser.parse_args(argv)
     if args.paper:  # parse again, with the paper's values as defaults
