@@ -793,6 +793,8 @@ def space_of(name, data, texts=True, widest=512):
         space["m"] = [max(1, round(times * bb.sized_to_data(data)[3])) for times in space["m"]]
     if not texts:
         space |= {flag: [0] for flag in ("text-init", "lambda-s") if flag in space}
+        if name == "RLMRec-Con":  # its tau-c is then read by nothing, and refused
+            del space["tau-c"]
     return {flag: [f"{value:g}" for value in values] for flag, values in space.items()}
 
 

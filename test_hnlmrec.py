@@ -3510,6 +3510,8 @@ def test_a_trial_near_the_best_moves_one_flag_to_a_neighbour():
     for name, flags in (("DNS", {}), ("HNLMRec", {"text-init": ["0"], "lambda-s": ["0"]})):
         whole, bare = (evaluation.space_of(name, small, texts) for texts in (True, False))
         assert bare == whole | flags and (not flags or bare != whole)
+    # nothing would read its temperature, and `train` refuses what nothing reads
+    assert "tau-c" not in evaluation.space_of("RLMRec-Con", small, False)
 
 
 def test_a_chart_shows_its_numbers_where_they_are():
