@@ -3784,6 +3784,10 @@ def test_judge_and_blend_go_through(copied):
         same = all(torch.equal(other[name], tensors[name]) for name in tensors)
         assert same == (dropout == meta["dropout"])
     assert tried[meta["dropout"]] == max(tried.values())
+    assert tensors["likely"].shape == (30, 20) and len(meta["history"]) == 2
+    cli("hnlmrec.py", *judge, "--seed", 1, "--out", "judge-seed.safetensors")
+    other, _ = backbones.load_tensors(copied / "judge-seed.safetensors")
+    assert not torch.equal(other["item"], tensors["item"])
     out = cli("hnlmrec.py", "blend", "--run", copied, "--parts", PARTS, "--force")
     printed = re.findall(r"blend: (\S+), alone valid NDCG@20 (\S+), weight (\S+)\n", out)
     names, alone, weights = zip(*printed)
